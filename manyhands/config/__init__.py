@@ -1,0 +1,31 @@
+"""Frozen, strict descriptions of a model and of a run. Imports no torch."""
+
+from manyhands.config.base import Strict, parse, suggest
+from manyhands.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from manyhands.config.run import (
+    BalanceConfig,
+    DataConfig,
+    GuardConfig,
+    OptimConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "BalanceConfig",
+    "DataConfig",
+    "GuardConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "RopeConfig",
+    "RouterConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Strict",
+    "TrainConfig",
+    "parse",
+    "suggest",
+]

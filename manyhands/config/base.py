@@ -1,0 +1,87 @@
+"""Strict, frozen descriptions, and errors a person can act on.
+
+Every config class inherits `Strict`: unknown fields are refused, values are checked on construction and never
+change afterwards. `parse` turns pydantic's report into one `ConfigError` line: the field, the value, what is
+allowed, and the nearest valid name.
+"""
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic_core import ErrorDetails
+
+from manyhands.errors import ConfigError
+
+C = TypeVar("C", bound="Strict")
+
+
+class Strict(BaseModel):
+    """Base of all configs: frozen, no unknown fields, no NaN or infinity, strict about types."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
+
+
+def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Build `cls` from plain values. `where` (a file name, say) starts the message if it fails.
+
+    Raises `ConfigError` with one line about the first thing that is wrong.
+    """
+    try:
+        return cls.model_validate(values)
+    except ValidationError as error:
+        problems = error.errors(include_url=False)
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        prefix = f"{where}: " if where else ""
+        raise ConfigError(prefix + _one_line(cls, problems[0]) + more) from None
+
+
+def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
+    path = ".".join(str(part) for part in problem["loc"])
+    if problem["type"] == "extra_forbidden":
+        parent = _class_at(cls, problem["loc"][:-1])
+        names = sorted(parent.model_fields) if parent else []
+        return f"unknown field {path!r}; " + suggest(str(problem["loc"][-1]), names)
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
+    if problem["type"] == "missing":
+        return f"{path}: this field is required"
+    if not path:  # a rule about several fields; its own message names them
+        return message
+    shown = repr(problem["input"])
+    return f"{path} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message}"
+
+
+def suggest(name: str, allowed: list[str]) -> str:
+    """`did you mean 'x'?`, or the list of what is allowed."""
+    close = difflib.get_close_matches(name, allowed, n=1, cutoff=0.6)
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return "allowed: " + ", ".join(allowed)
+
+
+def _class_at(cls: type[Strict], loc: tuple[int | str, ...]) -> type[Strict] | None:
+    for part in loc:
+        field = cls.model_fields.get(str(part))
+        if field is None:
+            return None
+        found = _strict_class(field.annotation)
+        if found is None:
+            return None
+        cls = found
+    return cls
+
+
+def _strict_class(annotation: Any) -> type[Strict] | None:
+    if isinstance(annotation, type) and issubclass(annotation, Strict):
+        return annotation
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
+        for arg in typing.get_args(annotation):
+            if (found := _strict_class(arg)) is not None:
+                return found
+    return None

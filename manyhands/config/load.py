@@ -1,0 +1,78 @@
+"""Run descriptions from YAML files and presets, with `section.key=value` overrides on top."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from manyhands.config.base import parse, suggest
+from manyhands.config.run import RunConfig
+from manyhands.errors import ConfigError
+
+_PRESETS = resources.files("manyhands.config") / "presets"
+
+
+def preset_names() -> list[str]:
+    """The names `--preset` takes."""
+    return sorted(entry.name.removesuffix(".yaml") for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run that ships with the package. Raises `ConfigError` for an unknown name or a bad override."""
+    if name not in preset_names():
+        raise ConfigError(f"unknown preset {name!r}; " + suggest(name, preset_names()))
+    text = (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
+    return parse_run(text, f"preset {name}", overrides)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from a YAML file. Raises `ConfigError` naming the file and the field that is wrong."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return parse_run(text, str(path), overrides)
+
+
+def parse_run(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """A run from YAML text; `where` names its origin in errors."""
+    if len(text) > 1 << 20:
+        raise ConfigError(f"{where}: {len(text)} characters is too long for a run description")
+    try:
+        values = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected sections (data, model, …), found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return parse(RunConfig, values, where)
+
+
+def dump_run(run: RunConfig) -> str:
+    """The resolved run as YAML; `parse_run` reads it back to an equal value."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    """Set `section.key=value` in nested `values`; the value is read as YAML."""
+    path, equals, text = override.partition("=")
+    if not equals or not path.strip():
+        raise ConfigError(f"override {override!r} is not of the form section.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    *parents, last = path.strip().split(".")
+    here = values
+    for name in parents:
+        below = here.setdefault(name, {})
+        if below is None:
+            below = here[name] = {}
+        if not isinstance(below, dict):
+            raise ConfigError(f"override {override!r}: {name!r} is a value, not a section")
+        here = below
+    here[last] = value

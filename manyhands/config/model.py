@@ -1,0 +1,222 @@
+"""What a model is. Field names follow Hugging Face `config.json` wherever it has one.
+
+Nothing here imports torch. Sizes have generous upper limits, so that a hostile file is refused before anything
+is computed or allocated.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from manyhands.config.base import Strict
+
+Size = Annotated[int, Field(ge=1, le=1 << 24)]
+Count = Annotated[int, Field(ge=0, le=1 << 20)]
+Rate = Annotated[float, Field(ge=0.0, le=1e6)]
+Activation = Literal["swiglu", "geglu", "gelu", "relu"]
+
+
+class RouterConfig(Strict):
+    """A router as data: `score → select → weigh`. Every published router is one value of this class.
+
+    score    `softmax` over all experts, or `sigmoid` per expert (DeepSeek-V3).
+    select   top-k of score (+ bias), optionally within groups; `expert_choice` lets experts pick tokens
+             (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426).
+    weigh    the unbiased scores of the chosen experts, divided by their sum if `norm_topk_prob`, times
+             `routed_scaling_factor`. With one expert per token the raw gate is kept (Switch, arXiv 2101.03961):
+             divided by itself it would be 1 and the router would get no gradient.
+    """
+
+    num_experts: Annotated[int, Field(ge=1, le=1 << 16)] = 8
+    num_experts_per_tok: Annotated[int, Field(ge=1, le=1 << 16)] = 2
+    select: Literal["topk", "expert_choice", "hash"] = "topk"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    routed_scaling_factor: Annotated[float, Field(gt=0.0, le=1e3)] = 1.0
+    bias: bool = False
+    """Keep `e_score_correction_bias`, added to the scores for selection only (arXiv 2408.15664)."""
+    n_group: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    topk_group: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """How a group is scored: V3 sums its two best biased scores, V2 takes its best score."""
+    noisy: bool = False
+    """Shazeer's noisy top-k (arXiv 1701.06538): learned Gaussian noise on the logits while training."""
+    jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Switch: multiply a copy of the router's input by U(1-jitter, 1+jitter) while training."""
+    random_second: bool = False
+    """GShard (arXiv 2006.16668): keep the second expert with probability min(1, 2·weight) while training."""
+    init: Literal["normal", "zeros", "switch"] = "normal"
+    """N(0, initializer_range²); zeros (Shazeer); or truncated normal, σ = √(0.1 / hidden_size) (Switch)."""
+    capacity_factor: Annotated[float, Field(gt=0.0, le=1e4)] | None = None
+    """Room per expert while training, as a multiple of its fair share T·K/E. None: dropless."""
+    eval_capacity_factor: Annotated[float, Field(gt=0.0, le=1e4)] | None = None
+    """The same in evaluation. None: dropless in evaluation."""
+    min_capacity: Count = 4
+    drop_policy: Literal["position", "probability"] = "position"
+    """Who stays when an expert is full: the first tokens (first choices before second), or the most probable."""
+
+    @property
+    def causal_safe(self) -> bool:
+        """Whether a token's routing in evaluation is independent of the tokens beside it."""
+        return self.select != "expert_choice" and self.eval_capacity_factor is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RouterConfig":
+        k, e = self.num_experts_per_tok, self.num_experts
+        if k > e:
+            raise ValueError(f"num_experts_per_tok = {k} exceeds num_experts = {e}")
+        if e % self.n_group:
+            raise ValueError(f"n_group = {self.n_group} does not divide num_experts = {e}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
+        if k > self.topk_group * (e // self.n_group):
+            raise ValueError(
+                f"num_experts_per_tok = {k} exceeds the {self.topk_group * (e // self.n_group)} experts "
+                f"of the topk_group = {self.topk_group} chosen groups"
+            )
+        if self.random_second and k != 2:
+            raise ValueError(f"random_second needs num_experts_per_tok = 2, not {k}")
+        if self.select != "topk":
+            for name in ("bias", "noisy", "random_second"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} has no meaning with select = {self.select!r}; it goes with 'topk'")
+            if self.n_group > 1:
+                raise ValueError(f"n_group has no meaning with select = {self.select!r}; it goes with 'topk'")
+        if self.select == "expert_choice" and (self.capacity_factor or self.eval_capacity_factor):
+            raise ValueError("select = 'expert_choice' is balanced by construction: leave the capacity factors out")
+        if self.select == "hash" and k != 1:
+            raise ValueError(f"select = 'hash' sends a token to one expert: num_experts_per_tok = 1, not {k}")
+        return self
+
+
+class MoEConfig(Strict):
+    """The sparse layers: which layers they are, their router, their experts, the shared experts beside them."""
+
+    router: RouterConfig = RouterConfig()
+    moe_intermediate_size: Size = 128
+    hidden_act: Activation = "swiglu"
+    expert_bias: bool = False
+    n_shared_experts: Count = 0
+    """Experts every token visits, summed to the routed output; one feed-forward n times as wide (DeepSeekMoE)."""
+    shared_expert_gate: bool = False
+    """Multiply the shared output by sigmoid(w·x), as Qwen1.5-MoE does."""
+    first_k_dense_replace: Count = 0
+    """The first k layers keep a dense feed-forward network (DeepSeek)."""
+    decoder_sparse_step: Size = 1
+    """Every n-th layer is sparse: layer i is when (i + 1) is a multiple of n (Qwen, Switch)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MoEConfig":
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError("shared_expert_gate needs n_shared_experts >= 1")
+        return self
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) is a mixture of experts."""
+        return layer >= self.first_k_dense_replace and (layer + 1) % self.decoder_sparse_step == 0
+
+
+class RopeConfig(Strict):
+    """Rotary position embedding: plain, linear interpolation, or YaRN (arXiv 2309.00071)."""
+
+    rope_theta: Annotated[float, Field(gt=1.0, le=1e12)] = 10_000.0
+    rope_type: Literal["default", "linear", "yarn"] = "default"
+    factor: Annotated[float, Field(ge=1.0, le=1e4)] = 1.0
+    original_max_position_embeddings: Size | None = None
+    beta_fast: Rate = 32.0
+    beta_slow: Rate = 1.0
+    mscale: Rate | None = None
+    mscale_all_dim: Rate | None = None
+    attention_factor: Rate | None = None
+    interleave: bool = False
+    """Rotate neighbouring pairs (DeepSeek's checkpoints) instead of the two halves (Llama)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeConfig":
+        if self.rope_type == "yarn" and self.original_max_position_embeddings is None:
+            raise ValueError("rope_type = 'yarn' needs original_max_position_embeddings")
+        return self
+
+
+class AttentionConfig(Strict):
+    """Multi-head and grouped-query attention, or multi-head latent attention (MLA, arXiv 2405.04434)."""
+
+    kind: Literal["gqa", "mla"] = "gqa"
+    num_attention_heads: Size = 4
+    num_key_value_heads: Size | None = None
+    """gqa: defaults to num_attention_heads, which is plain multi-head attention."""
+    head_dim: Size = 64
+    qk_norm: Literal["none", "head", "full"] = "none"
+    """RMSNorm of queries and keys: per head (Qwen3), or over the full projected width (OLMoE)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    sliding_window: Size | None = None
+    """A token sees itself and the sliding_window - 1 tokens before it."""
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = 64
+    v_head_dim: Size = 128
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AttentionConfig":
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
+        if self.rope_dim % 2:
+            raise ValueError(f"the rotated head width is {self.rope_dim}; it must be even")
+        if self.kind == "mla":
+            if self.qk_norm != "none":
+                raise ValueError("qk_norm cannot be used with kind = 'mla': the keys are never materialised")
+            if self.num_key_value_heads not in (None, self.num_attention_heads):
+                raise ValueError("num_key_value_heads has no meaning with kind = 'mla'")
+        return self
+
+
+class ModelConfig(Strict):
+    """A decoder-only language model, dense (`moe` is None) or sparse."""
+
+    vocab_size: Size = 4096
+    hidden_size: Size = 256
+    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)] = 4
+    intermediate_size: Size = 1024
+    """Width of the dense feed-forward networks."""
+    hidden_act: Activation = "swiglu"
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = 0.02
+    tie_word_embeddings: bool = False
+    attention: AttentionConfig = AttentionConfig()
+    rope: RopeConfig = RopeConfig()
+    moe: MoEConfig | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) is a mixture of experts."""
+        return self.moe is not None and self.moe.is_sparse(layer)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The numbers of the sparse layers, from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.moe is not None and not self.sparse_layers:
+            raise ValueError(
+                f"moe is set but no layer is sparse: first_k_dense_replace = {self.moe.first_k_dense_replace}, "
+                f"decoder_sparse_step = {self.moe.decoder_sparse_step}, num_hidden_layers = {self.num_hidden_layers}"
+            )
+        return self

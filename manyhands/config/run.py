@@ -1,0 +1,138 @@
+"""What a training run is: data, model, balance, optimiser, schedule, loop. One YAML file, or a preset."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from manyhands.config.base import Strict
+from manyhands.config.model import Count, ModelConfig, Rate, Size
+
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DataConfig(Strict):
+    """Where the text comes from and how it is split. `stdlib` is the Python standard library's own sources."""
+
+    sources: tuple[str, ...] = ("stdlib",)
+    """Files, folders, globs (.txt .md .py .jsonl .jsonl.gz .parquet), or `hf:NAME` for a Hugging Face data set."""
+    text_field: str = "text"
+    valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Share of the documents kept for validation, chosen by file with `seed`."""
+    seed: int = 0
+    tokenizer: str | None = None
+    """A `tokenizer.json` to use; without one a byte-level BPE of `model.vocab_size` is trained on the text."""
+
+
+class BalanceConfig(Strict):
+    """How the router is kept balanced. All terms are per layer, then averaged over the sparse layers."""
+
+    aux_loss_coef: Rate = 0.01
+    """f·P, equal to 1 at perfect balance at any k (see `moe/balance.py` for other frameworks' scales)."""
+    aux_scope: Literal["micro", "sequence", "global"] = "global"
+    """Over which tokens f is counted: the micro-batch, each sequence, or the whole optimiser step so far."""
+    bias_update_rate: Rate = 0.001
+    """γ of the loss-free bias (arXiv 2408.15664); only where the router has a bias."""
+    z_loss_coef: Rate = 0.0
+    importance_coef: Rate = 0.0
+    load_coef: Rate = 0.0
+    """CV² of the smooth load; needs a noisy router."""
+    sequence_loss_coef: Rate = 0.0
+    """DeepSeek-V3's complementary sequence-wise loss."""
+    orthogonality_coef: Rate = 0.0
+    variance_coef: Rate = 0.0
+    """The two terms of arXiv 2505.22323."""
+
+
+class OptimConfig(Strict):
+    """MuonClip or AdamW. Muon's update is scaled to AdamW's RMS, so one learning rate serves both."""
+
+    name: Literal["muon", "adamw"] = "muon"
+    lr: Annotated[float, Field(gt=0.0, le=10.0)] = 3e-3
+    embed_lr_scale: Rate = 1.0
+    """Multiplies `lr` for the embedding and the output head."""
+    router_lr_scale: Rate = 1.0
+    router_optim: Literal["adamw", "muon"] = "adamw"
+    weight_decay: Rate = 0.1
+    betas: tuple[Share, Share] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
+    momentum: Share = 0.95
+    nesterov: bool = True
+    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    qk_clip: Annotated[float, Field(gt=0.0)] | None = 100.0
+    """τ of QK-Clip (arXiv 2507.20534): the largest attention logit allowed. None turns it off. Muon only."""
+    grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+
+
+class ScheduleConfig(Strict):
+    """Linear warm-up, then cosine, or warm-up–stable–decay (WSD), down to `min_ratio` × lr."""
+
+    kind: Literal["cosine", "wsd"] = "wsd"
+    warmup_steps: Count = 20
+    decay_fraction: Share = 0.5
+    """wsd: the last share of the steps, over which the rate falls linearly."""
+    min_ratio: Share = 0.0
+
+
+class GuardConfig(Strict):
+    """When an update is skipped and when the run stops."""
+
+    spike_sigma: Annotated[float, Field(gt=0.0)] | None = 6.0
+    """Skip an update whose loss or gradient norm lies this many deviations above the last `spike_window` steps."""
+    spike_window: Annotated[int, Field(ge=8, le=100_000)] = 128
+    max_skips: Annotated[int, Field(ge=1)] = 10
+    """Stop, with advice, after this many skipped updates in a row."""
+
+
+class TrainConfig(Strict):
+    """The loop."""
+
+    seed: int = 0
+    max_steps: Size = 300
+    max_seconds: Annotated[float, Field(gt=0.0)] | None = None
+    """A time budget: after a few measured steps, max_steps is lowered or raised to what fits, then fixed."""
+    sequence_length: Size = 256
+    batch_size: Size = 16
+    """Sequences per optimiser step."""
+    micro_batch_size: Size | None = None
+    """Sequences per forward and backward; None: the whole batch at once."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Compute precision; the master weights are float32. auto: bfloat16 where the hardware multiplies it."""
+    recompute: bool = False
+    """Recompute each block's activations in the backward pass to save memory."""
+    experts_implementation: str = "auto"
+    log_every: Size = 1
+    eval_every: Count = 0
+    """Validate every n steps; 0: at the end only."""
+    save_every: Count = 0
+    """Checkpoint every n steps; 0: at the end only."""
+    keep_checkpoints: Size = 2
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
+
+
+class RunConfig(Strict):
+    """Everything a run needs. The resolved file is saved beside the output and is enough to repeat it."""
+
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    balance: BalanceConfig = BalanceConfig()
+    optim: OptimConfig = OptimConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
+    train: TrainConfig = TrainConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunConfig":
+        micro = self.train.micro_batch_size
+        if micro is not None and self.train.batch_size % micro:
+            raise ValueError(
+                f"train.micro_batch_size = {micro} does not divide train.batch_size = {self.train.batch_size}"
+            )
+        if self.train.sequence_length > self.model.max_position_embeddings:
+            raise ValueError(
+                f"train.sequence_length = {self.train.sequence_length} exceeds "
+                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        moe = self.model.moe
+        if self.balance.load_coef and (moe is None or not moe.router.noisy):
+            raise ValueError("balance.load_coef needs a noisy router: model.moe.router.noisy = true")
+        return self

@@ -1,0 +1,72 @@
+"""One tree of errors. Each class carries the process exit code and the HTTP status it ends in.
+
+    ManyhandsError            1 / 500   something the program could not do
+    ├─ UserError              2 / 400   the input is wrong, and the message says what would be right
+    │  ├─ ConfigError                   a description of a model or run that cannot be
+    │  ├─ DataError                     text that cannot be read or is not enough
+    │  └─ CheckpointError               a directory that is not a checkpoint, or a damaged one
+    ├─ RunLocked              1 / 409   another process is using the run directory
+    ├─ StorageError           1 / 507   the disk refused a write; what was there before is intact
+    ├─ TrainingHalted         3 / 500   a guard stopped the run: NaN, Inf, too many spikes
+    ├─ CheckFailed            4 / 500   a fast path disagrees with the oracle
+    └─ Interrupted          143 / 503   SIGTERM; the state was saved
+
+Raise `UserError` and its children for a user's mistake; `assert` is for our own bugs.
+"""
+
+
+class ManyhandsError(Exception):
+    """Base of every error this package raises on purpose. The message is one line for a person."""
+
+    exit_code = 1
+    http_status = 500
+
+
+class UserError(ManyhandsError):
+    """Something the user gave is wrong."""
+
+    exit_code = 2
+    http_status = 400
+
+
+class ConfigError(UserError):
+    """A model or run description that is malformed or contradicts itself."""
+
+
+class DataError(UserError):
+    """Text that is missing, unreadable or too little."""
+
+
+class CheckpointError(UserError):
+    """Not a checkpoint, an incomplete one, or one whose bytes do not match its manifest."""
+
+
+class RunLocked(ManyhandsError):
+    """The run directory is in use by another live process."""
+
+    http_status = 409
+
+
+class StorageError(ManyhandsError):
+    """A write failed (disk full, permission). Nothing that existed before was changed."""
+
+    http_status = 507
+
+
+class TrainingHalted(ManyhandsError):
+    """A guard stopped training before any weight was changed by the offending step."""
+
+    exit_code = 3
+
+
+class CheckFailed(ManyhandsError):
+    """`manyhands check` found a disagreement with the oracle."""
+
+    exit_code = 4
+
+
+class Interrupted(ManyhandsError):
+    """SIGTERM or SIGINT arrived and the state was saved."""
+
+    exit_code = 143
+    http_status = 503
