@@ -1,0 +1,45 @@
+"""Expert backends: given tokens and a routing, apply each token's experts and combine their outputs.
+
+    backend(x_TD, ids_TK, weights_TK, kept_TK, experts) -> y_TD
+
+`ids_TK` are expert numbers (int64), `weights_TK` float32, `kept_TK` false where a pair overflowed its expert's
+capacity. Every backend computes y_t = Σ_k kept_tk · weights_tk · Expert_{ids_tk}(x_t) and is held against
+`eager`, gradients included. The names are those of transformers' `experts_implementation`.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from manyhands.config import suggest
+from manyhands.errors import ConfigError
+from manyhands.kernels.eager import eager
+from manyhands.kernels.experts import ExpertWeights
+from manyhands.kernels.grouped import grouped_mm, supports_grouped_mm
+
+Backend = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertWeights], Tensor]
+
+BACKENDS: dict[str, Backend] = {"eager": eager, "grouped_mm": grouped_mm}
+
+
+def check_name(name: str) -> str:
+    """`name` if it is `auto` or a backend; otherwise `ConfigError` with the nearest one."""
+    if name != "auto" and name not in BACKENDS:
+        raise ConfigError(f"experts_implementation = {name!r}: " + suggest(name, ["auto", *BACKENDS]))
+    return name
+
+
+def choose(x: Tensor, experts: ExpertWeights) -> str:
+    """The backend `auto` stands for: grouped_mm where its dtype and alignment rules hold, else eager."""
+    return "grouped_mm" if supports_grouped_mm(x, experts) else "eager"
+
+
+def run_experts(
+    name: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights
+) -> Tensor:
+    """Apply the experts through backend `name`, or `auto`. Returns [T, D] in x's dtype."""
+    backend = BACKENDS[choose(x_TD, experts) if name == "auto" else check_name(name)]
+    return backend(x_TD, ids_TK, weights_TK, kept_TK, experts)
+
+
+__all__ = ["BACKENDS", "Backend", "ExpertWeights", "check_name", "choose", "run_experts"]

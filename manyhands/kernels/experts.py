@@ -1,0 +1,74 @@
+"""What a backend is given: stacked expert weights and the activation between them.
+
+E experts, D model width, F expert width.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+GATED = frozenset({"swiglu", "geglu"})
+
+
+class ExpertWeights(NamedTuple):
+    """Stacked weights in transformers 5's in-memory layout.
+
+    `up` is `gate_up_proj` [E, 2F, D] (gate rows first) for a gated activation and `up_proj` [E, F, D] otherwise;
+    `down` is [E, D, F]; the biases are [E, 2F] or [E, F], and [E, D].
+    """
+
+    up: Tensor
+    down: Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activation: str
+
+    def cast(self, dtype: torch.dtype) -> "ExpertWeights":
+        """The same weights in the compute dtype."""
+        return ExpertWeights(
+            self.up.to(dtype),
+            self.down.to(dtype),
+            None if self.up_bias is None else self.up_bias.to(dtype),
+            None if self.down_bias is None else self.down_bias.to(dtype),
+            self.activation,
+        )
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """The expert's non-linearity: [N, 2F] -> [N, F] if gated, else [N, F] -> [N, F]. GELU is the exact (erf) one."""
+    if activation == "swiglu":
+        return swiglu(h)
+    if activation == "geglu":
+        gate, up = h.chunk(2, dim=-1)
+        return F.gelu(gate) * up
+    return F.gelu(h) if activation == "gelu" else F.relu(h)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) · up in two passes each way; autograd's own chain makes six and keeps three tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor) -> Tensor:
+        ctx.save_for_backward(h)
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (h,) = ctx.saved_tensors
+        gate, up = h.chunk(2, dim=-1)
+        dh = torch.empty_like(h)
+        dgate, dup = dh.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dh
+
+
+def swiglu(h: Tensor) -> Tensor:
+    """silu(h[..., :F]) · h[..., F:] (Shazeer 2020, arXiv 2002.05202): [..., 2F] -> [..., F]."""
+    y: Tensor = _SwiGLU.apply(h)  # type: ignore[no-untyped-call]
+    return y

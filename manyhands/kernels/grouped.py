@@ -1,0 +1,33 @@
+"""Experts through `torch.nn.functional.grouped_mm`: sort by expert, two grouped products, combine."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyhands.kernels.experts import ExpertWeights, activate
+from manyhands.kernels.permute import combine, gather, sort_pairs
+
+
+def supports_grouped_mm(x: Tensor, experts: ExpertWeights) -> bool:
+    """grouped_mm takes float32, bfloat16 and float16, with rows that are whole multiples of 16 bytes."""
+    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    widths = (experts.up.shape[1], experts.up.shape[2], experts.down.shape[2])
+    return all(width * x.element_size() % 16 == 0 for width in widths)
+
+
+def grouped_mm(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
+    """The fast path of plain PyTorch: work grows with the number of pairs, not with the number of experts."""
+    up, down, up_bias, down_bias, activation = experts.cast(x_TD.dtype)
+    p = sort_pairs(ids_TK, kept_TK, up.shape[0])
+    h_N = F.grouped_mm(gather(x_TD, p), up.transpose(-2, -1), offs=p.offsets_E)
+    if up_bias is not None:
+        h_N = h_N + _rows(up_bias, ids_TK, p.pair_N)
+    y_ND = F.grouped_mm(activate(h_N, activation), down.transpose(-2, -1), offs=p.offsets_E)
+    if down_bias is not None:  # before combining: the bias belongs to the expert and is weighted with it
+        y_ND = y_ND + _rows(down_bias, ids_TK, p.pair_N)
+    return combine(y_ND, weights_TK, p)
+
+
+def _rows(bias_E: Tensor, ids_TK: Tensor, pair_N: Tensor) -> Tensor:
+    return bias_E.index_select(0, ids_TK.flatten().index_select(0, pair_N))

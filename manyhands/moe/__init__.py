@@ -1,0 +1,9 @@
+"""The heart: routing, balance, dispatch, experts, the layer. Start with `layer.py`, then `router.py`."""
+
+from manyhands.moe.experts import Experts
+from manyhands.moe.layer import MoELayer
+from manyhands.moe.load import LoadCounter, LoadSummary
+from manyhands.moe.router import Router
+from manyhands.moe.routing import Routing
+
+__all__ = ["Experts", "LoadCounter", "LoadSummary", "MoELayer", "Router", "Routing"]

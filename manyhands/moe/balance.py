@@ -1,0 +1,152 @@
+"""Balance: what keeps the router from sending everything to a few experts.
+
+Losses are plain functions of one layer's `Routing`; the caller averages them over layers. The loss-free bias is a
+controller that steps once per optimiser step.
+
+One scale for f·P: L = E·Σ_i f_i·P_i, with f_i the share of pairs (sums to 1, no gradient) and P_i the mean normalised
+score (sums to 1). L is 1 at perfect balance for any K, and may fall below 1. Other frameworks' losses are this times:
+Switch, Mesh-TF 1; DeepSeek-V3, Megatron 1; GShard Alg. 1 1/E²; Hugging Face Mixtral K.
+
+T tokens, K experts per token, E experts, D model width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from manyhands.moe.routing import Routing, count_experts, top_k_stable
+
+
+def masked_mean(values_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Mean over the tokens whose mask is true; 0 when there are none."""
+    return (values_T * mask_T).sum() / mask_T.sum().clamp(min=1)
+
+
+def cv_squared(values_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, population variance / mean². Smooth at perfect balance (no square root)."""
+    return values_E.var(correction=0) / (values_E.mean() ** 2 + 1e-10)
+
+
+def gates(routing: Routing) -> Tensor:
+    """[T, E]: each token's combination weights at the experts it chose, 0 elsewhere; 0 for padding."""
+    chosen = (routing.expert_ids >= 0) & routing.token_mask[:, None]
+    dense = torch.zeros_like(routing.scores)
+    return dense.scatter_add(1, routing.expert_ids.clamp(min=0), routing.weights * chosen)
+
+
+def importance_loss(routing: Routing) -> Tensor:
+    """CV² of Σ_t G_te, Shazeer et al. 2017 (arXiv 1701.06538), equation 7."""
+    return cv_squared(gates(routing).sum(0))
+
+
+def smooth_load(routing: Routing) -> Tensor:
+    """[E]: expected number of tokens per expert if each expert's own noise were drawn again (Shazeer, appendix A).
+
+    P(x, i) = Φ((logit_i − threshold_i) / σ_i), the threshold being the k-th highest noisy logit among the others.
+    Without noise (evaluation), or with K = E where there is no (K+1)-th value, it is the plain count.
+    """
+    K, E = routing.expert_ids.shape[1], routing.num_experts
+    if routing.noisy_logits is None or routing.noise_std is None or K == E:
+        return routing.expert_counts().float()
+    top_TK1 = routing.noisy_logits.topk(K + 1, dim=-1).values
+    threshold_in, threshold_out = top_TK1[:, K, None], top_TK1[:, K - 1, None]
+    chosen_TE = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, routing.expert_ids, True)
+    threshold_TE = torch.where(chosen_TE, threshold_in, threshold_out)
+    probability_TE: Tensor = torch.special.ndtr((routing.logits - threshold_TE) / routing.noise_std)
+    return (probability_TE * routing.token_mask[:, None]).sum(0)
+
+
+def load_loss(routing: Routing) -> Tensor:
+    """CV² of the smooth load, Shazeer et al. 2017."""
+    return cv_squared(smooth_load(routing))
+
+
+def mean_probability(routing: Routing) -> Tensor:
+    """P [E]: mean over real tokens of the scores, normalised to sum to 1 per token."""
+    mask_T = routing.token_mask
+    return (_normalised(routing.scores) * mask_T[:, None]).sum(0) / mask_T.sum().clamp(min=1)
+
+
+def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
+    """f·P over this micro-batch, or with f from `counts_E` [E] int: the pairs of a larger scope.
+
+    For the global-batch loss (arXiv 2501.11873) pass the counts of the optimiser step so far, summed over
+    ranks and micro-batches; P stays local.
+    """
+    counts_E = routing.expert_counts() if counts_E is None else counts_E
+    f_E = counts_E.float() / counts_E.sum().clamp(min=1)
+    return routing.num_experts * (f_E * mean_probability(routing)).sum()
+
+
+def sequence_balancing_loss(routing: Routing, num_sequences: int) -> Tensor:
+    """f·P within each sequence, averaged over the sequences that have a real token. Rows must be [B·S]."""
+    return _per_sequence(routing, routing.expert_ids, num_sequences)
+
+
+def complementary_sequence_loss(routing: Routing, num_sequences: int) -> Tensor:
+    """DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, equations 17–20): f from the top-k of the unbiased scores."""
+    k = routing.expert_ids.shape[1]
+    return _per_sequence(routing, top_k_stable(routing.scores, k), num_sequences)
+
+
+def _per_sequence(routing: Routing, ids_TK: Tensor, num_sequences: int) -> Tensor:
+    B, E = num_sequences, routing.num_experts
+    T = routing.token_mask.shape[0]
+    mask_BS = routing.token_mask.view(B, T // B)
+    sequence_T = torch.arange(T, device=ids_TK.device) // (T // B)
+    cells = torch.where(ids_TK >= 0, ids_TK + E * sequence_T[:, None], -1)  # one counter per (sequence, expert)
+    counts_BE = count_experts(cells, routing.token_mask, B * E).view(B, E)
+    f_BE = counts_BE.float() / counts_BE.sum(1, keepdim=True).clamp(min=1)
+    p_BSE = _normalised(routing.scores).view(B, T // B, E) * mask_BS[..., None]
+    p_BE = p_BSE.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
+    return masked_mean(E * (f_BE * p_BE).sum(1), mask_BS.any(1))
+
+
+def z_loss(routing: Routing) -> Tensor:
+    """mean_t logsumexp(logits_t)², ST-MoE (arXiv 2202.08906): keeps the logits small, does not balance."""
+    return masked_mean(routing.logits.logsumexp(-1) ** 2, routing.token_mask)
+
+
+def variance_loss(routing: Routing) -> Tensor:
+    """−Σ_t Σ_e (s_te − s̄_e)²/E per token: rewards routing that differs between tokens (arXiv 2505.22323)."""
+    scores_TE, mask_T = routing.scores, routing.token_mask
+    mean_E = (scores_TE * mask_T[:, None]).sum(0) / mask_T.sum().clamp(min=1)
+    return -masked_mean(((scores_TE - mean_E) ** 2).mean(1), mask_T)
+
+
+def orthogonality_loss(routing: Routing) -> Tensor:
+    """Σ_j Σ_{k≠j} ‖projection of o_j on o_k‖² per token, o the chosen experts' outputs (arXiv 2505.22323).
+
+    Rewards experts that say different things. Needs `routing.expert_outputs`; dropped pairs do not count.
+    """
+    assert routing.expert_outputs is not None, "call the layer with keep_outputs=True"
+    o_TKD = routing.expert_outputs.float()
+    dot_TKK = torch.bmm(o_TKD, o_TKD.transpose(1, 2))
+    norm_TK = dot_TKK.diagonal(dim1=1, dim2=2)
+    projection_TKK = dot_TKK**2 / (norm_TK[:, None, :] + 1e-6)
+    off_diagonal = ~torch.eye(o_TKD.shape[1], dtype=torch.bool, device=o_TKD.device)
+    both_TKK = routing.kept[:, :, None] & routing.kept[:, None, :] & off_diagonal
+    return masked_mean((projection_TKK * both_TKK).sum((1, 2)), routing.token_mask)
+
+
+def _normalised(scores_TE: Tensor) -> Tensor:
+    """Scores that sum to 1 per token: softmax already does, sigmoid is divided by its sum."""
+    return scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+@torch.no_grad()
+def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
+    """The loss-free controller (arXiv 2408.15664): b += γ·sign(mean(c) − c), with the mean of the signs removed.
+
+    Call once per optimiser step with the counts of the whole step, summed over micro-batches and ranks. Centring
+    (Moonlight, torchtitan) changes no choice and keeps b from drifting. In place, float32.
+    """
+    counts = counts_E.double()
+    sign_E = torch.sign(counts.mean() - counts).float()
+    bias_E += rate * (sign_E - sign_E.mean())
+
+
+def mean_over_layers(losses: Sequence[Tensor]) -> Tensor:
+    """Per layer first, then averaged: a layer's imbalance cannot hide in another's."""
+    return torch.stack(list(losses)).mean()

@@ -1,0 +1,53 @@
+"""The experts: E feed-forward networks in stacked weights, run by a backend.
+
+E experts, D model width, F expert width, T tokens.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.config import MoEConfig
+from manyhands.kernels import ExpertWeights, check_name, run_experts
+from manyhands.kernels.experts import GATED
+from manyhands.moe.routing import Routing
+
+
+class Experts(nn.Module):
+    """Stacked weights: `gate_up_proj` [E, 2F, D] (gate rows first; `up_proj` [E, F, D] where the activation has
+    no gate) and `down_proj` [E, D, F], with optional `…_bias`.
+
+    `implementation` names the backend (`auto`, `eager`, `grouped_mm`); it can be changed at any time and given
+    per call.
+    """
+
+    def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
+        super().__init__()
+        E, D, F = config.router.num_experts, hidden_size, config.moe_intermediate_size
+        self.activation = config.hidden_act
+        self.implementation = check_name(implementation)
+        self._up_name = "gate_up_proj" if self.activation in GATED else "up_proj"
+        rows = 2 * F if self.activation in GATED else F
+        self.register_parameter(self._up_name, nn.Parameter(torch.empty(E, rows, D)))
+        self.down_proj = nn.Parameter(torch.empty(E, D, F))
+        bias = config.expert_bias
+        self.register_parameter(self._up_name + "_bias", nn.Parameter(torch.empty(E, rows)) if bias else None)
+        self.down_proj_bias = nn.Parameter(torch.empty(E, D)) if bias else None
+
+    def weights(self) -> ExpertWeights:
+        """The stacked weights as backends take them."""
+        up, up_bias = getattr(self, self._up_name), getattr(self, self._up_name + "_bias")
+        return ExpertWeights(up, self.down_proj, up_bias, self.down_proj_bias, self.activation)
+
+    def forward(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
+        """[T, D] -> [T, D]: each token's kept experts, weighted and summed."""
+        name = self.implementation if implementation is None else implementation
+        return run_experts(name, x_TD, routing.expert_ids, routing.weights, routing.kept, self.weights())
+
+    def outputs(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
+        """[T, K, D]: the chosen experts' outputs, unweighted; zeros where the pair is not kept."""
+        T, K = routing.expert_ids.shape
+        name = self.implementation if implementation is None else implementation
+        ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
+        pairs = x_TD.repeat_interleave(K, dim=0)
+        ones = torch.ones_like(ids, dtype=torch.float32)
+        return run_experts(name, pairs, ids, ones, kept, self.weights()).view(T, K, -1)

@@ -1,0 +1,86 @@
+"""The mixture-of-experts layer: router, experts, shared experts. Drop-in for a feed-forward network."""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.config import MoEConfig
+from manyhands.kernels.experts import GATED, activate
+from manyhands.moe.experts import Experts
+from manyhands.moe.router import Router
+from manyhands.moe.routing import Routing
+
+
+class Linear(nn.Linear):
+    """A linear layer that computes in its input's dtype: float32 master weights serve a bfloat16 forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., out]."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+
+class FeedForward(nn.Module):
+    """A dense feed-forward network of width F: also what a shared expert is."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, activation: str) -> None:
+        super().__init__()
+        self.activation = activation
+        gated = activation in GATED
+        self.gate_proj = Linear(hidden_size, intermediate_size, bias=False) if gated else None
+        self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        up = self.up_proj(x)
+        h = up if self.gate_proj is None else torch.cat((self.gate_proj(x), up), dim=-1)
+        return self.down_proj(activate(h, self.activation))  # type: ignore[no-any-return]
+
+
+class MoELayer(nn.Module):
+    """y, routing = moe(x). The routing is returned, never remembered: no hooks, no module state."""
+
+    def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
+        super().__init__()
+        self.router = Router(config.router, hidden_size)
+        self.experts = Experts(config, hidden_size, implementation)
+        self.shared_experts = None
+        self.shared_expert_gate = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.moe_intermediate_size
+            self.shared_experts = FeedForward(hidden_size, width, config.hidden_act)
+        if config.shared_expert_gate:
+            self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        token_mask: Tensor | None = None,
+        token_ids: Tensor | None = None,
+        keep_outputs: bool = False,
+    ) -> tuple[Tensor, Routing]:
+        """x [..., D]; `token_mask` [...] is false for padding; `token_ids` [...] is for hash routing.
+
+        Returns y [..., D] in x's dtype and the `Routing` of the T flattened tokens; with `keep_outputs` it holds
+        the experts' outputs, at the cost of T·K·D more values.
+        """
+        x_TD = x.reshape(-1, x.shape[-1])
+        routing = self.router(
+            x_TD,
+            None if token_mask is None else token_mask.reshape(-1),
+            None if token_ids is None else token_ids.reshape(-1),
+        )
+        if keep_outputs:
+            outputs_TKD = self.experts.outputs(x_TD, routing)
+            routing = replace(routing, expert_outputs=outputs_TKD)
+            y_TD = (routing.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
+        else:
+            y_TD = self.experts(x_TD, routing)
+        if self.shared_experts is not None:
+            shared_TD = self.shared_experts(x_TD)
+            if self.shared_expert_gate is not None:
+                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+            y_TD = y_TD + shared_TD
+        return y_TD.view_as(x), routing

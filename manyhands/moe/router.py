@@ -1,0 +1,163 @@
+"""The router: `score → select → weigh`, described by a `RouterConfig`, float32 whatever the model's dtype.
+
+T tokens, D model width, E experts, K experts per token, G groups.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyhands.config import RouterConfig
+from manyhands.errors import ConfigError
+from manyhands.moe.dispatch import apply_capacity
+from manyhands.moe.routing import Routing, top_k_stable
+
+NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
+
+
+class Router(nn.Module):
+    """Chooses K of E experts for every token. Returns a `Routing`; keeps no state but its parameters.
+
+    `e_score_correction_bias` [E] (when `config.bias`) steers selection only and is moved by the balance
+    controller, never by a gradient. `.to(bfloat16)` leaves everything in here float32.
+    """
+
+    weight: nn.Parameter
+    e_score_correction_bias: Tensor | None
+
+    def __init__(self, config: RouterConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        E = config.num_experts
+        self.weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32))
+        self.noise_weight = (
+            nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
+        )
+        bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
+        self.register_buffer("e_score_correction_bias", bias)
+
+    def forward(
+        self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None
+    ) -> Routing:
+        """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing."""
+        config, K = self.config, self.config.num_experts_per_tok
+        if token_mask_T is None:
+            token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
+        x_TD = x_TD.float()
+        if self.training and config.jitter:  # on a copy: the experts must see the token as it is
+            x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
+        logits_TE = F.linear(x_TD, self.weight)
+
+        noisy_TE, std_TE = self._noise(x_TD, logits_TE)
+        used_TE = logits_TE if noisy_TE is None else noisy_TE
+        used_scores_TE = used_TE.softmax(-1) if config.score == "softmax" else used_TE.sigmoid()
+        scores_TE = used_scores_TE if noisy_TE is None else logits_TE.softmax(-1)
+
+        if config.select == "hash":
+            ids_TK = hash_experts(token_ids_T, config.num_experts)
+            weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+            kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        elif config.select == "expert_choice":
+            ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
+            weights_TK = scores_TE
+        else:
+            ids_TK = self.select(used_scores_TE)
+            weights_TK = weigh(used_scores_TE, ids_TK, config)
+            if self.training and config.random_second:
+                ids_TK = sample_second(ids_TK, weights_TK)
+            kept_TK = ids_TK >= 0
+
+        factor = config.capacity_factor if self.training else config.eval_capacity_factor
+        if factor is not None:
+            kept_TK = apply_capacity(ids_TK, weights_TK, kept_TK, token_mask_T, config, factor)
+        return Routing(
+            ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
+        )
+
+    def select(self, scores_TE: Tensor) -> Tensor:
+        """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it."""
+        config = self.config
+        choice_TE = scores_TE.detach()
+        if self.e_score_correction_bias is not None:
+            choice_TE = choice_TE + self.e_score_correction_bias
+        if config.n_group > 1:
+            choice_TE = limit_to_groups(choice_TE, config)
+        return top_k_stable(choice_TE, config.num_experts_per_tok)
+
+    def _noise(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Shazeer's H = logits + N(0,1)·(softplus(x·W_noise) + ε), while training only."""
+        if self.noise_weight is None or not self.training:
+            return None, None
+        std_TE = F.softplus(F.linear(x_TD, self.noise_weight)) + NOISE_EPSILON
+        return logits_TE + torch.randn_like(logits_TE) * std_TE, std_TE
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Device moves pass through; dtype changes do not: rounding the bias to bf16 merges distinct values."""
+
+        def keep_dtype(t: Tensor) -> Tensor:
+            moved = fn(t)
+            return moved if moved.dtype == t.dtype else t.to(moved.device)
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+
+def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
+    """Scores with every expert outside the `topk_group` best groups at −inf.
+
+    V3 scores a group by the sum of its two best experts, V2 by its best. Zero instead of −inf would let a
+    forbidden expert win whenever the allowed ones have negative biased scores.
+    """
+    T, E = choice_TE.shape
+    groups_TGe = choice_TE.view(T, config.n_group, E // config.n_group)
+    if config.group_score == "max":
+        score_TG = groups_TGe.amax(-1)
+    else:
+        score_TG = groups_TGe.topk(min(2, groups_TGe.shape[-1]), dim=-1).values.sum(-1)
+    best = top_k_stable(score_TG, config.topk_group)
+    allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, best, True)
+    return groups_TGe.masked_fill(~allowed_TG[..., None], float("-inf")).view(T, E)
+
+
+def weigh(scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
+    """[T, K] float32: the unbiased scores of the chosen experts, renormalised if asked, scaled."""
+    weights_TK = scores_TE.gather(1, ids_TK)
+    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+    return weights_TK * config.routed_scaling_factor
+
+
+def sample_second(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    """GShard: the second expert is used with probability min(1, 2·weight), else its id becomes -1.
+
+    The first expert's weight stays as it was renormalised: nothing is redistributed.
+    """
+    used = 2.0 * weights_TK[:, 1].detach() > torch.rand_like(weights_TK[:, 1])
+    return torch.stack((ids_TK[:, 0], torch.where(used, ids_TK[:, 1], -1)), dim=1)
+
+
+def expert_choice(scores_TE: Tensor, token_mask_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Each expert takes its T·k/E best tokens (arXiv 2202.09368). Not causal: a token competes with later ones.
+
+    Returns ids [T, E] (e where expert e took token t, else -1) and the same as kept [T, E].
+    """
+    T, E = scores_TE.shape
+    real = int(token_mask_T.sum())
+    per_expert = min(real, max(1, real * k // E)) if real else 0
+    masked_ET = scores_TE.detach().masked_fill(~token_mask_T[:, None], float("-inf")).t().contiguous()
+    taken_EC = top_k_stable(masked_ET, per_expert)
+    kept_ET = torch.zeros_like(masked_ET, dtype=torch.bool).scatter_(1, taken_EC, True)
+    kept_TE = kept_ET.t().contiguous()
+    return torch.where(kept_TE, torch.arange(E, device=scores_TE.device), -1), kept_TE
+
+
+def hash_experts(token_ids_T: Tensor | None, num_experts: int) -> Tensor:
+    """[T, 1]: a fixed pseudo-random expert per token id (arXiv 2106.04426). Nothing is learned.
+
+    A multiplicative hash (Knuth), so that neighbouring ids, which a BPE orders by frequency, are spread.
+    """
+    if token_ids_T is None:
+        raise ConfigError("select = 'hash' routes by token id: pass token_ids to the layer")
+    return ((token_ids_T * 2654435761 % (1 << 32)) * num_experts >> 32)[:, None]

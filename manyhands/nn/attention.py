@@ -1,0 +1,114 @@
+"""Multi-head and grouped-query attention. `scaled_dot_product_attention` does the maths.
+
+B batch, S queries, L keys (L = S without a cache), H heads, G key/value heads, d head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from manyhands.config import ModelConfig
+from manyhands.moe.layer import Linear
+from manyhands.nn.cache import LayerCache
+from manyhands.nn.norm import RMSNorm
+from manyhands.nn.rope import apply_rope
+
+
+@dataclass(frozen=True, slots=True)
+class Positions:
+    """What every layer's attention needs to know about where the tokens are; built once per forward."""
+
+    rope: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    """[B, 1, S, L] bool, true where a query may look; None when `causal` says it all."""
+    causal: bool
+    clip_above: float | None = None
+    """Report the largest attention logit per head, exactly where it may exceed this (QK-Clip)."""
+
+
+def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
+    """[B, 1, S, L] bool for the last S of L positions, or None where `is_causal` or no mask is enough.
+
+    `plain` says that there is no padding. A padding query sees itself, so that no row is empty.
+    """
+    L = real_BL.shape[1]
+    if plain and (sliding_window is None or sliding_window >= L) and num_queries in (1, L):
+        return None
+    keys = torch.arange(L, device=real_BL.device)
+    queries = keys[L - num_queries :, None]
+    allowed_SL = keys <= queries
+    if sliding_window is not None:
+        allowed_SL &= keys > queries - sliding_window
+    return ((allowed_SL & real_BL[:, None, :]) | (keys == queries))[:, None]
+
+
+@torch.no_grad()
+def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions) -> Tensor:
+    """[H] float32: the largest scale·q·k a causal query saw, per head (QK-Clip's S).
+
+    First the bound max‖q‖·max‖k‖, which costs nothing; the products only where it exceeds `clip_above`.
+    """
+    assert positions.clip_above is not None
+    q, k = q_BHSd.float(), k_BHLd.float()
+    bound_H: Tensor = scale * q.norm(dim=-1).amax((0, 2)) * k.norm(dim=-1).amax((0, 2))
+    if bool((bound_H <= positions.clip_above).all()):
+        return bound_H
+    hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
+    blocked = hidden if positions.mask is None else ~positions.mask
+    logits_BHSL = torch.matmul(q, k.transpose(-2, -1)).mul_(scale).masked_fill_(blocked, float("-inf"))
+    return logits_BHSL.amax((0, 2, 3))
+
+
+class Attention(nn.Module):
+    """MHA or GQA, with optional QK-norm (per head or full width), biases and sliding window."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        a, D = config.attention, config.hidden_size
+        self.config = a
+        self.interleave = config.rope.interleave
+        H, G, d = a.num_attention_heads, a.kv_heads, a.head_dim
+        self.q_proj = Linear(D, H * d, bias=a.attention_bias)
+        self.k_proj = Linear(D, G * d, bias=a.attention_bias)
+        self.v_proj = Linear(D, G * d, bias=a.attention_bias)
+        self.o_proj = Linear(H * d, D, bias=a.output_bias)
+        self.q_norm = self.k_norm = None
+        if a.qk_norm != "none":
+            full = a.qk_norm == "full"
+            self.q_norm = RMSNorm(H * d if full else d, config.rms_norm_eps)
+            self.k_norm = RMSNorm(G * d if full else d, config.rms_norm_eps)
+
+    def forward(
+        self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
+        B, S, _ = x_BSD.shape
+        d = self.config.head_dim
+        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        if self.config.qk_norm == "full":
+            assert self.q_norm is not None and self.k_norm is not None
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k, v = (t.view(B, S, -1, d) for t in (q, k, v))
+        if self.config.qk_norm == "head":
+            assert self.q_norm is not None and self.k_norm is not None
+            q, k = self.q_norm(q), self.k_norm(k)
+        q_BHSd = apply_rope(q.transpose(1, 2), positions.rope, self.interleave)
+        k_BGLd = apply_rope(k.transpose(1, 2), positions.rope, self.interleave)
+        v_BGLd = v.transpose(1, 2)
+        if cache is not None:
+            k_BGLd, v_BGLd = cache.append(k_BGLd, v_BGLd)
+        groups = self.config.num_attention_heads // self.config.kv_heads
+        largest_H = None
+        if positions.clip_above is not None:
+            largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), d**-0.5, positions)
+        y_BHSd = F.scaled_dot_product_attention(
+            q_BHSd,
+            k_BGLd,
+            v_BGLd,
+            attn_mask=positions.mask,
+            is_causal=positions.causal and positions.mask is None,
+            enable_gqa=groups > 1,
+        )
+        return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1)), largest_H

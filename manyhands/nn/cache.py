@@ -1,0 +1,54 @@
+"""The cache of keys and values, or of MLA's latents, for step-by-step decoding.
+
+B batch, S sequence. A layer stores tensors whose second-to-last dimension is the sequence.
+"""
+
+import torch
+from torch import Tensor
+
+
+class LayerCache:
+    """Grows along the sequence, doubling its room, so that appending costs what is appended."""
+
+    def __init__(self) -> None:
+        self._buffers: list[Tensor] = []
+        self.length = 0
+
+    def append(self, *new: Tensor) -> list[Tensor]:
+        """Add [..., S, d] tensors at the end; returns views of everything so far, [..., length, d]."""
+        added = new[0].shape[-2]
+        needed = self.length + added
+        if not self._buffers:
+            self._buffers = [t.new_empty(*t.shape[:-2], max(needed, 64), t.shape[-1]) for t in new]
+        elif needed > self._buffers[0].shape[-2]:
+            grown = [b.new_empty(*b.shape[:-2], 2 * needed, b.shape[-1]) for b in self._buffers]
+            for old, big in zip(self._buffers, grown, strict=True):
+                big[..., : self.length, :] = old[..., : self.length, :]
+            self._buffers = grown
+        for buffer, t in zip(self._buffers, new, strict=True):
+            buffer[..., self.length : needed, :] = t
+        self.length = needed
+        return [buffer[..., :needed, :] for buffer in self._buffers]
+
+    @property
+    def values_per_token(self) -> int:
+        """How many numbers one token takes in this layer (576 for MLA at DeepSeek-V3's sizes)."""
+        return sum(b.numel() // (b.shape[0] * b.shape[-2]) for b in self._buffers)
+
+
+class Cache:
+    """One `LayerCache` per layer, and which of the cached positions are real [B, length]."""
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers = [LayerCache() for _ in range(num_layers)]
+        self.mask_BS: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far, padding included."""
+        return 0 if self.mask_BS is None else self.mask_BS.shape[1]
+
+    def extend_mask(self, mask_BS: Tensor) -> Tensor:
+        """Add the mask of new positions; returns the mask of all of them."""
+        self.mask_BS = mask_BS if self.mask_BS is None else torch.cat((self.mask_BS, mask_BS), dim=1)
+        return self.mask_BS

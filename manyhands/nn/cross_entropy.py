@@ -1,0 +1,71 @@
+"""Cross entropy of a linear head, in chunks: the logits [T, V] never exist at once, nor twice.
+
+T tokens, D model width, V vocabulary.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+CHUNK_VALUES = 1 << 22  # logits held at a time: 16 MB in float32
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The gradient is formed with the loss, chunk by chunk, while the logits are still in cache."""
+
+    @staticmethod
+    def forward(ctx: Any, states_TD: Tensor, head_VD: Tensor, targets_T: Tensor, mask_T: Tensor) -> Tensor:
+        T, V = states_TD.shape[0], head_VD.shape[0]
+        head = head_VD.to(states_TD.dtype)
+        need_states, need_head = ctx.needs_input_grad[:2]
+        dstates = torch.empty_like(states_TD) if need_states else None
+        dhead = torch.zeros_like(head_VD, dtype=torch.float32) if need_head else None
+        count = mask_T.sum().clamp(min=1)
+        total = torch.zeros((), dtype=torch.float32, device=states_TD.device)
+        chunk = max(1, CHUNK_VALUES // V)
+        for start in range(0, T, chunk):
+            rows = slice(start, min(start + chunk, T))
+            logits = torch.mm(states_TD[rows], head.t()).to(torch.promote_types(head.dtype, torch.float32))
+            target = targets_T[rows, None]
+            largest = logits.amax(-1, keepdim=True)
+            chosen = logits.gather(1, target)
+            probability = logits.sub_(largest).exp_()
+            norm = probability.sum(-1, keepdim=True)
+            losses = (norm.log() + largest - chosen).squeeze(1)
+            total = total + torch.where(mask_T[rows], losses, 0.0).sum()
+            if not (need_states or need_head):
+                continue
+            share = mask_T[rows, None] / count
+            gradient = probability.mul_(share / norm).scatter_add_(1, target, -share.to(logits.dtype))
+            gradient = gradient.to(head.dtype)
+            if dstates is not None:
+                torch.mm(gradient, head, out=dstates[rows])
+            if dhead is not None and head.dtype == dhead.dtype:
+                dhead.addmm_(gradient.t(), states_TD[rows])
+            elif dhead is not None:
+                dhead += gradient.t() @ states_TD[rows]
+        ctx.save_for_backward(dstates, dhead)
+        ctx.head_dtype = head_VD.dtype
+        return total / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        dstates, dhead = ctx.saved_tensors
+        return (
+            None if dstates is None else dstates * dloss.to(dstates.dtype),
+            None if dhead is None else (dhead * dloss).to(ctx.head_dtype),
+            None,
+            None,
+        )
+
+
+def linear_cross_entropy(states_TD: Tensor, head_VD: Tensor, targets_T: Tensor, mask_T: Tensor) -> Tensor:
+    """Mean over the masked-in tokens of −log softmax(states·headᵀ)[target], in nats, float32.
+
+    The same value and gradients as `F.cross_entropy(F.linear(states, head), targets)`.
+    """
+    y: Tensor = _LinearCrossEntropy.apply(states_TD, head_VD, targets_T, mask_T)  # type: ignore[no-untyped-call]
+    return y

@@ -1,0 +1,160 @@
+"""The decoder: embedding, blocks, final norm, head.
+
+B batch, S sequence, T = B·S tokens, D model width, V vocabulary, L layers, H heads.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from manyhands.config import ModelConfig
+from manyhands.moe import MoELayer, Routing
+from manyhands.moe.layer import FeedForward, Linear
+from manyhands.nn.attention import Attention, Positions, causal_mask
+from manyhands.nn.cache import Cache, LayerCache
+from manyhands.nn.mla import LatentAttention
+from manyhands.nn.norm import RMSNorm
+from manyhands.nn.rope import rope_tables
+
+
+@dataclass(frozen=True, slots=True)
+class Hidden:
+    """What the body of the model returns: everything but the logits."""
+
+    states: Tensor
+    """[B, S, D] after the final norm."""
+    routings: dict[int, Routing]
+    """One `Routing` per sparse layer, by layer number."""
+    max_logits: dict[int, Tensor]
+    """[H] per layer, when asked for: the largest attention logits (QK-Clip)."""
+    cache: Cache | None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What the model returns."""
+
+    logits: Tensor
+    """[B, S, V]"""
+    routings: dict[int, Routing]
+    cache: Cache | None
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward network is dense or a mixture."""
+
+    def __init__(self, config: ModelConfig, layer: int, implementation: str) -> None:
+        super().__init__()
+        D = config.hidden_size
+        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.self_attn = LatentAttention(config) if config.attention.kind == "mla" else Attention(config)
+        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        if config.is_sparse(layer):
+            assert config.moe is not None
+            self.mlp: nn.Module = MoELayer(config.moe, D, implementation)
+        else:
+            self.mlp = FeedForward(D, config.intermediate_size, config.hidden_act)
+
+    def forward(
+        self,
+        x_BSD: Tensor,
+        positions: Positions,
+        cache: LayerCache | None,
+        mask_BS: Tensor,
+        ids_BS: Tensor,
+        keep_outputs: bool,
+    ) -> tuple[Tensor, Routing | None, Tensor | None]:
+        """Returns x [B, S, D], the routing of a sparse layer, and the largest attention logits if asked for."""
+        attended, largest_H = self.self_attn(self.input_layernorm(x_BSD), positions, cache)
+        x_BSD = x_BSD + attended
+        normed = self.post_attention_layernorm(x_BSD)
+        if isinstance(self.mlp, MoELayer):
+            y, routing = self.mlp(normed, mask_BS, ids_BS, keep_outputs)
+            return x_BSD + y, routing, largest_H
+        return x_BSD + self.mlp(normed), None, largest_H
+
+
+class Decoder(nn.Module):
+    """A causal language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
+
+    def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, layer, experts_implementation) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = (
+            None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+
+    @property
+    def head_weight(self) -> Tensor:
+        """[V, D]: the output projection, which may be the embedding."""
+        return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        attention_mask: Tensor | None = None,
+        cache: Cache | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Output:
+        """Logits for token ids [B, S]. See `hidden` for the arguments."""
+        hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype)
+        logits = F.linear(hidden.states, self.head_weight.to(hidden.states.dtype))
+        return Output(logits, hidden.routings, hidden.cache)
+
+    def hidden(
+        self,
+        ids_BS: Tensor,
+        mask_BS: Tensor | None = None,
+        cache: Cache | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        recompute: bool = False,
+        clip_above: float | None = None,
+        keep_outputs: bool = False,
+    ) -> Hidden:
+        """Everything but the head.
+
+        `mask_BS` is false for padding (any side); `cache` continues from earlier tokens and is extended in place;
+        `dtype` is the compute dtype (default: that of the weights); `recompute` trades time for memory in the
+        backward pass; `clip_above` asks for the attention logits of QK-Clip; `keep_outputs` keeps the experts'
+        outputs in the routings.
+        """
+        plain = mask_BS is None and (cache is None or cache.mask_BS is None or bool(cache.mask_BS.all()))
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
+        real_BL = real_BS if cache is None else cache.extend_mask(real_BS)
+        S, L = ids_BS.shape[1], real_BL.shape[1]
+        position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
+        a = self.config.attention
+        positions = Positions(
+            rope_tables(self.config.rope, a.rope_dim, position_BL[:, L - S :]),
+            causal_mask(real_BL, S, a.sliding_window, plain),
+            causal=S == L,
+            clip_above=clip_above,
+        )
+        x = F.embedding(ids_BS, self.embed_tokens.weight)
+        x = x if dtype is None else x.to(dtype)
+        routings: dict[int, Routing] = {}
+        largest: dict[int, Tensor] = {}
+        for layer, block in enumerate(self.layers):
+            layer_cache = None if cache is None else cache.layers[layer]
+            arguments = (x, positions, layer_cache, real_BS, ids_BS, keep_outputs)
+            x, routing, largest_H = (
+                checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            )
+            if routing is not None:
+                routings[layer] = routing
+            if largest_H is not None:
+                largest[layer] = largest_H
+        return Hidden(self.norm(x), routings, largest, cache)
+
+    def new_cache(self) -> Cache:
+        """An empty cache for step-by-step decoding."""
+        return Cache(self.config.num_hidden_layers)

@@ -1,0 +1,45 @@
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · weight over the last dimension; statistics in float32, output in x's dtype."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Written out, because autograd's own chain reads and writes the activations eleven times on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
+        ctx.save_for_backward(x, weight, scale)
+        y: Tensor = (x32 * scale).mul_(weight.to(x32.dtype)).to(x.dtype)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+        x, weight, scale = ctx.saved_tensors
+        dy32 = dy.to(scale.dtype)
+        normed: Tensor = x.to(scale.dtype) * scale
+        dweight: Tensor = (dy32 * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+        dnormed = dy32 * weight.to(scale.dtype)
+        mean = torch.linalg.vecdot(dnormed, normed).div_(x.shape[-1]).unsqueeze(-1)
+        dx: Tensor = dnormed.addcmul_(normed, mean, value=-1.0).mul_(scale).to(x.dtype)
+        return dx, dweight, None

@@ -1,0 +1,96 @@
+"""Rotary position embedding (arXiv 2104.09864): plain, linear interpolation, YaRN (arXiv 2309.00071).
+
+B batch, H heads, S sequence, d the rotated width of a head.
+"""
+
+import math
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from manyhands.config import RopeConfig
+
+
+def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
+    """YaRN's temperature: 0.1·mscale·ln(factor) + 1."""
+    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
+
+
+def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by."""
+    exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
+    plain = 1.0 / config.rope_theta**exponent
+    if config.rope_type == "default":
+        return plain, 1.0
+    if config.rope_type == "linear":
+        return plain / config.factor, 1.0
+
+    assert config.original_max_position_embeddings is not None
+    length = config.original_max_position_embeddings
+
+    def dimension_of(rotations: float) -> float:
+        """The dimension that turns `rotations` times over the original context."""
+        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
+
+    low = max(math.floor(dimension_of(config.beta_fast)), 0)
+    high = min(math.ceil(dimension_of(config.beta_slow)), dim - 1)
+    steps = torch.arange(dim // 2, dtype=torch.float32, device=device)
+    ramp = ((steps - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)  # 0: keep the frequency, 1: interpolate it
+    frequencies = plain * (1.0 - ramp) + plain / config.factor * ramp
+    return frequencies, _yarn_attention_factor(config)
+
+
+def _yarn_attention_factor(config: RopeConfig) -> float:
+    if config.attention_factor is not None:
+        return config.attention_factor
+    if config.mscale and config.mscale_all_dim:
+        return yarn_mscale(config.factor, config.mscale) / yarn_mscale(config.factor, config.mscale_all_dim)
+    return yarn_mscale(config.factor)
+
+
+def rope_tables(config: RopeConfig, dim: int, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, S, dim/2] float32 for integer positions [B, S]."""
+    frequencies, factor = inverse_frequencies(config, dim, positions_BS.device)
+    angles = positions_BS[:, None, :, None].float() * frequencies
+    return angles.cos() * factor, angles.sin() * factor
+
+
+class _Rotate(torch.autograd.Function):
+    """(a, b) -> (a·cos − b·sin, b·cos + a·sin) on the two halves; the gradient is the inverse rotation."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotate(x, cos, sin)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotate(dy, cos, -sin), None, None
+
+
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    a, b = x32.chunk(2, dim=-1)
+    y = torch.empty_like(x32)
+    first, second = y.chunk(2, dim=-1)
+    torch.mul(a, cos, out=first)
+    torch.mul(b, cos, out=second)
+    first.addcmul_(b, sin, value=-1.0)
+    second.addcmul_(a, sin)
+    return y.to(x.dtype)
+
+
+def apply_rope(x_BHSd: Tensor, tables: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
+    """Rotate [B, H, S, d]. With `interleave` pairs are neighbours (DeepSeek) and come out as halves.
+
+    The reordering is the same for queries and keys, so their products are unchanged.
+    """
+    if interleave:
+        x_BHSd = torch.cat((x_BHSd[..., 0::2], x_BHSd[..., 1::2]), dim=-1)
+    y: Tensor = _Rotate.apply(x_BHSd, *tables)  # type: ignore[no-untyped-call]
+    return y
