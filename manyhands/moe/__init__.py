@@ -3,7 +3,8 @@
 from manyhands.moe.experts import Experts
 from manyhands.moe.layer import MoELayer
 from manyhands.moe.load import LoadCounter, LoadSummary
+from manyhands.moe.objective import balance_objective
 from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
 
-__all__ = ["Experts", "LoadCounter", "LoadSummary", "MoELayer", "Router", "Routing"]
+__all__ = ["Experts", "LoadCounter", "LoadSummary", "MoELayer", "Router", "Routing", "balance_objective"]

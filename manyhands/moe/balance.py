@@ -10,8 +10,6 @@ Switch, Mesh-TF 1; DeepSeek-V3, Megatron 1; GShard Alg. 1 1/E²; Hugging Face Mi
 T tokens, K experts per token, E experts, D model width.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -145,8 +143,3 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
     counts = counts_E.double()
     sign_E = torch.sign(counts.mean() - counts).float()
     bias_E += rate * (sign_E - sign_E.mean())
-
-
-def mean_over_layers(losses: Sequence[Tensor]) -> Tensor:
-    """Per layer first, then averaged: a layer's imbalance cannot hide in another's."""
-    return torch.stack(list(losses)).mean()

@@ -32,15 +32,11 @@ class Router(nn.Module):
         self.config = config
         E = config.num_experts
         self.weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32))
-        self.noise_weight = (
-            nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
-        )
+        self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
 
-    def forward(
-        self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None
-    ) -> Routing:
+    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing."""
         config, K = self.config, self.config.num_experts_per_tok
         if token_mask_T is None:

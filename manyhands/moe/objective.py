@@ -1,0 +1,65 @@
+"""The balance terms of a run, added up: per layer first, then averaged over layers, then weighted.
+
+L sparse layers, E experts.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from manyhands.config import BalanceConfig
+from manyhands.moe import balance
+from manyhands.moe.routing import Routing
+
+
+def balance_terms(
+    routing: Routing, config: BalanceConfig, num_sequences: int, step_counts_E: Tensor | None = None
+) -> dict[str, Tensor]:
+    """One layer's terms with a non-zero coefficient, by the name of their coefficient, unweighted.
+
+    `step_counts_E` are the pairs per expert of the optimiser step so far, for `aux_scope = "global"`.
+    """
+    terms: dict[str, Tensor] = {}
+    if config.aux_loss_coef:
+        if config.aux_scope == "sequence":
+            terms["aux_loss"] = balance.sequence_balancing_loss(routing, num_sequences)
+        else:
+            counts = step_counts_E if config.aux_scope == "global" else None
+            terms["aux_loss"] = balance.load_balancing_loss(routing, counts)
+    if config.z_loss_coef:
+        terms["z_loss"] = balance.z_loss(routing)
+    if config.importance_coef:
+        terms["importance"] = balance.importance_loss(routing)
+    if config.load_coef:
+        terms["load"] = balance.load_loss(routing)
+    if config.sequence_loss_coef:
+        terms["sequence_loss"] = balance.complementary_sequence_loss(routing, num_sequences)
+    if config.orthogonality_coef:
+        terms["orthogonality"] = balance.orthogonality_loss(routing)
+    if config.variance_coef:
+        terms["variance"] = balance.variance_loss(routing)
+    return terms
+
+
+def balance_objective(
+    routings: Mapping[int, Routing],
+    config: BalanceConfig,
+    num_sequences: int,
+    step_counts: Mapping[int, Tensor] | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Σ coefficient · mean over layers of each term, and the means themselves (detached) for the journal.
+
+    Zero when there is no sparse layer.
+    """
+    if not routings:
+        return torch.zeros(()), {}
+    per_layer = [
+        balance_terms(routing, config, num_sequences, None if step_counts is None else step_counts[layer])
+        for layer, routing in routings.items()
+    ]
+    means = {name: torch.stack([terms[name] for terms in per_layer]).mean() for name in per_layer[0]}
+    total = torch.zeros((), device=next(iter(routings.values())).scores.device)
+    for name, mean in means.items():
+        total = total + getattr(config, f"{name}_coef") * mean
+    return total, {name: mean.detach() for name, mean in means.items()}
