@@ -6,6 +6,7 @@ allowed, and the nearest valid name.
 """
 
 import difflib
+import reprlib
 import types
 import typing
 from collections.abc import Mapping
@@ -17,6 +18,10 @@ from pydantic_core import ErrorDetails
 from manyhands.errors import ConfigError
 
 C = TypeVar("C", bound="Strict")
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class Strict(BaseModel):
@@ -53,8 +58,16 @@ def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
         return f"{path}: this field is required"
     if not path:  # a rule about several fields; its own message names them
         return message
-    shown = repr(problem["input"])
-    return f"{path} = {shown if len(shown) < 80 else shown[:77] + '...'}: {message}"
+    return f"{path} = {_shown(problem['input'])}: {message}"
+
+
+def _shown(value: Any) -> str:
+    """`repr`, cut to 80 characters without ever being built in full: YAML aliases make small files huge values."""
+    try:
+        text = _SHORT.repr(value)
+    except ValueError:  # Python refuses to print integers beyond 4300 digits
+        return f"an integer of {value.bit_length()} bits"
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def suggest(name: str, allowed: list[str]) -> str:

@@ -40,10 +40,7 @@ def parse_run(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig
     """A run from YAML text; `where` names its origin in errors."""
     if len(text) > 1 << 20:
         raise ConfigError(f"{where}: {len(text)} characters is too long for a run description")
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ConfigError(f"{where}: not valid YAML: {' '.join(str(error).split())[:200]}") from None
+    values = _read_yaml(text, f"{where}: not valid YAML")
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected sections (data, model, …), found {type(values).__name__}")
@@ -57,15 +54,20 @@ def dump_run(run: RunConfig) -> str:
     return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
+def _read_yaml(text: str, complaint: str) -> Any:
+    """Plain values from YAML text. PyYAML lets impossible dates and endless integers escape as ValueError."""
+    try:
+        return yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{complaint}: {' '.join(str(error).split())[:200]}") from None
+
+
 def _apply(values: dict[str, Any], override: str) -> None:
     """Set `section.key=value` in nested `values`; the value is read as YAML."""
     path, equals, text = override.partition("=")
     if not equals or not path.strip():
         raise ConfigError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"override {override!r}: {text!r} is not a YAML value") from None
+    value = _read_yaml(text, f"override {override[:80]!r} is not a YAML value")
     *parents, last = path.strip().split(".")
     here = values
     for name in parents:

@@ -13,6 +13,7 @@ from manyhands.config.base import Strict
 Size = Annotated[int, Field(ge=1, le=1 << 24)]
 Count = Annotated[int, Field(ge=0, le=1 << 20)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6)]
+Rotations = Annotated[float, Field(gt=0.0, le=1e6)]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
 
 
@@ -123,8 +124,8 @@ class RopeConfig(Strict):
     rope_type: Literal["default", "linear", "yarn"] = "default"
     factor: Annotated[float, Field(ge=1.0, le=1e4)] = 1.0
     original_max_position_embeddings: Size | None = None
-    beta_fast: Rate = 32.0
-    beta_slow: Rate = 1.0
+    beta_fast: Rotations = 32.0
+    beta_slow: Rotations = 1.0
     mscale: Rate | None = None
     mscale_all_dim: Rate | None = None
     attention_factor: Rate | None = None

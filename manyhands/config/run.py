@@ -96,7 +96,9 @@ class TrainConfig(Strict):
     micro_batch_size: Size | None = None
     """Sequences per forward and backward; None: the whole batch at once."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Compute precision; the master weights are float32. auto: bfloat16 where the hardware multiplies it."""
+    """Compute precision; the master weights are float32. auto: bfloat16 on CUDA, float32 on a CPU."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: the GPU if there is one."""
     recompute: bool = False
     """Recompute each block's activations in the backward pass to save memory."""
     experts_implementation: str = "auto"

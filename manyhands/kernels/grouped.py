@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyhands.errors import ConfigError
 from manyhands.kernels.experts import ExpertWeights, activate
 from manyhands.kernels.permute import combine, gather, sort_pairs
 
@@ -18,6 +19,11 @@ def supports_grouped_mm(x: Tensor, experts: ExpertWeights) -> bool:
 
 def grouped_mm(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
     """The fast path of plain PyTorch: work grows with the number of pairs, not with the number of experts."""
+    if not supports_grouped_mm(x_TD, experts):
+        raise ConfigError(
+            f"experts_implementation = 'grouped_mm' takes float32, bfloat16 and float16 with rows of whole multiples "
+            f"of 16 bytes, not {x_TD.dtype} with widths {tuple(experts.up.shape[1:])}: use 'eager' or 'auto'"
+        )
     up, down, up_bias, down_bias, activation = experts.cast(x_TD.dtype)
     p = sort_pairs(ids_TK, kept_TK, up.shape[0])
     h_N = F.grouped_mm(gather(x_TD, p), up.transpose(-2, -1), offs=p.offsets_E)

@@ -49,8 +49,7 @@ def smooth_load(routing: Routing) -> Tensor:
         return routing.expert_counts().float()
     top_TK1 = routing.noisy_logits.topk(K + 1, dim=-1).values
     threshold_in, threshold_out = top_TK1[:, K, None], top_TK1[:, K - 1, None]
-    chosen_TE = torch.zeros_like(routing.scores, dtype=torch.bool).scatter(1, routing.expert_ids, True)
-    threshold_TE = torch.where(chosen_TE, threshold_in, threshold_out)
+    threshold_TE = torch.where(routing.noisy_logits > threshold_in, threshold_in, threshold_out)
     probability_TE: Tensor = torch.special.ndtr((routing.logits - threshold_TE) / routing.noise_std)
     return (probability_TE * routing.token_mask[:, None]).sum(0)
 

@@ -59,7 +59,7 @@ class LoadCounter:
         chosen = (routing.expert_ids >= 0) & mask_T[:, None]
         self.counts = self.counts + routing.expert_counts()
         self.dropped = self.dropped + (chosen & ~routing.kept).sum()
-        self.top1_weight = self.top1_weight + (routing.weights.amax(1) * mask_T).sum()
+        self.top1_weight = self.top1_weight + (routing.weights * chosen).amax(1).sum()
         self.tokens = self.tokens + mask_T.sum()
 
     def summary(self) -> LoadSummary:

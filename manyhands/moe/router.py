@@ -44,25 +44,25 @@ class Router(nn.Module):
         x_TD = x_TD.float()
         if self.training and config.jitter:  # on a copy: the experts must see the token as it is
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
-        logits_TE = F.linear(x_TD, self.weight)
+        logits_TE = linear_float32(x_TD, self.weight)
 
         noisy_TE, std_TE = self._noise(x_TD, logits_TE)
         used_TE = logits_TE if noisy_TE is None else noisy_TE
-        used_scores_TE = used_TE.softmax(-1) if config.score == "softmax" else used_TE.sigmoid()
-        scores_TE = used_scores_TE if noisy_TE is None else logits_TE.softmax(-1)
+        used_scores_TE = score(used_TE, config)
+        scores_TE = used_scores_TE if noisy_TE is None else score(logits_TE, config)
 
         if config.select == "hash":
             ids_TK = hash_experts(token_ids_T, config.num_experts)
-            weights_TK = torch.ones_like(ids_TK, dtype=torch.float32)
+            weights_TK = torch.full_like(ids_TK, config.routed_scaling_factor, dtype=torch.float32)
             kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         elif config.select == "expert_choice":
             ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
-            weights_TK = scores_TE
+            weights_TK = scores_TE * config.routed_scaling_factor
         else:
             ids_TK = self.select(used_scores_TE)
             weights_TK = weigh(used_scores_TE, ids_TK, config)
             if self.training and config.random_second:
-                ids_TK = sample_second(ids_TK, weights_TK)
+                ids_TK = sample_second(ids_TK, weights_TK / config.routed_scaling_factor)
             kept_TK = ids_TK >= 0
 
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
@@ -86,7 +86,7 @@ class Router(nn.Module):
         """Shazeer's H = logits + N(0,1)·(softplus(x·W_noise) + ε), while training only."""
         if self.noise_weight is None or not self.training:
             return None, None
-        std_TE = F.softplus(F.linear(x_TD, self.noise_weight)) + NOISE_EPSILON
+        std_TE = F.softplus(linear_float32(x_TD, self.noise_weight)) + NOISE_EPSILON
         return logits_TE + torch.randn_like(logits_TE) * std_TE, std_TE
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
@@ -98,6 +98,17 @@ class Router(nn.Module):
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         return self
+
+
+def linear_float32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+    """x·Wᵀ [T, E] in float32, also inside somebody's `torch.autocast`."""
+    with torch.autocast(x_TD.device.type, enabled=False):
+        return F.linear(x_TD, weight_ED)
+
+
+def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
+    """[T, E] float32: softmax over the experts, or a sigmoid for each."""
+    return logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
 
 
 def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -139,7 +150,7 @@ def expert_choice(scores_TE: Tensor, token_mask_T: Tensor, k: int) -> tuple[Tens
 
     Returns ids [T, E] (e where expert e took token t, else -1) and the same as kept [T, E].
     """
-    T, E = scores_TE.shape
+    E = scores_TE.shape[1]
     real = int(token_mask_T.sum())
     per_expert = min(real, max(1, real * k // E)) if real else 0
     masked_ET = scores_TE.detach().masked_fill(~token_mask_T[:, None], float("-inf")).t().contiguous()

@@ -53,7 +53,7 @@ def top_k_stable(scores_TE: Tensor, k: int) -> Tensor:
     """[T, k] int64: the k highest entries of each row, best first, ties to the lower index, on every device.
 
     `torch.topk` breaks ties as it likes. Here float32 scores become integers of the same order, with the index
-    in the low bits, so that no two are equal. NaN sorts above everything, as in `torch.topk`.
+    in the low bits, so that no two are equal. A row of NaN still gets k different, valid indices.
     """
     scores = scores_TE.detach().float() + 0.0  # -0.0 becomes 0.0: equal floats must have equal bits
     bits = scores.view(torch.int32)

@@ -31,7 +31,8 @@ class Positions:
 def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
     """[B, 1, S, L] bool for the last S of L positions, or None where `is_causal` or no mask is enough.
 
-    `plain` says that there is no padding. A padding query sees itself, so that no row is empty.
+    `plain` says that there is no padding. A padding query sees itself, so that no row is empty. The window counts
+    real tokens: padding between them (a right-padded prompt that is continued) takes no room in it.
     """
     L = real_BL.shape[1]
     if plain and (sliding_window is None or sliding_window >= L) and num_queries in (1, L):
@@ -40,7 +41,9 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
     queries = keys[L - num_queries :, None]
     allowed_SL = keys <= queries
     if sliding_window is not None:
-        allowed_SL &= keys > queries - sliding_window
+        place_BL = real_BL.cumsum(1)
+        window_BSL = place_BL[:, None, :] > place_BL[:, L - num_queries :, None] - sliding_window
+        allowed_SL = allowed_SL & window_BSL  # now [B, S, L]
     return ((allowed_SL & real_BL[:, None, :]) | (keys == queries))[:, None]
 
 

@@ -4,7 +4,6 @@ B batch, H heads, S sequence, d the rotated width of a head.
 """
 
 import math
-
 from typing import Any
 
 import torch

@@ -1,0 +1,178 @@
+"""The oracle: a decoder in float64 in which every expert is evaluated for every token.
+
+    y_t = Σ_e G_te · Expert_e(x_t),  G [T, E] dense, 0 where an expert was not chosen or had no room
+
+Nothing is sorted, gathered or skipped. Feed-forward networks, norms, routing (`oracle_routing.py`), losses
+(`oracle_balance.py`) and the order of the blocks are written here again; only attention is the model's own module,
+run in float64: the object of the check is the mixture.
+
+B batch, S sequence, T = B·S tokens, D width, E experts, V vocabulary, M micro-batches.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from manyhands.check.oracle_routing import DenseRouting, RouterWeights, route
+from manyhands.config import ModelConfig, MoEConfig
+from manyhands.moe import Routing
+from manyhands.nn import Decoder
+from manyhands.nn.attention import Positions, causal_mask
+from manyhands.nn.rope import rope_tables
+
+Params = Mapping[str, Tensor]
+
+
+def float64_copy(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter (a leaf that takes a gradient) and buffer, by name, in float64."""
+    copies = {name: p.detach().double().requires_grad_() for name, p in module.named_parameters()}
+    return copies | {name: b.detach().double() for name, b in module.named_buffers()}
+
+
+def activation(h: Tensor, name: str) -> Tensor:
+    """SwiGLU and GeGLU: gate half times up half; GELU is the exact one."""
+    if name in ("swiglu", "geglu"):
+        gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+        return (gate / (1.0 + (-gate).exp()) if name == "swiglu" else _gelu(gate)) * up
+    return _gelu(h) if name == "gelu" else h * (h > 0)
+
+
+def _gelu(h: Tensor) -> Tensor:
+    return 0.5 * h * (1.0 + torch.erf(h / math.sqrt(2.0)))
+
+
+def feed_forward(p: Params, prefix: str, x: Tensor, act: str) -> Tensor:
+    """A dense feed-forward network."""
+    h = x @ p[prefix + "up_proj.weight"].T
+    if act in ("swiglu", "geglu"):
+        h = torch.cat((x @ p[prefix + "gate_proj.weight"].T, h), -1)
+    return activation(h, act) @ p[prefix + "down_proj.weight"].T
+
+
+def every_expert(p: Params, prefix: str, x_TD: Tensor, act: str) -> Tensor:
+    """[T, E, D]: all experts' outputs for all tokens."""
+    up = "gate_up_proj" if act in ("swiglu", "geglu") else "up_proj"
+    h = torch.einsum("td,efd->tef", x_TD, p[prefix + up])
+    if prefix + up + "_bias" in p:
+        h = h + p[prefix + up + "_bias"]
+    y = torch.einsum("tef,edf->ted", activation(h, act), p[prefix + "down_proj"])
+    return y + p[prefix + "down_proj_bias"] if prefix + "down_proj_bias" in p else y
+
+
+def moe_layer(
+    p: Params,
+    prefix: str,
+    x_TD: Tensor,
+    config: MoEConfig,
+    *,
+    training: bool,
+    mask_T: Tensor,
+    ids_T: Tensor,
+    generator: torch.Generator,
+    tested: Routing,
+    slack: float,
+) -> tuple[Tensor, DenseRouting]:
+    """[T, D] -> [T, D] and who went where; see `route` for the arguments."""
+    router = prefix + "router."
+    weights = RouterWeights(
+        p[router + "weight"], p.get(router + "e_score_correction_bias"), p.get(router + "noise_weight")
+    )
+    routing = route(
+        x_TD,
+        weights,
+        config.router,
+        training=training,
+        mask_T=mask_T,
+        ids_T=ids_T,
+        generator=generator,
+        tested=tested,
+        slack=slack,
+    )
+    outputs_TED = every_expert(p, prefix + "experts.", x_TD, config.hidden_act)
+    y = torch.einsum("te,ted->td", routing.weights * routing.kept, outputs_TED)
+    if config.n_shared_experts:
+        shared = feed_forward(p, prefix + "shared_experts.", x_TD, config.hidden_act)
+        if config.shared_expert_gate:
+            shared = shared / (1.0 + (-x_TD @ p[prefix + "shared_expert_gate.weight"].T).exp())
+        y = y + shared
+    return y, replace(routing, outputs=outputs_TED)
+
+
+@dataclass(frozen=True, slots=True)
+class OracleOutput:
+    """What the oracle's forward returns."""
+
+    logits: Tensor
+    """[B, S, V]"""
+    routings: list[dict[int, DenseRouting]]
+    """Per micro-batch, by layer."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / √(mean(x²) + eps) · weight."""
+    return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
+def decode(
+    model: Decoder,
+    p: Params,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    *,
+    training: bool,
+    seeds: list[int],
+    tested: list[dict[int, Routing]],
+    slack: float,
+) -> OracleOutput:
+    """The whole batch at once; only routing is by micro-batch, since capacity and random draws belong to one.
+
+    `seeds` [M] start each micro-batch's random draws and `tested` [M] are the routings under test.
+    """
+    config, (B, S), M = model.config, ids_BS.shape, len(seeds)
+    positions = _positions(config, mask_BS)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    routings: list[dict[int, DenseRouting]] = [{} for _ in seeds]
+    x = p["embed_tokens.weight"][ids_BS]
+    for layer, block in enumerate(model.layers):
+        prefix = f"layers.{layer}."
+        attention = {n: p[f"{prefix}self_attn.{n}"] for n, _ in block.self_attn.named_parameters()}
+        normed = rms_norm(x, p[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+        x = x + functional_call(block.self_attn, attention, (normed, positions))[0]  # type: ignore[no-untyped-call]
+        normed = rms_norm(x, p[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        if not config.is_sparse(layer):
+            x = x + feed_forward(p, prefix + "mlp.", normed, config.hidden_act)
+            continue
+        assert config.moe is not None
+        outputs = []
+        for m, (x_m, mask_m, ids_m) in enumerate(
+            zip(normed.chunk(M), mask_BS.chunk(M), ids_BS.chunk(M), strict=True)
+        ):
+            y, routing = moe_layer(
+                p,
+                prefix + "mlp.",
+                x_m.flatten(0, 1),
+                config.moe,
+                training=training,
+                mask_T=mask_m.flatten(),
+                ids_T=ids_m.flatten(),
+                generator=generators[m],
+                tested=tested[m][layer],
+                slack=slack,
+            )
+            outputs.append(y)
+            routings[m][layer] = routing
+        x = x + torch.cat(outputs).view(B, S, -1)
+    x = rms_norm(x, p["norm.weight"], config.rms_norm_eps)
+    head = p["embed_tokens.weight"] if config.tie_word_embeddings else p["lm_head.weight"]
+    return OracleOutput(x @ head.T, routings)
+
+
+def _positions(config: ModelConfig, mask_BS: Tensor) -> Positions:
+    position_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
+    a = config.attention
+    mask = causal_mask(mask_BS, mask_BS.shape[1], a.sliding_window, plain=False)
+    return Positions(rope_tables(config.rope, a.rope_dim, position_BS), mask, causal=True)

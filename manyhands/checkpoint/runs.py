@@ -1,0 +1,156 @@
+"""A run directory: who may write in it, and which of its checkpoints are good.
+
+    RUN/run.yaml                     the resolved description of the run
+    RUN/journal.jsonl                one line per logged step
+    RUN/data/                        tokenizer and token files
+    RUN/checkpoints/step-00000300/   complete when its manifest is there
+    RUN/.lock                        held by the one process that writes here
+"""
+
+import fcntl
+import logging
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from manyhands.checkpoint.files import MANIFEST, cannot_write, remove, sweep, verify
+from manyhands.errors import CheckpointError, RunLocked
+
+_STEP = re.compile(r"step-(\d{8,})")
+_log = logging.getLogger(__name__)
+
+
+class RunDirectory:
+    """The layout of one run. Reading needs no lock; everything that writes or deletes is called under `lock()`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.config_file = self.path / "run.yaml"
+        self.journal_file = self.path / "journal.jsonl"
+        self.data_dir = self.path / "data"
+        self.checkpoints_dir = self.path / "checkpoints"
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Be the one process that writes here; the kernel lets go when the process dies, however it dies.
+
+        Makes the directory if need be. Raises `RunLocked` at once, with the holder's process id, if another process
+        has it, and `StorageError` if the directory cannot be made or locked.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        except BlockingIOError:
+            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+            os.close(descriptor)
+            raise RunLocked(
+                f"{self.path}: in use by process {holder}; wait until it ends, stop it, or use another directory"
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            raise cannot_write(self.path / ".lock", error) from error
+        try:
+            yield
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
+            os.close(descriptor)
+
+    def checkpoint_path(self, step: int) -> Path:
+        """Where the checkpoint of `step` belongs."""
+        return self.checkpoints_dir / f"step-{step:08d}"
+
+    def checkpoints(self) -> list[tuple[int, Path]]:
+        """Steps and directories of the complete checkpoints, oldest first; their bytes are not verified."""
+        return [(step, path) for step, path in self._step_dirs() if (path / MANIFEST).is_file()]
+
+    def newest_valid(self) -> tuple[int, Path] | None:
+        """Step and directory of the newest checkpoint whose every byte is right; None if there is no checkpoint.
+
+        A damaged one is logged and passed over. Raises `CheckpointError` if all are damaged.
+        """
+        complete = self.checkpoints()
+        for step, path in reversed(complete):
+            if _is_valid(path):
+                return step, path
+        if complete:
+            raise CheckpointError(f"{self.path}: all {len(complete)} checkpoints are damaged, newest {complete[-1][1]}")
+        return None
+
+    def clean_partial(self) -> None:
+        """Delete what dead processes left unfinished: temporary files and directories, half-deleted checkpoints.
+
+        Call it under `lock()`: whatever is unfinished then has no writer. Failed deletions are logged.
+        """
+        for directory in (self.path, self.data_dir, self.checkpoints_dir):
+            if directory.is_dir():
+                sweep(directory)
+        for _, path in self._step_dirs():
+            if not (path / MANIFEST).is_file():
+                remove(path)
+
+    def retain(self, keep: int) -> None:
+        """Delete every checkpoint older than the newest `keep` (at least 1) valid ones.
+
+        A damaged checkpoint does not count, so the newest valid one always stays. Failed deletions are logged.
+        """
+        assert keep >= 1
+        complete = self.checkpoints()
+        while complete and keep:
+            if _is_valid(complete.pop()[1]):
+                keep -= 1
+        for _, path in complete:
+            remove(path)
+
+    def _step_dirs(self) -> list[tuple[int, Path]]:
+        if not self.checkpoints_dir.is_dir():
+            return []
+        matches = ((_STEP.fullmatch(path.name), path) for path in self.checkpoints_dir.iterdir() if path.is_dir())
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
+
+def resolve_checkpoint(path: str | Path) -> Path:
+    """The verified checkpoint a person means by `path`: that directory, or the newest valid one of that run.
+
+    Raises `CheckpointError` saying what is there and what was expected, or which file is damaged.
+    """
+    path = Path(path)
+    try:
+        return _resolve(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _resolve(path: Path) -> Path:
+    if (path / MANIFEST).is_file():
+        verify(path)
+        return path
+    run = RunDirectory(path)
+    if newest := run.newest_valid():
+        return newest[1]
+    expected = f"expected a checkpoint (a directory with {MANIFEST}) or a run with complete checkpoints"
+    if not path.is_dir():
+        what = "not a directory" if path.exists() else "does not exist"
+    elif run.checkpoints_dir.is_dir():
+        what = "a run without a complete checkpoint"
+    elif names := sorted(entry.name for entry in path.iterdir()):
+        what = f"not a checkpoint, or an incomplete one; it holds {', '.join(names[:5])}{', …' if names[5:] else ''}"
+    else:
+        what = "an empty directory"
+    raise CheckpointError(f"{path}: {what}; {expected}")
+
+
+def _is_valid(path: Path) -> bool:
+    try:
+        verify(path)
+    except CheckpointError as error:
+        _log.warning("damaged checkpoint passed over: %s", error)
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""One file per verb: parse, call, print. Verbs import what they need when they run, so `--help` needs no torch."""

@@ -1,0 +1,58 @@
+"""The command line: verbs, exit codes, one line per mistake."""
+
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import manyhands
+from manyhands.cli import check, evaluate, generate, train
+from manyhands.errors import ManyhandsError
+
+app = typer.Typer(
+    name="manyhands",
+    help="The toolkit for mixture-of-experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("train")(train.train)
+app.command("generate")(generate.generate)
+app.command("eval")(evaluate.evaluate)
+app.command("check")(check.check)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"manyhands {manyhands.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The toolkit for mixture-of-experts language models."""
+
+
+def main() -> None:
+    """Entry point. A user's mistake ends in one line on stderr and its exit code; `--debug` shows the traceback."""
+    debug = "--debug" in sys.argv
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # before or after the verb
+    try:
+        app()
+    except ManyhandsError as error:
+        if debug:
+            traceback.print_exc()
+        print(f"manyhands: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except BrokenPipeError:  # the reader of our output left, as `| head` does
+        sys.stderr.close()
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,68 @@
+"""`manyhands train`: start or continue a run."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from manyhands.errors import ConfigError
+
+
+def train(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes on top of the preset or file."),
+    ] = None,
+    preset: Annotated[str | None, typer.Option(help="A run that ships with manyhands, for example quickstart.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", "-c", help="A run file (YAML).")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory, as it is.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run's directory. Default: runs/NAME.")] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable. Same as data.sources."),
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
+) -> None:
+    """Train a model, or continue where a run stopped.
+
+    The run's directory holds the resolved run.yaml, the journal, the checkpoints and report.html. Starting the same
+    run again continues it; SIGTERM or Ctrl-C saves first.
+    """
+    from manyhands.config.load import load_preset, load_run
+
+    changes = list(overrides or [])
+    if data:
+        changes.append("data.sources=[" + ", ".join(_quoted(source) for source in data) + "]")
+    if sum(source is not None for source in (preset, config, resume)) != 1:
+        raise ConfigError("say what to train: one of --preset NAME, --config FILE, --resume DIRECTORY")
+    if resume is not None:
+        if not (resume / "run.yaml").is_file():
+            raise ConfigError(f"--resume {resume}: there is no run.yaml in it, so it is not a run's directory")
+        run, directory = load_run(resume / "run.yaml", changes), resume
+    elif config is not None:
+        run, directory = load_run(config, changes), out or Path("runs") / config.stem
+    else:
+        assert preset is not None
+        run, directory = load_preset(preset, changes), out or Path("runs") / preset
+
+    from manyhands.train.loop import train as start
+    from manyhands.train.memory import keep_freed_memory
+
+    keep_freed_memory()
+    summary = start(directory, run, quiet=quiet or json_output)
+    if json_output:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps(asdict(summary), default=_jsonable))
+    else:
+        print("\n".join(summary.lines()))
+
+
+def _quoted(source: str) -> str:
+    return "'" + source.replace("'", "''") + "'"
+
+
+def _jsonable(value: Any) -> str:
+    return str(value)

@@ -1,0 +1,91 @@
+"""How well a model predicts a text: loss, perplexity, bits per byte, and the load of its experts.
+
+B batch, S sequence, T = B·S tokens, D model width.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhands.errors import DataError
+from manyhands.generate.mode import evaluating
+from manyhands.moe import LoadCounter, LoadSummary
+from manyhands.nn import Decoder
+from manyhands.nn.cross_entropy import linear_cross_entropy
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The figures of one text."""
+
+    loss: float
+    """Mean nats per predicted token."""
+    perplexity: float
+    """e^loss."""
+    bits_per_byte: float | None
+    """All nats / ln 2 / bytes: the one figure that compares models with different tokenizers. None without bytes."""
+    tokens: int
+    """Predicted tokens: every token of the text but its first."""
+    load: dict[int, LoadSummary]
+    """Per sparse layer, over the positions that predicted something."""
+
+
+@torch.no_grad()
+def evaluate(
+    model: Decoder,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    num_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Evaluation:
+    """Predict every target of `batches`, pairs of ids [B, S+1] and target mask [B, S] (`text.evaluation_batches`).
+
+    `num_bytes` are the bytes of the whole text in UTF-8. Its first token is predicted by nothing, yet its bytes
+    count (a few of millions); separators between documents are no bytes, yet their nats count. If the batches are
+    only a part of the text, the bytes of that part's targets are `tokenizer.byte_lengths()[targets].sum()`.
+    `dtype` is the compute dtype (None: that of the weights); `progress` is called with the tokens predicted so far.
+
+    A non-causal router (expert choice) looks at later tokens, so that its loss flatters it. Nothing about the
+    model changes, and no random number is drawn. Raises `DataError` if there is no target, or a token id or a
+    sequence that the model has no room for.
+    """
+    device, config = model.embed_tokens.weight.device, model.config
+    E = config.moe.router.num_experts if config.moe else 0
+    load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
+    nats = torch.zeros((), dtype=torch.float64, device=device)
+    tokens = 0
+    with evaluating(list(model.modules())):
+        for ids_BS1, mask_BS in batches:
+            _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
+            count, full = int(mask_BS.sum()), bool(mask_BS.all())
+            ids_BS1, mask_BS = ids_BS1.to(device), mask_BS.to(device)
+            hidden = model.hidden(ids_BS1[:, :-1], None if full else mask_BS, dtype=dtype)
+            states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
+            loss = linear_cross_entropy(states_TD, model.head_weight, targets_T, mask_BS.flatten())
+            nats += loss.double() * count
+            for layer, routing in hidden.routings.items():
+                load[layer].add(routing)
+            tokens += count
+            if progress is not None:
+                progress(tokens)
+    if not tokens:
+        raise DataError("there is no token to predict")
+    mean = float(nats) / tokens
+    return Evaluation(
+        loss=mean,
+        perplexity=math.exp(mean) if mean < 700 else mean * math.inf,
+        bits_per_byte=float(nats) / math.log(2) / num_bytes if num_bytes else None,
+        tokens=tokens,
+        load={layer: counter.summary() for layer, counter in load.items()},
+    )
+
+
+def _check(ids_BS1: Tensor, vocab_size: int, limit: int) -> None:
+    low, high, S = int(ids_BS1.min()), int(ids_BS1.max()), ids_BS1.shape[1] - 1
+    if low < 0 or high >= vocab_size:
+        raise DataError(f"the text holds token id {low if low < 0 else high}; the model has vocab_size = {vocab_size}")
+    if limit < S:
+        raise DataError(f"sequences of {S} tokens are longer than max_position_embeddings = {limit}")

@@ -1,0 +1,68 @@
+"""From logits to the next token: temperature, then top-k, then top-p, then min-p, then one draw.
+
+B sequences, V vocabulary. The filters mean what transformers' logits warpers of the same names mean, in its order.
+"""
+
+import math
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from manyhands.config import Strict
+from manyhands.errors import ManyhandsError
+
+_GREEDY_BELOW = 1e-6
+"""A smaller temperature could only tell apart logits that float32 cannot, and dividing by it overflows."""
+
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+
+
+class SamplingConfig(Strict):
+    """How tokens are chosen and when to stop. The defaults sample from the model's own distribution."""
+
+    temperature: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    """The logits are divided by it. 0 is greedy: the most probable token, ties to the lower id."""
+    top_k: Annotated[int, Field(ge=1)] | None = None
+    """Only the k most probable tokens, and those equal to the k-th."""
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Only the most probable tokens that together reach this (arXiv 1904.09751); the one that crosses it stays."""
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
+    """Only tokens at least this probable relative to the most probable one (arXiv 2407.01082)."""
+    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
+    """The same seed, prompts and model give the same text."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 256
+    stop: Annotated[tuple[StopString, ...], Field(max_length=16)] = ()
+    """Text that ends generation and is not itself shown."""
+
+
+def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
+    """Token ids [B] int64 for logits [B, V], or [] for [V]. The generator lives on the logits' device.
+
+    Raises `ManyhandsError` if the logits hold NaN or +inf, or nothing but −inf.
+    """
+    logits = logits.float()
+    if not bool(logits.amax(-1).isfinite().all()):
+        raise ManyhandsError("the model's logits are NaN or infinite: its weights are damaged or it has diverged")
+    if config.temperature < _GREEDY_BELOW:
+        return logits.argmax(-1)  # the first of equals
+    probability = filter_logits(logits, config).softmax(-1)
+    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+
+
+def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
+    """[..., V] -> [..., V] float32: temperature applied, the largest moved to 0, what is filtered out at −inf."""
+    logits = logits.float()
+    logits = (logits - logits.amax(-1, keepdim=True)) / config.temperature
+    if config.top_k is not None and config.top_k < logits.shape[-1]:
+        kth = logits.topk(config.top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if config.top_p < 1.0:
+        sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
+        probability = sorted_logits.softmax(-1)
+        before = probability.cumsum(-1) - probability  # the mass of the tokens ahead of it; 0 for the first
+        logits = logits.masked_fill((before >= config.top_p).scatter(-1, order, before >= config.top_p), -math.inf)
+    if config.min_p > 0.0:  # p / p_max = exp(logit − 0)
+        logits = logits.masked_fill(logits < math.log(config.min_p), -math.inf)
+    return logits

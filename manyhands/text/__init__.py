@@ -1,0 +1,22 @@
+"""Text in: documents, their split, a tokenizer, and packed batches with an exact position to resume from."""
+
+from manyhands.text.batches import PackedBatches, evaluation_batches
+from manyhands.text.corpus import read_documents
+from manyhands.text.document import Document
+from manyhands.text.split import split_documents
+from manyhands.text.stream import StreamDecoder
+from manyhands.text.token_file import TokenFile, TokenInfo, write_tokens
+from manyhands.text.tokenizer import Tokenizer
+
+__all__ = [
+    "Document",
+    "PackedBatches",
+    "StreamDecoder",
+    "TokenFile",
+    "TokenInfo",
+    "Tokenizer",
+    "evaluation_batches",
+    "read_documents",
+    "split_documents",
+    "write_tokens",
+]

@@ -1,0 +1,103 @@
+"""Documents from where people keep text: files, folders, globs, the standard library, Hugging Face data sets.
+
+    read_documents(["notes/", "books/**/*.txt", "stdlib", "hf:roneneldan/TinyStories"])
+
+The order is fixed (sources as given, files sorted within one), and names are relative to the source, so the
+same text gives the same documents, and the same split, wherever it lies on the disk.
+"""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from manyhands.errors import DataError
+from manyhands.text.document import Document
+from manyhands.text.formats import SUFFIXES, known_suffix, read_file
+from manyhands.text.hub import read_hub
+
+_NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+
+
+def read_documents(sources: Sequence[str], text_field: str = "text") -> list[Document]:
+    """Every document of every source that has any text; a file that two sources share is read once.
+
+    A source is `stdlib` (the sources of this Python, without their tests), a file, a folder (recursive; hidden
+    files and folders are skipped), a glob (`**` too), or `hf:NAME` (see `hub.py`). One document per .txt, .md
+    and .py file; one per row of .jsonl, .jsonl.gz and .parquet, from `text_field`. A path called `stdlib` is
+    written `./stdlib`.
+
+    Raises `DataError` naming the source, or the file and the line.
+    """
+    if not sources:
+        raise DataError("no data sources given; name files, folders, globs, 'stdlib' or hf:NAME")
+    documents: list[Document] = []
+    seen: set[Path] = set()
+    for source in sources:
+        before, repeated = len(documents), False
+        if source.startswith("hf:"):
+            documents += read_hub(source, text_field)
+        else:
+            for path, name in _files(source):
+                real = path.resolve()
+                repeated |= real in seen
+                if real not in seen:
+                    seen.add(real)
+                    documents += _read(path, name, text_field, skip_undecodable=source == "stdlib")
+        documents[before:] = [document for document in documents[before:] if document.text.strip()]
+        if len(documents) == before and not repeated:
+            raise DataError(f"{source}: there is no text in it")
+    return documents
+
+
+def _read(path: Path, name: str, text_field: str, skip_undecodable: bool) -> list[Document]:
+    if skip_undecodable:
+        try:
+            path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError:
+            return []
+    return list(read_file(path, name, text_field))
+
+
+def _files(source: str) -> list[tuple[Path, str]]:
+    """The files of one source and their names, sorted by name. Never empty."""
+    if source == "stdlib":
+        root = Path(sysconfig.get_paths()["stdlib"])
+        found = [(path, name) for path, name in _walk(root, _NOT_LIBRARY) if name.endswith(".py")]
+        if not found:
+            raise DataError(f"stdlib: no .py files under {root}; name files or folders instead")
+        return found
+    path = Path(source).expanduser()
+    if path.is_file():
+        if not known_suffix(path):
+            raise DataError(f"{source}: unknown kind of file; known are {', '.join(SUFFIXES)}")
+        return [(path, path.name)]
+    if path.is_dir():
+        found, what = list(_walk(path, set())), "in this folder"
+    elif glob.has_magic(source):
+        found, what = list(_matches(str(path))), "matches"
+    else:
+        raise DataError(f"{source}: no such file or folder (or 'stdlib', or hf:NAME)")
+    found = sorted(((file, name) for file, name in found if known_suffix(file)), key=lambda pair: pair[1])
+    if not found:
+        raise DataError(f"{source}: no file {what} of a known kind: {', '.join(SUFFIXES)}")
+    return found
+
+
+def _walk(root: Path, leave_out: set[str]) -> Iterator[tuple[Path, str]]:
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if name not in leave_out and not name.startswith("."))
+        for file in sorted(files):
+            path = Path(folder, file)
+            if not file.startswith(".") and path.is_file():
+                yield path, path.relative_to(root).as_posix()
+
+
+def _matches(pattern: str) -> Iterator[tuple[Path, str]]:
+    """Files a glob matches, named from the first part of the pattern that has a wildcard."""
+    parts = Path(pattern).parts
+    root = Path(*parts[: next(i for i, part in enumerate(parts) if glob.has_magic(part))])
+    for match in sorted(glob.glob(pattern, recursive=True)):
+        if Path(match).is_file():
+            yield Path(match), Path(match).relative_to(root).as_posix()

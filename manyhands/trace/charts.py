@@ -1,0 +1,240 @@
+"""Charts as HTML that opens offline: lines, and expert load as a heat map beside its final bars.
+
+The drawing stretches with the page, its text does not: shapes are SVG in a 1000 × 1000 box without aspect ratio,
+labels are HTML placed in percent. Colours are CSS variables, so one drawing serves light and dark. What the pointer
+shows comes from `data-` attributes, which the script at the end of `report.html` reads.
+"""
+
+import base64
+import json
+import math
+import struct
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from markupsafe import Markup
+
+from manyhands.trace.format import compact
+from manyhands.trace.series import Floats
+
+_LABEL_PIXELS = 15  # least distance between two reference labels
+_LEVELS = 60  # steps of the heat map from nothing to twice the fair share
+_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series. `faint` lines stay in the background: no legend, no pointer."""
+
+    name: str
+    x: Floats
+    y: Floats
+    color: str = "var(--c0)"
+    style: Literal["line", "faint", "dots"] = "line"
+
+
+def line_chart(
+    lines: Sequence[Line],
+    y_label: str,
+    x_label: str = "optimiser step",
+    references: Mapping[str, float] | None = None,
+    height: int = 220,
+    y_from_zero: bool = False,
+    spikes_run_off: bool = False,
+) -> Markup:
+    """Lines and dots over steps; `references` are labelled horizontal lines. `height` in CSS pixels.
+
+    With `spikes_run_off` the highest 4 % of a line may leave at the top, so that the first steps or one spike do
+    not flatten the rest.
+    """
+    references = references or {}
+    shown = [line for line in lines if np.isfinite(line.y).any()]
+    if not shown:
+        return Markup('<p class="none">Nothing recorded.</p>')
+    x0, x1 = _x_range(shown)
+    y_ticks = ticks(*_y_range(shown, list(references.values()), y_from_zero, spikes_run_off), 5)
+    y0, y1 = y_ticks[0], y_ticks[-1]
+
+    def path(line: Line) -> str:
+        px, py = (line.x - x0) / (x1 - x0) * 1000, 1000 - (line.y - y0) / (y1 - y0) * 1000
+        points = [(x, min(y, 9000.0)) for x, y in zip(px, np.maximum(py, -9000), strict=True) if np.isfinite(y)]
+        if line.style == "dots":
+            return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in points)
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+
+    def top(y: float) -> float:
+        return 100 * (1 - (y - y0) / (y1 - y0))
+
+    marks = [Markup('<path class="grid" d="M0 {0:.1f}H1000"/>').format(10 * top(y)) for y in y_ticks]
+    marks += [Markup('<path class="ref" d="M0 {0:.1f}H1000"/>').format(10 * top(y)) for y in references.values()]
+    marks += [
+        Markup('<path class="{}" style="stroke:{}" d="{}"/>').format(line.style, line.color, path(line))
+        for line in shown
+        if line.style != "dots"
+    ]
+    dots = [
+        Markup('<path class="dots" style="stroke:{}" d="{}"/>').format(line.color, path(line))
+        for line in shown
+        if line.style == "dots"
+    ]
+    labels = [Markup('<i class="y" style="top:{:.2f}%">{}</i>').format(top(y), tick_text(y)) for y in y_ticks]
+    labels += [
+        Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(100 * (x - x0) / (x1 - x0), tick_text(x))
+        for x in ticks(x0, x1, 6)
+        if x0 <= x <= x1
+    ]
+    labels += [
+        Markup('<i class="reflabel" style="top:{:.2f}%">{}</i>').format(place, name)
+        for name, place in _spread({name: top(y) for name, y in references.items()}, 100 * _LABEL_PIXELS / height)
+    ]
+    named = [line for line in shown if line.style != "faint"]
+    hover = [{"name": s.name, "x": _short(s.x), "y": _short(s.y)} for s in named]
+    legend = Markup("").join(
+        Markup('<span><b class="{}" style="background:{}"></b>{}</span>').format(s.style, s.color, s.name)
+        for s in named
+    )
+    return Markup(
+        '<div class="chart"><div class="top"><span class="ylabel">{}</span><span class="legend">{}</span></div>'
+        '<div class="plot{}" style="height:{}px" data-range="{}" data-hover="{}">'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
+        '<svg class="over" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>{}</div>'
+        '<div class="xlabel">{}</div></div>'
+    ).format(
+        y_label,
+        legend if len(named) > 1 else "",
+        " refs" if references else "",
+        height,
+        json.dumps([x0, x1]),
+        json.dumps(hover, separators=(",", ":")),
+        Markup("").join(marks),
+        Markup("").join(dots),
+        Markup("").join(labels),
+        x_label,
+    )
+
+
+def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tuple[float, float]) -> Markup:
+    """Expert load over time as a heat map, and the final load as bars on the same rows.
+
+    load_CE   [C, rows] load in fair shares over time (experts may be grouped into fewer rows).
+    final_E   [rows] the final load in fair shares.
+    x_range   first and last step.
+    """
+    columns, rows = load_CE.shape
+    level_CE = np.where(load_CE > 0, 1 + np.rint(np.clip(load_CE, 0, 2) * _LEVELS / 2), 0)
+    level_EC = level_CE.T.astype(np.uint8)
+    height = min(280, max(72, 14 * rows))
+    longest = max(2.0, 1.1 * float(final_E.max()))
+    row = 1000 / rows
+    bars = {"fair": "", "over": "", "dead": ""}
+    for i, load in enumerate(final_E):
+        kind = "dead" if load == 0 else "over" if load > 1.5 else "fair"
+        width = 30 if load == 0 else 1000 * load / longest
+        bars[kind] += f"M0 {row * (i + 0.12):.1f}h{width:.1f}v{row * 0.76:.1f}h-{width:.1f}z"
+    group = num_experts / rows
+    y_labels = [
+        Markup('<i class="y" style="top:{:.2f}%">{}</i>').format(100 * (i + 0.5) / rows, round(i * group))
+        for i in range(0, rows, max(1, math.ceil(rows * 14 / height)))
+    ]
+    x0, x1 = x_range
+    x_labels = [
+        Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(100 * (x - x0) / (x1 - x0), tick_text(x))
+        for x in ticks(x0, x1, 4)
+        if x0 <= x <= x1
+    ]
+    return Markup(
+        '<div class="chart load"><div class="ylabel">expert</div><div class="pair">'
+        '<div class="plot heat" style="height:{h}px" data-range="{r}" data-rows="{rows}" data-columns="{c}" '
+        'data-group="{g}" data-levels="{levels}"><img alt="expert load over time" src="{png}">{y}{x}</div>'
+        '<div class="plot bars" style="height:{h}px" data-rows="{rows}" data-group="{g}" data-final="{final}">'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="barfair" d="{fair}"/>'
+        '<path class="barover" d="{over}"/><path class="bardead" d="{dead}"/>'
+        '<path class="fairline" d="M{one:.1f} 0V1000"/></svg>'
+        '<i class="x" style="left:0">0</i><i class="x" style="left:{onepc:.1f}%">1×</i></div></div>'
+        '<div class="xlabel two"><span>optimiser step</span><span>final load, × fair share</span></div></div>'
+    ).format(
+        h=height,
+        r=json.dumps([x0, x1]),
+        rows=rows,
+        c=columns,
+        g=round(group, 4),
+        levels="".join(_ALPHABET[level] for level in level_EC.reshape(-1)),
+        png=_png(level_EC),
+        y=Markup("").join(y_labels),
+        x=Markup("").join(x_labels),
+        final=json.dumps(_short(final_E)),
+        fair=bars["fair"],
+        over=bars["over"],
+        dead=bars["dead"],
+        one=1000 / longest,
+        onepc=100 / longest,
+    )
+
+
+def ticks(low: float, high: float, about: int) -> list[float]:
+    """About `about` round numbers that cover [low, high]; the first is <= low, the last >= high."""
+    span = high - low
+    if span <= 0:
+        span = abs(low) or 1.0
+    size = 10.0 ** math.floor(math.log10(span / about))
+    step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m * about >= span * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+
+
+def tick_text(value: float) -> str:
+    """A round number as an axis label."""
+    return compact(value) if abs(value) >= 10_000 else f"{value:g}"
+
+
+def _x_range(lines: Sequence[Line]) -> tuple[float, float]:
+    low = min(float(line.x.min()) for line in lines)
+    high = max(float(line.x.max()) for line in lines)
+    if low < 0.05 * high:
+        low = 0.0
+    return low, high if high > low else low + 1
+
+
+def _y_range(
+    lines: Sequence[Line], references: list[float], from_zero: bool, spikes_run_off: bool
+) -> tuple[float, float]:
+    low, high = [*references], [*references]
+    for line in lines:
+        real = line.y[np.isfinite(line.y)]
+        low.append(float(real.min()))
+        high.append(float(np.quantile(real, 0.96) if spikes_run_off else real.max()))
+    return 0.0 if from_zero else min(low), max(high)
+
+
+def _spread(places: Mapping[str, float], least: float) -> list[tuple[str, float]]:
+    """Labels from top to bottom, pushed down where two would overlap."""
+    out: list[tuple[str, float]] = []
+    for name, place in sorted(places.items(), key=lambda item: item[1]):
+        out.append((name, max(place, out[-1][1] + least) if out else place))
+    return out
+
+
+def _short(values: Floats) -> list[float | None]:
+    return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
+
+
+def _png(level_EC: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> str:
+    """A data URI: red for nothing, blue for less than the fair share, clear at it, orange for more."""
+    rows, columns = level_EC.shape
+    colors, alphas = bytearray((220, 38, 70)), bytearray((255,))
+    for level in range(_LEVELS + 1):
+        distance = level / (_LEVELS / 2) - 1
+        colors += bytes((37, 105, 235) if distance < 0 else (234, 121, 8))
+        alphas.append(round(255 * abs(distance) ** 0.85))
+    body = b"".join(b"\0" + line.tobytes() for line in level_EC)
+
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
+    parts = ((b"IHDR", header), (b"PLTE", bytes(colors)), (b"tRNS", bytes(alphas)), (b"IDAT", zlib.compress(body, 9)))
+    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts) + chunk(b"IEND", b"")
+    return "data:image/png;base64," + base64.b64encode(image).decode()

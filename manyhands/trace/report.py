@@ -1,0 +1,264 @@
+"""`report.html`: one file that shows a run to a person, offline. The page itself is `report.html` in this folder."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from manyhands.config import RunConfig
+from manyhands.config.load import dump_run
+from manyhands.errors import StorageError
+from manyhands.trace.charts import Line, line_chart, load_chart
+from manyhands.trace.format import compact, duration, number
+from manyhands.trace.series import Floats, Record, bin_mean, column, envelope, layer_column, layer_load, smooth
+from manyhands.trace.tokens import TokenShare
+from manyhands.trace.visible import what_experts_take
+
+LAST_STEPS = 50
+"""Steps over which the final load and MaxVio are taken."""
+_POINTS = 400  # per line
+_LINE_POINTS = 6000  # over all lines of one chart
+_CELLS = 100_000  # over all heat maps
+_MOST_ROWS = 64  # of one heat map
+_MOST_SKIPPED = 20
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One headline figure."""
+
+    label: str
+    value: str
+    about: str
+    bad: bool = False
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One MoE layer over the last steps."""
+
+    layer: str
+    max_vio: float | None
+    worst_max_vio: float | None
+    entropy: float | None
+    dead: int
+    dropped: float | None
+    top1_weight: float | None
+    load: Markup
+
+
+def write_report(
+    path: str | Path,
+    journal_records: Sequence[Record],
+    run: RunConfig,
+    tokens: TokenShare | None = None,
+    decode: Callable[[int], str] | None = None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write one self-contained HTML file, replacing `path` at once.
+
+    journal_records   from `read_journal`; any part may be missing, as in a run that was killed early.
+    tokens, decode    what each expert takes, and a token id's text; left out if None.
+    extra             `compressors`: {name: bits per byte on the same validation text}. Any other entry is printed
+                      as a line of its own.
+    Raises `StorageError` if the disk refuses; an older report is then intact.
+    """
+    page = render_report(Path(path).resolve().parent.name, journal_records, run, tokens, decode, extra)
+    part = Path(f"{path}.{os.getpid()}.part")
+    try:
+        with open(part, "w", encoding="utf-8") as file:
+            file.write(page)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise StorageError(f"{path}: the report was not written: {error.strerror}") from None
+
+
+def render_report(
+    name: str,
+    records: Sequence[Record],
+    run: RunConfig,
+    tokens: TokenShare | None,
+    decode: Callable[[int], str] | None,
+    extra: Mapping[str, Any] | None,
+) -> str:
+    """The page as text; `name` is the run's."""
+    steps = [record for record in records if record["kind"] == "step"]
+    evals = [record for record in records if record["kind"] == "eval"]
+    start = next((record for record in reversed(records) if record["kind"] == "start"), {})
+    end = next((record for record in reversed(records) if record["kind"] == "end"), None)
+    extra = dict(extra or {})
+    compressors: dict[str, float] = extra.pop("compressors", None) or {}
+    layers = sorted({layer for step in steps for layer in step.get("moe") or {}}, key=int)
+    rows = _layer_rows(steps, layers)
+    template = (resources.files("manyhands.trace") / "report.html").read_text(encoding="utf-8")
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "compact": compact}
+    return environment.from_string(template).render(
+        name=name,
+        start=start,
+        ended=_ended(steps, end, run),
+        tiles=_tiles(steps, evals, start, rows),
+        compared=_compared(evals, compressors),
+        charts=_charts(steps, evals, compressors),
+        balance=_balance_charts(steps, layers),
+        rows=rows,
+        fair=100 / len(steps[-1]["moe"][layers[0]]["load"]) if layers else None,
+        last_steps=min(LAST_STEPS, len(steps)),
+        taken=what_experts_take(tokens, decode, tokens.layers) if tokens else [],
+        skipped=[step for step in steps if step.get("skipped")],
+        most_skipped=_MOST_SKIPPED,
+        extra=extra,
+        config=dump_run(run),
+    )
+
+
+def _ended(steps: Sequence[Record], end: Record | None, run: RunConfig) -> str:
+    if not steps:
+        return "No step has been taken yet."
+    step = steps[-1]["step"]
+    if end is None or end["step"] < step:
+        return f"Stopped or still running at step {step}."
+    return f"Ended at step {step} of {max(step, run.train.max_steps)}: {end.get('reason') or 'no reason given'}."
+
+
+def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows: Sequence[LayerRow]) -> list[Tile]:
+    tiles = []
+    if evals:
+        last = evals[-1]
+        tiles += [
+            Tile("bits per byte", number(last.get("valid_bits_per_byte")), "on validation text; lower is better"),
+            Tile("perplexity", number(last.get("valid_perplexity"), 2), "per token, on validation text"),
+        ]
+    if steps:
+        speed = column(steps, "tokens_per_s")
+        speed = speed[np.isfinite(speed)]
+        tiles += [
+            Tile("tokens/s", compact(float(np.median(speed))) if len(speed) else "–", "median over the steps"),
+            Tile("tokens seen", compact(steps[-1].get("tokens") or 0), f"in {steps[-1]['step']} steps"),
+            Tile("training time", duration(steps[-1].get("elapsed") or 0), "without validation"),
+        ]
+    if "parameters" in start:
+        sparse = bool(start.get("sparse_layers"))
+        about = f"{compact(start['active_parameters'])} active per token" if sparse else "all active"
+        tiles.append(Tile("parameters", compact(start["parameters"]), about))
+    if rows:
+        worst = max(rows, key=lambda row: row.worst_max_vio or 0)
+        vio = worst.worst_max_vio or 0.0
+        dead = sum(row.dead for row in rows)
+        dropped = max((row.dropped or 0 for row in rows), default=0)
+        tiles += [
+            Tile("worst MaxVio", number(vio, 2), f"layer {worst.layer}, last {LAST_STEPS} steps", vio > 0.5),
+            Tile("dead experts", str(dead), f"got nothing in the last {LAST_STEPS} steps", dead > 0),
+            Tile("dropped", f"{100 * dropped:.2g} %", "of routed pairs, worst layer", dropped > 0.01),
+        ]
+    if steps:
+        skipped = sum(bool(step.get("skipped")) for step in steps)
+        tiles.append(Tile("skipped updates", str(skipped), "by the guard against spikes and NaN", skipped > 0))
+    return tiles
+
+
+def _compared(evals: Sequence[Record], compressors: Mapping[str, float]) -> list[tuple[str, float, float, bool]]:
+    """(name, bits per byte, bar length of 100, is it this model), best first."""
+    figures = [(name, float(value), False) for name, value in compressors.items()]
+    if evals and evals[-1].get("valid_bits_per_byte") is not None:
+        figures.append(("this model", float(evals[-1]["valid_bits_per_byte"]), True))
+    longest = max((value for _, value, _ in figures), default=1.0)
+    ranked = sorted(figures, key=lambda figure: figure[1])
+    return [(name, value, 100 * value / longest, mine) for name, value, mine in ranked] if compressors else []
+
+
+def _charts(steps: Sequence[Record], evals: Sequence[Record], compressors: Mapping[str, float]) -> dict[str, Markup]:
+    x, x_eval = column(steps, "step"), column(evals, "step")
+    skipped = column(steps, "skipped") > 0
+
+    def curve(name: str, color: str = "var(--c0)") -> list[Line]:
+        y = column(steps, name)
+        calm = smooth(np.where(skipped, np.nan, y), len(y) // 40)
+        return [
+            Line("each step", *envelope(x, y, 2 * _POINTS), color=color, style="faint"),
+            Line("training", bin_mean(x, _POINTS), bin_mean(calm, _POINTS), color),
+        ]
+
+    def valid(name: str) -> Line:
+        return Line("validation", x_eval, column(evals, name), "var(--c1)", "dots")
+
+    small: dict[str, Any] = {"height": 150, "y_from_zero": True, "spikes_run_off": True}
+    rate = Line("learning rate", bin_mean(x, _POINTS), bin_mean(column(steps, "lr"), _POINTS), "var(--c2)")
+    return {
+        "bits": line_chart(
+            [*curve("bits_per_byte"), valid("valid_bits_per_byte")],
+            "bits per byte",
+            references=compressors,
+            height=320,
+            spikes_run_off=True,
+        ),
+        "loss": line_chart([*curve("loss"), valid("valid_loss")], "loss, nats per token", spikes_run_off=True),
+        "lr": line_chart([rate], "learning rate", height=150, y_from_zero=True),
+        "grad": line_chart(curve("grad_norm", "var(--c3)"), "gradient norm", **small),
+        "speed": line_chart(curve("tokens_per_s", "var(--c4)"), "tokens per second", **small),
+    }
+
+
+def _balance_charts(steps: Sequence[Record], layers: Sequence[str]) -> dict[str, Markup]:
+    """MaxVio of every layer, and the balance loss; empty for a dense run."""
+    if not layers:
+        return {}
+    x = column(steps, "step")
+    points = min(_POINTS, max(60, _LINE_POINTS // len(layers)))
+    span = len(steps) // 100
+    lines = []
+    for i, layer in enumerate(layers):
+        y = bin_mean(smooth(layer_column(steps, layer, "max_vio"), span), points)
+        lines.append(Line(f"layer {layer}", bin_mean(x, points), y, _by_depth(i, len(layers))))
+    aux = Line("balance loss", bin_mean(x, _POINTS), bin_mean(smooth(column(steps, "aux_loss"), span), _POINTS))
+    return {
+        "max_vio": line_chart(lines, "MaxVio", y_from_zero=True, spikes_run_off=True, references={"0.5": 0.5}),
+        "aux": line_chart([aux], "balance loss f·P", references={"balance": 1.0}),
+    }
+
+
+def _by_depth(position: int, count: int) -> str:
+    """From blue (first layer) to orange (last), at a lightness that reads on white and on black."""
+    share = position / max(count - 1, 1)
+    return f"hsl({215 + 175 * share:.0f} 72% 52%)"
+
+
+def _layer_rows(steps: Sequence[Record], layers: Sequence[str]) -> list[LayerRow]:
+    rows = []
+    for layer in layers:
+        here = [step for step in steps if layer in (step.get("moe") or {})]
+        last = here[-LAST_STEPS:]
+        load_nE = layer_load(here, layer)
+        final_E = load_nE[-LAST_STEPS:].mean(axis=0)
+        num_experts = len(final_E)
+        columns = int(np.clip(_CELLS // (min(num_experts, _MOST_ROWS) * len(layers)), 24, 160))
+        map_CE = bin_mean(bin_mean(load_nE, columns).T, _MOST_ROWS).T
+        span = (float(here[0]["step"]), float(max(here[-1]["step"], here[0]["step"] + 1)))
+        vio = layer_column(last, layer, "max_vio")
+        rows.append(
+            LayerRow(
+                layer=layer,
+                max_vio=_mean(vio),
+                worst_max_vio=float(np.nanmax(vio)) if np.isfinite(vio).any() else None,
+                entropy=_mean(layer_column(last, layer, "entropy")),
+                dead=int((final_E == 0).sum()),
+                dropped=_mean(layer_column(last, layer, "dropped")),
+                top1_weight=_mean(layer_column(last, layer, "top1_weight")),
+                load=load_chart(map_CE, bin_mean(final_E, _MOST_ROWS), num_experts, span),
+            )
+        )
+    return rows
+
+
+def _mean(values: Floats) -> float | None:
+    real = values[np.isfinite(values)]
+    return float(real.mean()) if len(real) else None

@@ -1,0 +1,130 @@
+"""The end of a run: what it reached, on one screen and in `report.html`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyhands.checkpoint.runs import RunDirectory
+from manyhands.config import RunConfig
+from manyhands.generate.evaluate import Evaluation
+from manyhands.nn import Decoder
+from manyhands.text import evaluation_batches
+from manyhands.trace.report import write_report
+from manyhands.trace.tokens import TokenShare
+from manyhands.train.data import RunData
+from manyhands.train.journal import read_journal
+
+LAST_STEPS = 50  # the window of the final MaxVio
+_TRACE_TOKENS = 200_000  # validation tokens looked at for "what each expert takes"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerBalance:
+    """One layer's balance over the last steps of training."""
+
+    max_vio: float
+    """Mean over the last 50 steps of each batch's MaxVio."""
+    max_vio_worst: float
+    """The largest of them."""
+    dead: int
+    """Experts that no token of the last 50 steps chose."""
+    dropped: float
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What a finished run reached."""
+
+    steps: int
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    valid_bits_per_byte: float
+    valid_perplexity: float
+    compressors: dict[str, float]
+    balance: dict[int, LayerBalance]
+    skipped: int
+    checkpoint: Path
+    report: Path
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        others = ", ".join(f"{name} {value:.3f}" for name, value in self.compressors.items())
+        lines = [
+            f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
+            + (f", {self.skipped} updates skipped as spikes" if self.skipped else ""),
+            f"validation: {self.valid_bits_per_byte:.3f} bits per byte, perplexity {self.valid_perplexity:.2f}"
+            f"  (on the same text: {others})",
+        ]
+        for layer, b in self.balance.items():
+            dropped = f", dropped {b.dropped:.1%}" if b.dropped else ""
+            lines.append(
+                f"layer {layer}: MaxVio {b.max_vio:.2f} (mean of the last {LAST_STEPS} steps; worst "
+                f"{b.max_vio_worst:.2f}), dead experts {b.dead}{dropped}"
+            )
+        return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}"]
+
+
+def finish(
+    directory: RunDirectory, run: RunConfig, data: RunData, model: Decoder, evaluation: Evaluation, dtype: torch.dtype
+) -> Summary:
+    """Write `report.html` and return the summary. Needs the journal of the finished run."""
+    records = read_journal(directory.journal_file)
+    steps = [record for record in records if record["kind"] == "step"]
+    checkpoint = directory.checkpoints()[-1][1]
+    last = steps[-1]
+    report = directory.path / "report.html"
+    summary = Summary(
+        steps=last["step"],
+        tokens=last["tokens"],
+        seconds=last["elapsed"],
+        tokens_per_s=last["tokens"] / last["elapsed"],
+        valid_bits_per_byte=evaluation.bits_per_byte or float("nan"),
+        valid_perplexity=evaluation.perplexity,
+        compressors=data.compressors,
+        balance={layer: final_balance(steps[-LAST_STEPS:], str(layer)) for layer in run.model.sparse_layers},
+        skipped=sum(bool(record["skipped"]) for record in steps),
+        checkpoint=checkpoint,
+        report=report,
+    )
+    shares = token_shares(model, data, run, dtype) if run.model.sparse_layers else None
+    decode = _decoder(data)
+    write_report(report, records, run, shares, decode, {"compressors": data.compressors})
+    return summary
+
+
+def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
+    """Balance of one layer over these `step` records."""
+    of_layer = [record["moe"][layer] for record in steps]
+    total_E = [sum(loads) for loads in zip(*(entry["load"] for entry in of_layer), strict=True)]
+    vio = [entry["max_vio"] for entry in of_layer]
+    return LayerBalance(
+        max_vio=sum(vio) / len(vio),
+        max_vio_worst=max(vio),
+        dead=sum(share == 0.0 for share in total_E),
+        dropped=sum(entry["dropped"] for entry in of_layer) / len(of_layer),
+    )
+
+
+@torch.no_grad()
+def token_shares(model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype) -> TokenShare:
+    """Which tokens each expert takes, on the beginning of the validation text."""
+    moe = run.model.moe
+    assert moe is not None
+    shares = TokenShare(moe.router.num_experts, run.model.vocab_size)
+    S, B = run.train.sequence_length, run.train.batch_size
+    was_training = model.training
+    model.eval()
+    for ids, mask in evaluation_batches(data.valid.ids, S, B, max_batches=max(1, _TRACE_TOKENS // (S * B))):
+        inputs = ids[:, :-1].to(model.embed_tokens.weight.device)
+        hidden = model.hidden(inputs, mask.to(inputs.device), dtype=dtype)
+        for layer, routing in hidden.routings.items():
+            shares.add(layer, inputs, routing.expert_ids, mask)
+    model.train(was_training)
+    return shares
+
+
+def _decoder(data: RunData) -> Any:
+    return lambda token_id: data.tokenizer.token_bytes(token_id).decode("utf-8", errors="replace")

@@ -1,0 +1,170 @@
+"""Which parameter is trained by which optimiser, and with what rate and decay.
+
+    group              parameters                                           optimiser         rate            decay
+    hidden             matrices of attention, dense FFN, experts, shared    Muon              lr              yes
+    gate_up            experts' fused gate_up_proj                          Muon, split in 2  lr              yes
+    router             router matrices                                      `router_optim`    router_lr_scale yes
+    embed              embedding and output head                            AdamW             embed_lr_scale  yes
+    shared_expert_gate the gate of the shared experts                       AdamW             lr              yes
+    vector             norms, biases, every other vector                    AdamW             lr              no
+
+With `name = "adamw"` the groups are the same and AdamW trains them all. Kimi K2 (arXiv 2507.20534) trains
+embeddings, head and norms with AdamW and does not say what trains the router: hence the option.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.config.run import OptimConfig
+from manyhands.errors import CheckpointError
+from manyhands.train.muon import Muon
+
+FUSED_DEVICES = {"cpu", "cuda"}
+MUON_STATE = ("momentum_buffer",)
+ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+
+
+class Optimizers:
+    """The optimisers of one model, used as one.
+
+    Every group carries `name`, `param_names` and `lr_scale`, beside what its optimiser keeps there.
+    """
+
+    def __init__(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.optimizers = list(optimizers)
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """All parameter groups."""
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def named_groups(self) -> dict[str, list[str]]:
+        """Group name → names of its parameters."""
+        return {group["name"]: list(group["param_names"]) for group in self.groups}
+
+    def set_lr(self, lr: float) -> None:
+        """Give every group `lr` times its `lr_scale`."""
+        for group in self.groups:
+            group["lr"] = lr * group["lr_scale"]
+
+    def step(self) -> None:
+        """Update every parameter that has a gradient."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self) -> None:
+        """Drop all gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The state as `{parameter}.{momentum_buffer | exp_avg | exp_avg_sq | step}` → tensor; not copies.
+
+        Flat, so that it goes into a safetensors file. Rates and decays are not part of it: they are the config's.
+        """
+        return {
+            f"{name}.{key}": tensor
+            for optimizer, name, param in self._parameters()
+            for key, tensor in optimizer.state.get(param, {}).items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the whole state by copies of `state`, on the devices of the parameters.
+
+        Raises:
+            CheckpointError: an entry belongs to no parameter here, or is missing, or has another shape. Nothing is
+                changed then.
+        """
+        slots = {
+            f"{name}.{key}": (optimizer, param, key)
+            for optimizer, name, param in self._parameters()
+            for key in (MUON_STATE if isinstance(optimizer, Muon) else ADAMW_STATE)
+        }
+        for entry, tensor in state.items():
+            if entry not in slots:
+                raise CheckpointError(f"optimiser state {entry} has no place in this model with this optim section")
+            _, param, key = slots[entry]
+            expected = torch.Size() if key == "step" else param.shape
+            if tensor.shape != expected:
+                raise CheckpointError(
+                    f"optimiser state {entry} has shape {list(tensor.shape)}; the model needs {list(expected)}"
+                )
+        stems = {entry.rpartition(".")[0] for entry in state}
+        for entry in slots:
+            if entry.rpartition(".")[0] in stems and entry not in state:
+                raise CheckpointError(f"optimiser state {entry} is missing")
+        for optimizer in self.optimizers:
+            optimizer.state.clear()
+        for entry, tensor in state.items():
+            optimizer, param, key = slots[entry]
+            optimizer.state[param][key] = tensor.to(param.device, copy=True)
+
+    def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, str, Tensor]]:
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                for name, param in zip(group["param_names"], group["params"], strict=True):
+                    yield optimizer, name, param
+
+
+def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
+    """Put every trainable parameter of `model` into exactly one group of the table above.
+
+    Args:
+        model: a decoder; parameters are told apart by name and number of dimensions.
+        config: names, rates and decays.
+    """
+    by_group: dict[str, list[tuple[str, nn.Parameter]]] = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            by_group.setdefault(group_of(name, param), []).append((name, param))
+    by_muon = {"hidden", "gate_up"} | ({"router"} if config.router_optim == "muon" else set())
+    lr_scale = {"embed": config.embed_lr_scale, "router": config.router_lr_scale}
+    muon: list[dict[str, Any]] = []
+    adamw: list[dict[str, Any]] = []
+    for name, params in by_group.items():
+        scale = lr_scale.get(name, 1.0)
+        decay = 0.0 if name == "vector" else config.weight_decay
+        group = {"name": name, "params": params, "lr": config.lr * scale, "lr_scale": scale, "weight_decay": decay}
+        if config.name == "muon" and name in by_muon:
+            muon.append(group | {"split": 2 if name == "gate_up" else 1})
+        else:
+            adamw.append(group)
+    optimizers: list[torch.optim.Optimizer] = []
+    if muon:
+        optimizers.append(
+            Muon(muon, config.lr, momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps)
+        )
+    if adamw:
+        fused = {param.device.type for group in adamw for _, param in group["params"]} <= FUSED_DEVICES
+        optimizers.append(torch.optim.AdamW(adamw, config.lr, config.betas, config.eps, fused=fused, foreach=not fused))
+    return Optimizers(optimizers)
+
+
+def group_of(name: str, param: Tensor) -> str:
+    """The group of the table above that parameter `name` belongs to."""
+    parts = name.split(".")
+    if "router" in parts:
+        return "router"
+    if "embed_tokens" in parts or "lm_head" in parts:
+        return "embed"
+    if "shared_expert_gate" in parts:
+        return "shared_expert_gate"
+    if param.ndim < 2 or parts[-1].endswith("bias"):  # the experts' biases are stacked: two dimensions, still vectors
+        return "vector"
+    return "gate_up" if parts[-1] == "gate_up_proj" else "hidden"
+
+
+def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
+    """Scale all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
+
+    Returns:
+        The norm before clipping, a scalar; NaN or Inf if any gradient is, and the gradients are then unusable.
+    """
+    params = list(params)
+    if max_norm is None:
+        return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+    return torch.nn.utils.clip_grad_norm_(params, max_norm)

@@ -1,0 +1,60 @@
+"""QK-Clip: when a head's attention logits grow past τ, shrink the weights that make them.
+
+Letters: H query heads, G key/value heads, D model width. Source: Kimi K2, arXiv 2507.20534 §2.1.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.config.model import AttentionConfig
+
+
+@torch.no_grad()
+def qk_clip_(self_attn: nn.Module, max_logits_H: Tensor, tau: float, config: AttentionConfig) -> None:
+    """Scale query and key rows in place so that head h's logits are multiplied by `γ_h = min(1, τ / S_h)`.
+
+    Multi-head: rows of q_proj and k_proj times √γ_h.
+    Grouped-query: heads share a key head, which takes √γ of the worst head of its group; each query head takes
+    `γ_h / √γ_worst`. The product is exactly γ_h for every head, and one head per group is the multi-head rule.
+    MLA: the unrotated parts of query (q_b_proj, or q_proj) and key (kv_b_proj) times √γ_h; the rotated part of the
+    query times γ_h, because its key is shared by all heads and stays as it is. Values are never touched.
+    Biases are scaled with their rows. γ = 1 leaves every weight bit-identical.
+
+    With QK-norm the norm undoes any scale of its input, so nothing is done.
+
+    Args:
+        self_attn: an attention module with the projections named above.
+        max_logits_H: `[H]`, S_h = the largest `q·k · scale` of the step, over the batch (and over ranks).
+        tau: the largest logit allowed.
+    """
+    if config.qk_norm != "none":
+        return
+    gamma_H = torch.where(max_logits_H > tau, tau / max_logits_H, 1.0)
+    if config.kind == "mla":
+        _clip_mla(self_attn, gamma_H, config)
+    else:
+        _clip_gqa(self_attn, gamma_H, config)
+
+
+def _clip_gqa(self_attn: nn.Module, gamma_H: Tensor, config: AttentionConfig) -> None:
+    key_G = gamma_H.view(config.kv_heads, -1).amin(1).sqrt()  # query heads of one group are neighbours
+    query_H = gamma_H / key_G.repeat_interleave(len(gamma_H) // len(key_G))
+    _scale_rows(self_attn.get_submodule("q_proj"), query_H.repeat_interleave(config.head_dim))
+    _scale_rows(self_attn.get_submodule("k_proj"), key_G.repeat_interleave(config.head_dim))
+
+
+def _clip_mla(self_attn: nn.Module, gamma_H: Tensor, config: AttentionConfig) -> None:
+    nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    root_H1, gamma_H1 = gamma_H.sqrt()[:, None], gamma_H[:, None]
+    query_rows = torch.cat([root_H1.expand(-1, nope), gamma_H1.expand(-1, rope)], dim=1).flatten()
+    key_rows = torch.cat([root_H1.expand(-1, nope), torch.ones_like(gamma_H1).expand(-1, value)], dim=1).flatten()
+    _scale_rows(self_attn.get_submodule("q_proj" if config.q_lora_rank is None else "q_b_proj"), query_rows)
+    _scale_rows(self_attn.get_submodule("kv_b_proj"), key_rows)
+
+
+def _scale_rows(linear: nn.Module, factor: Tensor) -> None:
+    """Multiply output i of `linear` (weight `[out, in]`, bias `[out]` if any) by `factor[i]`."""
+    assert isinstance(linear, nn.Linear)
+    linear.weight.mul_(factor.to(linear.weight.dtype)[:, None])
+    if linear.bias is not None:
+        linear.bias.mul_(factor.to(linear.bias.dtype))

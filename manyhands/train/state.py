@@ -1,0 +1,103 @@
+"""The whole state of a run: what a checkpoint holds, and how it is put back, bit for bit."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from manyhands.checkpoint.files import building
+from manyhands.checkpoint.model import load_weights, save_model
+from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
+from manyhands.errors import CheckpointError
+from manyhands.nn import Decoder
+from manyhands.text import PackedBatches
+from manyhands.train.guard import SpikeGuard
+from manyhands.train.optim import Optimizers
+
+
+@dataclass(slots=True)
+class Progress:
+    """How far the run is."""
+
+    step: int = 0
+    tokens: int = 0
+    elapsed: float = 0.0
+    """Seconds of training, over all sessions of the run."""
+    max_steps: int = 0
+    """Fixed when the run starts, or when `train.max_seconds` has been turned into steps."""
+    planned: bool = False
+    """Whether `train.max_seconds` has been turned into steps."""
+
+
+@dataclass(slots=True)
+class TrainState:
+    """Everything that changes while training."""
+
+    model: Decoder
+    optimizers: Optimizers
+    batches: PackedBatches
+    guard: SpikeGuard
+    progress: Progress
+
+    def save(self, directory: Path, tokenizer_path: Path) -> None:
+        """Write a complete checkpoint at `directory`, or leave things as they were. Raises `StorageError`."""
+        rng_tensors, rng_meta = rng_state()
+        progress = self.progress
+        document: dict[str, Any] = {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "elapsed": progress.elapsed,
+            "max_steps": progress.max_steps,
+            "planned": progress.planned,
+            "batches": self.batches.state_dict(),
+            "guard": self.guard.state_dict(),
+            "rng": rng_meta,
+        }
+        with building(directory) as partial:
+            save_model(partial, self.model, tokenizer_path)
+            save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
+            save_tensors(partial / "rng.safetensors", rng_tensors)
+            (partial / "state.json").write_text(json.dumps(document), encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        """Continue from a verified checkpoint. Raises `CheckpointError` if it is not this run's."""
+        try:
+            document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            progress = Progress(*(document[name] for name in ("step", "tokens", "elapsed", "max_steps", "planned")))
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
+        device = str(next(self.model.parameters()).device)
+        load_weights(self.model, directory)
+        self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))
+        self.batches.load_state_dict(document["batches"])
+        self.guard.load_state_dict(document["guard"])
+        set_rng_state(load_tensors(directory / "rng.safetensors"), document["rng"])
+        self.progress = progress
+
+
+def count_parameters(model: Decoder) -> tuple[int, int]:
+    """(all, active per token): an expert counts as active if a token visits it; the embedding counts as stored."""
+    total = sum(p.numel() for p in model.parameters())
+    idle = 0
+    for layer in model.config.sparse_layers:
+        moe = model.config.moe
+        assert moe is not None
+        experts = sum(p.numel() for p in model.layers[layer].mlp.experts.parameters())
+        idle += experts * (moe.router.num_experts - moe.router.num_experts_per_tok) // moe.router.num_experts
+    return total, total - idle
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto` is the GPU if there is one."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 on CUDA and float32 on a CPU, where PyTorch's bfloat16 grouped product is slower."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32

@@ -1,0 +1,98 @@
+import re
+from pathlib import Path
+
+import pytest
+from sample_run import VOCAB, records, token_share
+
+from manyhands.config import RunConfig
+from manyhands.errors import StorageError
+from manyhands.trace.report import write_report
+
+EXTRA = {"compressors": {"xz -9e": 1.73, "zlib -9": 2.31}, "machine": "2 cores & <b>more</b>"}
+
+
+def report(folder: Path, journal: list[dict], **kwargs: object) -> str:
+    path = folder / "report.html"
+    write_report(path, journal, RunConfig(), **kwargs)  # type: ignore[arg-type]
+    assert [file.name for file in folder.iterdir()] == ["report.html"]
+    return path.read_text(encoding="utf-8")
+
+
+def test_it_loads_nothing(tmp_path: Path) -> None:
+    page = report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__, extra=EXTRA)
+    assert "http://" not in page and "https://" not in page and "//" not in re.sub(r"base64,[^\"]*", "", page)
+    assert not re.search(r"<link|<script src|@import|url\(", page)
+    assert set(re.findall(r'src="([^":]*):', page)) == {"data"}
+    assert "default-src 'none'" in page
+
+
+def test_every_layer_has_its_load_its_row_and_its_tokens(tmp_path: Path) -> None:
+    page = report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__, extra=EXTRA)
+    for layer in (1, 3):
+        assert page.count(f"<h3>Layer {layer}</h3>") == 2
+        assert f"<td>layer {layer}</td>" in page
+    assert page.count('class="plot heat"') == page.count('class="plot bars"') == 2
+    assert page.count('<div class="expert">') == 8
+    assert "1.875" in page and "20.09" in page and "xz -9e" in page and "9.31M" in page and "6.2k" in page
+
+
+def test_tokens_and_names_are_escaped_and_white_space_is_visible(tmp_path: Path) -> None:
+    page = report(tmp_path, records(20), tokens=token_share(), decode=VOCAB.__getitem__, extra=EXTRA)
+    assert page.count("<script>") == 1  # our own
+    assert "&lt;script&gt;alert(1)&lt;" in page and "␣return" in page and "⏎" in page and "␣×4" in page
+    assert "2 cores &amp; &lt;b&gt;" in page
+
+
+def test_a_dead_expert_is_named_and_a_balanced_run_is_not_blamed(tmp_path: Path) -> None:
+    good, bad = report(tmp_path, records(60)), report(tmp_path, records(60, dead=2))
+    tile = re.compile(r'<div class="tile( bad)?"><dt>dead experts</dt><dd class="value">(\d+)')
+    assert tile.search(good).groups() == (None, "0")  # type: ignore[union-attr]
+    assert tile.search(bad).groups() == (" bad", "2")  # type: ignore[union-attr]
+    assert bad.count('<td class="bad">1</td>') == 2
+
+
+def test_a_skipped_update_is_listed(tmp_path: Path) -> None:
+    assert "Skipped updates" in report(tmp_path, records(10))
+    assert "Skipped updates" not in report(tmp_path, records(6))
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3])
+@pytest.mark.parametrize("layers", [(), (0,)])
+def test_short_runs(tmp_path: Path, count: int, layers: tuple[int, ...]) -> None:
+    page = report(tmp_path, records(count, layers))
+    assert ("No step has been taken" in page) == (count == 0)
+
+
+def test_no_journal_at_all_and_one_full_of_nulls(tmp_path: Path) -> None:
+    assert "Nothing recorded." in report(tmp_path, [])
+    empty = {"kind": "step", "step": 1, "loss": None, "lr": None, "moe": {"0": {"load": [0.5, 0.5], "max_vio": None}}}
+    assert "Layer 0" in report(tmp_path, [empty])
+
+
+def test_a_dense_run_does_not_speak_of_experts(tmp_path: Path) -> None:
+    page = report(tmp_path, records(30, layers=()), extra=EXTRA)
+    assert "A dense model" in page and "MaxVio</h3>" not in page and "<h2>Expert load" not in page
+
+
+def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+    assert "Stopped or still running at step 9." in report(tmp_path, records(9)[:-1])
+
+
+def test_a_long_run_stays_small(tmp_path: Path) -> None:
+    journal = records(200, layers=tuple(range(12)), num_experts=16)
+    start, steps = journal[0], [record for record in journal if record["kind"] == "step"]
+    long = [start, *({**steps[i % 200], "step": i + 1} for i in range(5_000))]
+    tokens = token_share(tuple(range(12)), 16)
+    assert len(report(tmp_path, long, tokens=tokens)) < 600_000
+
+
+def test_a_refused_write_keeps_the_older_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = report(tmp_path, records(3))
+
+    def refuse(fd: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", refuse)
+    with pytest.raises(StorageError, match="No space left"):
+        report(tmp_path, records(9))
+    assert [file.read_text() for file in tmp_path.iterdir()] == [before]

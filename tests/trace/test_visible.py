@@ -1,0 +1,58 @@
+"""What the screen and the report print: numbers, strips of load, tokens."""
+
+import pytest
+
+from manyhands.trace.format import compact, duration, number
+from manyhands.trace.strip import strip
+from manyhands.trace.visible import visible
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (812, "812"),
+        (5912, "5.9k"),
+        (999_960, "1M"),
+        (9_312_000, "9.31M"),
+        (42_000_000, "42M"),
+        (1.2e9, "1.2B"),
+    ],
+)
+def test_compact(value: float, text: str) -> None:
+    assert compact(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(7.6, "8s"), (59.7, "1m00s"), (125, "2m05s"), (11_220, "3h07m"), (187_200, "2d04h")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_number() -> None:
+    assert [number(v, 2) for v in (1.239, None, float("nan"))] == ["1.24", "–", "–"]
+
+
+def test_the_fair_share_stands_at_half_height() -> None:
+    assert strip([0.25] * 4, 80).plain == "▄▄▄▄"
+    assert strip([0.25] * 4, 80, ascii_only=True).plain == "===="
+    marked = strip([0.0, 0.25, 0.75, 0.0], 80)
+    assert marked.plain == "▁▄█▁"
+    assert [str(span.style) for span in marked.spans] == ["red", "green", "yellow", "red"]
+
+
+def test_many_experts_share_cells_and_a_dead_one_still_shows() -> None:
+    load = [1 / 99] * 100
+    load[42] = 0.0
+    binned = strip(load, 10)
+    assert len(binned.plain) == 10
+    assert [str(span.style) for span in binned.spans] == ["green"] * 4 + ["red"] + ["green"] * 5
+
+
+def test_white_space_and_control_characters_are_visible() -> None:
+    assert visible(" a\n\tb\x00") == "␣a⏎⇥b␀"
+    assert visible("        ") == "␣×8"
+    assert visible("\n    x") == "⏎␣×4x"
+    assert visible("") == "∅" and len(visible("y" * 99)) == 24
+    assert visible("\u202e") == "U+202E"
