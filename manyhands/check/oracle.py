@@ -148,9 +148,7 @@ def decode(
             continue
         assert config.moe is not None
         outputs = []
-        for m, (x_m, mask_m, ids_m) in enumerate(
-            zip(normed.chunk(M), mask_BS.chunk(M), ids_BS.chunk(M), strict=True)
-        ):
+        for m, (x_m, mask_m, ids_m) in enumerate(zip(normed.chunk(M), mask_BS.chunk(M), ids_BS.chunk(M), strict=True)):
             y, routing = moe_layer(
                 p,
                 prefix + "mlp.",

@@ -5,7 +5,7 @@ from manyhands.text.corpus import read_documents
 from manyhands.text.document import Document
 from manyhands.text.split import split_documents
 from manyhands.text.stream import StreamDecoder
-from manyhands.text.token_file import TokenFile, TokenInfo, write_tokens
+from manyhands.text.token_file import TokenFile, TokenInfo, encode_documents, write_tokens
 from manyhands.text.tokenizer import Tokenizer
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TokenFile",
     "TokenInfo",
     "Tokenizer",
+    "encode_documents",
     "evaluation_batches",
     "read_documents",
     "split_documents",

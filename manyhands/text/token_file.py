@@ -62,12 +62,11 @@ class TokenFile:
         return cls(ids, info)
 
 
-def write_tokens(path: str | Path, documents: Sequence[Document], tokenizer: Tokenizer) -> TokenInfo:
-    """Encode each document, followed by the end of text, into one file; atomically.
+def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> npt.NDArray[Any]:
+    """Ids `[N]` of each document followed by the end of text, uint16 where the vocabulary allows, else uint32.
 
-    Raises `DataError` if the tokenizer has no end of text, `StorageError` if the disk refuses.
+    Raises `DataError` if the tokenizer has no end of text.
     """
-    path = Path(path)
     eos = tokenizer.eos_token_id
     if eos is None:
         raise DataError("the tokenizer has no token that ends a text (<|endoftext|>, </s>, …)")
@@ -75,7 +74,16 @@ def write_tokens(path: str | Path, documents: Sequence[Document], tokenizer: Tok
     rows = [np.empty(0, dtype)]
     for texts in _chunks(documents):
         rows += [np.asarray([*ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
-    ids = np.concatenate(rows)
+    return np.concatenate(rows)
+
+
+def write_tokens(path: str | Path, documents: Sequence[Document], tokenizer: Tokenizer) -> TokenInfo:
+    """Encode each document, followed by the end of text, into one file; atomically.
+
+    Raises `DataError` if the tokenizer has no end of text, `StorageError` if the disk refuses.
+    """
+    path = Path(path)
+    ids = encode_documents(documents, tokenizer)
     info = TokenInfo(len(ids), sum(document.num_bytes for document in documents), len(documents))
     # Nested, so that neither file is replaced unless both could be written.
     with atomic_write(_info_path(path)) as info_file, atomic_write(path) as ids_file:

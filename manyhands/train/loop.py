@@ -31,6 +31,10 @@ from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
 from manyhands.train.step import StepResult, train_step
 
+MAY_CHANGE = {  # between sessions of a run: how long and how it runs, not what it computes
+    *("train." + name for name in ("max_steps", "log_every", "eval_every", "save_every", "keep_checkpoints")),
+    *("train." + name for name in ("trackers", "device", "experts_implementation")),
+}
 PLAN_AFTER = 12  # steps measured before a time budget becomes a number of steps
 PLAN_WARMUP = 4  # of which the first are slower: allocations, caches
 
@@ -157,6 +161,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
             newest = directory.newest_valid()
             if newest is not None:
                 state.load(newest[1])
+                if not state.progress.planned:
+                    state.progress.max_steps = run.train.max_steps
                 screen.note(f"continuing from step {state.progress.step}")
             screen.set_max_steps(state.progress.max_steps)
             with Journal(directory.journal_file, run.train.trackers) as journal:
@@ -180,7 +186,7 @@ def _check_same_run(directory: RunDirectory, run: RunConfig) -> None:
     for section in type(run).model_fields:
         old, new = getattr(before, section), getattr(run, section)
         for name in type(old).model_fields:
-            if getattr(old, name) != getattr(new, name):
+            if getattr(old, name) != getattr(new, name) and f"{section}.{name}" not in MAY_CHANGE:
                 raise ConfigError(
                     f"{directory.path} holds another run: its {section}.{name} is {getattr(old, name)!r}, yours is "
                     f"{getattr(new, name)!r}; choose another --out, or remove it"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from manyhands.checkpoint.files import building
-from manyhands.checkpoint.model import load_weights, save_model
+from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.errors import CheckpointError
 from manyhands.nn import Decoder
@@ -69,7 +69,10 @@ class TrainState:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
         device = str(next(self.model.parameters()).device)
-        load_weights(self.model, directory)
+        try:
+            self.model.load_state_dict(load_tensors(directory / "model.safetensors", device))
+        except RuntimeError as error:
+            raise CheckpointError(f"{directory}: not this run's model: {' '.join(str(error).split())[:300]}") from None
         self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))
         self.batches.load_state_dict(document["batches"])
         self.guard.load_state_dict(document["guard"])

@@ -78,7 +78,7 @@ def oracle(case: Case) -> Tensor:
     up, down, up_bias, down_bias, activation = case.experts
     rows = []
     for t in range(case.x.shape[0]):
-        y = torch.zeros_like(case.x[t])
+        y = 0.0 * case.x[t]
         for k in range(case.ids.shape[1]):
             if case.kept[t, k]:
                 e = int(case.ids[t, k])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from dense_oracle import make_case
 
 from manyhands.kernels.experts import activate, swiglu
 from manyhands.kernels.permute import combine, gather, sort_pairs
+
+from .dense_oracle import make_case
 
 
 def leaf(*shape: int, seed: int = 0) -> torch.Tensor:

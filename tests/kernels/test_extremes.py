@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from dense_oracle import assert_matches_oracle, forward_and_gradients, make_case
 
 from manyhands.kernels import BACKENDS
+
+from .dense_oracle import assert_matches_oracle, forward_and_gradients, make_case
 
 pytestmark = pytest.mark.parametrize("backend", sorted(BACKENDS))
 

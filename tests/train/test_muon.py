@@ -85,13 +85,13 @@ def test_two_steps_of_the_formula(nesterov: bool) -> None:
     generator = torch.Generator().manual_seed(4)
     start, g1, g2 = torch.randn(3, 6, 10, generator=generator)
     weight = nn.Parameter(start.clone())
-    optimizer = Muon([weight], lr=0.01, momentum=0.9, nesterov=nesterov, weight_decay=0.1)
+    optimizer = Muon([weight], lr=0.01, momentum=0.7, nesterov=nesterov, weight_decay=0.1)
     expected, M = start.double(), torch.zeros(6, 10, dtype=torch.double)
     for g in (g1, g2):
         weight.grad = g.clone()
         optimizer.step()
-        M = 0.9 * M + g
-        ortho = defined_ns(g + 0.9 * M if nesterov else M) * (0.2 * 10**0.5)
+        M = 0.7 * M + g
+        ortho = defined_ns(g + 0.7 * M if nesterov else M) * (0.2 * 10**0.5)
         expected = expected - 0.01 * (ortho + 0.1 * expected)
     torch.testing.assert_close(weight.detach().double(), expected, atol=1e-6, rtol=0)
     assert list(optimizer.state[weight]) == ["momentum_buffer"]

@@ -73,6 +73,7 @@ def test_every_parameter_is_in_the_right_group_once(name: str, router_optim: str
 
 def test_group_options() -> None:
     config = OptimConfig(lr=0.01, embed_lr_scale=3.0, router_lr_scale=0.5, weight_decay=0.2, betas=(0.8, 0.9))
+    config = config.model_copy(update={"momentum": 0.7, "nesterov": False, "ns_steps": 3, "eps": 1e-6})
     optimizers = build_optimizers(build_model(), config)
     optimizers.set_lr(0.1)
     groups = {group["name"]: group for group in optimizers.groups}
@@ -82,7 +83,9 @@ def test_group_options() -> None:
     assert {name for name, group in groups.items() if group["weight_decay"] == 0} == {"vector"}
     assert groups["embed"]["weight_decay"] == 0.2 and groups["embed"]["betas"] == (0.8, 0.9)
     assert groups["gate_up"]["split"] == 2 and groups["hidden"]["split"] == 1
-    assert groups["embed"]["fused"] is True
+    assert groups["embed"]["fused"] is True and groups["embed"]["eps"] == 1e-6
+    hidden = groups["hidden"]
+    assert (hidden["momentum"], hidden["nesterov"], hidden["ns_steps"]) == (0.7, False, 3)
 
 
 def test_initial_rates_are_scaled() -> None:

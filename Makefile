@@ -1,0 +1,42 @@
+# Two commands: `make run` trains and generates, `make test` checks everything.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+OUT ?= runs/quickstart
+PROMPT ?= def read_file(path):
+
+.PHONY: run setup setup-dev test lint clean
+
+run: setup  ## train the quickstart model on the standard library's sources, then generate from it
+	$(BIN)/manyhands train --preset quickstart --out $(OUT)
+	$(BIN)/manyhands generate $(OUT) --prompt "$(PROMPT)" --max-new-tokens 120 --temperature 0.7 --top-p 0.9 --seed 1
+
+setup: $(VENV)/.installed  ## create .venv and install manyhands
+
+setup-dev: $(VENV)/.installed-dev  ## the same, with what the tests need
+
+test: setup-dev  ## the whole suite: no network, no GPU
+	$(BIN)/python -m pytest
+
+lint: setup-dev  ## ruff, mypy (strict), the import contract
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# torch first and pinned: an open range pulls gigabytes of CUDA packages.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "manyhands needs Python 3.11 or newer; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch==2.13.0
+	$(PIP) install -q -c constraints.txt -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:  ## remove what `make` made, except runs
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,82 @@
+"""Every balance loss by itself: its value in each layer, and its gradient in the routers.
+
+E experts, B sequences.
+"""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from manyhands.check import oracle_balance
+from manyhands.check.oracle_routing import DenseRouting
+from manyhands.config import BalanceConfig, RouterConfig
+from manyhands.moe import Routing
+from manyhands.moe.objective import balance_terms
+
+EVERY = BalanceConfig(
+    aux_loss_coef=1.0,
+    z_loss_coef=1.0,
+    importance_coef=1.0,
+    load_coef=1.0,
+    sequence_loss_coef=1.0,
+    orthogonality_coef=1.0,
+    variance_coef=1.0,
+)
+SCOPES = (
+    EVERY.model_copy(update={"aux_scope": "micro"}),
+    BalanceConfig(aux_loss_coef=1.0, aux_scope="sequence"),
+    BalanceConfig(aux_loss_coef=1.0, aux_scope="global"),
+)
+
+Terms = dict[str, dict[int, Tensor]]  # loss name -> layer -> value
+
+
+def _collect(layers: Mapping[int, object], one: Callable[[int, BalanceConfig], dict[str, Tensor]]) -> Terms:
+    found: Terms = {}
+    for layer in layers:
+        for config in SCOPES:
+            for name, value in one(layer, config).items():
+                label = f"{name}/{config.aux_scope}" if name == "aux_loss" else name
+                found.setdefault(label, {})[layer] = value
+    return found
+
+
+def earlier_counts(num_experts: int) -> Tensor:
+    """[E]: what other micro-batches of the step are taken to have counted, for the global scope."""
+    return torch.arange(num_experts) * 3 + 1
+
+
+def tested_terms(routings: Mapping[int, Routing], router: RouterConfig, num_sequences: int) -> Terms:
+    """All terms as `moe` computes them."""
+
+    def one(layer: int, config: BalanceConfig) -> dict[str, Tensor]:
+        routing = routings[layer]
+        step = routing.expert_counts() + earlier_counts(router.num_experts)
+        return balance_terms(routing, config, num_sequences, step)
+
+    return _collect(routings, one)
+
+
+def oracle_terms(routings: Mapping[int, DenseRouting], router: RouterConfig, num_sequences: int) -> Terms:
+    """All terms as the oracle computes them."""
+
+    def one(layer: int, config: BalanceConfig) -> dict[str, Tensor]:
+        step = routings[layer].counts() + earlier_counts(router.num_experts)
+        return oracle_balance.terms(routings[layer], router, config, num_sequences, step)
+
+    return _collect(routings, one)
+
+
+def values(terms: Terms, name: str, prefix: str) -> dict[str, Tensor | None]:
+    """One loss in each layer, by full name."""
+    return {f"{prefix.format(layer=layer)}{name}": value.detach() for layer, value in terms[name].items()}
+
+
+def router_gradients(terms: Terms, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+    """Gradient of one loss, summed over layers, in every given parameter; None where there is no path."""
+    total = torch.stack(list(terms[name].values())).sum()
+    if not total.requires_grad:
+        return dict.fromkeys(parameters)
+    grads = torch.autograd.grad(total, list(parameters.values()), retain_graph=True, allow_unused=True)
+    return dict(zip(parameters, grads, strict=True))

@@ -1,0 +1,236 @@
+"""The whole model against the oracle: the training step in all its modes, and a masked forward with every loss.
+
+B sequences, S tokens, T = B·S, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from manyhands.check import cases, losses, oracle_balance
+from manyhands.check.compare import TOLERANCES, Named, by_expert, close, exact
+from manyhands.check.oracle import decode, float64_copy
+from manyhands.check.oracle_routing import DenseRouting
+from manyhands.check.report import Row, Situation
+from manyhands.check.subject import Subject, dense_kept, dense_weights, gradients, train
+from manyhands.config import BalanceConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from manyhands.moe import Routing
+from manyhands.nn.cross_entropy import linear_cross_entropy
+
+B, S = 4, 12
+MODES = {"plain": (False, B), "recompute": (True, B), "accumulate": (False, 1), "accumulate+recompute": (True, 2)}
+"""Mode of the training step -> (recompute, sequences per micro-batch)."""
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+Routings = tuple[Sequence[dict[int, Routing]], Sequence[dict[int, DenseRouting]]]
+
+
+class ModelCheck:
+    """One small model in one routing case; `rows` compares it in every backend, dtype and mode."""
+
+    def __init__(self, config: ModelConfig, balance: BalanceConfig, case: str, seed: int) -> None:
+        self.config, self.balance, self.case, self.seed = config, balance, case, seed
+        self.router = None if config.moe is None else config.moe.router
+        generator = torch.Generator().manual_seed(seed)
+        self.model = Subject(config)
+        cases.fill(self.model, case, generator)
+        hashed = self.router is not None and self.router.select == "hash"
+        self.batch = cases.token_ids((B, S + 1), config.vocab_size, case, hashed, generator)
+        self.mask = cases.padding_mask((B, S)) if case == "padding" else torch.ones(B, S, dtype=torch.bool)
+
+    def rows(self, backend: str, dtype: str) -> Iterator[tuple[list[Row], Routings]]:
+        """The rows of each mode, with the routings they came from."""
+        self.model.use(backend)
+        yield self._forward(Situation("model", self.case, backend, dtype, "forward"))
+        if self.case == "padding":  # the training step takes packed text: there is none in it
+            return
+        for mode in MODES:
+            yield self._step(Situation("model", self.case, backend, dtype, mode))
+
+    def _step(self, at: Situation) -> tuple[list[Row], Routings]:
+        """`train_step` itself: loss, terms, gradients, counts and the bias after it."""
+        recompute, micro = MODES[at.mode]
+        seeds = [self.seed + m for m in range(B // micro)]
+        run = RunConfig(
+            model=self.config,
+            balance=self.balance,
+            optim=OptimConfig(name="adamw", grad_clip=None),
+            train=TrainConfig(batch_size=B, micro_batch_size=micro, sequence_length=S, recompute=recompute),
+        )
+        trained = train(self.model, self.batch, run, DTYPES[at.dtype], seeds)
+        if trained.halted:
+            row = Row(at, "training step", trained.halted, float("inf"), 0.0, 1.0, (trained.halted,))
+            return [row], ([], [])
+
+        p = float64_copy(self.model)
+        oracle = decode(
+            self.model,
+            p,
+            self.batch[:, :-1],
+            self.mask,
+            training=True,
+            seeds=seeds,
+            tested=trained.routings,
+            slack=TOLERANCES[at.dtype].slack,
+        )
+        task = _cross_entropy(oracle.logits, self.batch[:, 1:], self.mask)
+        terms = self._terms(oracle.routings)
+        total = task
+        for name, term in terms.items():
+            total = total + getattr(self.balance, f"{name}_coef") * term
+        total.backward()  # type: ignore[no-untyped-call]
+        expected = {name: p[name].grad for name, _ in self.model.named_parameters()}
+
+        rows = [close(at, "loss", {"loss": torch.tensor(trained.loss)}, {"loss": task})]
+        if terms:
+            tested = {name: torch.tensor(value) for name, value in trained.terms.items()}
+            rows += [close(at, "balance terms", {n: tested.get(n)}, {n: terms[n]}) for n in terms]
+        rows.append(close(at, "gradients", by_expert(trained.gradients), by_expert(expected)))
+        if self.router is None:
+            return rows, ([], [])
+        counts = {
+            f"layers.{layer}.mlp.expert_counts": torch.stack([r[layer].counts() for r in oracle.routings]).sum(0)
+            for layer in oracle.routings[0]
+        }
+        dropped = {
+            f"layers.{layer}.mlp.dropped": torch.stack([r[layer].dropped() for r in oracle.routings]).sum()
+            for layer in oracle.routings[0]
+        }
+        rows += [
+            exact(at, "expert counts", trained.counts, counts),
+            exact(at, "dropped pairs", trained.dropped, dropped),
+        ]
+        if self.router.bias:
+            rows.append(_bias_row(at, trained.bias, p, counts, self.balance.bias_update_rate))
+        rows += routing_rows(at, trained.routings, oracle.routings, "layers.{layer}.mlp.router.")
+        return rows, (trained.routings, oracle.routings)
+
+    def _terms(self, routings: Sequence[dict[int, DenseRouting]]) -> dict[str, Tensor]:
+        """The step's balance terms: mean over layers, then over micro-batches; f in global scope so far."""
+        if self.router is None:
+            return {}
+        so_far = {layer: torch.zeros(self.router.num_experts, dtype=torch.int64) for layer in routings[0]}
+        found: dict[str, list[Tensor]] = {}
+        for micro in routings:
+            for layer, routing in micro.items():
+                so_far[layer] = so_far[layer] + routing.counts()
+                sequences = B // len(routings)
+                terms = oracle_balance.terms(routing, self.router, self.balance, sequences, so_far[layer])
+                for name, value in terms.items():
+                    found.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in found.items()}
+
+    def _forward(self, at: Situation) -> tuple[list[Row], Routings]:
+        """Logits, the masked loss and its gradients through `keep_outputs`, and every balance loss by itself."""
+        ids, mask, dtype = self.batch[:, :-1], self.mask, DTYPES[at.dtype]
+        model = self.model
+        model.watch([self.seed, self.seed])
+        with torch.random.fork_rng(devices=[]):
+            with torch.no_grad():
+                logits = model(ids, attention_mask=mask, dtype=dtype).logits
+            hidden = model.hidden(ids, mask, dtype=dtype, keep_outputs=True)
+        targets = self.batch[:, 1:].flatten()
+        task = linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, targets, mask.flatten())
+        routers = {name: q for name, q in model.named_parameters() if ".router." in name}
+        tested_terms: losses.Terms = {}
+        tested_gradients: dict[str, Named] = {}
+        if self.router is not None:
+            tested_terms = losses.tested_terms(hidden.routings, self.router, B)
+            tested_gradients = {n: losses.router_gradients(tested_terms, n, routers) for n in tested_terms}
+        task.backward()  # type: ignore[no-untyped-call]
+
+        p = float64_copy(model)
+        oracle = decode(
+            model,
+            p,
+            ids,
+            mask,
+            training=True,
+            seeds=[self.seed],
+            tested=[hidden.routings],
+            slack=TOLERANCES[at.dtype].slack,
+        )
+        oracle_task = _cross_entropy(oracle.logits, self.batch[:, 1:], mask)
+        rows = [
+            close(at, "logits", {"logits": logits[mask]}, {"logits": oracle.logits[mask]}),
+            close(at, "loss", {"loss": task}, {"loss": oracle_task}),
+        ]
+        if self.router is not None:
+            oracle_terms = losses.oracle_terms(oracle.routings[0], self.router, B)
+            rows += loss_rows(
+                at, tested_terms, tested_gradients, oracle_terms, {name: p[name] for name in routers}, "layers.{layer}."
+            )
+            rows += routing_rows(at, [hidden.routings], oracle.routings, "layers.{layer}.mlp.router.")
+            counts = {f"layers.{n}.mlp.expert_counts": r.counts() for n, r in oracle.routings[0].items()}
+            tested = {f"layers.{n}.mlp.expert_counts": r.expert_counts() for n, r in hidden.routings.items()}
+            rows.append(exact(at, "expert counts", tested, counts))
+        oracle_task.backward()  # type: ignore[no-untyped-call]
+        expected = {name: p[name].grad for name, _ in model.named_parameters()}
+        rows.append(close(at, "gradients", by_expert(gradients(model)), by_expert(expected)))
+        return rows, ([hidden.routings], oracle.routings)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    real = logits[mask]
+    return (real.exp().sum(-1).log() - real.gather(1, targets[mask][:, None])[:, 0]).mean()
+
+
+def loss_rows(
+    at: Situation,
+    tested: losses.Terms,
+    tested_gradients: dict[str, Named],
+    oracle: losses.Terms,
+    routers: dict[str, Tensor],
+    prefix: str,
+) -> list[Row]:
+    """A row for the value of each balance loss and one for its gradient."""
+    rows = []
+    for name in oracle:
+        rows.append(
+            close(at, f"{name} value", losses.values(tested, name, prefix), losses.values(oracle, name, prefix))
+        )
+        expected = losses.router_gradients(oracle, name, routers)
+        rows.append(close(at, f"{name} gradient", tested_gradients[name], expected))
+    return rows
+
+
+def routing_rows(
+    at: Situation, tested: Sequence[dict[int, Routing]], oracle: Sequence[dict[int, DenseRouting]], prefix: str
+) -> list[Row]:
+    """Scores, weights, the choice of experts and which pairs found room, layer by layer over real tokens."""
+    scores: tuple[Named, Named] = ({}, {})
+    weights, room = ({}, {}), ({}, {})  # type: ignore[var-annotated]
+    wrong: dict[str, Tensor] = {}
+    for layer in oracle[0]:
+        name = prefix.format(layer=layer)
+        masks = [o[layer].mask for o in oracle]
+        pick = lambda parts, masks=masks: torch.cat([part[m] for part, m in zip(parts, masks, strict=True)])  # noqa: E731
+        scores[0][name + "scores"] = pick([t[layer].scores for t in tested])  # type: ignore[index]
+        scores[1][name + "scores"] = pick([o[layer].scores for o in oracle])  # type: ignore[index]
+        weights[0][name + "weights"] = pick([dense_weights(t[layer]) for t in tested])
+        weights[1][name + "weights"] = pick([o[layer].weights for o in oracle])
+        room[0][name + "kept"] = pick([dense_kept(t[layer]) for t in tested])
+        room[1][name + "kept"] = pick([o[layer].kept for o in oracle])
+        wrong[name + "expert_ids"] = torch.tensor(sum(o[layer].wrong for o in oracle))
+    return [
+        close(at, "router scores", *scores),
+        close(at, "router weights", *weights),
+        exact(at, "expert choice", wrong, {name: torch.zeros_like(count) for name, count in wrong.items()}),
+        exact(at, "kept pairs", *room),
+    ]
+
+
+def _bias_row(
+    at: Situation, tested: dict[str, Tensor], before: dict[str, Tensor], counts: dict[str, Tensor], rate: float
+) -> Row:
+    """The correction bias after the step, equal to the float32 nearest the oracle's up to its last place."""
+    rounded: dict[str, Tensor] = {}
+    oracle: dict[str, Tensor] = {}
+    for name, b in tested.items():
+        layer = name.removesuffix("router.e_score_correction_bias")
+        oracle[name] = oracle_balance.bias_after_step(before[name], counts[layer + "expert_counts"], rate)
+        last_place = 2.0**-22 * oracle[name].abs().clamp(min=rate)
+        rounded[name] = torch.where((b.double() - oracle[name]).abs() <= last_place, oracle[name], b.double())
+    return exact(at, "bias after step", rounded, oracle)

@@ -1,0 +1,139 @@
+"""Every kind of router by itself, in one layer, against the oracle.
+
+T tokens, D width, F expert width.
+"""
+
+from collections.abc import Iterator
+
+import torch
+
+from manyhands.check import cases, losses
+from manyhands.check.compare import TOLERANCES, by_expert, close, exact
+from manyhands.check.model import DTYPES, Routings, loss_rows, routing_rows
+from manyhands.check.oracle import float64_copy, moe_layer
+from manyhands.check.report import Row, Situation
+from manyhands.check.subject import gradients
+from manyhands.config import MoEConfig, RouterConfig
+from manyhands.moe import LoadCounter, MoELayer
+
+B, S, D, F, VOCAB = 4, 11, 32, 16, 97  # T = 44: no multiple of a vector width, so that tails are covered
+
+ROUTERS: dict[str, RouterConfig] = {
+    "softmax top-2, renormalised (Mixtral)": RouterConfig(),
+    "softmax top-4, raw weights (OLMoE)": RouterConfig(num_experts_per_tok=4, norm_topk_prob=False),
+    "top-1, jitter, capacity (Switch)": RouterConfig(
+        num_experts_per_tok=1, jitter=0.01, init="switch", capacity_factor=1.25, eval_capacity_factor=2.0
+    ),
+    "noisy top-2 (Shazeer)": RouterConfig(noisy=True, init="zeros"),
+    "random second, capacity (GShard)": RouterConfig(
+        random_second=True, capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1
+    ),
+    "max of groups (DeepSeek-V2)": RouterConfig(
+        num_experts=16,
+        num_experts_per_tok=3,
+        norm_topk_prob=False,
+        routed_scaling_factor=16.0,
+        n_group=4,
+        topk_group=2,
+        group_score="max",
+    ),
+    "sigmoid, bias (loss-free)": RouterConfig(score="sigmoid", bias=True, routed_scaling_factor=2.446),
+    "sigmoid, bias, groups (DeepSeek-V3)": RouterConfig(
+        num_experts=16,
+        num_experts_per_tok=4,
+        score="sigmoid",
+        bias=True,
+        routed_scaling_factor=2.5,
+        n_group=4,
+        topk_group=2,
+    ),
+    "sigmoid top-1, raw gate (Llama 4)": RouterConfig(score="sigmoid", num_experts_per_tok=1, norm_topk_prob=False),
+    "capacity by probability": RouterConfig(
+        capacity_factor=0.75, eval_capacity_factor=0.5, min_capacity=1, drop_policy="probability"
+    ),
+    "all experts": RouterConfig(num_experts=4, num_experts_per_tok=4),
+    "one expert": RouterConfig(num_experts=1, num_experts_per_tok=1),
+    "hash": RouterConfig(select="hash", num_experts_per_tok=1),
+    "expert choice": RouterConfig(select="expert_choice"),
+}
+"""One of each published kind, in small; experts alternate between activations and biases, see `layer_config`."""
+
+
+def layer_config(name: str) -> MoEConfig:
+    """The layer a router is checked in. The activation, biases and shared experts change from one to the next."""
+    number = list(ROUTERS).index(name)
+    return MoEConfig(
+        router=ROUTERS[name],
+        moe_intermediate_size=F,
+        hidden_act=("swiglu", "geglu", "gelu", "relu")[number % 4],  # type: ignore[arg-type]
+        expert_bias=number % 3 == 1,
+        n_shared_experts=number % 2,
+        shared_expert_gate=number % 4 == 1,
+    )
+
+
+class RouterCheck:
+    """One layer with the router `name` in one case; `rows` compares it in every backend, dtype and mode."""
+
+    def __init__(self, name: str, case: str, seed: int) -> None:
+        self.name, self.case, self.seed = name, case, seed
+        self.config = layer_config(name)
+        generator = torch.Generator().manual_seed(seed)
+        self.layer = MoELayer(self.config, D)
+        cases.fill(self.layer, case, torch.Generator().manual_seed(seed + 1))
+        along_first = torch.Generator().manual_seed(seed + 1)  # the same direction as `fill`
+        self.x = cases.tokens(B * S, D, case, along_first).bfloat16().float()  # the same input in every dtype
+        self.probe = torch.randn(B * S, D, generator=generator).bfloat16().float()
+        self.ids = cases.token_ids((B, S), VOCAB, case, self.config.router.select == "hash", generator).flatten()
+        padded = cases.padding_mask((B, S)) if case == "padding" else torch.ones(B, S, dtype=torch.bool)
+        self.mask = padded.flatten()
+
+    def rows(self, backend: str, dtype: str) -> Iterator[tuple[list[Row], Routings]]:
+        """The rows of training and of evaluation."""
+        self.layer.experts.implementation = backend
+        for mode in ("train", "eval"):
+            yield self._compare(Situation(self.name, self.case, backend, dtype, mode))
+
+    def _compare(self, at: Situation) -> tuple[list[Row], Routings]:
+        layer, router, training = self.layer.train(at.mode == "train"), self.config.router, at.mode == "train"
+        layer.zero_grad(set_to_none=True)
+        x = self.x.to(DTYPES[at.dtype]).requires_grad_()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            y, routing = layer(x, self.mask, self.ids)
+            torch.manual_seed(self.seed)
+            _, with_outputs = layer(x, self.mask, self.ids, keep_outputs=True)
+        routers = {name: q for name, q in layer.named_parameters() if name.startswith("router.")}
+        tested = losses.tested_terms({0: with_outputs}, router, B)
+        tested_gradients = {name: losses.router_gradients(tested, name, routers) for name in tested}
+        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()
+        counter = LoadCounter.empty(router.num_experts)
+        counter.add(routing)
+
+        p = float64_copy(layer)
+        x64 = self.x.double().requires_grad_()
+        expected, oracle = moe_layer(
+            p,
+            "",
+            x64,
+            self.config,
+            training=training,
+            mask_T=self.mask,
+            ids_T=self.ids,
+            generator=torch.Generator().manual_seed(self.seed),
+            tested=routing,
+            slack=TOLERANCES[at.dtype].slack,
+        )
+        oracle_terms = losses.oracle_terms({0: oracle}, router, B)
+        if router.select == "expert_choice":  # no token chooses K experts, which is what this loss is about
+            oracle_terms.pop("sequence_loss")
+        rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]
+        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in routers}, "")
+        rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
+        rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
+        rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))
+        (expected * self.probe.double() * self.mask[:, None]).sum().backward()
+        found = gradients(layer) | {"x": x.grad}
+        right = {name: p[name].grad for name, _ in layer.named_parameters()} | {"x": x64.grad}
+        rows.append(close(at, "gradients", by_expert(found), by_expert(right)))
+        return rows, ([{0: routing}], [{0: oracle}])

@@ -1,0 +1,79 @@
+"""A small model of the same kind: every mechanism kept, every size reduced."""
+
+from typing import Any
+
+from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+
+MAX_EXPERTS = 16
+MAX_GROUPS = 4
+MAX_CHOSEN = 4
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
+
+
+def shrink(config: ModelConfig) -> ModelConfig:
+    """At most 64 wide, 16 experts, 128 tokens; one dense layer before two sparse ones if the model has them.
+
+    What is kept: grouped heads, latent ranks, expert groups and how many of them are chosen, whether all experts are
+    used, gating, biases, ties, shared experts, the pattern of layers. A small model comes back unchanged.
+    """
+    changes: dict[str, Any] = {name: min(getattr(config, name), limit) for name, limit in WIDTHS.items()}
+    changes["attention"] = _attention(config.attention)
+    if config.moe is None:
+        return config.model_copy(update=changes | {"num_hidden_layers": min(config.num_hidden_layers, 2)})
+    moe = _moe(config.moe)
+    wanted, layers, sparse = min(2, len(config.sparse_layers)), 0, 0
+    while sparse < wanted:
+        sparse += moe.is_sparse(layers)
+        layers += 1
+    changes |= {"moe": moe, "num_hidden_layers": min(config.num_hidden_layers, layers)}
+    return ModelConfig.model_validate(config.model_copy(update=changes).model_dump())
+
+
+def _attention(a: AttentionConfig) -> AttentionConfig:
+    kv, heads = _heads(a)
+    update: dict[str, Any] = {"num_attention_heads": heads, "head_dim": min(a.head_dim, 16)}
+    if a.num_key_value_heads is not None:
+        update["num_key_value_heads"] = heads if a.kind == "mla" else kv
+    if a.sliding_window is not None:
+        update["sliding_window"] = min(a.sliding_window, 8)
+    if a.q_lora_rank is not None:
+        update["q_lora_rank"] = min(a.q_lora_rank, 32)
+    update |= {"kv_lora_rank": min(a.kv_lora_rank, 32), "qk_nope_head_dim": min(a.qk_nope_head_dim, 16)}
+    update |= {"qk_rope_head_dim": min(a.qk_rope_head_dim, 8), "v_head_dim": min(a.v_head_dim, 16)}
+    return AttentionConfig.model_validate(a.model_copy(update=update).model_dump())
+
+
+def _heads(a: AttentionConfig) -> tuple[int, int]:
+    """Key/value heads and query heads: at most 2 and 4 queries to each, or 4 plain heads."""
+    if a.kv_heads == a.num_attention_heads:
+        heads = min(a.num_attention_heads, 4)
+        return heads, heads
+    kv = min(a.kv_heads, 2)
+    return kv, kv * min(a.num_attention_heads // a.kv_heads, 4)
+
+
+def _moe(moe: MoEConfig) -> MoEConfig:
+    update = {
+        "router": _router(moe.router),
+        "moe_intermediate_size": min(moe.moe_intermediate_size, 32),
+        "n_shared_experts": min(moe.n_shared_experts, 2),
+        "first_k_dense_replace": min(moe.first_k_dense_replace, 1),
+        "decoder_sparse_step": min(moe.decoder_sparse_step, 2),
+    }
+    return MoEConfig.model_validate(moe.model_copy(update=update).model_dump())
+
+
+def _router(r: RouterConfig) -> RouterConfig:
+    if r.num_experts <= MAX_EXPERTS:
+        return r
+    groups = min(r.n_group, MAX_GROUPS)
+    size = MAX_EXPERTS // groups
+    if r.topk_group == r.n_group:
+        chosen_groups = groups
+    else:
+        chosen_groups = min(max(1, round(r.topk_group * groups / r.n_group)), groups - 1)
+    k = min(r.num_experts_per_tok, MAX_CHOSEN, chosen_groups * size)
+    if r.num_experts_per_tok == r.num_experts:
+        k = groups * size
+    update = {"num_experts": groups * size, "n_group": groups, "topk_group": chosen_groups, "num_experts_per_tok": k}
+    return RouterConfig.model_validate(r.model_copy(update=update).model_dump())

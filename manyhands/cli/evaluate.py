@@ -1,0 +1,47 @@
+"""`manyhands eval`: perplexity, bits per byte and expert load on a text."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the directory of a run.")],
+    data: Annotated[list[str], typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")],
+    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")] = "text",
+    sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: as trained, at most 1024.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """How well a model predicts a text, and how evenly its experts work on it."""
+    from manyhands.text import read_documents
+
+    documents = read_documents(data, text_field)
+
+    import json
+    from dataclasses import asdict
+
+    import numpy as np
+
+    from manyhands.checkpoint.model import load
+    from manyhands.generate.evaluate import evaluate as measure
+    from manyhands.text import encode_documents, evaluation_batches
+
+    model, tokenizer = load(checkpoint)
+    ids = encode_documents(documents, tokenizer)
+    length = sequence_length or min(1024, model.config.max_position_embeddings)
+    targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
+    num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
+    result = measure(model, evaluation_batches(ids, length, batch_size, max_batches), num_bytes)
+    if json_output:
+        print(json.dumps(asdict(result)))
+        return
+    print(f"{result.tokens:,} tokens, {num_bytes:,} bytes in {len(documents):,} documents")
+    print(f"perplexity {result.perplexity:.3f}, bits per byte {result.bits_per_byte:.4f}, loss {result.loss:.4f}")
+    for layer, load_of in result.load.items():
+        print(
+            f"layer {layer}: MaxVio {load_of.max_vio:.2f}, entropy {load_of.entropy:.3f}, dead experts "
+            f"{load_of.dead}, dropped {load_of.dropped:.1%}, mean top-1 weight {load_of.top1_weight:.2f}"
+        )

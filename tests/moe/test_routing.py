@@ -1,0 +1,64 @@
+"""Ties, orders and integer counts."""
+
+import pytest
+import torch
+
+from manyhands.moe.routing import count_experts, top_k_stable
+
+from .make_routing import route_logits, routing_from, tokens
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_ties_go_to_the_lower_index(k: int) -> None:
+    assert top_k_stable(torch.full((3, 5), 0.25), k).tolist() == [list(range(k))] * 3
+
+
+def test_negative_zero_equals_zero() -> None:
+    assert top_k_stable(torch.tensor([[-0.0, 0.0, -1.0], [0.0, -0.0, -1.0]]), 2).tolist() == [[0, 1], [0, 1]]
+
+
+def test_order_of_all_kinds_of_floats() -> None:
+    inf = float("inf")
+    row = [1e-45, -1e-45, inf, -inf, 3.0, -3.0, 0.0, 1e38, -1e38]
+    expected = sorted(range(len(row)), key=lambda i: -row[i])
+    assert top_k_stable(torch.tensor([row]), len(row)).tolist() == [expected]
+
+
+def test_equals_a_stable_sort_on_many_tied_rows() -> None:
+    scores = tokens(500, 16).mul(2).round().div(2)  # many exact ties
+    expected = scores.sort(dim=-1, descending=True, stable=True).indices[:, :6]
+    assert torch.equal(top_k_stable(scores, 6), expected)
+
+
+def test_nan_rows_still_give_different_valid_indices() -> None:
+    nan = torch.full((1, 6), float("inf")) - torch.full((1, 6), float("inf"))
+    for row in (nan, -nan):
+        ids = top_k_stable(row, 3)[0].tolist()
+        assert len(set(ids)) == 3 and all(0 <= i < 6 for i in ids)
+
+
+def test_no_tokens() -> None:
+    assert top_k_stable(torch.zeros(0, 4), 2).shape == (0, 2)
+
+
+def test_counts_skip_padding_and_nobody() -> None:
+    ids = torch.tensor([[0, 1], [1, -1], [2, 1], [0, 2]])
+    mask = torch.tensor([True, True, True, False])
+    counts = count_experts(ids, mask, 4)
+    assert counts.tolist() == [1, 3, 1, 0] and counts.dtype == torch.int64
+
+
+def test_counts_do_not_saturate() -> None:
+    """bf16 counts stop at 256; these do not."""
+    assert count_experts(torch.zeros(3000, 1, dtype=torch.int64), torch.ones(3000, dtype=torch.bool), 2)[0] == 3000
+
+
+def test_counts_are_before_capacity() -> None:
+    routing = route_logits([[1.0, 0.0]] * 8, num_experts_per_tok=1, eval_capacity_factor=0.5, min_capacity=1)
+    assert int(routing.kept.sum()) == 2 and routing.expert_counts().tolist() == [8, 0]
+
+
+def test_routing_is_frozen() -> None:
+    routing = routing_from([[0]], [[0.5, 0.5]])
+    with pytest.raises(AttributeError):
+        routing.weights = routing.weights * 2  # type: ignore[misc]
