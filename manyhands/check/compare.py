@@ -13,7 +13,7 @@ comes from sums of larger numbers. What is exactly zero in the oracle because an
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -52,10 +52,22 @@ def by_expert(named: Named) -> dict[str, Tensor | None]:
     return apart
 
 
-def close(situation: Situation, quantity: str, tested: Named, oracle: Named) -> Row:
-    """One row for real-valued tensors. A tensor that is absent in one and not zero in the other fails."""
+def largest_norm(dtype: str, named: Named) -> float:
+    """The size of the largest tensor, as `close` measures it."""
+    return max((float(_norm(t, TOLERANCES[dtype])) for t in named.values() if t is not None), default=0.0)
+
+
+def close(
+    situation: Situation, quantity: str, tested: Named, oracle: Named, *, at_least: float = 0.0, widen: float = 1.0
+) -> Row:
+    """One row for real-valued tensors. A tensor that is absent in one and not zero in the other fails.
+
+    `at_least` is the size of the largest tensor of the kind where it may not be among these; `widen` multiplies the
+    limit.
+    """
     tolerance = TOLERANCES[situation.dtype]
-    largest = max((float(_norm(o, tolerance)) for o in oracle.values() if o is not None), default=0.0)
+    tolerance = replace(tolerance, error=tolerance.error * widen, cosine=1.0 - (1.0 - tolerance.cosine) * widen)
+    largest = max(largest_norm(situation.dtype, oracle), at_least)
     worst, worst_error, worst_ratio, failing = "", -1.0, 1.0, []
     for name, o in oracle.items():
         error, ratio = _difference(tested.get(name), o, tolerance, largest, ".experts." in f".{name}")
@@ -106,8 +118,6 @@ def exact(situation: Situation, quantity: str, tested: Mapping[str, Tensor], ora
             worst, worst_error = name, difference
         if difference != 0.0:
             failing.append(name)
-    total = {
-        n: float(t.double().sum()) for n, t in (("t", tested.get(worst)), ("o", oracle.get(worst))) if t is not None
-    }
-    ratio = total["t"] / total["o"] if total.get("o") else 1.0
+    expected = float(oracle[worst].double().sum()) if oracle else 0.0
+    ratio = float(tested[worst].double().sum()) / expected if expected else 1.0
     return Row(situation, quantity, worst, worst_error, 0.0, ratio, tuple(failing))

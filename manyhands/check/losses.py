@@ -1,4 +1,4 @@
-"""Every balance loss by itself: its value in each layer, and its gradient in the routers.
+"""Every balance loss by itself: its value in each layer, and its gradient.
 
 E experts, B sequences.
 """
@@ -73,7 +73,7 @@ def values(terms: Terms, name: str, prefix: str) -> dict[str, Tensor | None]:
     return {f"{prefix.format(layer=layer)}{name}": value.detach() for layer, value in terms[name].items()}
 
 
-def router_gradients(terms: Terms, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
+def gradients(terms: Terms, name: str, parameters: Mapping[str, Tensor]) -> dict[str, Tensor | None]:
     """Gradient of one loss, summed over layers, in every given parameter; None where there is no path."""
     total = torch.stack(list(terms[name].values())).sum()
     if not total.requires_grad:

@@ -22,6 +22,7 @@ from manyhands.config import ModelConfig, MoEConfig
 from manyhands.moe import Routing
 from manyhands.nn import Decoder
 from manyhands.nn.attention import Positions, causal_mask
+from manyhands.nn.decoder import Block
 from manyhands.nn.rope import rope_tables
 
 Params = Mapping[str, Tensor]
@@ -138,10 +139,11 @@ def decode(
     routings: list[dict[int, DenseRouting]] = [{} for _ in seeds]
     x = p["embed_tokens.weight"][ids_BS]
     for layer, block in enumerate(model.layers):
+        assert isinstance(block, Block)
         prefix = f"layers.{layer}."
         attention = {n: p[f"{prefix}self_attn.{n}"] for n, _ in block.self_attn.named_parameters()}
         normed = rms_norm(x, p[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-        x = x + functional_call(block.self_attn, attention, (normed, positions))[0]  # type: ignore[no-untyped-call]
+        x = x + functional_call(block.self_attn, attention, (normed, positions))[0]
         normed = rms_norm(x, p[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         if not config.is_sparse(layer):
             x = x + feed_forward(p, prefix + "mlp.", normed, config.hidden_act)

@@ -6,7 +6,8 @@
 import torch
 from torch import Tensor
 
-from manyhands.check.oracle_routing import DenseRouting, best, one_hot
+from manyhands.check.oracle_routing import DenseRouting, best
+from manyhands.check.verdict import one_hot
 from manyhands.config import BalanceConfig, RouterConfig
 
 
@@ -28,7 +29,7 @@ def terms(
     if config.load_coef:
         found["load"] = cv_squared(smooth_load(r, router.num_experts_per_tok))
     if config.sequence_loss_coef:
-        unbiased = one_hot(best(r.scores.detach(), router.num_experts_per_tok), router.num_experts)
+        unbiased = one_hot(best(r.tested_scores, router.num_experts_per_tok), router.num_experts)
         found["sequence_loss"] = per_sequence(r, unbiased, num_sequences)
     if config.orthogonality_coef:
         found["orthogonality"] = orthogonality(r)

@@ -44,6 +44,9 @@ class DenseRouting:
     """float64: combination weight of every chosen pair, 0 elsewhere. Carries gradient."""
     mask: Tensor
     """[T] bool: real tokens."""
+    tested_scores: Tensor
+    """The scores under test, without gradient: a loss that selects by itself does so from these, since
+    rounding may decide."""
     noisy_logits: Tensor | None = None
     noise_std: Tensor | None = None
     flips: int = 0
@@ -91,7 +94,8 @@ def route(
     used = scores if noisy is None else _score(noisy, config)
     theirs = tested.scores if tested.noisy_logits is None else _score(tested.noisy_logits.double(), config)
     rounding = Slack.between(used, theirs.double(), slack, weights.bias)
-    blank = DenseRouting(logits, scores, scores > 2, scores > 2, scores, mask_T, noisy, std)
+    none = torch.zeros_like(scores, dtype=torch.bool)
+    blank = DenseRouting(logits, scores, none, none, scores, mask_T, tested.scores.double(), noisy, std)
 
     if config.select == "hash":
         table = [[(int(i) * 2654435761 % 2**32) * config.num_experts // 2**32] for i in ids_T]
@@ -203,8 +207,9 @@ def _with_capacity(
     room = min(real, max(config.min_capacity, math.floor(factor * (real * K / E))))
     ids = tested.expert_ids  # best first; held against our own order by `judge_choice`
     queue = [(k, t) for k in range(K) for t in range(T) if routing.mask[t] and ids[t, k] >= 0]
+    weights = routing.weights.detach()
     if config.drop_policy == "probability":
-        queue.sort(key=lambda pair: -float(routing.weights[pair[1], ids[pair[1], pair[0]]]))
+        queue.sort(key=lambda pair: -float(weights[pair[1], ids[pair[1], pair[0]]]))
     kept, taken = torch.zeros(T, E, dtype=torch.bool), [0] * E
     for k, t in queue:
         e = int(ids[t, k])

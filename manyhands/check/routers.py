@@ -65,7 +65,7 @@ def layer_config(name: str) -> MoEConfig:
     return MoEConfig(
         router=ROUTERS[name],
         moe_intermediate_size=F,
-        hidden_act=("swiglu", "geglu", "gelu", "relu")[number % 4],  # type: ignore[arg-type]
+        hidden_act=("swiglu", "geglu", "gelu", "relu")[number % 4],
         expert_bias=number % 3 == 1,
         n_shared_experts=number % 2,
         shared_expert_gate=number % 4 == 1,
@@ -97,16 +97,16 @@ class RouterCheck:
     def _compare(self, at: Situation) -> tuple[list[Row], Routings]:
         layer, router, training = self.layer.train(at.mode == "train"), self.config.router, at.mode == "train"
         layer.zero_grad(set_to_none=True)
-        x = self.x.to(DTYPES[at.dtype]).requires_grad_()
+        x = self.x.clone().to(DTYPES[at.dtype]).requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             y, routing = layer(x, self.mask, self.ids)
             torch.manual_seed(self.seed)
             _, with_outputs = layer(x, self.mask, self.ids, keep_outputs=True)
-        routers = {name: q for name, q in layer.named_parameters() if name.startswith("router.")}
+        parameters = dict(layer.named_parameters())
         tested = losses.tested_terms({0: with_outputs}, router, B)
-        tested_gradients = {name: losses.router_gradients(tested, name, routers) for name in tested}
-        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()
+        tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
+        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()  # type: ignore[no-untyped-call]
         counter = LoadCounter.empty(router.num_experts)
         counter.add(routing)
 
@@ -128,12 +128,12 @@ class RouterCheck:
         if router.select == "expert_choice":  # no token chooses K experts, which is what this loss is about
             oracle_terms.pop("sequence_loss")
         rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]
-        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in routers}, "")
+        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "")
         rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
         rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
         rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))
         (expected * self.probe.double() * self.mask[:, None]).sum().backward()
         found = gradients(layer) | {"x": x.grad}
-        right = {name: p[name].grad for name, _ in layer.named_parameters()} | {"x": x64.grad}
+        right = {name: p[name].grad for name in parameters} | {"x": x64.grad}
         rows.append(close(at, "gradients", by_expert(found), by_expert(right)))
         return rows, ([{0: routing}], [{0: oracle}])

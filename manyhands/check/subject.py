@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.check.oracle_routing import one_hot
+from manyhands.check.verdict import one_hot
 from manyhands.config import RunConfig
 from manyhands.errors import TrainingHalted
 from manyhands.moe import Experts, Routing

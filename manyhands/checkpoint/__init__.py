@@ -1,23 +1,20 @@
 """Checkpoints: writes that are complete or did not happen, state without pickle, run directories."""
 
-from manyhands.checkpoint.files import building, remove, verify, write_atomic
+from manyhands.checkpoint.files import building, remove, verify
 from manyhands.checkpoint.runs import RunDirectory, resolve_checkpoint
 from manyhands.checkpoint.state import (
     flatten,
-    flatten_optimizer,
     load_tensors,
     rng_state,
     save_tensors,
     set_rng_state,
     unflatten,
-    unflatten_optimizer,
 )
 
 __all__ = [
     "RunDirectory",
     "building",
     "flatten",
-    "flatten_optimizer",
     "load_tensors",
     "remove",
     "resolve_checkpoint",
@@ -25,7 +22,5 @@ __all__ = [
     "save_tensors",
     "set_rng_state",
     "unflatten",
-    "unflatten_optimizer",
     "verify",
-    "write_atomic",
 ]

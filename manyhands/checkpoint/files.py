@@ -18,7 +18,7 @@ import re
 import shutil
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -27,6 +27,7 @@ from safetensors import SafetensorError
 
 from manyhands.config import Strict, parse
 from manyhands.errors import CheckpointError, ConfigError, StorageError
+from manyhands.files import beside, cannot_write, sync_directory, write_atomic
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 64 << 20
@@ -49,31 +50,6 @@ class Manifest(Strict):
     files: dict[str, Entry]
 
 
-def write_atomic(path: str | Path, data: bytes | str) -> None:
-    """Put `data` (text as UTF-8) at `path`, whole or not at all. Missing parent directories are made.
-
-    Raises `StorageError` if the disk refuses; what stood at `path` is then unchanged, and no temporary file is left.
-    """
-    path = Path(os.path.realpath(path))
-    partial = _beside(path, "partial")
-    try:
-        if path.exists() and not path.is_file():
-            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        _sync(path.parent)
-    except BaseException as error:
-        with suppress(OSError):
-            partial.unlink()
-        if isinstance(error, OSError):
-            raise cannot_write(path, error) from error
-        raise
-
-
 @contextmanager
 def building(directory: str | Path) -> Iterator[Path]:
     """Fill the directory this yields; when the block ends, it appears at `directory`, complete, in one rename.
@@ -85,7 +61,7 @@ def building(directory: str | Path) -> Iterator[Path]:
     the temporary one is gone.
     """
     directory = Path(os.path.realpath(directory))
-    partial = _beside(directory, "partial")
+    partial = beside(directory, "partial")
     try:
         directory.parent.mkdir(parents=True, exist_ok=True)
         for old in directory.parent.glob(f".{glob.escape(directory.name)}.replaced-*"):
@@ -153,7 +129,7 @@ def remove(directory: str | Path) -> None:
     directory = Path(directory)
     try:
         (directory / MANIFEST).unlink(missing_ok=True)
-        _sync(directory)
+        sync_directory(directory)
         shutil.rmtree(directory)
     except OSError as error:
         _log.warning("cannot delete %s: %s", directory, error.strerror or error)
@@ -179,25 +155,6 @@ def sweep(parent: Path) -> None:
             _log.warning("cannot clear %s: %s", entry, error.strerror or error)
 
 
-def cannot_write(path: str | Path, error: Exception) -> StorageError:
-    """The one line for a write that failed."""
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return StorageError(f"cannot write {path}: {reason}; what was there before is unchanged")
-
-
-def _beside(path: Path, kind: str) -> Path:
-    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
-
-
-def _sync(directory: Path) -> None:
-    """Make renames and deletions in `directory` survive a power cut."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def _names(directory: Path) -> set[str]:
     return {path.relative_to(directory).as_posix() for path in directory.rglob("*") if not path.is_dir()}
 
@@ -214,13 +171,13 @@ def _seal(directory: Path) -> None:
             files[name] = Entry(size=file.tell(), sha256=digest)
     for path in directory.rglob("*"):
         if path.is_dir():
-            _sync(path)
+            sync_directory(path)
     write_atomic(directory / MANIFEST, Manifest(files=files).model_dump_json(indent=1))
 
 
 def _take_place(new: Path, final: Path) -> None:
     """Rename `new` to `final`; what stood there is moved aside first, because a rename replaces no full directory."""
-    old = _beside(final, "replaced") if final.exists() else None
+    old = beside(final, "replaced") if final.exists() else None
     if old is not None:
         if not final.is_dir():
             raise FileExistsError(errno.EEXIST, "it exists and is not a directory")
@@ -231,7 +188,7 @@ def _take_place(new: Path, final: Path) -> None:
         if old is not None:
             os.rename(old, final)
         raise
-    _sync(final.parent)
+    sync_directory(final.parent)
     if old is not None:
         _discard(old, final)
 

@@ -17,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from manyhands.checkpoint.files import Manifest, cannot_write, read_manifest, verify
+from manyhands.checkpoint.files import Manifest, read_manifest, verify
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.config import ModelConfig, Strict, parse
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.files import cannot_write
 from manyhands.moe import Router
 from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
@@ -104,7 +105,7 @@ def load_model(
 def _load(
     directory: Path, manifest: Manifest, dtype: torch.dtype | None, device: torch.device | str, implementation: str
 ) -> Decoder:
-    config = _read_config(_listed(directory, manifest, CONFIG))
+    config = read_config(_listed(directory, manifest, CONFIG))
     path = _listed(directory, manifest, WEIGHTS)
     try:
         with torch.device("meta"):
@@ -131,7 +132,8 @@ def _listed(directory: Path, manifest: Manifest, name: str) -> Path:
     return directory / name
 
 
-def _read_config(path: Path) -> ModelConfig:
+def read_config(path: Path) -> ModelConfig:
+    """The model that a checkpoint's `config.json` describes. Raises `CheckpointError` naming what is wrong in it."""
     try:
         if path.stat().st_size > _CONFIG_LIMIT:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too long for a model description")

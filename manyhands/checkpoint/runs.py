@@ -1,10 +1,10 @@
 """A run directory: who may write in it, and which of its checkpoints are good.
 
-    RUN/run.yaml                     the resolved description of the run
-    RUN/journal.jsonl                one line per logged step
-    RUN/data/                        tokenizer and token files
-    RUN/checkpoints/step-00000300/   complete when its manifest is there
-    RUN/.lock                        held by the one process that writes here
+RUN/run.yaml                     the resolved description of the run
+RUN/journal.jsonl                one line per logged step
+RUN/data/                        tokenizer and token files
+RUN/checkpoints/step-00000300/   complete when its manifest is there
+RUN/.lock                        held by the one process that writes here
 """
 
 import fcntl
@@ -15,8 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from manyhands.checkpoint.files import MANIFEST, cannot_write, remove, sweep, verify
+from manyhands.checkpoint.files import MANIFEST, remove, sweep, verify
 from manyhands.errors import CheckpointError, RunLocked
+from manyhands.files import cannot_write
 
 _STEP = re.compile(r"step-(\d{8,})")
 _log = logging.getLogger(__name__)

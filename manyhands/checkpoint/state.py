@@ -17,8 +17,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from manyhands.checkpoint.files import cannot_write
 from manyhands.errors import CheckpointError
+from manyhands.files import cannot_write
 
 
 def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -91,17 +91,6 @@ def unflatten(tensors: Mapping[str, Tensor], meta: Any) -> Any:
 
 def _is_pair(item: Any) -> bool:
     return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str | int)
-
-
-def flatten_optimizer(state_dict: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
-    """A `torch.optim` state dict as tensors (`optimizer.state.0.exp_avg`) and JSON."""
-    return flatten(state_dict, "optimizer")
-
-
-def unflatten_optimizer(tensors: Mapping[str, Tensor], meta: Any) -> dict[str, Any]:
-    """The state dict for `Optimizer.load_state_dict`. Raises `CheckpointError` as `unflatten` does."""
-    state_dict: dict[str, Any] = unflatten(tensors, meta)
-    return state_dict
 
 
 def rng_state() -> tuple[dict[str, Tensor], Any]:

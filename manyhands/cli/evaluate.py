@@ -9,7 +9,9 @@ import typer
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the directory of a run.")],
     data: Annotated[list[str], typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")],
-    text_field: Annotated[str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
+    ] = "text",
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: as trained, at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,

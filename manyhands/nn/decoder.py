@@ -90,6 +90,11 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    def sparse_layers(self) -> dict[int, MoELayer]:
+        """The mixture-of-experts layers by layer number."""
+        blocks = ((layer, block.mlp) for layer, block in enumerate(self.layers) if isinstance(block, Block))
+        return {layer: mlp for layer, mlp in blocks if isinstance(mlp, MoELayer)}
+
     @property
     def head_weight(self) -> Tensor:
         """[V, D]: the output projection, which may be the embedding."""

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from manyhands.errors import DataError
-from manyhands.text.atomic import atomic_write
+from manyhands.files import writing
 from manyhands.text.document import Document
 from manyhands.text.tokenizer import Tokenizer
 
@@ -86,7 +86,7 @@ def write_tokens(path: str | Path, documents: Sequence[Document], tokenizer: Tok
     ids = encode_documents(documents, tokenizer)
     info = TokenInfo(len(ids), sum(document.num_bytes for document in documents), len(documents))
     # Nested, so that neither file is replaced unless both could be written.
-    with atomic_write(_info_path(path)) as info_file, atomic_write(path) as ids_file:
+    with writing(_info_path(path)) as info_file, writing(path) as ids_file:
         info_file.write(json.dumps(asdict(info)).encode())
         np.save(ids_file, ids, allow_pickle=False)
     return info

@@ -18,7 +18,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from manyhands.errors import CheckpointError, DataError
-from manyhands.text.atomic import atomic_write
+from manyhands.files import writing
 from manyhands.text.pieces import PIECES
 from manyhands.text.stream import StreamDecoder
 from manyhands.text.vocabulary import bytes_of_tokens
@@ -96,7 +96,7 @@ class Tokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, atomically. Raises `StorageError` if the disk refuses."""
-        with atomic_write(Path(path)) as file:
+        with writing(path) as file:
             file.write(self.inner.to_str(pretty=True).encode("utf-8"))
 
     def encode(self, text: str) -> list[int]:

@@ -1,6 +1,5 @@
 """`report.html`: one file that shows a run to a person, offline. The page itself is `report.html` in this folder."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -13,7 +12,7 @@ from markupsafe import Markup
 
 from manyhands.config import RunConfig
 from manyhands.config.load import dump_run
-from manyhands.errors import StorageError
+from manyhands.files import write_atomic
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.format import compact, duration, number
 from manyhands.trace.series import Floats, Record, bin_mean, column, envelope, layer_column, layer_load, smooth
@@ -70,16 +69,7 @@ def write_report(
     Raises `StorageError` if the disk refuses; an older report is then intact.
     """
     page = render_report(Path(path).resolve().parent.name, journal_records, run, tokens, decode, extra)
-    part = Path(f"{path}.{os.getpid()}.part")
-    try:
-        with open(part, "w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise StorageError(f"{path}: the report was not written: {error.strerror}") from None
+    write_atomic(path, page)
 
 
 def render_report(

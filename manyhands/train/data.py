@@ -8,9 +8,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from manyhands.checkpoint.files import write_atomic
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, DataError
+from manyhands.files import write_atomic
 from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split_documents, write_tokens
 
 MIN_BYTES = 1024

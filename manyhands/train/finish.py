@@ -41,6 +41,8 @@ class Summary:
     tokens: int
     seconds: float
     tokens_per_s: float
+    valid_loss: float
+    """Nats per token."""
     valid_bits_per_byte: float
     valid_perplexity: float
     compressors: dict[str, float]
@@ -81,6 +83,7 @@ def finish(
         tokens=last["tokens"],
         seconds=last["elapsed"],
         tokens_per_s=last["tokens"] / last["elapsed"],
+        valid_loss=evaluation.loss,
         valid_bits_per_byte=evaluation.bits_per_byte or float("nan"),
         valid_perplexity=evaluation.perplexity,
         compressors=data.compressors,

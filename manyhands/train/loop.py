@@ -13,11 +13,11 @@ from typing import Any
 import torch
 
 import manyhands
-from manyhands.checkpoint.files import write_atomic
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
 from manyhands.config.load import dump_run, load_run
 from manyhands.errors import ConfigError, Interrupted
+from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.nn import Decoder, init_weights
 from manyhands.text import PackedBatches, evaluation_batches
@@ -118,9 +118,7 @@ class Trainer:
         """Write a checkpoint and delete those that are too old."""
         path = self.directory.checkpoint_path(self.state.progress.step)
         self.state.save(path, self.data.tokenizer_path)
-        self.journal.write(
-            "checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path))
-        )
+        self.journal.write("checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path)))
         self.directory.retain(self.run.train.keep_checkpoints)
         return path
 
@@ -223,5 +221,7 @@ def _announce(trainer: Trainer) -> None:
     )
     trainer.screen.start(record)
     if moe is not None and not moe.router.causal_safe:
-        trainer.screen.note("warning: this router looks at other tokens, the later ones too; its loss is not a causal "
-                            "model's, and generate will refuse it")
+        trainer.screen.note(
+            "warning: this router looks at other tokens, the later ones too; its loss is not a causal "
+            "model's, and generate will refuse it"
+        )

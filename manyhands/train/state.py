@@ -84,11 +84,10 @@ def count_parameters(model: Decoder) -> tuple[int, int]:
     """(all, active per token): an expert counts as active if a token visits it; the embedding counts as stored."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
-    for layer in model.config.sparse_layers:
-        moe = model.config.moe
-        assert moe is not None
-        experts = sum(p.numel() for p in model.layers[layer].mlp.experts.parameters())
-        idle += experts * (moe.router.num_experts - moe.router.num_experts_per_tok) // moe.router.num_experts
+    for moe in model.sparse_layers().values():
+        router = moe.router.config
+        experts = sum(p.numel() for p in moe.experts.parameters())
+        idle += experts * (router.num_experts - router.num_experts_per_tok) // router.num_experts
     return total, total - idle
 
 

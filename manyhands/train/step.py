@@ -56,8 +56,7 @@ def train_step(
     largest: dict[int, Tensor] = {}
     loss_sum, terms_sum = 0.0, dict[str, float]()
 
-    micro_batches = batch.split(run.train.micro_batch_size or len(batch))
-    for micro in micro_batches:
+    for micro in torch.split(batch, run.train.micro_batch_size or len(batch)):
         inputs, targets = micro[:, :-1].contiguous(), micro[:, 1:].flatten()
         hidden = model.hidden(
             inputs,
@@ -88,13 +87,14 @@ def train_step(
     if not skipped:
         optimizers.set_lr(lr)
         optimizers.step()
-        for layer, counter in counters.items():
-            bias = model.layers[layer].mlp.router.e_score_correction_bias
-            if bias is not None:
-                update_bias(bias, counter.counts, run.balance.bias_update_rate)
+        for layer, moe_layer in model.sparse_layers().items():
+            if moe_layer.router.e_score_correction_bias is not None:
+                counts_E = counters[layer].counts
+                update_bias(moe_layer.router.e_score_correction_bias, counts_E, run.balance.bias_update_rate)
         for layer, largest_H in largest.items():
             assert run.optim.qk_clip is not None
-            qk_clip_(model.layers[layer].self_attn, largest_H, run.optim.qk_clip, model.config.attention)
+            attention = model.get_submodule(f"layers.{layer}.self_attn")
+            qk_clip_(attention, largest_H, run.optim.qk_clip, model.config.attention)
     return StepResult(loss_sum, terms_sum, grad_norm, skipped, counters)
 
 

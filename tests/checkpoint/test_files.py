@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyhands.checkpoint import building, files, remove, save_tensors, verify, write_atomic
+from manyhands.checkpoint import building, files, remove, save_tensors, verify
 from manyhands.errors import CheckpointError, StorageError
+from manyhands.files import write_atomic
 
 MIB = 1 << 20
 

@@ -10,8 +10,9 @@ import time
 
 import pytest
 
-from manyhands.checkpoint import RunDirectory, building, files, resolve_checkpoint, write_atomic
+from manyhands.checkpoint import RunDirectory, building, files, resolve_checkpoint
 from manyhands.errors import CheckpointError, RunLocked, StorageError
+from manyhands.files import write_atomic
 
 HOLD = """
 import sys

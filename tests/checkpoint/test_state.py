@@ -11,13 +11,11 @@ import torch
 
 from manyhands.checkpoint import (
     flatten,
-    flatten_optimizer,
     load_tensors,
     rng_state,
     save_tensors,
     set_rng_state,
     unflatten,
-    unflatten_optimizer,
 )
 from manyhands.errors import CheckpointError, StorageError
 
@@ -139,7 +137,7 @@ def test_an_optimizer_continues_as_if_it_had_never_stopped(tmp_path, name):
     run(optimizer, parameters, 3)
 
     state_dict = optimizer.state_dict()
-    restored = unflatten_optimizer(*through_disk(tmp_path, *flatten_optimizer(state_dict)))
+    restored = unflatten(*through_disk(tmp_path, *flatten(state_dict, "optimizer")))
     assert same(state_dict, restored)
 
     copies = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
@@ -153,9 +151,9 @@ def test_an_optimizer_continues_as_if_it_had_never_stopped(tmp_path, name):
 
 
 def test_a_fresh_optimizer_has_no_tensors():
-    tensors, meta = flatten_optimizer(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict())
+    tensors, meta = flatten(torch.optim.AdamW([torch.nn.Parameter(torch.ones(1))]).state_dict(), "optimizer")
     assert tensors == {}
-    assert unflatten_optimizer(tensors, meta)["state"] == {}
+    assert unflatten(tensors, meta)["state"] == {}
 
 
 def test_any_tree_returns_with_its_types(tmp_path):

@@ -1,0 +1,63 @@
+"""Files that are complete or not there: made under a hidden name beside the final one, flushed, renamed."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from manyhands.errors import StorageError
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[BinaryIO]:
+    """A binary file that becomes `path` when the block ends, and vanishes if it fails. Makes missing parents.
+
+    The temporary `.NAME.partial-PID` lies in the same folder, so the rename never crosses file systems. Raises
+    `StorageError` if the disk refuses; what stood at `path` is then unchanged.
+    """
+    path = Path(os.path.realpath(path))
+    partial = beside(path, "partial")
+    try:
+        if path.exists() and not path.is_file():
+            raise FileExistsError(errno.EEXIST, "it exists and is not a regular file")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        sync_directory(path.parent)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def write_atomic(path: str | Path, data: bytes | str) -> None:
+    """Put `data` (text as UTF-8) at `path`, whole or not at all. Raises `StorageError` as `writing` does."""
+    with writing(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+def cannot_write(path: str | Path, error: Exception) -> StorageError:
+    """The one line for a write that failed."""
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return StorageError(f"cannot write {path}: {reason}; what was there before is unchanged")
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The hidden name of this process beside `path`: `.NAME.KIND-PID`."""
+    return path.with_name(f".{path.name}.{kind}-{os.getpid()}")
+
+
+def sync_directory(directory: Path) -> None:
+    """Make renames and deletions in `directory` survive a power cut."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

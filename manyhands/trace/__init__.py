@@ -1,0 +1,1 @@
+"""What the router did: token shares per expert, charts, the report."""
