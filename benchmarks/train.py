@@ -2,8 +2,8 @@
 
 The work is `train-66M`: 6 layers, d 384, 6 heads of 64, 32 experts, top-4, F 256, renormalised, vocabulary 8,192;
 forward, backward and AdamW on 8 × 512 tokens. Steps alternate between the two systems, so that a change of the
-machine's speed meets both. Prints the losses side by side, the ratio of tokens per second (median of pairwise ratios), and the
-share of this machine's float32 matrix rate, measured in the same run.
+machine's speed meets both. Prints the losses side by side, the ratio of tokens per second (median of pairwise
+ratios), and the share of this machine's float32 matrix rate, measured in the same run.
 """
 
 import argparse

@@ -1,3 +1,55 @@
-"""manyhands: the toolkit for mixture-of-experts language models."""
+"""manyhands: the toolkit for mixture-of-experts language models.
+
+import manyhands as mh
+
+model, tokenizer = mh.load("runs/quickstart")
+out = model(ids)                    # out.logits, out.routings[layer], out.cache
+
+moe = mh.MoELayer(mh.MoEConfig(router=mh.RouterConfig(num_experts=8, num_experts_per_tok=2)), hidden_size=512)
+y, routing = moe(x)
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from manyhands.checkpoint.model import load
+    from manyhands.config import ModelConfig, MoEConfig, RouterConfig, RunConfig
+    from manyhands.moe import MoELayer, Router, Routing
+    from manyhands.nn import Decoder, init_weights
+
+_HOMES = {
+    "Decoder": "manyhands.nn",
+    "MoEConfig": "manyhands.config",
+    "MoELayer": "manyhands.moe",
+    "ModelConfig": "manyhands.config",
+    "Router": "manyhands.moe",
+    "RouterConfig": "manyhands.config",
+    "Routing": "manyhands.moe",
+    "RunConfig": "manyhands.config",
+    "init_weights": "manyhands.nn",
+    "load": "manyhands.checkpoint.model",
+}
+
+__all__ = [
+    "Decoder",
+    "MoEConfig",
+    "MoELayer",
+    "ModelConfig",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "RunConfig",
+    "init_weights",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use: `import manyhands` costs no torch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
+    import importlib
+
+    return getattr(importlib.import_module(_HOMES[name]), name)

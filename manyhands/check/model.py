@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhands.check import cases, losses, oracle_balance
-from manyhands.check.compare import TOLERANCES, Named, by_expert, close, exact, largest_norm
+from manyhands.check.compare import TOLERANCES, Named, by_expert, close, exact, gradient_row, largest_norm
 from manyhands.check.oracle import decode, float64_copy
 from manyhands.check.oracle_routing import DenseRouting
 from manyhands.check.report import Row, Situation
@@ -32,6 +32,8 @@ class ModelCheck:
     def __init__(self, config: ModelConfig, balance: BalanceConfig, case: str, seed: int) -> None:
         self.config, self.balance, self.case, self.seed = config, balance, case, seed
         self.router = None if config.moe is None else config.moe.router
+        acts = {config.hidden_act} | (set() if config.moe is None else {config.moe.hidden_act})
+        self.activation = "relu" if "relu" in acts else config.hidden_act
         generator = torch.Generator().manual_seed(seed)
         self.model = Subject(config)
         cases.fill(self.model, case, generator)
@@ -86,7 +88,7 @@ class ModelCheck:
         if terms:
             tested = {name: torch.tensor(value) for name, value in trained.terms.items()}
             rows += [close(at, "balance terms", {n: tested.get(n)}, {n: terms[n]}) for n in terms]
-        rows.append(close(at, "gradients", by_expert(trained.gradients), by_expert(expected)))
+        rows.append(gradient_row(at, trained.gradients, expected, self.activation))
         if self.router is None:
             return rows, ([], [])
         counts = {
@@ -167,7 +169,7 @@ class ModelCheck:
             rows.append(exact(at, "expert counts", tested, counts))
         oracle_task.backward()  # type: ignore[no-untyped-call]
         expected = {name: p[name].grad for name, _ in model.named_parameters()}
-        rows.append(close(at, "gradients", by_expert(gradients(model)), by_expert(expected)))
+        rows.append(gradient_row(at, gradients(model), expected, self.activation))
         return rows, ([hidden.routings], oracle.routings)
 
 

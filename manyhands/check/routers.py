@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from manyhands.check import cases, losses
-from manyhands.check.compare import TOLERANCES, by_expert, close, exact
+from manyhands.check.compare import TOLERANCES, close, exact, gradient_row
 from manyhands.check.model import DTYPES, Routings, loss_rows, routing_rows
 from manyhands.check.oracle import float64_copy, moe_layer
 from manyhands.check.report import Row, Situation
@@ -89,9 +89,11 @@ class RouterCheck:
         self.mask = padded.flatten()
 
     def rows(self, backend: str, dtype: str) -> Iterator[tuple[list[Row], Routings]]:
-        """The rows of training and of evaluation."""
+        """The rows of training, and of evaluation where that differs."""
+        r = self.config.router
         self.layer.experts.implementation = backend
-        for mode in ("train", "eval"):
+        differs = r.noisy or r.jitter or r.random_second or r.capacity_factor != r.eval_capacity_factor
+        for mode in ("train", "eval") if differs else ("train",):
             yield self._compare(Situation(self.name, self.case, backend, dtype, mode))
 
     def _compare(self, at: Situation) -> tuple[list[Row], Routings]:
@@ -106,7 +108,7 @@ class RouterCheck:
         parameters = dict(layer.named_parameters())
         tested = losses.tested_terms({0: with_outputs}, router, B)
         tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
-        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()  # type: ignore[no-untyped-call]
+        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()
         counter = LoadCounter.empty(router.num_experts)
         counter.add(routing)
 
@@ -132,8 +134,8 @@ class RouterCheck:
         rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
         rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
         rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))
-        (expected * self.probe.double() * self.mask[:, None]).sum().backward()
+        (expected * self.probe.double() * self.mask[:, None]).sum().backward()  # type: ignore[no-untyped-call]
         found = gradients(layer) | {"x": x.grad}
         right = {name: p[name].grad for name in parameters} | {"x": x64.grad}
-        rows.append(close(at, "gradients", by_expert(found), by_expert(right)))
+        rows.append(gradient_row(at, found, right, self.config.hidden_act))
         return rows, ([{0: routing}], [{0: oracle}])

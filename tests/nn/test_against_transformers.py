@@ -37,7 +37,7 @@ def qwen3_moe() -> tuple[Any, ModelConfig]:
 def olmoe() -> tuple[Any, ModelConfig]:
     theirs = transformers.OlmoeConfig(
         **COMMON, **EXPERTS, num_key_value_heads=2, intermediate_size=16, norm_topk_prob=False,
-        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, pad_token_id=0,
+        rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}, pad_token_id=None,
     )  # fmt: skip
     ours = ModelConfig(
         **OURS, num_hidden_layers=3, rope=RopeConfig(rope_type="linear", factor=4.0),

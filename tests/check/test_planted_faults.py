@@ -1,0 +1,153 @@
+"""Eight faults planted in the real code. The check must see each of them and name where it is."""
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import manyhands.moe.balance
+import manyhands.moe.router
+from manyhands.check import CheckReport, run_check
+from manyhands.moe import Experts, LoadCounter, MoELayer, Router
+from tests.check.configs import BALANCE, DEEPSEEK, MIXTRAL
+
+LAYERS = (1, 2)  # DEEPSEEK's sparse layers, after shrinking
+
+
+def _check(config=DEEPSEEK, **options) -> CheckReport:
+    options = {"backends": ["eager"], "dtypes": ["float32"]} | options
+    return run_check(config, BALANCE, routers=False, **options)
+
+
+def _failing(report: CheckReport) -> dict[str, set[str]]:
+    """Quantity -> the names that failed in it, in any situation."""
+    found: dict[str, set[str]] = {}
+    for row in report.failures:
+        found.setdefault(row.quantity, set()).update(row.failing)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_router_detached(monkeypatch, dtype):
+    weigh = manyhands.moe.router.weigh
+    monkeypatch.setattr(manyhands.moe.router, "weigh", lambda s, ids, config: weigh(s.detach(), ids, config))
+    report = _check(dtypes=[dtype])
+    assert not report.ok
+    failing = _failing(report)
+    assert {f"layers.{n}.mlp.router.weight" for n in LAYERS} <= failing["gradients"]
+    assert "logits" not in failing and "router weights" not in failing  # the forward pass is right
+
+
+def test_softmax_twice(monkeypatch):
+    twice = SimpleNamespace(linear=lambda x, w: F.linear(x, w).softmax(-1), softplus=F.softplus)
+    monkeypatch.setattr(manyhands.moe.router, "F", twice)
+    report = _check(MIXTRAL)
+    assert not report.ok
+    failing = _failing(report)
+    assert failing["router scores"] == {"layers.0.mlp.router.scores", "layers.1.mlp.router.scores"}
+    assert failing["router weights"] >= {"layers.0.mlp.router.weights", "layers.1.mlp.router.weights"}
+
+
+def test_bias_in_the_weights(monkeypatch):
+    forward = Router.forward
+
+    def leaking(self, *args):
+        routing = forward(self, *args)
+        biased = routing.scores + self.e_score_correction_bias
+        return replace(routing, weights=manyhands.moe.router.weigh(biased, routing.expert_ids, self.config))
+
+    monkeypatch.setattr(Router, "forward", leaking)
+    report = _check()
+    assert not report.ok
+    failing = _failing(report)
+    assert failing["router weights"] == {f"layers.{n}.mlp.router.weights" for n in LAYERS}
+    assert "layers.1.mlp.router.scores" not in failing["router scores"]  # what comes before the fault is right
+    assert "layers.1.mlp.router.expert_ids" not in failing["expert choice"]
+
+
+def test_zero_for_masked_groups(monkeypatch):
+    limit = manyhands.moe.router.limit_to_groups
+
+    def zero(choice, config):
+        limited = limit(choice, config)
+        return torch.where(limited.isinf(), 0.0, limited)
+
+    monkeypatch.setattr(manyhands.moe.router, "limit_to_groups", zero)
+    report = _check()
+    assert not report.ok
+    assert _failing(report)["expert choice"] == {f"layers.{n}.mlp.router.expert_ids" for n in LAYERS}
+
+
+def test_balance_over_padding(monkeypatch):
+    def over_all(routing):
+        return manyhands.moe.balance._normalised(routing.scores).mean(0)
+
+    monkeypatch.setattr(manyhands.moe.balance, "mean_probability", over_all)
+    report = _check()
+    assert not report.ok
+    assert {row.situation.case for row in report.failures} == {"padding"}
+    failing = _failing(report)
+    assert failing["aux_loss/micro value"] == {f"layers.{n}.aux_loss/micro" for n in LAYERS}
+    assert failing["aux_loss/micro gradient"] == {f"layers.{n}.mlp.router.weight" for n in LAYERS}
+
+
+def test_counts_doubled_by_recomputation(monkeypatch):
+    live: list[LoadCounter] = []
+    layers: list[MoELayer] = []
+    empty, add, forward = LoadCounter.empty, LoadCounter.add, MoELayer.forward
+
+    def registered(*args):
+        live.append(empty(*args))
+        return live[-1]
+
+    def counting(self, *args):
+        """A layer that counts in its forward, which recomputation calls once more in the backward pass."""
+        y, routing = forward(self, *args)
+        if self not in layers:
+            layers.append(self)
+        if live:
+            add(live[layers.index(self) % len(LAYERS) - len(LAYERS)], routing)
+        return y, routing
+
+    monkeypatch.setattr(LoadCounter, "empty", registered)
+    monkeypatch.setattr(LoadCounter, "add", lambda self, routing: None)
+    monkeypatch.setattr(MoELayer, "forward", counting)
+    report = _check()
+    assert not report.ok
+    assert {row.situation.mode for row in report.failures} == {"recompute", "accumulate+recompute"}
+    assert _failing(report)["expert counts"] == {f"layers.{n}.mlp.expert_counts" for n in LAYERS}
+    whole = [r for r in report.failures if r.quantity == "expert counts" and r.situation.mode == "recompute"]
+    assert {row.ratio for row in whole} == {2.0}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_applied_twice(monkeypatch, dtype):
+    forward = Experts.forward
+
+    def squared(self, x, routing, implementation=None):
+        return forward(self, x, replace(routing, weights=routing.weights**2), implementation)
+
+    monkeypatch.setattr(Experts, "forward", squared)
+    report = _check(dtypes=[dtype])
+    assert not report.ok
+    failing = _failing(report)
+    assert "logits" in failing
+    assert any(name.startswith("layers.1.mlp.experts.down_proj[") for name in failing["gradients"])
+    assert "layers.1.mlp.router.weights" not in failing.get("router weights", set())  # they are right; their use is not
+
+
+@pytest.mark.parametrize("backend", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_experts_gradient_dropped(monkeypatch, backend, dtype):
+    weights = Experts.weights
+
+    def without(self):
+        w = weights(self)
+        return w._replace(down=torch.cat((w.down[:3], w.down[3:4].detach(), w.down[4:])))
+
+    monkeypatch.setattr(Experts, "weights", without)
+    report = _check(backends=[backend], dtypes=[dtype])
+    assert not report.ok
+    assert _failing(report)["gradients"] == {f"layers.{n}.mlp.experts.down_proj[3]" for n in LAYERS}

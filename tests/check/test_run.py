@@ -1,0 +1,92 @@
+"""The check is green on what is right, in every backend, dtype and mode, and its report says what was compared."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from manyhands.check import ROUTERS, CheckReport, Row, Situation, check_routers, render, run_check
+from manyhands.check.cases import CASES
+from manyhands.check.model import MODES
+from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
+from manyhands.errors import CheckFailed, ConfigError
+from manyhands.kernels import BACKENDS
+from tests.check.configs import BALANCE, DEEPSEEK, MIXTRAL, MOONLIGHT
+
+
+def _assert_green(report: CheckReport) -> None:
+    assert report.ok, "\n".join(row.line() for row in report.failures)
+
+
+@pytest.mark.parametrize("config", [MIXTRAL, MOONLIGHT, DEEPSEEK], ids=["mixtral", "moonlight", "deepseek-v3"])
+def test_green(config):
+    report = run_check(config, BALANCE, routers=False)
+    _assert_green(report)
+    where = [row.situation for row in report.rows]
+    assert {s.case for s in where} == set(CASES)
+    assert {s.backend for s in where} == set(BACKENDS)
+    assert {s.dtype for s in where} == {"float32", "bfloat16"}
+    assert {s.mode for s in where} == {"forward", *MODES}
+    assert report.flips["float32"] == 0
+    assert report.flips["bfloat16"] < report.routed["bfloat16"] / 20
+
+
+def test_every_term_in_the_step():
+    every = BalanceConfig(
+        aux_scope="sequence", importance_coef=0.1, load_coef=0.1, orthogonality_coef=0.1, variance_coef=0.1
+    )
+    noisy = ModelConfig(num_hidden_layers=2, moe=MoEConfig(router=RouterConfig(noisy=True, capacity_factor=1.0)))
+    _assert_green(run_check(noisy, every, routers=False, backends=["grouped_mm"], dtypes=["float32"]))
+
+
+def test_dense_model():
+    _assert_green(run_check(ModelConfig(num_hidden_layers=2), BALANCE, routers=False, backends=["eager"]))
+
+
+def test_every_router():
+    steps = []
+    report = check_routers(progress=lambda what, done, total: steps.append((done, total)))
+    _assert_green(report)
+    assert {row.situation.scope for row in report.rows} == set(ROUTERS)
+    assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1]
+
+
+def test_cases_are_what_they_say():
+    from manyhands.check.routers import RouterCheck
+
+    for name, router in ROUTERS.items():
+        if router.select == "expert_choice" or router.num_experts == router.num_experts_per_tok:
+            continue
+        for case in ("one_expert", "empty"):
+            check = RouterCheck(name, case, seed=0)
+            counts = check.layer.eval()(check.x, check.mask, check.ids)[1].expert_counts()
+            if case == "one_expert":
+                assert (counts > 0).sum() == router.num_experts_per_tok, name
+            assert (counts == 0).any(), name
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ConfigError, match="eager"):
+        run_check(MIXTRAL, BALANCE, backends=["eagre"])
+    with pytest.raises(ConfigError, match="float32"):
+        run_check(MIXTRAL, BALANCE, dtypes=["float23"])
+
+
+def test_any_failing_row_fails_the_report():
+    at = Situation("model", "random", "eager", "float32", "plain")
+    good = Row(at, "loss", "loss", 1e-7, 1e-4, 1.0)
+    bad = Row(at, "gradients", "norm.weight", float("inf"), 1e-4, float("inf"), ("norm.weight",))
+    report = CheckReport(MIXTRAL, shrunk=False, rows=[good])
+    report.raise_if_failed()
+    report.rows.append(bad)
+    assert not report.ok
+    with pytest.raises(CheckFailed, match=r"norm\.weight") as caught:
+        report.raise_if_failed()
+    assert caught.value.exit_code == 4
+    assert not CheckReport(MIXTRAL, shrunk=False).ok  # nothing compared is not a pass
+    plain = json.loads(json.dumps(report.to_dict(), allow_nan=False))
+    assert (plain["ok"], plain["failed"], plain["rows"][1]["failing"]) == (False, 1, ["norm.weight"])
+    out = io.StringIO()
+    render(report, Console(file=out, width=160))
+    assert "FAILED gradients: norm.weight" in out.getvalue()

@@ -1,0 +1,74 @@
+"""All initialisation: scales, seeds, the routers' own rules."""
+
+import math
+
+import pytest
+import torch
+
+from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from manyhands.nn import Decoder, init_weights
+
+
+def model(router: dict | None = None, **moe) -> Decoder:
+    config = ModelConfig(
+        vocab_size=512,
+        hidden_size=256,
+        num_hidden_layers=2,
+        intermediate_size=256,
+        attention=AttentionConfig(num_attention_heads=4, attention_bias=True, output_bias=True, qk_norm="head"),
+        moe=MoEConfig(
+            router=RouterConfig(**(router or {})), moe_intermediate_size=64, expert_bias=True, n_shared_experts=1, **moe
+        ),
+    )
+    m = Decoder(config)
+    with torch.no_grad():
+        for t in m.state_dict().values():
+            t.fill_(float("nan"))
+    init_weights(m, seed=0)
+    return m
+
+
+def test_everything_is_filled_with_its_scale() -> None:
+    m = model({"bias": True, "noisy": True}, shared_expert_gate=True)
+    for name, t in m.state_dict().items():
+        assert torch.isfinite(t).all(), name
+        if "norm" in name:
+            assert (t == 1).all(), name
+        elif name.endswith("bias") or "noise_weight" in name:
+            assert (t == 0).all(), name
+        else:
+            residual = any(part in name for part in ("o_proj", "down_proj"))
+            expected = 0.02 / math.sqrt(4) if residual else 0.02
+            assert t.std().item() == pytest.approx(expected, rel=0.15), name
+
+
+def test_switch_router_is_a_tenth_and_truncated() -> None:
+    """σ = √(0.1/fan-in), cut at ±2σ, which leaves a standard deviation of 0.88σ."""
+    m = model({"init": "switch", "num_experts": 64})
+    weight, sigma = m.layers[0].mlp.router.weight, math.sqrt(0.1 / 256)
+    assert weight.abs().max().item() <= 2 * sigma
+    assert weight.std().item() == pytest.approx(0.8796 * sigma, rel=0.03)
+
+
+def test_zeros_router() -> None:
+    assert torch.count_nonzero(model({"init": "zeros"}).layers[0].mlp.router.weight) == 0
+
+
+def test_seed_decides_and_nothing_else_does() -> None:
+    torch.manual_seed(1)
+    one = model().state_dict()
+    torch.manual_seed(2)
+    two = model()
+    assert all(torch.equal(one[n], t) for n, t in two.state_dict().items())
+    before = torch.get_rng_state()
+    init_weights(two, seed=5)
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is left alone"
+    assert not torch.equal(two.embed_tokens.weight, one["embed_tokens.weight"])
+
+
+def test_tied_head_is_the_embedding() -> None:
+    tied = Decoder(ModelConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, tie_word_embeddings=True))
+    init_weights(tied, 0)
+    assert tied.head_weight is tied.embed_tokens.weight and "lm_head.weight" not in tied.state_dict()
+    out = tied(torch.tensor([[1, 2, 3]]))
+    torch.testing.assert_close(out.logits, tied.hidden(torch.tensor([[1, 2, 3]])).states @ tied.embed_tokens.weight.T)

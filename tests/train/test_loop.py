@@ -1,0 +1,239 @@
+"""A run: resume is bit-equal, a signal saves, NaN and spikes change nothing, a second process is refused."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from manyhands.checkpoint.runs import RunDirectory
+from manyhands.checkpoint.state import load_tensors
+from manyhands.config import RunConfig
+from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
+from manyhands.train import loop, step
+from manyhands.train.guard import StopSignals
+from manyhands.train.journal import read_journal
+
+from ..small_runs import SMALL, small_run, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def weights_of(directory: Path) -> dict[str, torch.Tensor]:
+    newest = RunDirectory(directory).newest_valid()
+    assert newest is not None
+    files = [newest[1] / f"{name}.safetensors" for name in ("model", "optimizer", "rng")]
+    return {f"{file.stem}.{name}": tensor for file in files for name, tensor in load_tensors(file).items()}
+
+
+class StopAfter(StopSignals):
+    """Asks to stop once this many steps are done, as a signal would."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        super().__init__()
+        real, done = loop.train_step, 0
+
+        def counted(*args: object) -> step.StepResult:
+            nonlocal done
+            done += 1
+            if done == after:
+                self.requested = signal.SIGTERM
+            return real(*args)  # type: ignore[arg-type]
+
+        monkeypatch.setattr(loop, "train_step", counted)
+        monkeypatch.setattr(loop, "StopSignals", lambda: self)
+
+
+VARIANTS = {
+    "muon, loss-free bias": [],
+    "adamw, noisy router": [
+        "optim.name=adamw",
+        "model.moe.router.score=softmax",
+        "model.moe.router.bias=false",
+        "model.moe.router.noisy=true",
+        "balance.load_coef=0.1",
+        "balance.importance_coef=0.1",
+    ],
+    "accumulation, jitter, random second": [
+        "train.micro_batch_size=1",
+        "model.moe.router.jitter=0.01",
+        "model.moe.router.random_second=true",
+        "model.moe.router.capacity_factor=1.25",
+    ],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_resume_is_bit_equal(variant: str, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights, optimiser, random generators, losses and balance bias, through more than one epoch."""
+    run = small_run(text, "train.max_steps=40", "train.save_every=10", *VARIANTS[variant])
+    whole = loop.train(tmp_path / "whole", run, quiet=True)
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 17)
+        with pytest.raises(Interrupted, match="step 17"):
+            loop.train(tmp_path / "parts", run, quiet=True)
+    torch.manual_seed(99)  # whatever the global generator was, resuming must not care
+    parts = loop.train(tmp_path / "parts", run, quiet=True)
+    assert parts.valid_loss == whole.valid_loss
+    one, other = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    journals = [read_journal(tmp_path / name / "journal.jsonl") for name in ("whole", "parts")]
+    losses = [[r["loss"] for r in records if r["kind"] == "step"] for records in journals]
+    assert len(losses[0]) == 40 and losses[0] == losses[1]
+
+
+def test_another_run_is_refused_but_more_steps_are_not(text: Path, tmp_path: Path) -> None:
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=4"), quiet=True)
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
+        loop.train(tmp_path / "run", small_run(text, "optim.lr=0.5"), quiet=True)
+    assert loop.train(tmp_path / "run", small_run(text, "train.max_steps=6"), quiet=True).steps == 6
+
+
+def test_a_second_process_is_refused(text: Path, tmp_path: Path) -> None:
+    with RunDirectory(tmp_path / "run").lock(), pytest.raises(RunLocked, match=str(os.getpid())):
+        loop.train(tmp_path / "run", small_run(text), quiet=True)
+
+
+def test_sigterm_saves_and_exits_143(text: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "manyhands", "train", "--preset", "tiny", "--out", str(tmp_path / "run")]
+    changes = [*SMALL, f"data.sources=['{text}']", "train.max_steps=100000"]
+    process = subprocess.Popen(
+        [*command, *changes],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    journal = tmp_path / "run" / "journal.jsonl"
+    deadline = time.monotonic() + 60
+    while not (journal.exists() and '"kind":"step"' in journal.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 143, errors
+    assert b"SIGTERM: saved step" in errors and b"Traceback" not in errors
+    newest = RunDirectory(tmp_path / "run").newest_valid()
+    assert newest is not None
+    last = [record for record in read_journal(journal) if record["kind"] == "step"][-1]
+    assert newest[0] == last["step"]
+
+
+def weights_before_and_after(
+    run: RunConfig, path: Path, monkeypatch: pytest.MonkeyPatch, at: int, spoil: object
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], str]:
+    """Weights when step `at` began, and after it raised; and what it raised."""
+    real, seen = loop.train_step, {}
+
+    def watched(model: object, *args: object) -> step.StepResult:
+        if args[4] == at:
+            seen["model"] = model
+            seen["before"] = {k: v.clone() for k, v in model.state_dict().items()}  # type: ignore[attr-defined]
+            spoil(model)  # type: ignore[operator]
+        return real(model, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(loop, "train_step", watched)
+    with pytest.raises(TrainingHalted) as halted:
+        loop.train(path, run, quiet=True)
+    after = {k: v.clone() for k, v in seen["model"].state_dict().items()}
+    return seen["before"], after, str(halted.value)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 1000])
+def test_a_bad_gradient_changes_no_weight_and_is_named(
+    value: float, log_every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        model.get_parameter("layers.1.mlp.experts.down_proj").register_hook(lambda grad: grad * value)
+
+    run = small_run(text, f"train.log_every={log_every}")
+    before, after, said = weights_before_and_after(run, tmp_path / "run", monkeypatch, 5, spoil)
+    assert "step 5" in said and "layers.1.mlp.experts.down_proj" in said
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_bad_loss_changes_no_weight(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = step.linear_cross_entropy
+
+    def spoil(model: torch.nn.Module) -> None:
+        monkeypatch.setattr(step, "linear_cross_entropy", lambda *args: real(*args) * float("nan"))
+
+    before, after, said = weights_before_and_after(small_run(text), tmp_path / "run", monkeypatch, 3, spoil)
+    assert "step 3: the loss is not finite" in said
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_bad_weight_is_named(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(model: torch.nn.Module) -> None:
+        with torch.no_grad():
+            model.get_parameter("layers.0.self_attn.q_proj.weight")[3, 3] = float("nan")
+
+    *_, said = weights_before_and_after(small_run(text), tmp_path / "run", monkeypatch, 4, spoil)
+    assert "weight layers.0.self_attn.q_proj.weight" in said
+
+
+def test_one_spike_skips_one_update(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, seen = loop.train_step, []
+
+    def spiked(model: torch.nn.Module, *args: object) -> step.StepResult:
+        handle = None
+        if args[4] == 45:
+            handle = model.get_parameter("norm.weight").register_hook(lambda grad: grad + 1e4)
+        before = model.get_parameter("embed_tokens.weight").clone()
+        result = real(model, *args)  # type: ignore[arg-type]
+        seen.append(torch.equal(before, model.get_parameter("embed_tokens.weight")))
+        if handle is not None:
+            handle.remove()
+        return result
+
+    monkeypatch.setattr(loop, "train_step", spiked)
+    summary = loop.train(tmp_path / "run", small_run(text, "train.max_steps=50"), quiet=True)
+    assert summary.skipped == 1
+    assert [i + 1 for i, unchanged in enumerate(seen) if unchanged] == [45]
+
+
+def test_a_time_budget_becomes_a_number_of_steps_once(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = small_run(text, "train.max_seconds=3", "train.max_steps=50000", "train.save_every=5")
+    with monkeypatch.context() as patch:
+        StopAfter(patch, 20)
+        with pytest.raises(Interrupted):
+            loop.train(tmp_path / "run", run, quiet=True)
+    newest = RunDirectory(tmp_path / "run").newest_valid()
+    assert newest is not None
+    state = json.loads((newest[1] / "state.json").read_text())
+    assert state["planned"] and 13 <= state["max_steps"] < 50000
+    assert loop.train(tmp_path / "run", run, quiet=True).steps == max(20, state["max_steps"])
+
+
+def test_evaluation_changes_nothing(text: Path, tmp_path: Path) -> None:
+    """Validating along the way leaves weights, bias and random numbers as they would have been."""
+    changes = ["train.max_steps=20", "model.moe.router.jitter=0.01"]
+    loop.train(tmp_path / "without", small_run(text, *changes), quiet=True)
+    loop.train(tmp_path / "with", small_run(text, *changes, "train.eval_every=3"), quiet=True)
+    one, other = weights_of(tmp_path / "without"), weights_of(tmp_path / "with")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_dense_model_trains(text: Path, tmp_path: Path) -> None:
+    assert loop.train(tmp_path / "run", small_run(text, "model.moe=null"), quiet=True).balance == {}
+
+
+def test_mla_with_qk_clip_trains(text: Path, tmp_path: Path) -> None:
+    changes = [
+        "model.attention={kind: mla, num_attention_heads: 2, q_lora_rank: 16, kv_lora_rank: 16, qk_nope_head_dim: 16, "
+        "qk_rope_head_dim: 8, v_head_dim: 16}",
+        "optim.qk_clip=0.05",
+        "train.max_steps=12",
+    ]
+    summary = loop.train(tmp_path / "run", small_run(text, *changes), quiet=True)
+    assert summary.steps == 12 and summary.valid_loss < 6
