@@ -16,7 +16,7 @@ from manyhands.config import RouterConfig
 from manyhands.moe import Router
 
 CASES = ("random", "tied", "one_expert", "empty", "padding")
-SHARED = 3.0  # in `one_expert` and `empty`, tokens have this much of one direction, in units of the rest
+SHARED = 1.5  # in `one_expert` and `empty`, tokens have this much of one direction, in units of the rest
 PUSH = 3.0  # and routers this much of it: p ≈ 0.7 at best, so that gradients do not vanish
 
 
@@ -62,7 +62,8 @@ def fill(module: nn.Module, case: str, generator: torch.Generator) -> None:
     """Give every parameter and bias a size at which each of them matters, then arrange the routers for the case."""
     width = next(m.weight.shape[1] for m in module.modules() if isinstance(m, Router)) if _has_router(module) else 1
     along = direction(width, generator)
-    for name, p in module.named_parameters():
+    parameters = dict(module.named_parameters())
+    for name, p in parameters.items():
         p.normal_(generator=generator)
         if name.endswith("norm.weight"):
             p.mul_(0.1).add_(1.0)
@@ -72,6 +73,10 @@ def fill(module: nn.Module, case: str, generator: torch.Generator) -> None:
             p.add_(SHARED * along if case in ("one_expert", "empty") else 0.0)
         else:
             p.mul_(p.shape[-1] ** -0.5)
+    if "embed_tokens.weight" in parameters and "lm_head.weight" not in parameters:
+        # A tied head: keep the logits small, and free of the direction that all embeddings share.
+        final = parameters["norm.weight"]
+        final.mul_(width**-0.5 * (1.0 - 2.0 * (torch.arange(len(final)) % 2)))
     for router in module.modules():
         if isinstance(router, Router):
             _arrange(router, case, along, generator)

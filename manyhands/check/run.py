@@ -27,12 +27,13 @@ def run_check(
     seed: int = 0,
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
+    cases: Sequence[str] = CASES,
     routers: bool = True,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Hold the shrunk `config` (and, with `routers`, every router in `ROUTERS`) against the float64 oracle.
 
-    `backends` and `dtypes` default to all there are; `progress(what, done, total)` is called before each part and at
+    `backends` and `dtypes` default to all there are, `cases` are routing cases for the model (`cases.py`); `progress(what, done, total)` is called before each part and at
     the end. Weights and data are random, from `seed`. Raises `ConfigError` for an unknown backend or dtype; a failed
     comparison is in the report, not raised.
     """
@@ -40,7 +41,7 @@ def run_check(
     small = shrink(config)
     report = CheckReport(small, shrunk=small != config)
     backends, dtypes = _names(backends, dtypes)
-    jobs = list(_model_jobs(report, small, balance, seed, backends, dtypes))
+    jobs = list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
     if routers:
         jobs += _router_jobs(report, seed, backends, dtypes)
     _do(report, jobs, progress)
@@ -79,9 +80,10 @@ def _model_jobs(
     seed: int,
     backends: list[str],
     dtypes: list[str],
+    cases: Sequence[str],
 ) -> Iterator[Job]:
     router = None if config.moe is None else config.moe.router
-    for case in CASES:
+    for case in cases:
         if not possible(case, router):
             report.skipped.append(f"case {case}: this router cannot come into it")
             continue

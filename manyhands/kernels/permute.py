@@ -21,7 +21,7 @@ class Permutation:
     pair_N: Tensor
     """Pair (t·K + k) of each sorted row, int64."""
     row_TK: Tensor
-    """Sorted row of each pair, int64; 0 for a dropped pair, whose `kept` is false."""
+    """Sorted row of each pair, int64; N, one past the last, for a dropped pair, whose `kept` is false."""
     kept_TK: Tensor
     offsets_E: Tensor
     """End of each expert's rows, int32."""
@@ -38,15 +38,15 @@ def sort_pairs(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Permutation
     row = torch.empty_like(pair)
     row[pair] = torch.arange(T * K, device=pair.device)
     pair_N = pair[:num_kept]
-    row_TK = (row * (row < num_kept)).view(T, K)
+    row_TK = row.clamp(max=num_kept).view(T, K)
     return Permutation(pair_N // K, pair_N, row_TK, kept_TK, offsets_E.to(torch.int32))
 
 
 def _weighted_rows(rows_ND: Tensor, weights_TK: Tensor, p: Permutation) -> Tensor:
     """Σ_k weights_tk · rows[row_tk]: [T, D], each token's sum in the order of its experts, float32 inside."""
     T, K = p.row_TK.shape
-    if rows_ND.shape[0] == 0:
-        return rows_ND.new_zeros(T, rows_ND.shape[1])
+    if rows_ND.shape[0] < max(T * K, 1):  # dropped pairs read zeros, not somebody's possibly infinite row
+        rows_ND = torch.cat((rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])))
     weights = weights_TK.masked_fill(~p.kept_TK, 0.0).to(rows_ND.dtype)
     if rows_ND.device.type == "cpu" and rows_ND.dtype == torch.float32:
         starts = torch.arange(0, T * K, K)

@@ -87,6 +87,15 @@ def test_a_dropped_pair_has_no_say(backend: str) -> None:
     assert all(torch.equal(grads1[name], grads2[name]) for name in grads1)
 
 
+def test_a_dropped_pair_does_not_see_an_infinite_expert(backend: str) -> None:
+    """Expert 0 overflows for token 0. Token 2, whose pairs are dropped, must not inherit it through 0 · inf."""
+    case = make_case(3, 8, 8, 2, 1, ids=torch.tensor([[0], [1], [1]]))
+    case.experts.up[0] = float("inf")
+    case.kept = torch.tensor([[True], [True], [False]])
+    y, _ = forward_and_gradients(case.cast(torch.float32), backend)
+    assert y.isfinite().all(1).tolist() == [False, True, True]
+
+
 def test_non_contiguous_tokens(backend: str) -> None:
     case = make_case(6, 8, 8, 4, 2)
     plain, _ = forward_and_gradients(case.cast(torch.float32), backend)
