@@ -1,10 +1,13 @@
 """Small runs for tests."""
 
+import contextlib
+import io
 import os
-import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+from manyhands.cli.main import main
 from manyhands.config import RunConfig
 from manyhands.config.load import load_preset
 
@@ -34,9 +37,28 @@ def small_run(text: Path, *changes: str) -> RunConfig:
     return load_preset("tiny", [*SMALL, f"data.sources=['{text}']", *changes])
 
 
-def manyhands(*arguments: str, **options: object) -> subprocess.CompletedProcess[str]:
-    """The command line in its own process."""
-    command = [sys.executable, "-W", "error", "-m", "manyhands", *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
-    settings = {"capture_output": True, "text": True, "timeout": 120, "env": environment} | options
-    return subprocess.run(command, check=False, **settings)  # type: ignore[call-overload, no-any-return]
+@dataclass(frozen=True)
+class Done:
+    """What a call of the command line left behind."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+def manyhands(*arguments: str, stdin: str = "", cwd: Path | None = None) -> Done:
+    """The command line, in this process: a process of its own would import torch again for every call."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv, sys.stdin, os.getcwd()
+    sys.argv, sys.stdin = ["manyhands", *arguments], io.StringIO(stdin)
+    try:
+        os.chdir(cwd or before[2])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main()
+        code = 0
+    except SystemExit as left:
+        code = left.code if isinstance(left.code, int) else 0 if left.code is None else 1
+    finally:
+        sys.argv, sys.stdin = before[:2]
+        os.chdir(before[2])
+    return Done(code, out.getvalue(), err.getvalue())

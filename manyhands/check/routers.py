@@ -130,7 +130,8 @@ class RouterCheck:
         if router.select == "expert_choice":  # no token chooses K experts, which is what this loss is about
             oracle_terms.pop("sequence_loss")
         rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]
-        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "")
+        act = self.config.hidden_act
+        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "", act)
         rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
         rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
         rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))

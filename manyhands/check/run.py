@@ -33,9 +33,9 @@ def run_check(
 ) -> CheckReport:
     """Hold the shrunk `config` (and, with `routers`, every router in `ROUTERS`) against the float64 oracle.
 
-    `backends` and `dtypes` default to all there are, `cases` are routing cases for the model (`cases.py`); `progress(what, done, total)` is called before each part and at
-    the end. Weights and data are random, from `seed`. Raises `ConfigError` for an unknown backend or dtype; a failed
-    comparison is in the report, not raised.
+    `backends` and `dtypes` default to all there are; `cases` are routing cases for the model (`cases.py`).
+    `progress(what, done, total)` is called before each part and at the end. Weights and data are random, from `seed`.
+    Raises `ConfigError` for an unknown backend or dtype; a failed comparison is in the report, not raised.
     """
     started = time.perf_counter()
     small = shrink(config)

@@ -21,8 +21,7 @@ class Permutation:
     pair_N: Tensor
     """Pair (t·K + k) of each sorted row, int64."""
     row_TK: Tensor
-    """Sorted row of each pair, int64; N, one past the last, for a dropped pair, whose `kept` is false."""
-    kept_TK: Tensor
+    """Sorted row of each pair, int64; N, one past the last, for a dropped pair."""
     offsets_E: Tensor
     """End of each expert's rows, int32."""
 
@@ -39,7 +38,7 @@ def sort_pairs(ids_TK: Tensor, kept_TK: Tensor, num_experts: int) -> Permutation
     row[pair] = torch.arange(T * K, device=pair.device)
     pair_N = pair[:num_kept]
     row_TK = row.clamp(max=num_kept).view(T, K)
-    return Permutation(pair_N // K, pair_N, row_TK, kept_TK, offsets_E.to(torch.int32))
+    return Permutation(pair_N // K, pair_N, row_TK, offsets_E.to(torch.int32))
 
 
 def _weighted_rows(rows_ND: Tensor, weights_TK: Tensor, p: Permutation) -> Tensor:
@@ -47,7 +46,7 @@ def _weighted_rows(rows_ND: Tensor, weights_TK: Tensor, p: Permutation) -> Tenso
     T, K = p.row_TK.shape
     if rows_ND.shape[0] < max(T * K, 1):  # dropped pairs read zeros, not somebody's possibly infinite row
         rows_ND = torch.cat((rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])))
-    weights = weights_TK.masked_fill(~p.kept_TK, 0.0).to(rows_ND.dtype)
+    weights = weights_TK.to(rows_ND.dtype)
     if rows_ND.device.type == "cpu" and rows_ND.dtype == torch.float32:
         starts = torch.arange(0, T * K, K)
         return F.embedding_bag(p.row_TK.flatten(), rows_ND, starts, mode="sum", per_sample_weights=weights.flatten())
@@ -67,7 +66,7 @@ class _Gather(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, drows_ND: Tensor) -> tuple[Tensor, None]:
         p: Permutation = ctx.p
-        ones = torch.ones_like(p.kept_TK, dtype=torch.float32)
+        ones = torch.ones_like(p.row_TK, dtype=torch.float32)
         return _weighted_rows(drows_ND.contiguous(), ones, p), None
 
 

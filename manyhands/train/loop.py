@@ -161,7 +161,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
                 state.load(newest[1])
                 if not state.progress.planned:
                     state.progress.max_steps = run.train.max_steps
-                screen.note(f"continuing from step {state.progress.step}")
+                screen.note(_where(state.progress))
             screen.set_max_steps(state.progress.max_steps)
             with Journal(directory.journal_file, run.train.trackers) as journal:
                 dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
@@ -175,6 +175,12 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
                 if not finished:
                     journal.write("end", step=state.progress.step, reason="finished", elapsed=state.progress.elapsed)
         return finish(directory, run, data, state.model, evaluation, dtype)
+
+
+def _where(progress: Progress) -> str:
+    if progress.step < progress.max_steps:
+        return f"continuing from step {progress.step}"
+    return f"finished at step {progress.step}: nothing left to train"
 
 
 def _check_same_run(directory: RunDirectory, run: RunConfig) -> None:

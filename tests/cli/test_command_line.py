@@ -41,6 +41,13 @@ def test_version() -> None:
     assert manyhands("--version").stdout.startswith("manyhands 0.")
 
 
+def test_python_m_manyhands_is_the_same() -> None:
+    command = [sys.executable, "-W", "error", "-m", "manyhands", "generate", "/no/such/place", "--prompt", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.startswith("manyhands: /no/such/place") and len(done.stderr.splitlines()) == 1
+
+
 def test_the_run_is_complete(run_dir: Path) -> None:
     names = {path.name for path in run_dir.iterdir()}
     assert {"run.yaml", "journal.jsonl", "report.html", "checkpoints", "data"} <= names
@@ -66,7 +73,7 @@ def test_generate_shows_the_experts(run_dir: Path) -> None:
 
 
 def test_generate_reads_standard_input(run_dir: Path) -> None:
-    done = manyhands("generate", str(run_dir), "--max-new-tokens", "2", input="line 5")
+    done = manyhands("generate", str(run_dir), "--max-new-tokens", "2", stdin="line 5")
     assert done.returncode == 0 and done.stdout.startswith("line 5")
 
 
