@@ -52,7 +52,7 @@ class Row:
         named = self.failing or (self.worst,)
         more = f" and {len(named) - 4} more" if len(named) > 4 else ""
         return (
-            f"{self.quantity}: {', '.join(named[:4])}{more}: error {self.error:.2e} (limit {self.limit:.0e}), "
+            f"{self.quantity}: {', '.join(named[:4])}{more}: error {self.error:.2e} (limit {self.limit:.1e}), "
             f"ratio {self.ratio:.4g} [{s.scope}, {s.case}, {s.backend}, {s.dtype}, {s.mode}]"
         )
 

@@ -25,7 +25,7 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class Strict(BaseModel):
-    """Base of all configs: frozen, no unknown fields, no NaN or infinity, strict about types."""
+    """Base of all configs: frozen, no unknown fields, no NaN or infinity, integers not converted from other types."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()

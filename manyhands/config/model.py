@@ -10,8 +10,8 @@ from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
 
-Size = Annotated[int, Field(ge=1, le=1 << 24)]
-Count = Annotated[int, Field(ge=0, le=1 << 20)]
+Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
+Count = Annotated[int, Field(strict=True, ge=0, le=1 << 20)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6)]
 Rotations = Annotated[float, Field(gt=0.0, le=1e6)]
 Activation = Literal["swiglu", "geglu", "gelu", "relu"]
@@ -28,16 +28,16 @@ class RouterConfig(Strict):
              divided by itself it would be 1 and the router would get no gradient.
     """
 
-    num_experts: Annotated[int, Field(ge=1, le=1 << 16)] = 8
-    num_experts_per_tok: Annotated[int, Field(ge=1, le=1 << 16)] = 2
+    num_experts: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 8
+    num_experts_per_tok: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 2
     select: Literal["topk", "expert_choice", "hash"] = "topk"
     score: Literal["softmax", "sigmoid"] = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: Annotated[float, Field(gt=0.0, le=1e3)] = 1.0
     bias: bool = False
     """Keep `e_score_correction_bias`, added to the scores for selection only (arXiv 2408.15664)."""
-    n_group: Annotated[int, Field(ge=1, le=1 << 16)] = 1
-    topk_group: Annotated[int, Field(ge=1, le=1 << 16)] = 1
+    n_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    topk_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
     group_score: Literal["top2_sum", "max"] = "top2_sum"
     """How a group is scored: V3 sums its two best biased scores, V2 takes its best score."""
     noisy: bool = False
@@ -192,7 +192,7 @@ class ModelConfig(Strict):
 
     vocab_size: Size = 4096
     hidden_size: Size = 256
-    num_hidden_layers: Annotated[int, Field(ge=1, le=4096)] = 4
+    num_hidden_layers: Annotated[int, Field(strict=True, ge=1, le=4096)] = 4
     intermediate_size: Size = 1024
     """Width of the dense feed-forward networks."""
     hidden_act: Activation = "swiglu"

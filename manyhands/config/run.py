@@ -57,7 +57,7 @@ class OptimConfig(Strict):
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
     momentum: Share = 0.95
     nesterov: bool = True
-    ns_steps: Annotated[int, Field(ge=1, le=20)] = 5
+    ns_steps: Annotated[int, Field(strict=True, ge=1, le=20)] = 5
     qk_clip: Annotated[float, Field(gt=0.0)] | None = 100.0
     """τ of QK-Clip (arXiv 2507.20534): the largest attention logit allowed. None turns it off. Muon only."""
     grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
@@ -78,8 +78,8 @@ class GuardConfig(Strict):
 
     spike_sigma: Annotated[float, Field(gt=0.0)] | None = 6.0
     """Skip an update whose loss or gradient norm lies this many deviations above the last `spike_window` steps."""
-    spike_window: Annotated[int, Field(ge=8, le=100_000)] = 128
-    max_skips: Annotated[int, Field(ge=1)] = 10
+    spike_window: Annotated[int, Field(strict=True, ge=8, le=100_000)] = 128
+    max_skips: Annotated[int, Field(strict=True, ge=1)] = 10
     """Stop, with advice, after this many skipped updates in a row."""
 
 

@@ -26,6 +26,8 @@ class Positions:
     causal: bool
     clip_above: float | None = None
     """Report the largest attention logit per head, exactly where it may exceed this (QK-Clip)."""
+    real_BS: Tensor | None = None
+    """[B, S] bool, false for padding among the queries; None where there is none."""
 
 
 def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
@@ -49,7 +51,7 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
 
 @torch.no_grad()
 def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions) -> Tensor:
-    """[H] float32: the largest scale·q·k a causal query saw, per head (QK-Clip's S).
+    """[H] float32: the largest scale·q·k a real query saw, per head (QK-Clip's S).
 
     First the bound max‖q‖·max‖k‖, which costs nothing; the products only where it exceeds `clip_above`.
     """
@@ -60,6 +62,8 @@ def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Position
         return bound_H
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
     blocked = hidden if positions.mask is None else ~positions.mask
+    if positions.real_BS is not None:
+        blocked = blocked | ~positions.real_BS[:, None, :, None]
     logits_BHSL = torch.matmul(q, k.transpose(-2, -1)).mul_(scale).masked_fill_(blocked, float("-inf"))
     return logits_BHSL.amax((0, 2, 3))
 

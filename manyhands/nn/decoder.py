@@ -141,6 +141,7 @@ class Decoder(nn.Module):
             causal_mask(real_BL, S, a.sliding_window, plain),
             causal=S == L,
             clip_above=clip_above,
+            real_BS=None if plain else real_BS,
         )
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
