@@ -65,7 +65,10 @@ def oracle_terms(routings: Mapping[int, DenseRouting], router: RouterConfig, num
         step = routings[layer].counts() + earlier_counts(router.num_experts)
         return oracle_balance.terms(routings[layer], router, config, num_sequences, step)
 
-    return _collect(routings, one)
+    found = _collect(routings, one)
+    if router.select == "expert_choice":  # no token chooses K experts, which is what this loss is about
+        found.pop("sequence_loss")
+    return found
 
 
 def values(terms: Terms, name: str, prefix: str) -> dict[str, Tensor | None]:

@@ -101,7 +101,8 @@ def route(
         table = [[(int(i) * 2654435761 % 2**32) * config.num_experts // 2**32] for i in ids_T]
         chosen = one_hot(torch.tensor(table).view(-1, 1), config.num_experts)
         verdict = judge_choice(chosen, chosen.double(), tested.expert_ids, lambda c: chosen, Slack.none(chosen))
-        routing = replace(blank, chosen=chosen, kept=chosen, weights=chosen.double(), wrong=verdict.wrong)
+        weights_TE = chosen * config.routed_scaling_factor
+        routing = replace(blank, chosen=chosen, kept=chosen, weights=weights_TE.double(), wrong=verdict.wrong)
     elif config.select == "expert_choice":
         routing = _expert_choice(blank, config, tested, rounding)
     else:
@@ -169,7 +170,7 @@ def _top_k(
     if config.random_second and training:
         draw = torch.rand(len(used), generator=generator).double()
         lesser = chosen & ~one_hot(best(torch.where(chosen, choice, NEVER), 1), E)
-        margin = 2.0 * (weights.detach() * lesser).sum(1) - draw
+        margin = 2.0 * (weights.detach() * lesser).sum(1) / config.routed_scaling_factor - draw
         sampled = margin > 0
         theirs_sampled = tested.expert_ids[:, 1] >= 0
         near = margin.abs() <= 4.0 * rounding.per_token + 1e-6
@@ -194,7 +195,7 @@ def _expert_choice(blank: DenseRouting, config: RouterConfig, tested: Routing, r
     theirs = (tested.expert_ids >= 0).T
     verdict = judge_choice(select(choice), choice, theirs, select, rounding.widest(E))
     chosen = verdict.chosen.T
-    weights = torch.where(chosen, blank.scores, 0.0)
+    weights = torch.where(chosen, blank.scores, 0.0) * config.routed_scaling_factor
     return replace(blank, chosen=chosen, kept=chosen, weights=weights, flips=verdict.flips, wrong=verdict.wrong)
 
 

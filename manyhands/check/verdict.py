@@ -70,7 +70,7 @@ def judge_choice(
     theirs = tested
     if tested.dtype != torch.bool:
         theirs = one_hot(tested.clamp(max=own.shape[1] - 1), own.shape[1])
-        ordered = (theirs.sum(1) == own.sum(1)) & _best_first(choice, tested, slack)
+        ordered = (theirs.sum(1) == own.sum(1)) & (tested < own.shape[1]).all(1) & _best_first(choice, tested, slack)
     same = (own == theirs).all(1)
     tied_TEE = choice[:, :, None] == choice[:, None, :]
     favoured = (tied_TEE & theirs[:, None, :]).any(-1)

@@ -40,6 +40,20 @@ def test_every_term_in_the_step():
     _assert_green(run_check(noisy, every, routers=False, backends=["grouped_mm"], dtypes=["float32"]))
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(select="hash", num_experts_per_tok=1),
+        RouterConfig(select="expert_choice"),
+        RouterConfig(num_experts_per_tok=1, jitter=0.01, capacity_factor=1.25, init="switch"),
+    ],
+    ids=["hash", "expert choice", "switch"],
+)
+def test_other_routers_in_a_model(router):
+    config = ModelConfig(num_hidden_layers=2, moe=MoEConfig(router=router, hidden_act="gelu", expert_bias=True))
+    _assert_green(run_check(config, BalanceConfig(), routers=False, backends=["grouped_mm"]))
+
+
 def test_dense_model():
     _assert_green(run_check(ModelConfig(num_hidden_layers=2), BALANCE, routers=False, backends=["eager"]))
 

@@ -1,0 +1,52 @@
+"""Public names, verbs and flags: changing one is a decision, made here."""
+
+import pytest
+import typer
+
+import manyhands
+from manyhands.cli.main import app
+
+NAMES = {
+    "Decoder",
+    "MoEConfig",
+    "MoELayer",
+    "ModelConfig",
+    "Router",
+    "RouterConfig",
+    "Routing",
+    "RunConfig",
+    "init_weights",
+    "load",
+}
+FLAGS = {
+    "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
+    "generate": {
+        "checkpoint",
+        "prompt",
+        "max_new_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "seed",
+        "stop",
+        "show_routing",
+        "json_output",
+    },
+    "eval": {"checkpoint", "data", "text_field", "sequence_length", "batch_size", "max_batches", "json_output"},
+    "check": {"model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
+}
+
+
+def test_exported_names() -> None:
+    assert set(manyhands.__all__) == NAMES
+    for name in NAMES:
+        assert getattr(manyhands, name).__name__ == name
+    with pytest.raises(AttributeError, match="lod"):
+        manyhands.lod  # noqa: B018
+
+
+def test_verbs_and_flags() -> None:
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    found = {verb: {parameter.name for parameter in command.params} for verb, command in commands.items()}
+    assert {verb: flags - {"help"} for verb, flags in found.items()} == FLAGS
