@@ -237,3 +237,32 @@ def test_mla_with_qk_clip_trains(text: Path, tmp_path: Path) -> None:
     ]
     summary = loop.train(tmp_path / "run", small_run(text, *changes), quiet=True)
     assert summary.steps == 12 and summary.valid_loss < 6
+
+
+def test_bfloat16_computes_on_float32_masters(text: Path, tmp_path: Path) -> None:
+    changes = ["train.dtype=bfloat16", "train.recompute=true", "train.micro_batch_size=2", "train.max_steps=30"]
+    half = loop.train(tmp_path / "half", small_run(text, *changes), quiet=True)
+    assert {t.dtype for name, t in weights_of(tmp_path / "half").items() if name.startswith("model.")} == {
+        torch.float32
+    }
+    changes[0] = "train.dtype=float32"
+    full = loop.train(tmp_path / "full", small_run(text, *changes), quiet=True)
+    assert half.valid_loss != full.valid_loss  # else nothing was computed in bfloat16
+    assert half.valid_loss == pytest.approx(full.valid_loss, rel=0.05)
+
+
+def test_recomputation_changes_nothing(text: Path, tmp_path: Path) -> None:
+    """The same losses, counts and biases, though every block runs twice: the router's coins are tossed alike."""
+    changes = ["train.max_steps=12", "model.moe.router.jitter=0.05", "model.moe.router.capacity_factor=1.0"]
+    loop.train(tmp_path / "without", small_run(text, *changes), quiet=True)
+    loop.train(tmp_path / "with", small_run(text, *changes, "train.recompute=true"), quiet=True)
+    one, other = weights_of(tmp_path / "without"), weights_of(tmp_path / "with")
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+
+
+def test_a_tokenizer_that_does_not_fit_the_vocabulary(text: Path, tmp_path: Path) -> None:
+    loop.train(tmp_path / "first", small_run(text, "train.max_steps=1"), quiet=True)
+    tokenizer = tmp_path / "first" / "data" / "tokenizer.json"
+    with pytest.raises(ConfigError, match=r"model\.vocab_size = 280"):
+        run = small_run(text, f"data.tokenizer={tokenizer}", "model.vocab_size=280")
+        loop.train(tmp_path / "second", run, quiet=True)
