@@ -14,11 +14,11 @@ def main(path: str, text: str) -> None:
     with torch.inference_mode():
         out = model(torch.tensor([ids]))
     for t, token in enumerate(ids):
-        experts = "  ".join(
-            f"L{layer} " + " ".join(f"{e}·{w:.2f}" for e, w in zip(r.expert_ids[t].tolist(), r.weights[t].tolist()))
-            for layer, r in out.routings.items()
-        )
-        print(f"{tokenizer.decode([token])!r:16} {experts}")
+        experts = []
+        for layer, routing in out.routings.items():
+            chosen = zip(routing.expert_ids[t].tolist(), routing.weights[t].tolist(), strict=True)
+            experts.append(f"L{layer} " + " ".join(f"{expert}·{weight:.2f}" for expert, weight in chosen))
+        print(f"{tokenizer.decode([token])!r:16} {'  '.join(experts)}")
 
 
 if __name__ == "__main__":
