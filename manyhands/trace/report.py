@@ -117,7 +117,8 @@ def _ended(steps: Sequence[Record], end: Record | None, run: RunConfig) -> str:
     step = steps[-1]["step"]
     if end is None or end["step"] < step:
         return f"Stopped or still running at step {step}."
-    return f"Ended at step {step} of {max(step, run.train.max_steps)}: {end.get('reason') or 'no reason given'}."
+    planned = end.get("max_steps") or max(step, run.train.max_steps)
+    return f"Ended at step {step} of {planned}: {end.get('reason') or 'no reason given'}."
 
 
 def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows: Sequence[LayerRow]) -> list[Tile]:
@@ -141,12 +142,14 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
         about = f"{compact(start['active_parameters'])} active per token" if sparse else "all active"
         tiles.append(Tile("parameters", compact(start["parameters"]), about))
     if rows:
-        worst = max(rows, key=lambda row: row.worst_max_vio or 0)
-        vio = worst.worst_max_vio or 0.0
+        worst = max(rows, key=lambda row: row.max_vio or 0)
+        vio = worst.max_vio or 0.0
         dead = sum(row.dead for row in rows)
         dropped = max((row.dropped or 0 for row in rows), default=0)
         tiles += [
-            Tile("worst MaxVio", number(vio, 2), f"layer {worst.layer}, last {LAST_STEPS} steps", vio > 0.5),
+            Tile(
+                "MaxVio", number(vio, 2), f"worst layer ({worst.layer}), mean of the last {LAST_STEPS} steps", vio > 0.5
+            ),
             Tile("dead experts", str(dead), f"got nothing in the last {LAST_STEPS} steps", dead > 0),
             Tile("dropped", f"{100 * dropped:.2g} %", "of routed pairs, worst layer", dropped > 0.01),
         ]

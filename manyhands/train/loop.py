@@ -80,7 +80,7 @@ class Trainer:
         if signals.requested is not None:
             self.save()
             name = signals.requested.name
-            self.journal.write("end", step=progress.step, reason=name, elapsed=progress.elapsed)
+            self.end(name)
             raise Interrupted(f"{name}: saved step {progress.step} in {self.directory.path}; run again to continue")
         if progress.step >= progress.max_steps:
             return
@@ -121,6 +121,13 @@ class Trainer:
         self.journal.write("checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path)))
         self.directory.retain(self.run.train.keep_checkpoints)
         return path
+
+    def end(self, reason: str) -> None:
+        """Say in the journal why the session ended."""
+        progress = self.state.progress
+        self.journal.write(
+            "end", step=progress.step, reason=reason, elapsed=progress.elapsed, max_steps=progress.max_steps
+        )
 
     def record(self, result: StepResult, lr: float, tokens_per_s: float) -> dict[str, Any]:
         """A `step` record of the journal."""
@@ -173,7 +180,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
                     trainer.save()
                 evaluation = trainer.validate()
                 if not finished:
-                    journal.write("end", step=state.progress.step, reason="finished", elapsed=state.progress.elapsed)
+                    trainer.end("finished")
         return finish(directory, run, data, state.model, evaluation, dtype)
 
 

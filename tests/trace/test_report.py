@@ -142,3 +142,10 @@ def test_a_refused_write_keeps_the_older_report(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(StorageError, match="No space left"):
         report(tmp_path, records(9))
     assert [file.read_text() for file in tmp_path.iterdir()] == [before]
+
+
+def test_the_planned_number_of_steps_is_the_runs_not_the_configs(tmp_path: Path) -> None:
+    journal = [record for record in records(12) if record["kind"] != "end"]
+    journal.append({"kind": "end", "step": 12, "reason": "SIGTERM", "elapsed": 9.0, "max_steps": 731})
+    write_report(tmp_path / "report.html", journal, RunConfig())
+    assert "Ended at step 12 of 731: SIGTERM" in (tmp_path / "report.html").read_text()
