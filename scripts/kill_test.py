@@ -31,6 +31,7 @@ model:
   max_position_embeddings: 32
   attention: {num_attention_heads: 2, head_dim: 16}
   moe: {moe_intermediate_size: 16, first_k_dense_replace: 1, router: {num_experts: 8, score: sigmoid, bias: true}}
+schedule: {decay_fraction: 0.0}  # a rate that does not depend on max_steps, which is set at the end
 train: {max_steps: STEPS, sequence_length: 32, batch_size: 4, save_every: 5, keep_checkpoints: 2}
 """
 
