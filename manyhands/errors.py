@@ -9,7 +9,7 @@
     ├─ StorageError           1 / 507   the disk refused a write; what was there before is intact
     ├─ TrainingHalted         3 / 500   a guard stopped the run: NaN, Inf, too many spikes
     ├─ CheckFailed            4 / 500   a fast path disagrees with the oracle
-    └─ Interrupted          143 / 503   SIGTERM; the state was saved
+    └─ Interrupted          143 / 503   SIGTERM (SIGINT: 130); the state was saved
 
 Raise `UserError` and its children for a user's mistake; `assert` is for our own bugs.
 """

@@ -56,7 +56,7 @@ class Summary:
         others = ", ".join(f"{name} {value:.3f}" for name, value in self.compressors.items())
         lines = [
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
-            + (f", {self.skipped} updates skipped as spikes" if self.skipped else ""),
+            + (f", updates skipped as spikes: {self.skipped}" if self.skipped else ""),
             f"validation: {self.valid_bits_per_byte:.3f} bits per byte, perplexity {self.valid_perplexity:.2f}"
             f"  (on the same text: {others})",
         ]

@@ -81,7 +81,9 @@ class Trainer:
             self.save()
             name = signals.requested.name
             self.end(name)
-            raise Interrupted(f"{name}: saved step {progress.step} in {self.directory.path}; run again to continue")
+            stopped = Interrupted(f"{name}: saved step {progress.step} in {self.directory.path}; run again to continue")
+            stopped.exit_code = 128 + signals.requested
+            raise stopped
         if progress.step >= progress.max_steps:
             return
         if run.train.eval_every and progress.step % run.train.eval_every == 0:

@@ -78,8 +78,9 @@ def test_resume_is_bit_equal(variant: str, text: Path, tmp_path: Path, monkeypat
     whole = loop.train(tmp_path / "whole", run, quiet=True)
     with monkeypatch.context() as patch:
         StopAfter(patch, 17)
-        with pytest.raises(Interrupted, match="step 17"):
+        with pytest.raises(Interrupted, match="step 17") as interrupted:
             loop.train(tmp_path / "parts", run, quiet=True)
+        assert interrupted.value.exit_code == 143
     torch.manual_seed(99)  # whatever the global generator was, resuming must not care
     parts = loop.train(tmp_path / "parts", run, quiet=True)
     assert parts.valid_loss == whole.valid_loss
