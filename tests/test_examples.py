@@ -1,0 +1,26 @@
+"""The examples run as they are."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+
+from manyhands.train.loop import train
+
+from .small_runs import small_run, write_text
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_drop_in_layer_balances(capsys: pytest.CaptureFixture[str]) -> None:
+    runpy.run_path(str(EXAMPLES / "drop_in_layer.py"), run_name="__main__")
+    without, balanced = (line.split("MaxVio")[1].split()[0] for line in capsys.readouterr().out.splitlines())
+    assert float(balanced) < float(without)
+
+
+def test_watch_the_router(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", small_run(write_text(tmp_path), "train.max_steps=2"), quiet=True)
+    monkeypatch.setattr("sys.argv", ["watch_the_router.py", str(tmp_path / "run"), "line 5"])
+    runpy.run_path(str(EXAMPLES / "watch_the_router.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines and all("L1 " in line and "·" in line for line in lines)
