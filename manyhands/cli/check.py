@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.errors import CheckFailed, ConfigError
+from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
     from manyhands.config import BalanceConfig, ModelConfig
@@ -52,8 +52,7 @@ def check(
         print(json.dumps(report.to_dict()))
     else:
         render(report, Console())
-    if not report.ok:
-        raise CheckFailed(f"{model}: {len(report.failures)} of {len(report.rows)} comparisons failed")
+    report.raise_if_failed()
 
 
 def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceConfig]":

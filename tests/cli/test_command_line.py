@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from manyhands import kernels
+
 from ..small_runs import SMALL, manyhands, write_text
 
 
@@ -165,3 +167,11 @@ def test_check_is_green_and_machine_readable() -> None:
     done = manyhands("check", "tiny", "--no-routers", "--backend", "grouped_mm", "--dtype", "float32", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"] is True
+
+
+def test_check_is_red_when_a_backend_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = kernels.BACKENDS["grouped_mm"]
+    monkeypatch.setitem(kernels.BACKENDS, "grouped_mm", lambda x, *rest: 1.01 * real(x, *rest))
+    done = manyhands("check", "tiny", "--no-routers", "--backend", "grouped_mm", "--dtype", "float32")
+    assert done.returncode == 4
+    assert "comparisons failed; first:" in done.stderr and len(done.stderr.strip().splitlines()) == 1
