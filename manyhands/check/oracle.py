@@ -26,6 +26,7 @@ from manyhands.nn.decoder import Block
 from manyhands.nn.rope import rope_tables
 
 Params = Mapping[str, Tensor]
+GATED = ("swiglu", "swiglu_oai", "geglu", "geglu_tanh")
 
 
 def float64_copy(module: nn.Module) -> dict[str, Tensor]:
@@ -35,11 +36,18 @@ def float64_copy(module: nn.Module) -> dict[str, Tensor]:
 
 
 def activation(h: Tensor, name: str) -> Tensor:
-    """SwiGLU and GeGLU: gate half times up half; GELU is the exact one."""
-    if name in ("swiglu", "geglu"):
-        gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
-        return (gate / (1.0 + (-gate).exp()) if name == "swiglu" else _gelu(gate)) * up
-    return _gelu(h) if name == "gelu" else h * (h > 0)
+    """SwiGLU and GeGLU: gate half times up half; GELU is the exact one unless the name says tanh."""
+    if name not in GATED:
+        return _gelu(h) if name == "gelu" else h * (h > 0)
+    gate, up = h[..., : h.shape[-1] // 2], h[..., h.shape[-1] // 2 :]
+    if name == "swiglu":
+        return gate / (1.0 + (-gate).exp()) * up
+    if name == "swiglu_oai":
+        gate, up = torch.where(gate > 7.0, 7.0, gate), torch.where(up.abs() > 7.0, 7.0 * up.sign(), up)
+        return gate / (1.0 + (-1.702 * gate).exp()) * (up + 1.0)
+    if name == "geglu_tanh":
+        return 0.5 * gate * (1.0 + (math.sqrt(2.0 / math.pi) * (gate + 0.044715 * gate**3)).tanh()) * up
+    return _gelu(gate) * up
 
 
 def _gelu(h: Tensor) -> Tensor:
@@ -49,14 +57,14 @@ def _gelu(h: Tensor) -> Tensor:
 def feed_forward(p: Params, prefix: str, x: Tensor, act: str) -> Tensor:
     """A dense feed-forward network."""
     h = x @ p[prefix + "up_proj.weight"].T
-    if act in ("swiglu", "geglu"):
+    if act in GATED:
         h = torch.cat((x @ p[prefix + "gate_proj.weight"].T, h), -1)
     return activation(h, act) @ p[prefix + "down_proj.weight"].T
 
 
 def every_expert(p: Params, prefix: str, x_TD: Tensor, act: str) -> Tensor:
     """[T, E, D]: all experts' outputs for all tokens."""
-    up = "gate_up_proj" if act in ("swiglu", "geglu") else "up_proj"
+    up = "gate_up_proj" if act in GATED else "up_proj"
     h = torch.einsum("td,efd->tef", x_TD, p[prefix + up])
     if prefix + up + "_bias" in p:
         h = h + p[prefix + up + "_bias"]
@@ -80,7 +88,10 @@ def moe_layer(
     """[T, D] -> [T, D] and who went where; see `route` for the arguments."""
     router = prefix + "router."
     weights = RouterWeights(
-        p[router + "weight"], p.get(router + "e_score_correction_bias"), p.get(router + "noise_weight")
+        p[router + "weight"],
+        p.get(router + "e_score_correction_bias"),
+        p.get(router + "noise_weight"),
+        p.get(router + "bias"),
     )
     routing = route(
         x_TD,
@@ -137,16 +148,23 @@ def decode(
     positions = _positions(config, mask_BS)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     routings: list[dict[int, DenseRouting]] = [{} for _ in seeds]
-    x = p["embed_tokens.weight"][ids_BS]
+    x = p["embed_tokens.weight"][ids_BS] * config.embedding_multiplier
+
+    def add(x: Tensor, y: Tensor, norm: str) -> Tensor:
+        y = rms_norm(y, p[norm], config.rms_norm_eps) if config.output_norms else y
+        return x + config.residual_multiplier * y
+
     for layer, block in enumerate(model.layers):
         assert isinstance(block, Block)
         prefix = f"layers.{layer}."
         attention = {n: p[f"{prefix}self_attn.{n}"] for n, _ in block.self_attn.named_parameters()}
         normed = rms_norm(x, p[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-        x = x + functional_call(block.self_attn, attention, (normed, positions))[0]
+        attended = functional_call(block.self_attn, attention, (normed, positions))[0]
+        x = add(x, attended, prefix + "attention_output_norm.weight")
         normed = rms_norm(x, p[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         if not config.is_sparse(layer):
-            x = x + feed_forward(p, prefix + "mlp.", normed, config.hidden_act)
+            y = feed_forward(p, prefix + "mlp.", normed, config.hidden_act)
+            x = add(x, y, prefix + "mlp_output_norm.weight")
             continue
         assert config.moe is not None
         outputs = []
@@ -165,8 +183,8 @@ def decode(
             )
             outputs.append(y)
             routings[m][layer] = routing
-        x = x + torch.cat(outputs).view(B, S, -1)
-    x = rms_norm(x, p["norm.weight"], config.rms_norm_eps)
+        x = add(x, torch.cat(outputs).view(B, S, -1), prefix + "mlp_output_norm.weight")
+    x = rms_norm(x, p["norm.weight"], config.rms_norm_eps) * config.output_multiplier
     head = p["embed_tokens.weight"] if config.tie_word_embeddings else p["lm_head.weight"]
     return OracleOutput(x @ head.T, routings)
 
@@ -174,5 +192,6 @@ def decode(
 def _positions(config: ModelConfig, mask_BS: Tensor) -> Positions:
     position_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
     a = config.attention
-    mask = causal_mask(mask_BS, mask_BS.shape[1], a.sliding_window, plain=False)
-    return Positions(rope_tables(config.rope, a.rope_dim, position_BS), mask, causal=True)
+    S = mask_BS.shape[1]
+    mask, sliding = (causal_mask(mask_BS, S, window, plain=False) for window in (None, a.sliding_window))
+    return Positions(rope_tables(config.rope, config.rope_dim, position_BS), mask, causal=True, sliding_mask=sliding)

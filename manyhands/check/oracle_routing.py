@@ -28,6 +28,8 @@ class RouterWeights:
     bias: Tensor | None
     """[E], for selection only."""
     noise_weight: Tensor | None
+    logit_bias: Tensor | None = None
+    """[E], added to the logits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ def route(
         low, high = 1.0 - config.jitter, 1.0 + config.jitter
         x_TD = x_TD * torch.empty(x_TD.shape, dtype=torch.float32).uniform_(low, high, generator=generator).double()
     logits = x_TD @ weights.weight.T
+    logits = logits if weights.logit_bias is None else logits + weights.logit_bias
     noisy, std = None, None
     if weights.noise_weight is not None and training:
         std = torch.log1p((x_TD @ weights.noise_weight.T).exp()) + 1e-2
@@ -164,7 +167,7 @@ def _top_k(
     chosen, flips, wrong = verdict.chosen, verdict.flips, verdict.wrong
 
     weights = torch.where(chosen, used, 0.0)
-    if config.norm_topk_prob and K > 1:
+    if config.norm_topk_prob and (K > 1 or config.norm_top1):
         weights = weights / weights.sum(-1, keepdim=True)
     weights = weights * config.routed_scaling_factor
     if config.random_second and training:

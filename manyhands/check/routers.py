@@ -65,7 +65,7 @@ def layer_config(name: str) -> MoEConfig:
     return MoEConfig(
         router=ROUTERS[name],
         moe_intermediate_size=F,
-        hidden_act=("swiglu", "geglu", "gelu", "relu")[number % 4],
+        hidden_act=("swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh")[number % 6],
         expert_bias=number % 3 == 1,
         n_shared_experts=number % 2,
         shared_expert_gate=number % 4 == 1,

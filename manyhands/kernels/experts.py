@@ -10,7 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-GATED = frozenset({"swiglu", "geglu"})
+GATED = frozenset({"swiglu", "swiglu_oai", "geglu", "geglu_tanh"})
+SWIGLU_OAI_ALPHA = 1.702
+SWIGLU_OAI_LIMIT = 7.0
+"""gpt-oss (openai/gpt-oss, torch/model.py): the sigmoid's gain, and where gate and up are clamped."""
 
 
 class ExpertWeights(NamedTuple):
@@ -38,12 +41,18 @@ class ExpertWeights(NamedTuple):
 
 
 def activate(h: Tensor, activation: str) -> Tensor:
-    """The expert's non-linearity: [N, 2F] -> [N, F] if gated, else [N, F] -> [N, F]. GELU is the exact (erf) one."""
+    """The expert's non-linearity: [N, 2F] -> [N, F] if gated, else [N, F] -> [N, F]. GELU is the exact (erf) one.
+
+    Source of `swiglu_oai`: gpt-oss's model card (arXiv 2508.10925) and reference code.
+    """
     if activation == "swiglu":
         return swiglu(h)
-    if activation == "geglu":
+    if activation in GATED:
         gate, up = h.chunk(2, dim=-1)
-        return F.gelu(gate) * up
+        if activation == "swiglu_oai":  # the gate is clamped from above only
+            gate, up = gate.clamp(max=SWIGLU_OAI_LIMIT), up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
+            return (up + 1) * gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate)
+        return F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none") * up
     return F.gelu(h) if activation == "gelu" else F.relu(h)
 
 

@@ -49,8 +49,7 @@ class MoELayer(nn.Module):
         self.shared_experts = None
         self.shared_expert_gate = None
         if config.n_shared_experts:
-            width = config.n_shared_experts * config.moe_intermediate_size
-            self.shared_experts = FeedForward(hidden_size, width, config.hidden_act)
+            self.shared_experts = FeedForward(hidden_size, config.shared_width, config.hidden_act)
         if config.shared_expert_gate:
             self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
 

@@ -32,6 +32,7 @@ class Router(nn.Module):
         self.config = config
         E = config.num_experts
         self.weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32))
+        self.bias = nn.Parameter(torch.empty(E, dtype=torch.float32)) if config.logit_bias else None
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
@@ -44,7 +45,7 @@ class Router(nn.Module):
         x_TD = x_TD.float()
         if self.training and config.jitter:  # on a copy: the experts must see the token as it is
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
-        logits_TE = linear_float32(x_TD, self.weight)
+        logits_TE = linear_float32(x_TD, self.weight, self.bias)
 
         noisy_TE, std_TE = self._noise(x_TD, logits_TE)
         used_TE = logits_TE if noisy_TE is None else noisy_TE
@@ -100,10 +101,10 @@ class Router(nn.Module):
         return self
 
 
-def linear_float32(x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-    """x·Wᵀ [T, E] in float32, also inside somebody's `torch.autocast`."""
+def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
+    """x·Wᵀ + b [T, E] in float32, also inside somebody's `torch.autocast`."""
     with torch.autocast(x_TD.device.type, enabled=False):
-        return F.linear(x_TD, weight_ED)
+        return F.linear(x_TD, weight_ED, bias_E)
 
 
 def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
@@ -131,7 +132,7 @@ def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
 def weigh(scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
     """[T, K] float32: the unbiased scores of the chosen experts, renormalised if asked, scaled."""
     weights_TK = scores_TE.gather(1, ids_TK)
-    if config.norm_topk_prob and config.num_experts_per_tok > 1:
+    if config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_top1):
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * config.routed_scaling_factor
 

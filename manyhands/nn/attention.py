@@ -28,6 +28,12 @@ class Positions:
     """Report the largest attention logit per head, exactly where it may exceed this (QK-Clip)."""
     real_BS: Tensor | None = None
     """[B, S] bool, false for padding among the queries; None where there is none."""
+    sliding_mask: Tensor | None = None
+    """`mask` for the layers with a sliding window."""
+
+    def mask_of(self, sliding: bool) -> Tensor | None:
+        """The mask of a layer."""
+        return self.sliding_mask if sliding else self.mask
 
 
 def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
@@ -50,7 +56,9 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
 
 
 @torch.no_grad()
-def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions) -> Tensor:
+def max_logits(
+    q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions, sliding: bool = False
+) -> Tensor:
     """[H] float32: the largest scale·q·k a real query saw, per head (QK-Clip's S).
 
     First the bound max‖q‖·max‖k‖, which costs nothing; the products only where it exceeds `clip_above`.
@@ -61,20 +69,41 @@ def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Position
     if bool((bound_H <= positions.clip_above).all()):
         return bound_H
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    blocked = hidden if positions.mask is None else ~positions.mask
+    mask = positions.mask_of(sliding)
+    blocked = hidden if mask is None else ~mask
     if positions.real_BS is not None:
         blocked = blocked | ~positions.real_BS[:, None, :, None]
     logits_BHSL = torch.matmul(q, k.transpose(-2, -1)).mul_(scale).masked_fill_(blocked, float("-inf"))
     return logits_BHSL.amax((0, 2, 3))
 
 
-class Attention(nn.Module):
-    """MHA or GQA, with optional QK-norm (per head or full width), biases and sliding window."""
+def attend(
+    q_BHSd: Tensor, k_BHLd: Tensor, v_BHLd: Tensor, mask: Tensor | None, scale: float, cap: float | None, sinks: Tensor
+) -> Tensor:
+    """Attention written out, for what `scaled_dot_product_attention` cannot do: a soft cap on the logits, sinks.
 
-    def __init__(self, config: ModelConfig) -> None:
+    A sink [H] takes part in the softmax and has no value; −inf is none. `mask` None lets every query see every key.
+    """
+    logits_BHSL = torch.matmul(q_BHSd * scale, k_BHLd.transpose(-2, -1))
+    if cap is not None:
+        logits_BHSL = cap * torch.tanh(logits_BHSL / cap)
+    if mask is not None:
+        logits_BHSL = logits_BHSL.masked_fill(~mask, float("-inf"))
+    sinks_BHS1 = sinks.to(logits_BHSL.dtype)[None, :, None, None].expand(*logits_BHSL.shape[:3], 1)
+    with_sink = torch.cat((logits_BHSL, sinks_BHS1), dim=-1)
+    weights_BHSL = with_sink.softmax(-1, dtype=torch.promote_types(q_BHSd.dtype, torch.float32))[..., :-1]
+    return torch.matmul(weights_BHSL.to(v_BHLd.dtype), v_BHLd)
+
+
+class Attention(nn.Module):
+    """MHA or GQA, with optional QK-norm, biases, sliding window, sinks and soft cap."""
+
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         a, D = config.attention, config.hidden_size
         self.config = a
+        self.sliding = a.window(layer) is not None
+        self.scale = a.attention_multiplier or a.head_dim**-0.5
         self.interleave = config.rope.interleave
         H, G, d = a.num_attention_heads, a.kv_heads, a.head_dim
         self.q_proj = Linear(D, H * d, bias=a.attention_bias)
@@ -86,6 +115,7 @@ class Attention(nn.Module):
             full = a.qk_norm == "full"
             self.q_norm = RMSNorm(H * d if full else d, config.rms_norm_eps)
             self.k_norm = RMSNorm(G * d if full else d, config.rms_norm_eps)
+        self.sinks = nn.Parameter(torch.empty(H)) if a.sinks else None
 
     def forward(
         self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
@@ -103,19 +133,34 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         q_BHSd = apply_rope(q.transpose(1, 2), positions.rope, self.interleave)
         k_BGLd = apply_rope(k.transpose(1, 2), positions.rope, self.interleave)
+        if self.config.qk_norm == "head_after_rope":
+            assert self.q_norm is not None and self.k_norm is not None
+            q_BHSd, k_BGLd = self.q_norm(q_BHSd), self.k_norm(k_BGLd)
         v_BGLd = v.transpose(1, 2)
         if cache is not None:
             k_BGLd, v_BGLd = cache.append(k_BGLd, v_BGLd)
         groups = self.config.num_attention_heads // self.config.kv_heads
+        mask = positions.mask_of(self.sliding)
         largest_H = None
         if positions.clip_above is not None:
-            largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), d**-0.5, positions)
-        y_BHSd = F.scaled_dot_product_attention(
-            q_BHSd,
-            k_BGLd,
-            v_BGLd,
-            attn_mask=positions.mask,
-            is_causal=positions.causal and positions.mask is None,
-            enable_gqa=groups > 1,
-        )
+            largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.sliding)
+        cap = self.config.attn_logit_softcap
+        if cap is not None or self.sinks is not None:
+            if mask is None and S > 1:
+                mask = torch.ones(S, k_BGLd.shape[2], dtype=torch.bool, device=x_BSD.device).tril(k_BGLd.shape[2] - S)
+            sinks_H = x_BSD.new_full((self.config.num_attention_heads,), float("-inf"))
+            k_BHLd, v_BHLd = (t.repeat_interleave(groups, 1) for t in (k_BGLd, v_BGLd))
+            y_BHSd = attend(
+                q_BHSd, k_BHLd, v_BHLd, mask, self.scale, cap, sinks_H if self.sinks is None else self.sinks
+            )
+        else:
+            y_BHSd = F.scaled_dot_product_attention(
+                q_BHSd,
+                k_BGLd,
+                v_BGLd,
+                attn_mask=mask,
+                is_causal=positions.causal and mask is None,
+                scale=self.scale,
+                enable_gqa=groups > 1,
+            )
         return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1)), largest_H

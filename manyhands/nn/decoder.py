@@ -25,7 +25,7 @@ class Hidden:
     """What the body of the model returns: everything but the logits."""
 
     states: Tensor
-    """[B, S, D] after the final norm."""
+    """[B, S, D] after the final norm, times `output_multiplier`: times the head's weight they are the logits."""
     routings: dict[int, Routing]
     """One `Routing` per sparse layer, by layer number."""
     max_logits: dict[int, Tensor]
@@ -44,19 +44,26 @@ class Output:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward network is dense or a mixture."""
+    """x + attention(norm(x)), then x + feed-forward(norm(x)); the feed-forward network is dense or a mixture.
+
+    With `output_norms` what is added is normalised too; with a `residual_multiplier` it is scaled.
+    """
 
     def __init__(self, config: ModelConfig, layer: int, implementation: str) -> None:
         super().__init__()
         D = config.hidden_size
         self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
-        self.self_attn = LatentAttention(config) if config.attention.kind == "mla" else Attention(config)
+        self.residual_multiplier = config.residual_multiplier
+        attention = LatentAttention if config.attention.kind == "mla" else Attention
+        self.self_attn: LatentAttention | Attention = attention(config, layer)
         self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
         if config.is_sparse(layer):
             assert config.moe is not None
             self.mlp: nn.Module = MoELayer(config.moe, D, implementation)
         else:
             self.mlp = FeedForward(D, config.intermediate_size, config.hidden_act)
+        self.attention_output_norm = RMSNorm(D, config.rms_norm_eps) if config.output_norms else None
+        self.mlp_output_norm = RMSNorm(D, config.rms_norm_eps) if config.output_norms else None
 
     def forward(
         self,
@@ -69,12 +76,19 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
         """Returns x [B, S, D], the routing of a sparse layer, and the largest attention logits if asked for."""
         attended, largest_H = self.self_attn(self.input_layernorm(x_BSD), positions, cache)
-        x_BSD = x_BSD + attended
+        x_BSD = self._add(x_BSD, attended, self.attention_output_norm)
         normed = self.post_attention_layernorm(x_BSD)
+        routing = None
         if isinstance(self.mlp, MoELayer):
             y, routing = self.mlp(normed, mask_BS, ids_BS, keep_outputs)
-            return x_BSD + y, routing, largest_H
-        return x_BSD + self.mlp(normed), None, largest_H
+        else:
+            y = self.mlp(normed)
+        return self._add(x_BSD, y, self.mlp_output_norm), routing, largest_H
+
+    def _add(self, x: Tensor, y: Tensor, norm: RMSNorm | None) -> Tensor:
+        """The residual connection."""
+        y = y if norm is None else norm(y)
+        return x + y if self.residual_multiplier == 1.0 else x + self.residual_multiplier * y
 
 
 class Decoder(nn.Module):
@@ -136,15 +150,18 @@ class Decoder(nn.Module):
         S, L = ids_BS.shape[1], real_BL.shape[1]
         position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
         a = self.config.attention
+        windows = {a.window(layer) for layer in range(self.config.num_hidden_layers)} - {None}
         positions = Positions(
-            rope_tables(self.config.rope, a.rope_dim, position_BL[:, L - S :]),
-            causal_mask(real_BL, S, a.sliding_window, plain),
+            rope_tables(self.config.rope, self.config.rope_dim, position_BL[:, L - S :]),
+            causal_mask(real_BL, S, None, plain),
             causal=S == L,
+            sliding_mask=causal_mask(real_BL, S, a.sliding_window, plain) if windows else None,
             clip_above=clip_above,
             real_BS=None if plain else real_BS,
         )
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
+        x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
@@ -157,7 +174,10 @@ class Decoder(nn.Module):
                 routings[layer] = routing
             if largest_H is not None:
                 largest[layer] = largest_H
-        return Hidden(self.norm(x), routings, largest, cache)
+        states = self.norm(x)
+        if self.config.output_multiplier != 1.0:  # here, so that every use of the head has it
+            states = states * self.config.output_multiplier
+        return Hidden(states, routings, largest, cache)
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""

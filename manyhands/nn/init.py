@@ -30,7 +30,7 @@ def init_weights(model: Decoder, seed: int) -> None:
             _init_router(routers[id(p)], p, std, generator)
         elif id(p) in norms:
             p.fill_(1.0)
-        elif name.endswith("bias"):
+        elif name.endswith(("bias", "sinks")):
             p.zero_()
         else:
             writes_residual = name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
@@ -41,7 +41,7 @@ def init_weights(model: Decoder, seed: int) -> None:
 
 
 def _init_router(router: Router, p: nn.Parameter, std: float, generator: torch.Generator) -> None:
-    if router.config.init == "zeros" or p is router.noise_weight:
+    if router.config.init == "zeros" or p is router.noise_weight or p is router.bias:
         p.zero_()
     elif router.config.init == "switch":
         sigma = math.sqrt(SWITCH_SCALE / p.shape[1])

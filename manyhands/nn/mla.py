@@ -23,10 +23,11 @@ class LatentAttention(nn.Module):
     the up-projections are absorbed into the query and the output.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         a, D = config.attention, config.hidden_size
         self.config = a
+        self.sliding = a.window(layer) is not None
         self.interleave = config.rope.interleave
         H, R, n, r, v = (
             a.num_attention_heads,
@@ -35,15 +36,16 @@ class LatentAttention(nn.Module):
             a.qk_rope_head_dim,
             a.v_head_dim,
         )
+        eps = a.latent_norm_eps or config.rms_norm_eps
         self.q_a_proj = self.q_a_layernorm = self.q_b_proj = self.q_proj = None
         if a.q_lora_rank is None:
             self.q_proj = Linear(D, H * (n + r), bias=False)
         else:
             self.q_a_proj = Linear(D, a.q_lora_rank, bias=a.attention_bias)
-            self.q_a_layernorm = RMSNorm(a.q_lora_rank, config.rms_norm_eps)
+            self.q_a_layernorm = RMSNorm(a.q_lora_rank, eps)
             self.q_b_proj = Linear(a.q_lora_rank, H * (n + r), bias=False)
         self.kv_a_proj_with_mqa = Linear(D, R + r, bias=a.attention_bias)
-        self.kv_a_layernorm = RMSNorm(R, config.rms_norm_eps)
+        self.kv_a_layernorm = RMSNorm(R, eps)
         self.kv_b_proj = Linear(R, H * (n + v), bias=False)
         self.o_proj = Linear(H * v, D, bias=a.output_bias or a.attention_bias)
         self.scale = (n + r) ** -0.5  # the whole head, not only the part without rotation
@@ -90,7 +92,7 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope_B1Lr.expand(-1, a.num_attention_heads, -1, -1)), dim=-1)
         largest_H = None
         if positions.clip_above is not None:
-            largest_H = max_logits(q, k, self.scale, positions)
+            largest_H = max_logits(q, k, self.scale, positions, self.sliding)
         y_BHSv = self._attend(q, k, v_BHLv, positions)
         return self._output(y_BHSv), largest_H
 
@@ -108,8 +110,9 @@ class LatentAttention(nn.Module):
         return self._output(torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
-        causal = positions.causal and positions.mask is None
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=positions.mask, is_causal=causal, scale=self.scale)
+        mask = positions.mask_of(self.sliding)
+        causal = positions.causal and mask is None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 
     def _output(self, y_BHSv: Tensor) -> Tensor:
         B, H, S, v = y_BHSv.shape

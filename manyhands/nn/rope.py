@@ -1,4 +1,4 @@
-"""Rotary position embedding (arXiv 2104.09864): plain, linear interpolation, YaRN (arXiv 2309.00071).
+"""Rotary position embedding (arXiv 2104.09864): plain, linear, YaRN (arXiv 2309.00071), Llama 3.1 (arXiv 2407.21783).
 
 B batch, H heads, S sequence, d the rotated width of a head.
 """
@@ -29,13 +29,20 @@ def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> t
 
     assert config.original_max_position_embeddings is not None
     length = config.original_max_position_embeddings
+    if config.rope_type == "llama3":
+        # 0: interpolate (long wavelengths), 1: keep; in between, linear in the turns over the original context
+        low, high = config.low_freq_factor, config.high_freq_factor
+        kept = ((length * plain / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        return (1.0 - kept) * plain / config.factor + kept * plain, 1.0
 
     def dimension_of(rotations: float) -> float:
         """The dimension that turns `rotations` times over the original context."""
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(config.rope_theta))
 
-    low = max(math.floor(dimension_of(config.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(config.beta_slow)), dim - 1)
+    first, last = dimension_of(config.beta_fast), dimension_of(config.beta_slow)
+    if config.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dim - 1)
     steps = torch.arange(dim // 2, dtype=torch.float32, device=device)
     ramp = ((steps - low) / max(high - low, 1e-3)).clamp(0.0, 1.0)  # 0: keep the frequency, 1: interpolate it
     frequencies = plain * (1.0 - ramp) + plain / config.factor * ramp
@@ -85,10 +92,14 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope(x_BHSd: Tensor, tables: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """Rotate [B, H, S, d]. With `interleave` pairs are neighbours (DeepSeek) and come out as halves.
+    """Rotate [B, H, S, d], or its first dimensions if the tables are narrower. With `interleave` pairs are neighbours (DeepSeek) and come out as halves.
 
     The reordering is the same for queries and keys, so their products are unchanged.
     """
+    rotated = 2 * tables[0].shape[-1]
+    if rotated < x_BHSd.shape[-1]:
+        x_rotated = apply_rope(x_BHSd[..., :rotated], tables, interleave)
+        return torch.cat((x_rotated, x_BHSd[..., rotated:]), dim=-1)
     if interleave:
         x_BHSd = torch.cat((x_BHSd[..., 0::2], x_BHSd[..., 1::2]), dim=-1)
     y: Tensor = _Rotate.apply(x_BHSd, *tables)  # type: ignore[no-untyped-call]

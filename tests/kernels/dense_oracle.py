@@ -66,6 +66,12 @@ def _act(h: Tensor, name: str) -> Tensor:
     if name in ("swiglu", "geglu"):
         gate, up = h[: h.shape[0] // 2], h[h.shape[0] // 2 :]
         return _act(gate, "gelu" if name == "geglu" else "silu") * up
+    if name == "swiglu_oai":
+        gate, up = h[: h.shape[0] // 2].clamp(max=7.0), h[h.shape[0] // 2 :].clamp(-7.0, 7.0)
+        return gate / (1 + torch.exp(-1.702 * gate)) * (up + 1)
+    if name == "geglu_tanh":
+        gate, up = h[: h.shape[0] // 2], h[h.shape[0] // 2 :]
+        return 0.5 * gate * (1 + torch.tanh(math.sqrt(2 / math.pi) * (gate + 0.044715 * gate**3))) * up
     if name == "silu":
         return h / (1 + torch.exp(-h))
     if name == "gelu":

@@ -28,7 +28,7 @@ def test_swiglu_with_an_expanded_output_gradient() -> None:
     torch.testing.assert_close(h.grad, other.grad)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh"])
 def test_activations_gradcheck(activation: str) -> None:
     assert torch.autograd.gradcheck(lambda h: activate(h, activation), (leaf(4, 6, seed=2),))
 

@@ -50,7 +50,7 @@ def test_permuting_tokens_commutes(router: dict) -> None:
     assert torch.equal(rerouted.expert_ids, routing.expert_ids[perm])
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh"])
 def test_equal_experts_with_weights_of_sum_one_are_the_dense_network(activation: str) -> None:
     layer = make_layer(router={"num_experts": 6, "num_experts_per_tok": 3}, hidden_act=activation, n_shared_experts=1)
     dense, layer.shared_experts = layer.shared_experts, None
