@@ -277,6 +277,17 @@ class ModelConfig(Strict):
         """The numbers of the sparse layers, from 0."""
         return [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
 
+    @property
+    def dense_layers(self) -> list[int]:
+        """The numbers of the layers that are not sparse, from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if not self.is_sparse(layer)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """`full_attention` or `sliding_attention`, layer by layer."""
+        windows = (self.attention.window(layer) for layer in range(self.num_hidden_layers))
+        return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
         if self.moe is not None and not self.sparse_layers:

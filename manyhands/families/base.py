@@ -1,0 +1,126 @@
+"""What a family is: how one published `config.json` and its tensor names say what ours say, both ways.
+
+Everything here is data about files; nothing needs torch.
+
+L layers, E experts, D model width, F expert width.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from manyhands.config import ModelConfig
+
+Index = tuple[int | slice, ...]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One part of one of our tensors and where it stands in the family's files. Pieces never overlap."""
+
+    ours: str
+    theirs: str
+    ours_index: Index = ()
+    """Of our tensor; () is all of it."""
+    theirs_index: Index = ()
+    transpose: bool = False
+    """The last two dimensions are swapped."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One `model_type`."""
+
+    model_type: str
+    architecture: str
+    """The class that transformers (or the publisher's code) loads it with."""
+    published: str
+    """Models in this format, for people."""
+    read: Callable[[Any], ModelConfig]
+    """Takes a `Fields`. Raises `ConfigError` for what it does not know."""
+    write: Callable[[ModelConfig], Json]
+    """The same configuration as `config.json` fields; `export_config` checks that reading them gives it back."""
+    pieces: Callable[[ModelConfig], Iterable[Piece]]
+    aux_loss_scale: Callable[[ModelConfig], float] | None = None
+    """The reference's balance loss is this times our f·P of the pooled layers (see `moe.pool_layers`); None where it
+    has none."""
+    kept: Callable[[Json], tuple[str, ...]] = lambda _: ()
+    """From `config.json`: prefixes of tensors this model does not compute with and a round trip keeps (an MTP module,
+    a vision tower)."""
+    dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    """Endings of tensors that are recomputed and not kept."""
+    text_field: str | None = None
+    """The field of `config.json` that holds the language model's own, where others stand beside it."""
+    saved_float32: tuple[str, ...] = ("e_score_correction_bias",)
+    """Endings of our tensors that are written in float32 whatever the dtype of the rest."""
+
+
+def pooled_over_experts(config: ModelConfig) -> float:
+    """The scale of transformers' `load_balancing_loss_func`: it counts K choices per token, so it is K·(f·P)."""
+    assert config.moe is not None
+    return float(config.moe.router.num_experts_per_tok)
+
+
+Experts = Callable[[str, str, ModelConfig], Iterable[Piece]]
+"""(our name, "layers.3.", config) -> its pieces, theirs without the prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Tensor names of the usual shape: our names behind a prefix, some endings renamed, the experts apart."""
+
+    experts: Experts | None = None
+    rename: Mapping[str, str] | None = None
+    """Our name within a layer -> theirs; a key that ends in a dot renames everything below it."""
+    prefix: str = "model."
+    head: str = "lm_head.weight"
+    top: Mapping[str, str] | None = None
+    """The same for `embed_tokens.weight` and `norm.weight`."""
+
+    def __call__(self, config: ModelConfig) -> list[Piece]:
+        """Every tensor of `config`, in the order of the model."""
+        from manyhands.config.shapes import tensor_shapes
+
+        pieces: list[Piece] = []
+        for ours in tensor_shapes(config):
+            if not ours.startswith("layers."):
+                theirs = self.head if ours == "lm_head.weight" else self.prefix + (self.top or {}).get(ours, ours)
+                pieces.append(Piece(ours, theirs))
+                continue
+            layer, tail = ours.split(".", 2)[1:]
+            where = f"layers.{layer}."
+            if tail.startswith("mlp.experts.") and self.experts is not None:
+                for p in self.experts(tail, where, config):
+                    pieces.append(Piece(ours, self.prefix + p.theirs, p.ours_index, p.theirs_index, p.transpose))
+            else:
+                pieces.append(Piece(ours, self.prefix + where + self._renamed(tail)))
+        return pieces
+
+    def _renamed(self, tail: str) -> str:
+        for ours, theirs in (self.rename or {}).items():
+            if tail == ours or (ours.endswith(".") and tail.startswith(ours)):
+                return theirs + tail[len(ours) :]
+        return tail
+
+
+def per_expert(gate: str, up: str, down: str) -> Experts:
+    """One tensor per expert and projection; `gate` and the others are names with `{e}` for the expert."""
+
+    def pieces(tail: str, where: str, config: ModelConfig) -> list[Piece]:
+        assert config.moe is not None
+        E, F = config.moe.router.num_experts, config.moe.moe_intermediate_size
+        if tail == "mlp.experts.down_proj":
+            return [Piece("", where + down.format(e=e), (e,)) for e in range(E)]
+        if tail == "mlp.experts.gate_up_proj":
+            halves = ((gate, slice(0, F)), (up, slice(F, 2 * F)))
+            return [Piece("", where + name.format(e=e), (e, rows)) for e in range(E) for name, rows in halves]
+        return [Piece("", where + tail)]  # no published family: the misfit is found in the configuration
+
+    return pieces
+
+
+LLAMA_EXPERTS = per_expert(*(f"mlp.experts.{{e}}.{name}_proj.weight" for name in ("gate", "up", "down")))
+"""`mlp.experts.7.gate_proj.weight`: most families."""
+MIXTRAL_EXPERTS = per_expert(*(f"block_sparse_moe.experts.{{e}}.{name}.weight" for name in ("w1", "w3", "w2")))
+"""`block_sparse_moe.experts.7.w1.weight`: w1 is the gate, w3 up, w2 down."""

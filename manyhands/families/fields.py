@@ -1,0 +1,265 @@
+"""A `config.json` being read. Every field is taken, known to be harmless, or refused by name: never ignored."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from manyhands.config import ModelConfig, RopeConfig, parse, suggest
+from manyhands.errors import ConfigError
+
+HARMLESS = frozenset(
+    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
+    add_cross_attention add_bos_token architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
+    bos_token_id chunk_size_feed_forward cls_token_id cross_attention_hidden_size decoder_start_token_id
+    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id eod_token_id
+    exponential_decay_length_penalty ep_size finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
+    id2label is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
+    max_length mask_token_id min_length model_name model_type name no_repeat_ngram_size
+    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
+    output_scores pad_token_id prefix problem_type pruned_heads quantization_config remove_invalid_values
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
+    transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict""".split()
+)
+"""Bookkeeping, token ids and generation settings: nothing here changes what the model computes."""
+
+TRAINING_ONLY = frozenset(
+    """attention_dropout attn_pdrop aux_loss_alpha embd_pdrop embedding_dropout expert_dropout hidden_dropout
+    initializer_factor initial_context_length output_router_logits pretraining_tp resid_pdrop router_aux_loss_coef
+    router_jitter_noise router_z_loss_coef router_dropout seq_aux aux_loss_coef z_loss_coeff moe_dropout_prob
+    hidden_dropout_prob router_bias_update_rate""".split()
+)
+"""Dropouts, losses and noise of training: the reference does not use them in evaluation, nor does the loss here."""
+
+MISSING: Any = object()
+
+
+class Fields:
+    """`config.json`'s fields, taken one by one; `close` refuses what nobody took.
+
+    Every method raises `ConfigError` naming the field, its value and what would be right.
+    """
+
+    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+        self.values, self.where = dict(values), where
+        self._taken: set[str] = set()
+
+    def take(self, name: str, default: Any = MISSING) -> Any:
+        """The field as it stands; null counts as absent where there is a default."""
+        self._taken.add(name)
+        value = self.values.get(name)
+        if value is None:
+            if default is MISSING:
+                raise ConfigError(f"{self.where}: {name!r} is missing")
+            return default
+        return value
+
+    def integer(self, name: str, default: Any = MISSING) -> Any:
+        """A whole number."""
+        value = self.take(name, default)
+        if value is not default and (isinstance(value, bool) or not isinstance(value, int) or abs(value) > 1 << 40):
+            raise self.wrong(name, "expected a whole number")
+        return value
+
+    def number(self, name: str, default: Any = MISSING) -> Any:
+        """A finite number."""
+        value = self.take(name, default)
+        if value is default:
+            return value
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e30:
+            raise self.wrong(name, "expected a finite number")
+        return float(value)
+
+    def flag(self, name: str, default: Any = MISSING) -> Any:
+        """true or false."""
+        value = self.take(name, default)
+        if value is not default and not isinstance(value, bool):
+            raise self.wrong(name, "expected true or false")
+        return value
+
+    def section(self, name: str) -> "Fields | None":
+        """An object of fields, or None."""
+        value = self.take(name, None)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.wrong(name, "expected an object")
+        return Fields(value, f"{self.where}: {name}")
+
+    def only(self, name: str, *allowed: Any) -> Any:
+        """A field that may be absent or have one of these values: another would be another model."""
+        value = self.take(name, allowed[0])
+        if not any(value == a and isinstance(value, bool) == isinstance(a, bool) for a in allowed):
+            raise self.wrong(name, f"this family is supported with {' or '.join(map(repr, allowed))}")
+        return value
+
+    def layers(self, name: str, count: int) -> list[Any] | None:
+        """A list with one entry per layer, or None."""
+        value = self.take(name, None)
+        if value is not None and (not isinstance(value, list) or len(value) != count):
+            raise self.wrong(name, f"expected a list of {count} entries, one per layer")
+        return value  # type: ignore[no-any-return]
+
+    def activation(self, name: str = "hidden_act") -> None:
+        """SwiGLU, as nearly everybody writes it."""
+        self.only(name, "silu", "swish", "swiglu")
+
+    def rope(self, default_theta: float = 10_000.0, **fixed: Any) -> RopeConfig:
+        """The rotation, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+        scaling = self.section("rope_parameters") or self.section("rope_scaling")
+        self._taken |= {"rope_parameters", "rope_scaling"}
+        theta = self.number("rope_theta", None)
+        partial = self.number("partial_rotary_factor", None)
+        values: dict[str, Any] = {}
+        if scaling is not None:
+            rope_type = scaling.take("rope_type", None) or scaling.take("type", "default")
+            scaling._taken |= {"rope_type", "type"}
+            if rope_type not in ("default", "linear", "yarn", "llama3"):
+                raise scaling.wrong("rope_type", "supported: 'default', 'linear', 'yarn', 'llama3'", rope_type)
+            values["rope_type"] = rope_type
+            own_theta, own_partial = scaling.number("rope_theta", None), scaling.number("partial_rotary_factor", None)
+            theta = own_theta if own_theta is not None else theta
+            partial = own_partial if own_partial is not None else partial
+            values |= _scaling(scaling, rope_type, self.integer("max_position_embeddings"))
+        values["rope_theta"] = default_theta if theta is None else theta
+        if partial is not None:
+            values.setdefault("partial_rotary_factor", partial)
+        return parse(RopeConfig, values | fixed, f"{self.where}: rope")
+
+    def ignore(self, *names: str) -> None:
+        """Fields that are known to change nothing in this family."""
+        self._taken |= set(names)
+
+    def close(self) -> None:
+        """Refuse what is left."""
+        left = sorted(set(self.values) - self._taken - HARMLESS - TRAINING_ONLY)
+        left = [name for name in left if self.values[name] is not None]
+        if left:
+            more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
+            known = sorted(self._taken)
+            raise ConfigError(
+                f"{self.where}: unknown field {left[0]!r} may change what the model computes, so it is not "
+                f"ignored{more}; {suggest(left[0], known)}"
+            )
+
+    def wrong(self, name: str, right: str, value: Any = MISSING) -> ConfigError:
+        """The error for one field."""
+        shown = repr(self.values.get(name) if value is MISSING else value)
+        return ConfigError(f"{self.where}: {name} = {shown if len(shown) < 80 else shown[:77] + '...'}: {right}")
+
+
+def decoder_fields(f: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[str, Any]:
+    """The fields that every decoder has, as `ModelConfig` wants them."""
+    return {
+        "vocab_size": f.integer("vocab_size"),
+        "hidden_size": f.integer("hidden_size"),
+        "num_hidden_layers": f.integer("num_hidden_layers"),
+        "max_position_embeddings": f.integer("max_position_embeddings"),
+        "rms_norm_eps": f.number("rms_norm_eps", eps),
+        "initializer_range": f.number("initializer_range", 0.02),
+        "tie_word_embeddings": f.flag("tie_word_embeddings", tied),
+    }
+
+
+def head_fields(f: Fields, *, head_dim: bool = True, **more: Any) -> dict[str, Any]:
+    """Heads of multi-head and grouped-query attention; `head_dim` says whether the family has that field."""
+    heads = f.integer("num_attention_heads")
+    if heads < 1:
+        raise f.wrong("num_attention_heads", "at least 1")
+    own = f.integer("hidden_size") // heads
+    given = f.integer("head_dim", own)
+    if not head_dim and given != own:
+        raise f.wrong("head_dim", f"this family has hidden_size / num_attention_heads = {own}")
+    kv_heads = f.integer("num_key_value_heads", heads)
+    return {"num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": given, **more}
+
+
+def dense_layers(f: Fields) -> dict[str, Any]:
+    """Qwen's way to say which layers are dense."""
+    listed = f.take("mlp_only_layers", [])
+    if not isinstance(listed, list):
+        raise f.wrong("mlp_only_layers", "expected a list of layer numbers")
+    return {"decoder_sparse_step": f.integer("decoder_sparse_step", 1), "mlp_only_layers": listed}
+
+
+def windows(f: Fields, *, flag: bool = True, late: bool = True) -> dict[str, Any]:
+    """Which layers have the sliding window: `layer_types`, or (`late`) those from `max_window_layers` on.
+
+    `flag`: the family has `use_sliding_window`, false unless given.
+    """
+    layers = f.integer("num_hidden_layers")
+    window, first, types = f.integer("sliding_window", None), f.integer("max_window_layers", layers), None
+    used = f.flag("use_sliding_window", False) if flag else window is not None
+    listed = f.layers("layer_types", layers)
+    if listed is not None:
+        types = listed
+    elif used and not late:
+        raise f.wrong("use_sliding_window", "which layers have the window differs between versions: give layer_types")
+    elif used:
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(min(max(layers, 0), 4096))]
+    if types is None or "sliding_attention" not in types and set(types) <= {"full_attention"}:
+        return {}
+    return {"sliding_window": window, "layer_types": types}
+
+
+def written(config: ModelConfig, *, head_dim: bool = True) -> dict[str, Any]:
+    """The same fields as `config.json` has them, and the rotation."""
+    a = config.attention
+    fields: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_hidden_layers,
+        "num_attention_heads": a.num_attention_heads,
+        "num_key_value_heads": a.kv_heads,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_position_embeddings,
+        "rms_norm_eps": config.rms_norm_eps,
+        "initializer_range": config.initializer_range,
+        "tie_word_embeddings": config.tie_word_embeddings,
+        "rope_parameters": rope_fields(config.rope),
+    }
+    return fields | {"head_dim": a.head_dim} if head_dim else fields
+
+
+def norm_top1(k: Any, renormalised: bool = True) -> bool:
+    """Whether a router that always renormalises gives a single expert weight 1."""
+    return k == 1 and renormalised
+
+
+_SCALING = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
+
+def _scaling(scaling: Fields, rope_type: str, max_positions: int) -> dict[str, Any]:
+    values = {name: scaling.number(name, None) for name in _SCALING[rope_type]}
+    if rope_type in ("yarn", "llama3"):
+        original = scaling.integer("original_max_position_embeddings", None)
+        values["original_max_position_embeddings"] = original or max_positions
+    else:
+        scaling.ignore("original_max_position_embeddings")
+    if rope_type == "yarn":
+        values["truncate"] = scaling.flag("truncate", True)
+        if values["factor"] is None:  # what transformers takes it to be
+            values["factor"] = max_positions / values["original_max_position_embeddings"]
+    elif rope_type != "default" and values["factor"] is None:
+        raise scaling.wrong("factor", "is missing", None)
+    scaling.ignore("max_position_embeddings")  # transformers writes a copy into older files
+    scaling.close()
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def rope_fields(rope: RopeConfig) -> dict[str, Any]:
+    """`rope_parameters` as transformers 5 writes them."""
+    fields: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
+    names = _SCALING[rope.rope_type]
+    fields |= {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
+    if rope.rope_type in ("yarn", "llama3"):
+        fields["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.rope_type == "yarn" and not rope.truncate:
+        fields["truncate"] = False
+    if rope.partial_rotary_factor != 1.0:
+        fields["partial_rotary_factor"] = rope.partial_rotary_factor
+    return fields

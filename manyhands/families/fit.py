@@ -1,0 +1,135 @@
+"""From a `config.json` to our description and back: which family a model fits, and what keeps it from another."""
+
+from typing import Any
+
+from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from manyhands.errors import ConfigError
+from manyhands.families.base import Family, Json
+from manyhands.families.fields import Fields
+from manyhands.families.registry import FAMILIES, family_named
+
+_EXPORTED = [name for name in FAMILIES if name not in ("manyhands", "kimi_k2", "kimi_k25", "grok-1")]
+"""Where `nearest` looks: families that transformers loads, each layout once."""
+
+
+def read_config(values: Any, where: str) -> tuple[Family, ModelConfig]:
+    """The family and the model that a parsed `config.json` describes; `where` begins the message of an error.
+
+    Raises `ConfigError` for an unknown family, a field that is wrong, and a field that nobody knows.
+    """
+    if not isinstance(values, dict):
+        raise ConfigError(f"{where}: expected an object, found {type(values).__name__}")
+    model_type = values.get("model_type")
+    if not isinstance(model_type, str):
+        raise ConfigError(f"{where}: 'model_type' is missing; known: {', '.join(sorted(FAMILIES))}")
+    family = family_named(model_type, where)
+    return family, family.read(Fields(text_fields(family, values, where), where))
+
+
+def text_fields(family: Family, values: Json, where: str = "config.json") -> Json:
+    """The part of `config.json` that describes the language model."""
+    if family.text_field is None:
+        return values
+    inner = values.get(family.text_field)
+    if not isinstance(inner, dict):
+        raise ConfigError(f"{where}: {family.text_field!r} is missing or is not an object")
+    return inner
+
+
+def export_config(family: Family, config: ModelConfig) -> Json:
+    """`config` as the family's `config.json`. Raises `ConfigError` naming what the family cannot say."""
+    if (config.moe is None) != (family.model_type in ("llama", "qwen3")) and family.model_type != "manyhands":
+        kind = "dense" if config.moe is None else "a mixture of experts"
+        raise ConfigError(f"this model is {kind}, which {family.model_type} is not")
+    fields = family.write(config)
+    fields = {"model_type": family.model_type, "architectures": [family.architecture], **fields}
+    if family.model_type == "manyhands":
+        fields.pop("architectures")
+    read = family.read(Fields(fields, family.model_type))
+    if differences := differ(canonical(config), canonical(read)):
+        raise ConfigError(f"this model does not fit {family.model_type}: {'; '.join(differences)}")
+    return fields if family.text_field is None else {"model_type": family.model_type, family.text_field: fields}
+
+
+def misfit(family: Family, config: ModelConfig) -> str | None:
+    """Why the family cannot hold the model; None if it can."""
+    try:
+        export_config(family, config)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def nearest(config: ModelConfig) -> Family:
+    """The first family that holds the model exactly. Raises `ConfigError` with the family that fits best and why not."""
+    problems = {name: misfit(FAMILIES[name], config) for name in _EXPORTED}
+    for name, problem in problems.items():
+        if problem is None:
+            return FAMILIES[name]
+    best = min(problems, key=lambda name: (problems[name] or "").count(";") + 9 * ("fit" not in (problems[name] or "")))
+    raise ConfigError(f"no family holds this model exactly; the nearest: {problems[best]}")
+
+
+def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+    """`field = here, there in the family`, for every field that differs."""
+    found: list[str] = []
+
+    def walk(a: Any, b: Any, path: str) -> None:
+        if isinstance(a, dict) and isinstance(b, dict):
+            for name in a:
+                walk(a[name], b[name], f"{path}.{name}" if path else name)
+        elif a != b and not (isinstance(a, float) and isinstance(b, float) and abs(a - b) <= 1e-12 * abs(a)):
+            found.append(f"{path} = {a} here, {b} there")
+
+    walk(ours.model_dump(), theirs.model_dump(), "")
+    return found
+
+
+def canonical(config: ModelConfig) -> ModelConfig:
+    """The same function written one way: what only training uses, and what has no effect, is at its default."""
+    a, changes = config.attention, {}
+    defaults = AttentionConfig()
+    if a.kind == "mla":
+        attention: dict[str, Any] = {"num_key_value_heads": None, "head_dim": defaults.head_dim}
+        attention["latent_norm_eps"] = a.latent_norm_eps or config.rms_norm_eps
+        attention["output_bias"] = a.output_bias or a.attention_bias
+    else:
+        names = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "latent_norm_eps")
+        attention = {"num_key_value_heads": a.kv_heads} | {name: getattr(defaults, name) for name in names}
+        attention["attention_multiplier"] = a.attention_multiplier or a.head_dim**-0.5
+    types = set(config.layer_types)
+    if len(types) == 1:
+        attention["layer_types"] = None
+        attention["sliding_window"] = None if types == {"full_attention"} else a.sliding_window
+    changes["attention"] = a.model_copy(update=attention)
+    changes["rope"] = _rope(config.rope)
+    if config.moe is not None:
+        changes["moe"] = _moe(config.moe, config)
+        if not config.dense_layers:
+            changes |= {"intermediate_size": config.moe.moe_intermediate_size, "hidden_act": config.moe.hidden_act}
+    return config.model_copy(update=changes)
+
+
+def _rope(rope: RopeConfig) -> RopeConfig:
+    """Fields that the rotation's type does not use are at their defaults."""
+    plain = {"partial_rotary_factor", "interleave", "rope_theta", "rope_type"}
+    used = {
+        "default": set(),
+        "linear": {"factor"},
+        "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
+        "yarn": set(RopeConfig.model_fields) - {"low_freq_factor", "high_freq_factor"},
+    }[rope.rope_type]
+    return RopeConfig(**{name: getattr(rope, name) for name in plain | used})
+
+
+def _moe(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
+    router = moe.router
+    changes: dict[str, Any] = {"init": "normal", "jitter": 0.0, "random_second": False, "capacity_factor": None}
+    changes |= {name: RouterConfig.model_fields[name].default for name in ("min_capacity", "drop_policy")}
+    if router.n_group == 1:
+        changes |= {"topk_group": 1, "group_score": "top2_sum"}
+    if router.num_experts_per_tok == 1 and not router.norm_top1:
+        changes["norm_topk_prob"] = False
+    layers = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": tuple(config.dense_layers)}
+    shared = {"n_shared_experts": 1, "shared_expert_intermediate_size": moe.shared_width} if moe.shared_width else {}
+    return moe.model_copy(update={"router": router.model_copy(update=changes), **layers, **shared})
