@@ -7,7 +7,7 @@ import typer
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the directory of a run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
     data: Annotated[list[str], typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")],
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
@@ -17,7 +17,12 @@ def evaluate(
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """How well a model predicts a text, and how evenly its experts work on it."""
+    """How well a model predicts a text, and how evenly its experts work on it.
+
+    The text is read as in training: documents one after the other, the end-of-text token behind each. No
+    beginning-of-text token is put in front; a model that was trained with one (Llama, Mixtral) scores a little worse at
+    the beginning of each document than it could.
+    """
     from manyhands.text import read_documents
 
     documents = read_documents(data, text_field)

@@ -10,7 +10,7 @@ from manyhands.errors import UserError
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or the directory of a run.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
     prompt: Annotated[str | None, typer.Option(help="The text to continue. Default: read standard input.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
@@ -24,7 +24,11 @@ def generate(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue a prompt; the text appears as it is made.
+
+    The prompt is plain text, behind the model's beginning-of-text token if it has one. To talk with a chat model, use
+    `manyhands chat`.
+    """
     from manyhands.config import parse
     from manyhands.generate.sampling import SamplingConfig
 
@@ -56,7 +60,7 @@ def generate(
 
         print(json.dumps({"prompt": prompt, **asdict(complete(model, tokenizer, [prompt], sampling)[0])}))
         return
-    stream = steps(model, [tokenizer.encode(prompt)], sampling, tokenizer)
+    stream = steps(model, [tokenizer.encode(prompt, add_special_tokens=True)], sampling, tokenizer)
     if show_routing:
         from rich.console import Console
 

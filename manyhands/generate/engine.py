@@ -6,6 +6,7 @@ sequence on the cache. A sequence that has ended is padding from then on.
 B sequences, S prompt length, T tokens of a forward pass, D model width, V vocabulary.
 """
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from manyhands.errors import UserError
 from manyhands.generate.mode import evaluating
+from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig, sample
 from manyhands.generate.stream import TextStream
 from manyhands.moe import Routing
@@ -23,7 +25,7 @@ from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
 
 FinishReason = Literal["stop", "length"]
-"""stop: the end-of-text token or a stop string. length: `max_new_tokens`, or the context is full."""
+"""stop: a token that ends an answer, or a stop string. length: `max_new_tokens`, or the context is full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +47,14 @@ def generate(
     prompts: Tensor | Sequence[Sequence[int]],
     sampling: SamplingConfig,
     tokenizer: Tokenizer | None = None,
+    prefix: Prefix | None = None,
 ) -> Iterator[Step]:
     """Continue B prompts, token ids [B, S] or lists of different lengths, until each has ended.
 
     Computes in the dtype of the weights. An empty prompt starts from the end-of-text token, which stands between
-    documents. Without a `tokenizer` there is neither text nor a token to end at. The model's training mode is put
+    documents. A sequence ends at any of `tokenizer.eos_token_ids`; without a `tokenizer` there is neither text nor a
+    token to end at. With a `prefix`, for one prompt, what an earlier call with it has computed is not computed again,
+    and what this one computes is kept in it; the tokens are the same, up to rounding. The model's training mode is put
     back after every step; the steps' tensors are inference tensors, to be read only.
 
     Raises `UserError`, on the call, for a model that cannot generate and for prompts that are not in the vocabulary
@@ -60,7 +65,8 @@ def generate(
         raise UserError("stop strings are text: generating with them needs a tokenizer")
     rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     checked = [_check_prompt(model, list(row), tokenizer) for row in rows]
-    return _steps(model, checked, sampling, tokenizer) if checked else iter(())
+    assert prefix is None or len(checked) == 1
+    return _steps(model, checked, sampling, tokenizer, prefix) if checked else iter(())
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,11 +81,15 @@ class Completion:
 def complete(
     model: Decoder, tokenizer: Tokenizer, prompts: Sequence[str], sampling: SamplingConfig
 ) -> list[Completion]:
-    """Continue texts, all at once. Raises what `generate` does."""
+    """Continue texts, all at once, each from the model's beginning-of-text token if it has one.
+
+    Raises what `generate` does.
+    """
     token_ids: list[list[int]] = [[] for _ in prompts]
     texts: list[list[str]] = [[] for _ in prompts]
     reasons: list[FinishReason] = ["length"] * len(prompts)
-    for step in generate(model, tokenizer.encode_batch(prompts), sampling, tokenizer):
+    ids = tokenizer.encode_batch(prompts, add_special_tokens=True)
+    for step in generate(model, ids, sampling, tokenizer):
         for b, token in enumerate(step.token_ids):
             if token is not None:
                 token_ids[b].append(token)
@@ -94,15 +104,15 @@ class _Sequence:
 
     room: int
     """New tokens that it may have."""
-    eos: int | None
+    ends: frozenset[int]
     stream: TextStream | None
     alive: bool = True
 
     def push(self, token: int) -> tuple[str, FinishReason | None]:
         """The text that `token` made certain, and why the sequence ends with it."""
         self.room -= 1
-        text = self.stream.push(token) if self.stream and token != self.eos else ""
-        stopped = token == self.eos or (self.stream is not None and self.stream.stopped)
+        text = self.stream.push(token) if self.stream and token not in self.ends else ""
+        stopped = token in self.ends or (self.stream is not None and self.stream.stopped)
         reason: FinishReason | None = "stop" if stopped else "length" if not self.room else None
         if reason is not None:
             self.alive = False
@@ -111,7 +121,11 @@ class _Sequence:
 
 
 def _steps(
-    model: Decoder, prompts: list[list[int]], sampling: SamplingConfig, tokenizer: Tokenizer | None
+    model: Decoder,
+    prompts: list[list[int]],
+    sampling: SamplingConfig,
+    tokenizer: Tokenizer | None,
+    prefix: Prefix | None,
 ) -> Iterator[Step]:
     device, limit = model.embed_tokens.weight.device, model.config.max_position_embeddings
     modules = list(model.modules())
@@ -119,15 +133,17 @@ def _steps(
     sequences = [
         _Sequence(
             room=min(sampling.max_new_tokens, limit - len(prompt)),
-            eos=tokenizer.eos_token_id if tokenizer else None,
+            ends=tokenizer.eos_token_ids if tokenizer else frozenset(),
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
         )
         for prompt in prompts
     ]
-    cache = model.new_cache()
+    cache = model.new_cache() if prefix is None else prefix.begin(model, prompts[0])
+    if prefix is not None:
+        prompts = [prompts[0][len(prefix.ids) :]]
     ids_BS, mask_BS = _pad_left(prompts, device)
     while True:
-        with torch.inference_mode(), evaluating(modules):
+        with torch.inference_mode(), evaluating(modules), _remembering(prefix, ids_BS):
             hidden = model.hidden(ids_BS, mask_BS, cache)
             last_BD = hidden.states[:, -1]
             ids_B = sample(F.linear(last_BD, model.head_weight.to(last_BD.dtype)), sampling, generator)
@@ -140,6 +156,19 @@ def _steps(
             return
         ids_BS = ids_B[:, None]
         mask_BS = None if all(alive) else torch.tensor(alive, device=device)[:, None]
+
+
+@contextlib.contextmanager
+def _remembering(prefix: Prefix | None, ids_BS: Tensor) -> Iterator[None]:
+    """`ids_BS` go through the model inside the block. Ctrl-C can come in the middle of it."""
+    try:
+        yield
+    except BaseException:
+        if prefix is not None:
+            prefix.clear()
+        raise
+    if prefix is not None:
+        prefix.ids += ids_BS[0].tolist()
 
 
 def _pad_left(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:

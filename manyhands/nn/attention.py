@@ -56,9 +56,7 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
 
 
 @torch.no_grad()
-def max_logits(
-    q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions, sliding: bool = False
-) -> Tensor:
+def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions, sliding: bool = False) -> Tensor:
     """[H] float32: the largest scale·q·k a real query saw, per head (QK-Clip's S).
 
     First the bound max‖q‖·max‖k‖, which costs nothing; the products only where it exceeds `clip_above`.

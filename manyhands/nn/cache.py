@@ -30,6 +30,10 @@ class LayerCache:
         self.length = needed
         return [buffer[..., :needed, :] for buffer in self._buffers]
 
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` positions."""
+        self.length = min(self.length, length)
+
     @property
     def values_per_token(self) -> int:
         """How many numbers one token takes in this layer (576 for MLA at DeepSeek-V3's sizes)."""
@@ -47,6 +51,12 @@ class Cache:
     def length(self) -> int:
         """Positions stored so far, padding included."""
         return 0 if self.mask_BS is None else self.mask_BS.shape[1]
+
+    def truncate(self, length: int) -> None:
+        """Forget everything after the first `length` positions, in every layer."""
+        for layer in self.layers:
+            layer.truncate(length)
+        self.mask_BS = None if self.mask_BS is None or not length else self.mask_BS[:, :length]
 
     def extend_mask(self, mask_BS: Tensor) -> Tensor:
         """Add the mask of new positions; returns the mask of all of them."""

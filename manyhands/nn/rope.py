@@ -92,7 +92,9 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def apply_rope(x_BHSd: Tensor, tables: tuple[Tensor, Tensor], interleave: bool) -> Tensor:
-    """Rotate [B, H, S, d], or its first dimensions if the tables are narrower. With `interleave` pairs are neighbours (DeepSeek) and come out as halves.
+    """Rotate [B, H, S, d], or its first dimensions if the tables are narrower.
+
+    With `interleave` pairs are neighbours (DeepSeek) and come out as halves.
 
     The reordering is the same for queries and keys, so their products are unchanged.
     """

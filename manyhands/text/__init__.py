@@ -1,6 +1,7 @@
-"""Text in: documents, their split, a tokenizer, and packed batches with an exact position to resume from."""
+"""Text in: documents, their split, a tokenizer with its chat template, packed batches with an exact position."""
 
 from manyhands.text.batches import PackedBatches, evaluation_batches
+from manyhands.text.chat import ChatTemplate, Message
 from manyhands.text.corpus import read_documents
 from manyhands.text.document import Document
 from manyhands.text.split import split_documents
@@ -9,7 +10,9 @@ from manyhands.text.token_file import TokenFile, TokenInfo, encode_documents, wr
 from manyhands.text.tokenizer import Tokenizer
 
 __all__ = [
+    "ChatTemplate",
     "Document",
+    "Message",
     "PackedBatches",
     "StreamDecoder",
     "TokenFile",

@@ -7,7 +7,11 @@
 V = vocabulary size.
 """
 
+import copy
+import json
+import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Self
@@ -18,9 +22,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from manyhands.errors import CheckpointError, DataError
-from manyhands.files import writing
+from manyhands.files import write_atomic, writing
+from manyhands.text import disarm
+from manyhands.text.chat import ChatTemplate, Message
 from manyhands.text.pieces import PIECES
 from manyhands.text.stream import StreamDecoder
+from manyhands.text.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, TokenizerFiles, read_tokenizer_files
 from manyhands.text.vocabulary import bytes_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
@@ -28,27 +35,45 @@ _END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end of text."""
+_FOREIGN = ("tools", "documents")
+"""What goes to a chat template beside the messages and may hold anybody's text."""
 _ENOUGH_CHARACTERS = 6_000_000
 """Text a vocabulary is learned from. Half of the standard library gives the bytes per token of all of it to 1 %."""
 
 
 class Tokenizer:
-    """A Hugging Face `tokenizers.Tokenizer` that treats what it is given as plain text.
+    """A Hugging Face `tokenizers.Tokenizer` that treats what it is given as plain text unless told otherwise.
 
     No token is added in front or behind, nothing is truncated or padded, and a document that contains the words
-    `<|endoftext|>` is encoded as those letters, not as the special token.
+    `<|endoftext|>` is encoded as those letters, not as the special token. Threads may share one.
     """
 
-    def __init__(self, inner: Any) -> None:
+    def __init__(self, inner: Any, files: TokenizerFiles | None = None) -> None:
         inner.no_truncation()
         inner.no_padding()
-        inner.encode_special_tokens = True  # i.e. as ordinary text
+        files = files or TokenizerFiles()
         vocabulary: dict[str, int] = inner.get_vocab(with_added_tokens=True)
+        special = {token.content for token in inner.get_added_tokens_decoder().values() if token.special}
+        # Named, but an ordinary token in tokenizer.json: transformers makes it special, and so changes what is encoded.
+        if late := [name for name in files.named_tokens.values() if name in vocabulary and name not in special]:
+            inner.add_special_tokens(late)
+        inner.encode_special_tokens = True  # i.e. as ordinary text
         self.inner = inner
+        self.files = files
+        """What `from_directory` read; empty for a tokenizer from elsewhere."""
         self.vocab_size: int = max(vocabulary.values(), default=-1) + 1
         """V: one more than the largest id, so that an embedding of V rows covers every id."""
-        self.eos_token_id: int | None = next((vocabulary[name] for name in _END_NAMES if name in vocabulary), None)
-        """Ends a document; None if the vocabulary has no token with a usual name for it."""
+        self.bos_token: str | None = files.named_tokens.get("bos_token")
+        self.eos_token: str | None = files.named_tokens.get("eos_token")
+        """As the files name them; a chat model's `eos_token` often ends a turn, not a document."""
+        self.chat_template: str | None = files.chat_template
+        usual = [name for name in _END_NAMES if name in special] or [name for name in _END_NAMES if name in vocabulary]
+        end = next(iter([*usual, *([self.eos_token] if self.eos_token in vocabulary else [])]), None)
+        self.eos_token_id: int | None = None if end is None else vocabulary[end]
+        """Ends a document; None if the vocabulary has no token with a usual name for it, and no file names one."""
+        ends = {self.eos_token_id, vocabulary.get(self.eos_token or "")}
+        self.eos_token_ids: frozenset[int] = files.end_ids | {token_id for token_id in ends if token_id is not None}
+        """Each of them ends an answer: the document's end, `eos_token`, and those in generation_config.json."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -87,33 +112,133 @@ class Tokenizer:
         """Read a `tokenizer.json`. Raises `CheckpointError` if it is missing or is not one."""
         path = Path(path)
         try:
-            return cls(tokenizers.Tokenizer.from_str(path.read_text(encoding="utf-8")))
+            return cls(_parse(path, path.read_bytes()))
         except OSError as error:
             raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except Exception as error:  # tokenizers raises nothing narrower
-            reason = " ".join(str(error).split())[:200]
-            raise CheckpointError(f"{path}: not a tokenizer.json: {reason}") from None
+
+    @classmethod
+    def from_directory(cls, path: str | Path) -> Self:
+        """Read `tokenizer.json` and what lies beside it (`tokenizer_files.py`): chat template, special tokens.
+
+        Raises `CheckpointError` naming the file and the field that is missing or wrong.
+        """
+        files = read_tokenizer_files(path)
+        return cls(_parse(Path(path) / TOKENIZER, files.content[TOKENIZER]), files)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, atomically. Raises `StorageError` if the disk refuses."""
         with writing(path) as file:
             file.write(self.inner.to_str(pretty=True).encode("utf-8"))
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, nothing added. Raises `DataError` for half a surrogate pair, which is not text."""
-        return self.encode_batch([text])[0]
+    def save_directory(self, path: str | Path) -> None:
+        """Write the files that `from_directory`, and transformers' `AutoTokenizer`, read this tokenizer from.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, on all cores. Raises `DataError` as `encode` does."""
+        Byte for byte the files it was read from, if it came from a directory. Each file is written atomically; a
+        directory that must be complete or absent is the caller's. Raises `StorageError` if the disk refuses.
+        """
+        content = dict(self.files.content)
+        if not content:
+            named = dict(self.files.named_tokens)
+            if self.eos_token_id is not None:
+                named.setdefault("eos_token", self.inner.id_to_token(self.eos_token_id))
+            described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+            content[CONFIG] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
+            content[TOKENIZER] = self.inner.to_str(pretty=True).encode()
+            if self.chat_template is not None:
+                content[TEMPLATE] = self.chat_template.encode()
+        for name, data in content.items():
+            write_atomic(Path(path) / name, data)
+
+    def with_chat_template(self, template: str) -> Self:
+        """The same tokenizer with another chat template."""
+        content = self.files.content and {**self.files.content, TEMPLATE: template.encode()}
+        other = copy.copy(self)
+        other.__dict__.pop("_template", None)  # the process of the old one
+        other.files = replace(self.files, content=content, chat_template=template)
+        other.chat_template = template
+        return other
+
+    def encode(self, text: str, *, add_special_tokens: bool = False, parse_special: bool = False) -> list[int]:
+        """Token ids of `text`. Raises `DataError` for half a surrogate pair, which is not text.
+
+        `add_special_tokens` adds what the model was trained to see around a text: `<s>` in front, for Llama and
+        Mixtral; for many others, nothing. `parse_special` makes special tokens of their names in the text: for text of
+        our own making only, never for a user's.
+        """
+        return self.encode_batch([text], add_special_tokens=add_special_tokens, parse_special=parse_special)[0]
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False, parse_special: bool = False
+    ) -> list[list[int]]:
+        """Token ids of each text, on all cores. Arguments and errors are those of `encode`."""
+        inner = self._parsing if parse_special else self.inner
         try:
-            return [encoding.ids for encoding in self.inner.encode_batch_fast(texts, add_special_tokens=False)]
+            return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
         except TypeError:
             for text in texts:
-                try:
-                    text.encode("utf-8")
-                except UnicodeEncodeError as error:
-                    raise DataError(_surrogate(error)) from None
+                _check_text(text)
             raise
+
+    def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
+        """`messages` in the model's chat template, as text.
+
+        `variables` are `tools`, `documents` and the template's own switches.
+        Raises `CheckpointError` if there is no template or it fails, `DataError` if it refuses the messages.
+        """
+        named = {"bos_token": None, "eos_token": None, **self.files.named_tokens}
+        return self._template.render(messages, add_generation_prompt=add_generation_prompt, **{**named, **variables})
+
+    def apply_chat_template(
+        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
+    ) -> list[int]:
+        """`render_chat` as token ids, special tokens and all: what the model is to continue.
+
+        The ids of transformers' `apply_chat_template`, but for one trap: there, a special token that is spelled out in
+        a message (`<|im_end|>`) becomes that token, so that whoever wrote the message can end the turn and speak as the
+        system. Here it stays the letters it is written with, in any role, in tools and in documents. A role is not
+        protected where a template builds a token from it (`<|{{ role }}|>`): take roles from a list, not from a user.
+        Added tokens that are not special (`<think>`) are tokens, as there. Raises what `render_chat` does.
+        """
+        given = {"messages": messages, **{name: variables.pop(name) for name in _FOREIGN if name in variables}}
+        spans: list[tuple[int, int]] = []
+        try:
+            spelled = disarm.holds(list(given.values()), self._special)
+        except RecursionError:
+            raise DataError("the messages are nested too deeply") from None
+        if spelled:
+            text, spans = disarm.unmark(
+                self.render_chat(
+                    add_generation_prompt=add_generation_prompt, **disarm.mark(given, self._special), **variables
+                )
+            )
+        else:
+            text = self.render_chat(add_generation_prompt=add_generation_prompt, **given, **variables)
+        if not spans:
+            return self.encode(text, parse_special=True)
+        _check_text(text)
+        special = frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
+        encoding = self._parsing.encode(text, add_special_tokens=False)
+        return disarm.spelled_out(encoding, text, spans, special, self._spell)
+
+    def _spell(self, text: str) -> list[int]:
+        """`text` as it is inside a text: without the space that SentencePiece puts in front of a whole one."""
+        front, both = self.encode("\n"), self.encode("\n" + text)
+        return both[len(front) :] if both[: len(front)] == front else self.encode(text)
+
+    @cached_property
+    def _template(self) -> ChatTemplate:
+        if self.chat_template is None:
+            raise CheckpointError("this model has no chat template: it continues text, it was not made to answer")
+        return ChatTemplate(self.chat_template)
+
+    @cached_property
+    def _special(self) -> re.Pattern[str]:
+        return disarm.pattern_of(t.content for t in self.inner.get_added_tokens_decoder().values() if t.special)
+
+    @cached_property
+    def _parsing(self) -> Any:
+        """The same tokenizer with its eyes open for special tokens: a second one, because threads share them."""
+        return tokenizers.Tokenizer.from_str(self.inner.to_str())
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`, special tokens by their names; bytes that are not UTF-8 become U+FFFD.
@@ -142,6 +267,25 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """Text piece by piece while ids arrive, never half a character."""
         return StreamDecoder(self.token_bytes)
+
+
+def _parse(path: Path, data: bytes) -> Any:
+    try:
+        inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        inner.encode("a")  # a post-processor that names tokens it does not have
+        return inner
+    except BaseException as error:  # tokenizers raises nothing narrower, and its panics are no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: not a tokenizer.json: {reason}") from None
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise DataError(_surrogate(error)) from None
 
 
 def _surrogate(error: UnicodeEncodeError) -> str:

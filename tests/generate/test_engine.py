@@ -25,6 +25,7 @@ def reason_of(steps, row=0):
 def with_eos(tokenizer, token_id):
     tokenizer = copy.copy(tokenizer)
     tokenizer.eos_token_id = token_id
+    tokenizer.eos_token_ids = frozenset() if token_id is None else frozenset({token_id})
     return tokenizer
 
 

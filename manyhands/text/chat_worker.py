@@ -1,0 +1,167 @@
+"""The process that renders chat templates. It holds jinja2 and limits, and nothing of manyhands.
+
+    python -I -S chat_worker.py DIRECTORY…       where jinja2 and markupsafe lie
+
+A template comes with a checkpoint from anywhere, so it is run as if it were an attack: in jinja2's immutable sandbox,
+in a process that has no secrets, cannot open a file or a socket, has little memory, and is killed by the kernel when
+the time is over. `chat.py` is the other end.
+
+Request on stdin: 4 bytes of length, then JSON `{"template": …, "variables": {…}}`. Answer on stdout: one byte of kind
+(`=` the text, `!` the template refused the messages, `?` it failed), 4 bytes of length, UTF-8.
+"""
+
+import codecs
+import contextlib
+import json
+import pprint  # noqa: F401  a filter imports it late, when no file can be opened any more
+import random  # noqa: F401
+import resource
+import signal
+import sys
+import textwrap  # noqa: F401
+import time
+from collections.abc import Callable
+from datetime import datetime
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+SECONDS = 2.0
+MEMORY = 256 << 20
+OUTPUT = 1 << 20
+"""Of one rendering: wall time; address space of the process; UTF-8 bytes of the text."""
+
+if TYPE_CHECKING:
+    from jinja2 import Template
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    sys.path += sys.argv[1:]
+    compiled = lru_cache(maxsize=1)(_environment().from_string)
+    _lock_up()
+    requests, answers = sys.stdin.buffer, sys.stdout.buffer
+    answers.write(b"+")
+    answers.flush()
+    while header := requests.read(4):
+        request = json.loads(requests.read(int.from_bytes(header, "big")))
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM ends the process, whatever it is in the middle of
+        kind, text = _answer(compiled, request)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        data = text.encode("utf-8", "surrogatepass")
+        answers.write(kind + len(data).to_bytes(4, "big") + data)
+        answers.flush()
+
+
+def _answer(compiled: "Callable[[str], Template]", request: dict[str, Any]) -> tuple[bytes, str]:
+    try:
+        pieces, size = [], 0
+        for piece in compiled(request["template"]).generate(**request["variables"]):
+            pieces.append(piece)
+            size += len(piece.encode("utf-8", "surrogatepass"))
+            if size > OUTPUT:
+                return b"?", f"it wrote more than {OUTPUT >> 20} MiB of text"
+        return b"=", "".join(pieces)
+    except MemoryError:
+        return b"?", f"it needs more than {MEMORY >> 20} MiB of memory"
+    except RecursionError:
+        return b"?", "it calls itself without end"
+    except Exception as error:
+        if type(error).__name__ == "Refusal":
+            return b"!", str(error)[:1000]
+        line = getattr(error, "lineno", None)
+        where = f"line {line}: " if line else ""
+        return b"?", f"{where}{type(error).__name__}: {str(error)[:1000]}"
+
+
+def _environment() -> Any:
+    """jinja2 as chat templates expect it: transformers' whitespace rules, tags, filters and functions."""
+    import jinja2.debug  # noqa: F401  jinja2 imports it late
+    from jinja2 import TemplateError, nodes
+    from jinja2.exceptions import SecurityError
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.utils import Namespace
+
+    class Generation(Extension):
+        """`{% generation %}…{% endgeneration %}` marks what the model wrote, for training; here it is its content."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser: Parser) -> nodes.Node:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    class Refusal(TemplateError):
+        """What `raise_exception` raises."""
+
+    class PublicNamespace(Namespace):
+        """Without names that Python itself looks up."""
+
+        def __init__(*args: Any, **kwargs: Any) -> None:  # any keyword may be an attribute, `self` too
+            values = dict(*args[1:], **kwargs)
+            for name in values:
+                refuse_private(name)
+            Namespace.__init__(args[0], values)
+
+        def __setitem__(self, name: str, value: Any) -> None:
+            refuse_private(name)
+            super().__setitem__(name, value)
+
+    class PublicDict:
+        """`dict` without `dict.update(other, …)` and the like, by which the class could change its instances."""
+
+        def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
+            return dict(*args, **kwargs)
+
+        def fromkeys(self, keys: Any, value: Any = None) -> dict[Any, Any]:
+            return dict.fromkeys(keys, value)
+
+    def refuse_private(name: Any) -> None:
+        if str(name).startswith("_"):
+            raise SecurityError(f"a namespace has no attribute {name!r}")
+
+    def raise_exception(message: Any) -> None:
+        raise Refusal(str(message))
+
+    def strftime_now(format: str) -> str:
+        return datetime.now().strftime(format)
+
+    def tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | str | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals |= {
+        "dict": PublicDict(),
+        "namespace": PublicNamespace,
+        "raise_exception": raise_exception,
+        "strftime_now": strftime_now,
+    }
+    return environment
+
+
+def _lock_up() -> None:
+    """From here on: little memory, no new file, socket or process, and an alarm that nothing can hold back."""
+    time.localtime()  # reads the time zone while files can be opened
+    for codec in ("unicode-escape", "ascii", "latin-1"):  # jinja2 reads its strings through the first
+        codecs.lookup(codec)
+    limits = {"AS": MEMORY, "NOFILE": 0, "FSIZE": 0, "NPROC": 0, "CORE": 0}
+    for name, limit in limits.items():
+        with contextlib.suppress(ValueError, OSError):  # not every system knows every limit
+            resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+if __name__ == "__main__":
+    main()

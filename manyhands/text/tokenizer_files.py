@@ -1,0 +1,141 @@
+"""The files of a tokenizer in a model directory, and what they say beside the vocabulary.
+
+    tokenizer.json            the tokenizer; required
+    tokenizer_config.json     bos, eos and other named tokens; the chat template of older models
+    special_tokens_map.json   the named tokens again, where tokenizer_config.json leaves one out
+    chat_template.jinja       the chat template; wins over the one in tokenizer_config.json
+    generation_config.json    `eos_token_id`: a number or several, each of which ends an answer
+
+They come from anywhere: sizes are bounded, and whatever is not as it should be is one line with the file and the field.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from manyhands.errors import CheckpointError
+
+TOKENIZER = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
+MAP = "special_tokens_map.json"
+TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+_MB = 1 << 20
+_LARGEST = {
+    TOKENIZER: 256 * _MB,
+    CONFIG: 32 * _MB,
+    MAP: 4 * _MB,
+    TEMPLATE: _MB,
+    GENERATION: _MB,
+    "added_tokens.json": 32 * _MB,
+    "merges.txt": 64 * _MB,
+    "tokenizer.model": 64 * _MB,
+    "vocab.json": 64 * _MB,
+}
+"""What is read and written along, and the bytes each may have. The last four say the same for other programs."""
+_ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerFiles:
+    """What a directory says about its tokenizer."""
+
+    content: Mapping[str, bytes] = field(default_factory=dict)
+    """Every file that belongs to it, byte for byte."""
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
+    """`bos_token`, `eos_token`, … that are set. Templates see them under these names."""
+    chat_template: str | None = None
+    end_ids: frozenset[int] = frozenset()
+    """`eos_token_id` of generation_config.json."""
+
+
+def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
+    """Read what lies in `directory`. Raises `CheckpointError` naming the file and the field."""
+    directory = Path(directory)
+    content = {}
+    for name, largest in _LARGEST.items():
+        if (data := _read(directory / name, largest)) is not None:
+            content[name] = data
+    if TOKENIZER not in content:
+        raise CheckpointError(f"{directory / TOKENIZER}: cannot be read: there is no such file")
+    config, others = (_object(directory / name, content.get(name)) for name in (CONFIG, MAP))
+    tokens = {
+        **{role: text for role in _ROLES if (text := _token(directory / MAP, others, role)) is not None},
+        **{role: text for role in _ROLES if (text := _token(directory / CONFIG, config, role)) is not None},
+    }
+    if TEMPLATE in content:
+        template: str | None = _text(directory / TEMPLATE, content[TEMPLATE])
+    else:
+        template = _template(directory / CONFIG, config.get("chat_template"))
+    generation = _object(directory / GENERATION, content.get(GENERATION))
+    return TokenizerFiles(content, tokens, template, _ids(directory / GENERATION, generation.get("eos_token_id")))
+
+
+def _read(path: Path, largest: int) -> bytes | None:
+    """None for a file that is not there. A device or a pipe, which might never end, is not a file."""
+    try:
+        if not path.is_file():
+            if path.exists() or path.is_symlink():
+                raise CheckpointError(f"{path}: cannot be read: it is not a regular file")
+            return None
+        with path.open("rb") as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
+    if len(data) > largest:
+        raise CheckpointError(f"{path}: longer than {largest // _MB} MiB, too long for such a file")
+    return data
+
+
+def _text(path: Path, data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+def _object(path: Path, data: bytes | None) -> dict[str, Any]:
+    if data is None:
+        return {}
+    try:
+        value = json.loads(_text(path, data))
+    except (ValueError, RecursionError):
+        raise CheckpointError(f"{path}: not valid JSON") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected an object, found {type(value).__name__}")
+    return value
+
+
+def _token(path: Path, values: dict[str, Any], role: str) -> str | None:
+    """A token as text, or as the object that newer files write."""
+    value = values.get(role)
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is None and value is None:
+        return None
+    if not isinstance(text, str):
+        raise CheckpointError(f"{path}: {role} is neither text nor an object with the text in 'content'")
+    return text or None
+
+
+def _template(path: Path, value: Any) -> str | None:
+    """A template, or the one called "default" of several."""
+    if value is None or isinstance(value, str):
+        return value
+    wrong = CheckpointError(f"{path}: chat_template is neither text nor a list of objects with 'name' and 'template'")
+    if not isinstance(value, list):
+        raise wrong
+    named = {}
+    for entry in value:
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("name", "template")):
+            raise wrong
+        named[entry["name"]] = entry["template"]
+    return named.get("default")
+
+
+def _ids(path: Path, value: Any) -> frozenset[int]:
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(type(token_id) is int and 0 <= token_id < 1 << 31 for token_id in ids):  # a bool is an int
+        raise CheckpointError(f"{path}: eos_token_id is neither a token id nor a list of them")
+    return frozenset(ids)

@@ -1,0 +1,164 @@
+"""Turns: what is computed twice, what is remembered, what a full context and an interrupted answer leave behind."""
+
+import pytest
+import torch
+
+from manyhands.errors import CheckpointError, DataError, UserError
+from manyhands.generate import Conversation, Prefix, SamplingConfig, generate
+from manyhands.nn import Decoder
+
+from .conftest import GQA
+
+GREEDY = SamplingConfig(temperature=0, max_new_tokens=8)
+TEMPLATE = (
+    "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    return tokenizer.with_chat_template(TEMPLATE)
+
+
+def ids_of(steps):
+    return [step.token_ids[0] for step in steps]
+
+
+@pytest.fixture
+def forwards(monkeypatch):
+    """How many tokens of each forward pass, in order."""
+    lengths = []
+    hidden = Decoder.hidden
+
+    def spy(self, ids_BS, *args, **kwargs):
+        lengths.append(ids_BS.shape[1])
+        return hidden(self, ids_BS, *args, **kwargs)
+
+    monkeypatch.setattr(Decoder, "hidden", spy)
+    return lengths
+
+
+@pytest.mark.parametrize(
+    ("then", "run"),
+    [
+        ([], 1),  # the same again: its last token, whose logits are needed
+        ([50, 60], 2),
+        ([50, 60, 70, 80], 4),
+    ],
+)
+def test_a_prefix_saves_work_and_changes_nothing(model, forwards, then, run):
+    prompt, prefix = [5, 6, 7, 8, 9, 10, 11], Prefix()
+    first = ids_of(generate(model, [prompt], GREEDY, prefix=prefix))
+    assert prefix.ids == prompt + first[:-1], "the last token was drawn, and has not run"
+    again = prompt + then
+    forwards.clear()
+    steps = list(generate(model, [again], GREEDY, prefix=prefix))
+    assert forwards == [run] + [1] * 7
+    for step, fresh in zip(steps, generate(model, [again], GREEDY), strict=True):
+        assert step.token_ids == fresh.token_ids
+        for layer in step.routings:
+            assert torch.equal(step.routings[layer].expert_ids, fresh.routings[layer].expert_ids)
+            torch.testing.assert_close(
+                step.routings[layer].weights, fresh.routings[layer].weights, atol=1e-4, rtol=1e-4
+            )
+
+
+def test_a_prefix_follows_any_change(model):
+    prefix = Prefix()
+    for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 9, 9, 9, 9, 9, 9, 9], [1, 2], [7, 8, 9], [7], [1, 2, 3, 4, 5, 6]):
+        assert ids_of(generate(model, [prompt], GREEDY, prefix=prefix)) == ids_of(generate(model, [prompt], GREEDY))
+
+
+def test_a_prefix_survives_what_was_cut_short(model, monkeypatch):
+    prefix, prompt = Prefix(), [1, 2, 3, 4, 5, 6]
+    expected = ids_of(generate(model, [prompt], GREEDY))
+    steps = generate(model, [prompt], GREEDY, prefix=prefix)
+    next(steps), next(steps)
+    steps.close()
+    assert ids_of(generate(model, [prompt], GREEDY, prefix=prefix)) == expected
+    with monkeypatch.context() as patch:
+        block = type(model.layers[1])
+
+        def interrupted(self, *args):
+            raise KeyboardInterrupt
+
+        patch.setattr(block, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            list(generate(model, [[*prompt, 7]], GREEDY, prefix=prefix))
+    assert prefix.ids == [] and prefix.cache is None
+    assert ids_of(generate(model, [prompt], GREEDY, prefix=prefix)) == expected
+
+
+def test_turns_are_remembered_and_not_computed_twice(make, chatty, forwards):
+    model = make(max_position_embeddings=512)
+    talk = Conversation(model, chatty, GREEDY, system="Be many.")
+    assert forwards == []
+    first = "".join(step.texts[0] for step in talk.ask("one"))
+    before = len(chatty.apply_chat_template(talk.messages[:2]))
+    forwards.clear()
+    second = list(talk.ask("two"))
+    prompt = chatty.apply_chat_template(talk.messages[:-1])
+    assert forwards[0] <= len(prompt) - before, "the first turn's prompt is not run again"
+    assert ids_of(second) == ids_of(generate(model, [prompt], GREEDY, chatty))
+    answer = "".join(step.texts[0] for step in second)
+    said = [(message["role"], message["content"]) for message in talk.messages]
+    assert said == [
+        ("system", "Be many."),
+        ("user", "one"),
+        ("assistant", first),
+        ("user", "two"),
+        ("assistant", answer),
+    ]
+    talk.reset()
+    assert talk.messages == [{"role": "system", "content": "Be many."}]
+    assert "".join(step.texts[0] for step in talk.ask("one")) == first
+
+
+def test_the_seed_goes_on_with_the_turns(make, chatty):
+    model, sampling = make(max_position_embeddings=512), SamplingConfig(max_new_tokens=12, seed=3)
+    one, two = (Conversation(model, chatty, sampling) for _ in range(2))
+    turns = [ids_of(one.ask("x")), ids_of(one.ask("x"))]
+    assert turns == [ids_of(two.ask("x")), ids_of(two.ask("x"))]
+    assert turns[0] != turns[1]
+
+
+def test_an_interrupted_answer_is_what_was_said_so_far(make, chatty):
+    talk = Conversation(make(max_position_embeddings=512), chatty, GREEDY)
+    steps = talk.ask("one")
+    text = "".join(next(steps).texts[0] for _ in range(5))
+    steps.close()
+    assert text and talk.messages == [{"role": "user", "content": "one"}, {"role": "assistant", "content": text}]
+    talk.ask("two").close()
+    assert len(talk.messages) == 2, "not a word of answer: it was no turn"
+
+
+def test_a_full_context_is_said_and_the_turn_forgotten(make, chatty):
+    talk = Conversation(make(max_position_embeddings=48), chatty, GREEDY)
+    list(talk.ask("one"))
+    before = list(talk.messages)
+    with pytest.raises(UserError, match=r"conversation has \d+ tokens.*context holds 48.*/reset"):
+        talk.ask("two " * 40)
+    assert talk.messages == before
+    (*_, last) = talk.ask("2")
+    assert last.finish_reasons == ["length"]
+
+
+def test_any_of_the_ends_ends(make, chatty):
+    model = make(max_position_embeddings=512)
+    free = ids_of(Conversation(model, chatty, GREEDY).ask("one"))
+    chatty = chatty.with_chat_template(TEMPLATE)
+    chatty.eos_token_ids = frozenset({free[5], free[2], 319})
+    talk = Conversation(model, chatty, GREEDY)
+    steps = list(talk.ask("one"))
+    assert ids_of(steps) == free[:3] and steps[-1].finish_reasons == ["stop"] and steps[-1].token_ids == [free[2]]
+    assert talk.messages[-1]["content"] == chatty.decode(free[:2]), "the end is not a part of the answer"
+
+
+def test_what_cannot_be_is_said_at_the_start(make, tokenizer, chatty):
+    model = make(attention=GQA)
+    with pytest.raises(CheckpointError, match="no chat template"):
+        Conversation(model, tokenizer, GREEDY)
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}x"
+    Conversation(model, chatty.with_chat_template(refuses), GREEDY)
+    with pytest.raises(DataError, match="no system here"):
+        Conversation(model, chatty.with_chat_template(refuses), GREEDY, system="s")
