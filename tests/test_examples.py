@@ -24,3 +24,12 @@ def test_watch_the_router(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     runpy.run_path(str(EXAMPLES / "watch_the_router.py"), run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert lines and all("L1 " in line and "·" in line for line in lines)
+
+
+def test_watch_transformers(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("sys.argv", ["watch_transformers.py"])
+    runpy.run_path(str(EXAMPLES / "watch_transformers.py"), run_name="__main__")
+    *layers, last = capsys.readouterr().out.splitlines()
+    assert len(layers) == 2 and all("tokens per expert" in line for line in layers)
+    assert float(last.split()[-1]) < 1e-5
