@@ -2,8 +2,9 @@
 
 import manyhands as mh
 
-model, tokenizer = mh.load("runs/quickstart")
-out = model(ids)                    # out.logits, out.routings[layer], out.cache
+model, tokenizer = mh.load("runs/quickstart")     # or a Hugging Face checkpoint, or its name on the hub
+out = model(ids)                                  # out.logits, out.routings[layer], out.cache
+model.save("somewhere")                           # a directory that transformers loads
 
 moe = mh.MoELayer(mh.MoEConfig(router=mh.RouterConfig(num_experts=8, num_experts_per_tok=2)), hidden_size=512)
 y, routing = moe(x)
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import Model, load, save
     from manyhands.config import ModelConfig, MoEConfig, RouterConfig, RunConfig
     from manyhands.moe import MoELayer, Router, Routing
     from manyhands.nn import Decoder, init_weights
@@ -23,6 +24,7 @@ _HOMES = {
     "Decoder": "manyhands.nn",
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
+    "Model": "manyhands.checkpoint.model",
     "ModelConfig": "manyhands.config",
     "Router": "manyhands.moe",
     "RouterConfig": "manyhands.config",
@@ -30,12 +32,14 @@ _HOMES = {
     "RunConfig": "manyhands.config",
     "init_weights": "manyhands.nn",
     "load": "manyhands.checkpoint.model",
+    "save": "manyhands.checkpoint.model",
 }
 
 __all__ = [
     "Decoder",
     "MoEConfig",
     "MoELayer",
+    "Model",
     "ModelConfig",
     "Router",
     "RouterConfig",
@@ -43,6 +47,7 @@ __all__ = [
     "RunConfig",
     "init_weights",
     "load",
+    "save",
 ]
 
 

@@ -30,7 +30,7 @@ from manyhands.errors import CheckpointError, ConfigError, StorageError
 from manyhands.files import beside, cannot_write, sync_directory, write_atomic
 
 MANIFEST = "manifest.json"
-_MANIFEST_LIMIT = 64 << 20
+_MANIFEST_LIMIT = 4 << 20  # 30,000 files
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+")
 _log = logging.getLogger(__name__)
 

@@ -63,10 +63,9 @@ def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceCo
     if path.is_dir():
         if overrides:
             raise ConfigError(f"{model} is a checkpoint: it is checked as it is, without {overrides[0]!r}")
-        from manyhands.checkpoint.model import CONFIG, read_config
-        from manyhands.checkpoint.runs import resolve_checkpoint
+        from manyhands.checkpoint.model import find, read_config
 
-        return read_config(resolve_checkpoint(path) / CONFIG), BalanceConfig()
+        return read_config(find(path)), BalanceConfig()
     if path.suffix in (".yaml", ".yml") or path.is_file():
         run = load_run(path, overrides)
     elif model in preset_names():

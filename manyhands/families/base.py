@@ -5,11 +5,12 @@ Everything here is data about files; nothing needs torch.
 L layers, E experts, D model width, F expert width.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from manyhands.config import ModelConfig
+from manyhands.config.shapes import tensor_shapes
 
 Index = tuple[int | slice, ...]
 Json = dict[str, Any]
@@ -48,6 +49,8 @@ class Family:
     kept: Callable[[Json], tuple[str, ...]] = lambda _: ()
     """From `config.json`: prefixes of tensors this model does not compute with and a round trip keeps (an MTP module,
     a vision tower)."""
+    kept_fields: tuple[str, ...] = ()
+    """The fields of `config.json` that say so; they are carried along with those tensors."""
     dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of tensors that are recomputed and not kept."""
     text_field: str | None = None
@@ -78,24 +81,20 @@ class Layout:
     top: Mapping[str, str] | None = None
     """The same for `embed_tokens.weight` and `norm.weight`."""
 
-    def __call__(self, config: ModelConfig) -> list[Piece]:
+    def __call__(self, config: ModelConfig) -> Iterator[Piece]:
         """Every tensor of `config`, in the order of the model."""
-        from manyhands.config.shapes import tensor_shapes
-
-        pieces: list[Piece] = []
         for ours in tensor_shapes(config):
             if not ours.startswith("layers."):
                 theirs = self.head if ours == "lm_head.weight" else self.prefix + (self.top or {}).get(ours, ours)
-                pieces.append(Piece(ours, theirs))
+                yield Piece(ours, theirs)
                 continue
             layer, tail = ours.split(".", 2)[1:]
             where = f"layers.{layer}."
             if tail.startswith("mlp.experts.") and self.experts is not None:
                 for p in self.experts(tail, where, config):
-                    pieces.append(Piece(ours, self.prefix + p.theirs, p.ours_index, p.theirs_index, p.transpose))
+                    yield Piece(ours, self.prefix + p.theirs, p.ours_index, p.theirs_index, p.transpose)
             else:
-                pieces.append(Piece(ours, self.prefix + where + self._renamed(tail)))
-        return pieces
+                yield Piece(ours, self.prefix + where + self._renamed(tail))
 
     def _renamed(self, tail: str) -> str:
         for ours, theirs in (self.rename or {}).items():
@@ -107,15 +106,16 @@ class Layout:
 def per_expert(gate: str, up: str, down: str) -> Experts:
     """One tensor per expert and projection; `gate` and the others are names with `{e}` for the expert."""
 
-    def pieces(tail: str, where: str, config: ModelConfig) -> list[Piece]:
+    def pieces(tail: str, where: str, config: ModelConfig) -> Iterator[Piece]:
         assert config.moe is not None
         E, F = config.moe.router.num_experts, config.moe.moe_intermediate_size
-        if tail == "mlp.experts.down_proj":
-            return [Piece("", where + down.format(e=e), (e,)) for e in range(E)]
-        if tail == "mlp.experts.gate_up_proj":
-            halves = ((gate, slice(0, F)), (up, slice(F, 2 * F)))
-            return [Piece("", where + name.format(e=e), (e, rows)) for e in range(E) for name, rows in halves]
-        return [Piece("", where + tail)]  # no published family: the misfit is found in the configuration
+        assert tail in ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"), "export_config refuses other experts"
+        for e in range(E):
+            if tail == "mlp.experts.down_proj":
+                yield Piece("", where + down.format(e=e), (e,))
+            else:
+                yield Piece("", where + gate.format(e=e), (e, slice(0, F)))
+                yield Piece("", where + up.format(e=e), (e, slice(F, 2 * F)))
 
     return pieces
 

@@ -67,6 +67,9 @@ def write(config: ModelConfig) -> Json:
     }
 
 
+MTP_FIELDS = ("num_nextn_predict_layers", "num_mtp_layers")
+
+
 def mtp_layers(fields: Json) -> tuple[str, ...]:
     """The multi-token-prediction modules: layers after the last."""
     count = fields.get("num_nextn_predict_layers", fields.get("num_mtp_layers", 0)) or 0
@@ -82,4 +85,5 @@ DEEPSEEK_V3 = Family(
     write=write,
     pieces=Layout(LLAMA_EXPERTS, RENAME),
     kept=mtp_layers,
+    kept_fields=MTP_FIELDS,
 )

@@ -34,9 +34,7 @@ def read(f: Fields) -> ModelConfig:
     }
     values = decoder_fields(f) | {
         "intermediate_size": f.integer("intermediate_size"),
-        "attention": head_fields(
-            f, qk_norm="head", attention_bias=bias, output_bias=bias, **windows(f, flag=False)
-        ),
+        "attention": head_fields(f, qk_norm="head", attention_bias=bias, output_bias=bias, **windows(f, flag=False)),
         "rope": f.rope(),
         "moe": moe,
     }

@@ -80,4 +80,5 @@ ERNIE4_5_MOE = Family(
     write=write,
     pieces=_pieces,
     kept=lambda _: ("model.mtp_",),
+    kept_fields=("num_nextn_predict_layers", "multi_token_pred_lambda"),
 )

@@ -1,5 +1,6 @@
 """A `config.json` being read. Every field is taken, known to be harmless, or refused by name: never ignored."""
 
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -31,6 +32,8 @@ TRAINING_ONLY = frozenset(
 """Dropouts, losses and noise of training: the reference does not use them in evaluation, nor does the loss here."""
 
 MISSING: Any = object()
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class Fields:
@@ -97,7 +100,7 @@ class Fields:
         value = self.take(name, None)
         if value is not None and (not isinstance(value, list) or len(value) != count):
             raise self.wrong(name, f"expected a list of {count} entries, one per layer")
-        return value  # type: ignore[no-any-return]
+        return value
 
     def activation(self, name: str = "hidden_act") -> None:
         """SwiGLU, as nearly everybody writes it."""
@@ -143,7 +146,7 @@ class Fields:
 
     def wrong(self, name: str, right: str, value: Any = MISSING) -> ConfigError:
         """The error for one field."""
-        shown = repr(self.values.get(name) if value is MISSING else value)
+        shown = _SHORT.repr(self.values.get(name) if value is MISSING else value)
         return ConfigError(f"{self.where}: {name} = {shown if len(shown) < 80 else shown[:77] + '...'}: {right}")
 
 
@@ -196,7 +199,7 @@ def windows(f: Fields, *, flag: bool = True, late: bool = True) -> dict[str, Any
         raise f.wrong("use_sliding_window", "which layers have the window differs between versions: give layer_types")
     elif used:
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(min(max(layers, 0), 4096))]
-    if types is None or "sliding_attention" not in types and set(types) <= {"full_attention"}:
+    if types is None or all(kind == "full_attention" for kind in types):
         return {}
     return {"sliding_window": window, "layer_types": types}
 

@@ -22,7 +22,7 @@ def read_config(values: Any, where: str) -> tuple[Family, ModelConfig]:
     model_type = values.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: 'model_type' is missing; known: {', '.join(sorted(FAMILIES))}")
-    family = family_named(model_type, where)
+    family = family_named(model_type[:80], where)
     return family, family.read(Fields(text_fields(family, values, where), where))
 
 
@@ -87,7 +87,8 @@ def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
 
 def canonical(config: ModelConfig) -> ModelConfig:
     """The same function written one way: what only training uses, and what has no effect, is at its default."""
-    a, changes = config.attention, {}
+    a = config.attention
+    changes: dict[str, Any] = {}
     defaults = AttentionConfig()
     if a.kind == "mla":
         attention: dict[str, Any] = {"num_key_value_heads": None, "head_dim": defaults.head_dim}

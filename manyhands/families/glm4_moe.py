@@ -6,7 +6,7 @@ Source: transformers `models/glm4_moe`. The MTP module is kept on a round trip a
 from manyhands.config import ModelConfig, parse
 from manyhands.families.base import LLAMA_EXPERTS, Family, Json, Layout
 from manyhands.families.deepseek import RENAME, dense_first, dense_first_fields
-from manyhands.families.deepseek_v3 import mtp_layers
+from manyhands.families.deepseek_v3 import MTP_FIELDS, mtp_layers
 from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_top1, written
 
 
@@ -78,4 +78,5 @@ GLM4_MOE = Family(
     write=write,
     pieces=Layout(LLAMA_EXPERTS, RENAME),
     kept=mtp_layers,
+    kept_fields=MTP_FIELDS,
 )

@@ -68,4 +68,5 @@ MINIMAX_M2 = Family(
         },
     ),
     kept=lambda _: ("model.mtp",),
+    kept_fields=("use_mtp", "num_mtp_modules", "mtp_transformer_layers"),
 )

@@ -1,4 +1,4 @@
-"""Mixtral 8x7B and 8x22B (arXiv 2401.04088): softmax over the two chosen logits, which is softmax over all, renormalised.
+"""Mixtral 8x7B, 8x22B (arXiv 2401.04088): softmax over the two chosen logits, that is over all and renormalised.
 
 transformers 5 renames `block_sparse_moe` in memory only; files keep the old names.
 """

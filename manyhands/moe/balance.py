@@ -10,10 +10,22 @@ Switch, Mesh-TF 1; DeepSeek-V3, Megatron 1; GShard Alg. 1 1/E²; Hugging Face Mi
 T tokens, K experts per token, E experts, D model width.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from manyhands.moe.routing import Routing, count_experts, top_k_stable
+
+
+def pool_layers(routings: Iterable[Routing]) -> Routing:
+    """Several layers' routings as one of L·T tokens: for losses that average over layers before they multiply.
+
+    transformers' `load_balancing_loss_func` does; a layer's imbalance can hide in the mean. Here it is for comparison.
+    """
+    every = list(routings)
+    fields = ("expert_ids", "weights", "scores", "logits", "kept", "token_mask")
+    return Routing(**{name: torch.cat([getattr(routing, name) for routing in every]) for name in fields})
 
 
 def masked_mean(values_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ def test_router_detached(monkeypatch, dtype):
 
 
 def test_softmax_twice(monkeypatch):
-    twice = SimpleNamespace(linear=lambda x, w: F.linear(x, w).softmax(-1), softplus=F.softplus)
+    twice = SimpleNamespace(linear=lambda x, w, b: F.linear(x, w, b).softmax(-1), softplus=F.softplus)
     monkeypatch.setattr(manyhands.moe.router, "F", twice)
     report = _check(MIXTRAL)
     assert not report.ok

@@ -51,7 +51,9 @@ def test_eager_in_float64_is_exact(activation: str, bias: bool) -> None:
 
 
 @pytest.mark.parametrize("backend", sorted(BACKENDS))
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "gelu", "swiglu_oai", "geglu_tanh"])  # relu's kink amplifies any rounding
+@pytest.mark.parametrize(
+    "activation", ["swiglu", "geglu", "gelu", "swiglu_oai", "geglu_tanh"]
+)  # relu's kink amplifies any rounding
 def test_bfloat16(backend: str, activation: str) -> None:
     """Inputs are rounded first, so what is left is the arithmetic: a few bf16 roundings (2⁻⁸ each)."""
     case = make_case(24, 16, 16, 4, 2, activation=activation, bias=True)

@@ -1,0 +1,241 @@
+"""From one family's files to another's, tensor by tensor, with a receipt of what became of every byte.
+
+The model is never in memory: a target tensor is read from the parts it is made of, hashed, written and let go. The
+receipt (`receipt.json`, in the new directory) lists every source tensor with its SHA-256 and what became of it,
+every target tensor, the files on both sides, and how far the two models agree on sample tokens.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands import __version__
+from manyhands.checkpoint.assemble import our_tensor
+from manyhands.checkpoint.files import building
+from manyhands.checkpoint.model import TOKENIZER, find, load_model
+from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
+from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.tensor_files import DTYPES
+from manyhands.config.shapes import tensor_shapes
+from manyhands.errors import CheckFailed, CheckpointError
+from manyhands.families import Family, Piece, family_named, nearest
+from manyhands.text import Tokenizer
+
+RECEIPT = "receipt.json"
+SAMPLE_TOKENS = 48
+Progress = Callable[[str, int, int], None]
+"""(tensor just written, how many are, of how many)."""
+
+
+class Conversion:
+    """What would become of every tensor. Making one reads headers only, and refuses what would not work out.
+
+    Raises `CheckpointError` naming a tensor that would be left over, `ConfigError` naming a field that the target
+    family cannot express.
+    """
+
+    def __init__(
+        self, source: Source, family: Family, dtype: torch.dtype | None = None, *, drop_extras: bool = False
+    ) -> None:
+        self.source, self.family, config = source, family, source.config
+        embedding = source.logical[source.pieces["embed_tokens.weight"][0].theirs].header
+        self.dtype = DTYPES[embedding.dtype] if dtype is None else dtype
+        tokenizer = source.directory / TOKENIZER
+        self.tokenizer = Tokenizer.from_directory(source.directory) if tokenizer.is_file() else None
+        self.config = target_config(family, config, self.dtype, source, self.tokenizer)
+        self.headers = target_headers(family, config, dtype_rule(family, self.dtype, source))
+        self.pieces = target_pieces(family, config)
+        self.extras = () if drop_extras else source.kept
+        if self.extras and family is not source.family:
+            raise CheckpointError(
+                f"{source.files.where(self.extras[0])} would be left over: {family.model_type} has no place for what "
+                f"this model does not compute with ({len(self.extras)} tensors); leave them out with --drop-extras"
+            )
+        self.headers |= {name: source.logical[name].header for name in self.extras}
+        self._origins = {_key(piece): piece for pieces in source.pieces.values() for piece in pieces}
+        self._last: tuple[str, Tensor] | None = None
+
+    def read_from(self, target: str) -> list[str]:
+        """The logical source tensors that a target tensor is made of."""
+        if target not in self.pieces:
+            return [target]
+        names: dict[str, None] = {}
+        for piece in self.pieces[target]:
+            origin = self._origins.get(_key(piece))
+            of_ours = [origin] if origin is not None else self.source.pieces[piece.ours]
+            names |= dict.fromkeys(p.theirs for p in of_ours)
+        return list(names)
+
+    def value(self, target: str) -> Tensor:
+        """A target tensor, contiguous."""
+        if target not in self.pieces:
+            return self.source.value(target).contiguous()
+        header, pieces = self.headers[target], self.pieces[target]
+        dtype = DTYPES[header.dtype]
+        if len(pieces) == 1 and not pieces[0].theirs_index:
+            return self._part(pieces[0], dtype).to(dtype).contiguous()
+        out = torch.empty(header.shape, dtype=dtype)
+        for piece in pieces:
+            out[piece.theirs_index] = self._part(piece, dtype)
+        return out
+
+    def _part(self, piece: Piece, dtype: torch.dtype) -> Tensor:
+        """What a target piece holds, in the target's layout."""
+        origin = self._origins.get(_key(piece))
+        if origin is not None and self.source.logical[origin.theirs].decode is None:
+            part = self.source.value(origin.theirs)[origin.theirs_index]
+            part = part.transpose(-2, -1) if origin.transpose else part
+        else:
+            part = self._ours(piece.ours)[piece.ours_index]
+        return part.transpose(-2, -1) if piece.transpose else part
+
+    def _ours(self, name: str) -> Tensor:
+        """One of our tensors, whole; the last one is kept, since its pieces come one after another."""
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            shape = tensor_shapes(self.source.config)[name]
+            self._last = (name, our_tensor(self.source, name, shape, None, torch.device("cpu")))
+        return self._last[1]
+
+
+def _key(piece: Piece) -> str:
+    return f"{piece.ours}{piece.ours_index}"
+
+
+def convert(
+    source_path: str | Path,
+    target_path: str | Path,
+    *,
+    to: str | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+    drop_extras: bool = False,
+    agreement: bool = True,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write `source_path` as family `to` (None: its own; for ours, the nearest) and return the receipt.
+
+    With `agreement` both models are run on sample tokens before the new directory appears; without a change of dtype
+    they must agree, else `CheckFailed` is raised and nothing is written. Raises what `Conversion` does, before
+    anything is written, and `StorageError` if the disk refuses.
+    """
+    source = open_source(find(source_path))
+    ours = source.family.model_type == "manyhands"
+    family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family
+    plan = Conversion(source, family, dtype, drop_extras=drop_extras)
+    with building(target_path) as partial:
+        (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+        written: dict[str, Any] = {}
+
+        def value(name: str) -> Tensor:
+            tensor = plan.value(name)
+            written[name] = _describe(plan.headers[name], _sha256(tensor)) | {"from": plan.read_from(name)}
+            if progress is not None:
+                progress(name, len(written), len(plan.headers))
+            return tensor
+
+        write_shards(partial, plan.headers, value, max_shard_size)
+        if plan.tokenizer is not None:
+            plan.tokenizer.save_directory(partial)
+        receipt = {
+            "manyhands": __version__,
+            "source": {"model_type": source.family.model_type, "files": _files(source)},
+            "target": {"model_type": family.model_type, "files": _hash_files(partial, partial.iterdir())},
+            "source_tensors": _fates(plan, written),
+            "target_tensors": written,
+            "agreement": _agreement(plan, partial) if agreement else None,
+        }
+        (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
+    return receipt
+
+
+def _describe(header: Header, sha256: str) -> dict[str, Any]:
+    return {"dtype": header.dtype, "shape": list(header.shape), "sha256": sha256}
+
+
+def _sha256(tensor: Tensor) -> str:
+    if not tensor.numel():
+        return hashlib.sha256().hexdigest()
+    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
+
+
+def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
+    """Every stored tensor of the source: what it was, and what became of it."""
+    source = plan.source
+    became: dict[str, list[str]] = {name: [] for name in source.logical}
+    for target, entry in written.items():
+        for name in entry["from"]:
+            became[name].append(target)
+    fates: dict[str, Any] = {}
+    for name, logical in source.logical.items():
+        how = "dropped: recomputed, or stored twice" if name in source.dropped else "left out, as asked"
+        if became[name]:
+            how = "kept as it is, not computed with" if name in plan.extras else "converted"
+            same_dtype = {written[target]["dtype"] for target in became[name]} == {logical.header.dtype}
+            if logical.decode is not None:
+                how = f"decoded to {logical.header.dtype}"
+            elif same_dtype and how == "converted":
+                how = "moved, bit for bit"
+        for part in logical.parts:
+            stored = source.files.stored[part]
+            entry = _describe(stored.header, _sha256(source.files.tensor(part)))
+            source.files.release(part)
+            fates[part] = entry | {"file": stored.file, "became": became[name], "how": how}
+    return fates
+
+
+def _files(source: Source) -> dict[str, Any]:
+    names = {CONFIG, *(stored.file for stored in source.files.stored.values())}
+    return _hash_files(source.directory, [source.directory / name for name in names])
+
+
+def _hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, Any]:
+    found = {}
+    for path in sorted(paths):
+        if path.is_file():
+            with open(path, "rb") as file:
+                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            found[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": sha256}
+    return found
+
+
+@torch.no_grad()
+def _agreement(plan: Conversion, directory: Path) -> dict[str, Any]:
+    """Both models on the same sample tokens, in float32: logits and experts."""
+    config = plan.source.config
+    length = min(SAMPLE_TOKENS, config.max_position_embeddings)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
+    before = load_model(plan.source.directory)(ids, dtype=torch.float32)
+    after = load_model(directory, verified=True)(ids, dtype=torch.float32)
+    difference = float((before.logits - after.logits).abs().max())
+    pairs = [(r.expert_ids, after.routings[layer].expert_ids) for layer, r in before.routings.items()]
+    same = sum(int((a == b).sum()) for a, b in pairs)
+    total = sum(a.numel() for a, _ in pairs)
+    result = {
+        "tokens": ids.numel(),
+        "largest_logit_difference": difference,
+        "mean_logit_difference": float((before.logits - after.logits).abs().mean()),
+        "logits_std": float(before.logits.std()),
+        "same_experts": same / total if total else None,
+    }
+    lossless = all(
+        plan.source.logical[name].header.dtype == plan.headers[target].dtype
+        for target in plan.pieces
+        for name in plan.read_from(target)
+    )
+    if lossless and (difference > 1e-4 * max(1.0, result["logits_std"] or 0.0) or same != total):
+        raise CheckFailed(
+            f"the converted model does not agree with its source (logits differ by {difference:.2g}, {same} of {total} "
+            "experts are the same), so nothing was written"
+        )
+    return result
+
+
+__all__ = ["RECEIPT", "Conversion", "Header", "Progress", "convert"]

@@ -1,0 +1,136 @@
+"""A model as a directory that everybody reads: `config.json`, safetensors under the family's names, the tokenizer."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.checkpoint.assemble import their_tensor
+from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.source import CONFIG, Source, header_of
+from manyhands.checkpoint.tensor_files import DTYPES, NAMES
+from manyhands.config import ModelConfig
+from manyhands.config.shapes import tensor_shapes
+from manyhands.families import Family, Piece, export_config, text_fields
+from manyhands.families.base import Json
+from manyhands.families.fields import HARMLESS, TRAINING_ONLY
+from manyhands.text import Tokenizer
+
+_NOT_CARRIED = {"quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map"}
+
+
+def target_pieces(family: Family, config: ModelConfig) -> dict[str, list[Piece]]:
+    """The family's tensor names, in the order of the model, each with the pieces of ours that it holds."""
+    found: dict[str, list[Piece]] = {}
+    for piece in family.pieces(config):
+        found.setdefault(piece.theirs, []).append(piece)
+    return found
+
+
+def target_headers(
+    family: Family, config: ModelConfig, dtype_of: Callable[[str, str], torch.dtype]
+) -> dict[str, Header]:
+    """Dtype and shape of every tensor of the family's file. `dtype_of(theirs, ours)` decides the dtype."""
+    shapes = tensor_shapes(config)
+    headers = {}
+    for theirs, pieces in target_pieces(family, config).items():
+        dtype = dtype_of(theirs, pieces[0].ours)
+        headers[theirs] = header_of(shapes, pieces, NAMES[dtype])
+    return headers
+
+
+def dtype_rule(family: Family, model_dtype: torch.dtype, origin: Source | None) -> Callable[[str, str], torch.dtype]:
+    """One dtype for all, but what is float32 by nature (a selection bias), or was in the files the model came from."""
+    apart: set[str] = set()
+    if origin is not None and origin.family is family:
+        dtypes = {name: logical.header.dtype for name, logical in origin.logical.items()}
+        main = _main_dtype(origin)
+        apart = {name for name, dtype in dtypes.items() if dtype == "F32" and main != "F32"}
+
+    def rule(theirs: str, ours: str) -> torch.dtype:
+        return torch.float32 if theirs in apart or ours.endswith(family.saved_float32) else model_dtype
+
+    def as_stored(theirs: str, ours: str) -> torch.dtype:
+        assert origin is not None
+        stored = origin.logical[theirs].header.dtype
+        return DTYPES[stored] if stored in DTYPES else rule(theirs, ours)
+
+    same = origin is not None and origin.family is family and NAMES[model_dtype] == _main_dtype(origin)
+    return as_stored if same else rule
+
+
+def _main_dtype(origin: Source) -> str:
+    """The dtype of the embedding, which nobody keeps apart."""
+    name = origin.pieces["embed_tokens.weight"][0].theirs
+    return origin.logical[name].header.dtype
+
+
+def target_config(
+    family: Family, config: ModelConfig, dtype: torch.dtype, origin: Source | None, tokenizer: Tokenizer | None
+) -> Json:
+    """`config.json`: the family's fields, over the harmless ones of the model's origin."""
+    fields = export_config(family, config)
+    if family.model_type == "manyhands":
+        return fields
+    name = str(dtype).removeprefix("torch.")
+    if origin is None or origin.family.model_type == "manyhands":
+        eos = None if tokenizer is None else tokenizer.eos_token_id
+        return {**fields, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None, "dtype": name}
+    carried = {
+        key: value
+        for key, value in text_fields(origin.family, origin.values).items()
+        if (key in HARMLESS | TRAINING_ONLY or key in family.kept_fields) and key not in _NOT_CARRIED
+    }
+    if origin.family is not family:
+        carried = {key: value for key, value in carried.items() if key.endswith("_token_id")}
+    if family.text_field is None:
+        return {**carried, **fields, **_kept_fields(family, carried), "dtype": name}
+    inner = {**carried, **fields[family.text_field], **_kept_fields(family, carried), "dtype": name}
+    outer = dict(origin.values) if origin.family is family else {"model_type": family.model_type}
+    outer.pop("quantization_config", None)
+    return {**outer, family.text_field: inner}
+
+
+def _kept_fields(family: Family, carried: Json) -> Json:
+    return {key: carried[key] for key in family.kept_fields if key in carried}
+
+
+def write_directory(
+    directory: Path,
+    family: Family,
+    config: ModelConfig,
+    ours: dict[str, Tensor],
+    *,
+    origin: Source | None = None,
+    tokenizer: Tokenizer | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Fill an existing directory; use it inside `building`, which makes it complete or absent.
+
+    `ours` holds every tensor of the model by name; `dtype` None keeps that of the embedding. Raises `ConfigError`,
+    before anything is written, if the family cannot say what the model is.
+    """
+    model_dtype = ours["embed_tokens.weight"].dtype if dtype is None else dtype
+    values: dict[str, Any] = target_config(family, config, model_dtype, origin, tokenizer)
+    headers = target_headers(family, config, dtype_rule(family, model_dtype, origin))
+    pieces = target_pieces(family, config)
+    kept: tuple[str, ...] = ()
+    if origin is not None and origin.family is family:
+        kept = origin.kept
+        headers |= {name: origin.logical[name].header for name in kept}
+
+    def value(name: str) -> Tensor:
+        if name in pieces:
+            return their_tensor(headers[name], pieces[name], ours)
+        assert origin is not None and name in kept
+        return origin.value(name)
+
+    (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    write_shards(directory, headers, value, max_shard_size)
+    if tokenizer is not None:
+        tokenizer.save_directory(directory)

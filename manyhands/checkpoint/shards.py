@@ -1,0 +1,86 @@
+"""Writing safetensors, tensor by tensor: never more than one of them in memory beside the model."""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.tensor_files import DTYPES, INDEX, SINGLE
+from manyhands.errors import ConfigError
+
+MAX_SHARD_SIZE = 5_000_000_000
+"""Bytes per file, as transformers has long written them."""
+
+
+def header_size(header: Header) -> int:
+    """Bytes of the tensor's data."""
+    size = DTYPES[header.dtype].itemsize
+    for n in header.shape:
+        size *= n
+    return size
+
+
+def write_shards(
+    directory: Path,
+    headers: Mapping[str, Header],
+    value: Callable[[str], Tensor],
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Write tensors into `model.safetensors`, or into shards with an index, as transformers names them.
+
+    `value` makes a tensor of the given dtype and shape; it is called once per name, in the order of `headers`.
+    """
+    if max_shard_size < 1:
+        raise ConfigError(f"max_shard_size = {max_shard_size}: at least 1 byte")
+    shards = _split(headers, max_shard_size)
+    if len(shards) == 1:
+        _write(directory / SINGLE, shards[0], headers, value)
+        return
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        _write(directory / file, names, headers, value)
+        weight_map |= dict.fromkeys(names, file)
+    total = sum(header_size(header) for header in headers.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, header in headers.items():
+        size = header_size(header)
+        if shards[-1] and filled + size > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _write(path: Path, names: Iterable[str], headers: Mapping[str, Header], value: Callable[[str], Tensor]) -> None:
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    position = 0
+    names = list(names)
+    for name in names:
+        size = header_size(headers[name])
+        header = headers[name]
+        entries[name] = {
+            "dtype": header.dtype,
+            "shape": list(header.shape),
+            "data_offsets": [position, position + size],
+        }
+        position += size
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # data starts aligned
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor, header = value(name), headers[name]
+            assert tensor.dtype == DTYPES[header.dtype] and tuple(tensor.shape) == header.shape, name
+            if tensor.numel():
+                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

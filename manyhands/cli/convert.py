@@ -1,0 +1,70 @@
+"""`manyhands convert`: a checkpoint from one family's format to another's, with a receipt."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    to: Annotated[
+        str | None,
+        typer.Option(help="The family (model_type) to write. Default: its own; for our own models, the nearest."),
+    ] = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as stored (decoded: bfloat16).")
+    ] = None,
+    max_shard_size: Annotated[float, typer.Option(min=1e-6, help="GB (10⁹ bytes) per file.")] = 5.0,
+    drop_extras: Annotated[
+        bool, typer.Option("--drop-extras", help="Leave out what the model does not compute with (MTP, vision).")
+    ] = False,
+    agreement: Annotated[
+        bool, typer.Option(help="Run both models on sample tokens before the new directory appears.")
+    ] = True,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
+) -> None:
+    """Write a checkpoint in another family's format; receipt.json says what became of every tensor."""
+    import json
+
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from manyhands.checkpoint.convert import RECEIPT
+    from manyhands.checkpoint.convert import convert as run
+
+    columns = (TextColumn("{task.fields[tensor]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("tensors", total=None, tensor="")
+        receipt = run(
+            source,
+            target,
+            to=to,
+            dtype=None if dtype is None else getattr(torch, dtype),
+            max_shard_size=int(max_shard_size * 1e9),
+            drop_extras=drop_extras,
+            agreement=agreement,
+            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
+        )
+    if json_output:
+        print(json.dumps(receipt))
+        return
+    source_type, target_type = receipt["source"]["model_type"], receipt["target"]["model_type"]
+    print(f"{source_type} -> {target_type}: {len(receipt['source_tensors'])} tensors read, ", end="")
+    print(f"{len(receipt['target_tensors'])} written to {target}")
+    counts: dict[str, int] = {}
+    for fate in receipt["source_tensors"].values():
+        counts[fate["how"]] = counts.get(fate["how"], 0) + 1
+    for how, count in counts.items():
+        print(f"  {count:>6} {how}")
+    if found := receipt["agreement"]:
+        experts = found["same_experts"]
+        print(
+            f"on {found['tokens']} sample tokens: logits differ by {found['mean_logit_difference']:.2g} on average, "
+            f"{found['largest_logit_difference']:.2g} at most (their spread is {found['logits_std']:.2g})"
+            + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
+        )
+    print(f"what became of every tensor: {target / RECEIPT}")
