@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhands.check import cases, losses, oracle_balance
-from manyhands.check.compare import TOLERANCES, Named, close, exact, gradient_row, largest_norm, parts
+from manyhands.check.compare import KINKED, TOLERANCES, Named, close, exact, gradient_row, largest_norm, parts
 from manyhands.check.oracle import decode, float64_copy
 from manyhands.check.oracle_routing import DenseRouting
 from manyhands.check.report import Row, Situation
@@ -33,7 +33,7 @@ class ModelCheck:
         self.config, self.balance, self.case, self.seed = config, balance, case, seed
         self.router = None if config.moe is None else config.moe.router
         acts = {config.hidden_act} | (set() if config.moe is None else {config.moe.hidden_act})
-        self.activation = "relu" if "relu" in acts else config.hidden_act
+        self.activation = next((act for act in KINKED if act in acts), config.hidden_act)
         generator = torch.Generator().manual_seed(seed)
         self.model = Subject(config)
         cases.fill(self.model, case, generator)
@@ -210,7 +210,7 @@ def loss_rows(
     for name in oracle:
         widen = 1.0
         if name == "orthogonality" and at.dtype == "bfloat16":
-            widen = 10.0 if activation == "relu" else 3.0
+            widen = 10.0 if activation in KINKED else 3.0
         mine, right = losses.values(tested, name, prefix), losses.values(oracle, name, prefix)
         rows.append(close(at, f"{name} value", mine, right, at_least=1e-3, widen=widen))
         mine, right = (parts(g[name], at.dtype, activation) for g in (tested_gradients, expected))

@@ -19,14 +19,23 @@ def shrink(config: ModelConfig) -> ModelConfig:
     changes: dict[str, Any] = {name: min(getattr(config, name), limit) for name, limit in WIDTHS.items()}
     changes["attention"] = _attention(config.attention)
     if config.moe is None:
-        return config.model_copy(update=changes | {"num_hidden_layers": min(config.num_hidden_layers, 2)})
+        return _of_length(config.model_copy(update=changes), min(config.num_hidden_layers, 2))
     moe = _moe(config.moe)
     wanted, layers, sparse = min(2, len(config.sparse_layers)), 0, 0
     while sparse < wanted:
         sparse += moe.is_sparse(layers)
         layers += 1
-    changes |= {"moe": moe, "num_hidden_layers": min(config.num_hidden_layers, layers)}
-    return ModelConfig.model_validate(config.model_copy(update=changes).model_dump())
+    return _of_length(config.model_copy(update=changes | {"moe": moe}), min(config.num_hidden_layers, layers))
+
+
+def _of_length(config: ModelConfig, layers: int) -> ModelConfig:
+    """The first `layers` layers, and what is said of each."""
+    values = config.model_dump() | {"num_hidden_layers": layers}
+    if types := values["attention"]["layer_types"]:
+        values["attention"]["layer_types"] = types[:layers]
+    if values["moe"]:
+        values["moe"]["mlp_only_layers"] = [n for n in values["moe"]["mlp_only_layers"] if n < layers]
+    return ModelConfig.model_validate(values)
 
 
 def _attention(a: AttentionConfig) -> AttentionConfig:
@@ -57,6 +66,7 @@ def _moe(moe: MoEConfig) -> MoEConfig:
         "router": _router(moe.router),
         "moe_intermediate_size": min(moe.moe_intermediate_size, 32),
         "n_shared_experts": min(moe.n_shared_experts, 2),
+        "shared_expert_intermediate_size": moe.shared_expert_intermediate_size and min(moe.shared_width, 48),
         "first_k_dense_replace": min(moe.first_k_dense_replace, 1),
         "decoder_sparse_step": min(moe.decoder_sparse_step, 2),
     }

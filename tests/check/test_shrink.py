@@ -40,3 +40,17 @@ def test_small_stays():
         moe=MoEConfig(moe_intermediate_size=16),
     )
     assert shrink(tiny) == tiny
+
+
+def test_what_is_said_of_each_layer_is_shortened_with_them():
+    config = ModelConfig(
+        num_hidden_layers=8,
+        attention=AttentionConfig(sliding_window=128, layer_types=["sliding_attention", "full_attention"] * 4),
+        moe=MoEConfig(
+            mlp_only_layers=[0, 5], n_shared_experts=1, shared_expert_intermediate_size=5632, shared_expert_gate=True
+        ),
+    )
+    small = shrink(config)
+    assert small.num_hidden_layers == 3 and small.sparse_layers == [1, 2] and small.dense_layers == [0]
+    assert small.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
+    assert small.attention.sliding_window == 8 and small.moe.shared_width == 48
