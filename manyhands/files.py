@@ -37,6 +37,16 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def within(path: Path) -> bool:
+    """Whether an existing file really lies in its directory: no link leads out of it.
+
+    The Hugging Face hub's cache, whose `snapshots/REVISION` link to `blobs`, counts as one place.
+    """
+    real, directory = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
+    blobs = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
+    return real.parent in (directory, blobs)
+
+
 def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Put `data` (text as UTF-8) at `path`, whole or not at all. Raises `StorageError` as `writing` does."""
     with writing(path) as file:

@@ -8,6 +8,7 @@ from torch import Tensor
 from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.tensor_files import DTYPES
+from manyhands.errors import CheckpointError
 from manyhands.families import Piece
 
 
@@ -34,7 +35,11 @@ def our_tensor(
         tensor = source.value(first.theirs)[first.theirs_index]
         if tensor.dtype == dtype:
             return tensor
-    out = torch.empty(shape, dtype=dtype, device=device)
+    try:
+        out = torch.empty(shape, dtype=dtype, device=device)
+    except RuntimeError as error:  # also torch.OutOfMemoryError
+        reason = " ".join(str(error).split())[:160]
+        raise CheckpointError(f"{source.directory}: no room for {name} {list(shape)} {dtype}: {reason}") from None
     by_name: dict[str, list[Piece]] = {}
     for piece in pieces:
         by_name.setdefault(piece.theirs, []).append(piece)
@@ -45,6 +50,8 @@ def our_tensor(
                 _part(out, piece).copy_(value[piece.theirs_index])
         else:
             _decode(source, theirs, of_one, out)
+        source.release(theirs)
+    for theirs in by_name:  # again: to read a page maps its neighbours, so the ends of some came back
         source.release(theirs)
     return out
 

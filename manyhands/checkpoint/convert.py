@@ -5,9 +5,8 @@ receipt (`receipt.json`, in the new directory) lists every source tensor with it
 every target tensor, the files on both sides, and how far the two models agree on sample tokens.
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import TOKENIZER, find, load_model
 from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.receipt import RECEIPT, describe, hash_files, hash_source, tensor_sha256
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.source import CONFIG, Source, open_source
@@ -28,7 +28,6 @@ from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
 from manyhands.text import Tokenizer
 
-RECEIPT = "receipt.json"
 SAMPLE_TOKENS = 48
 Progress = Callable[[str, int, int], None]
 """(tensor just written, how many are, of how many)."""
@@ -136,7 +135,7 @@ def convert(
 
         def value(name: str) -> Tensor:
             tensor = plan.value(name)
-            written[name] = _describe(plan.headers[name], _sha256(tensor)) | {"from": plan.read_from(name)}
+            written[name] = describe(plan.headers[name], tensor_sha256(tensor)) | {"from": plan.read_from(name)}
             if progress is not None:
                 progress(name, len(written), len(plan.headers))
             return tensor
@@ -146,24 +145,14 @@ def convert(
             plan.tokenizer.save_directory(partial)
         receipt = {
             "manyhands": __version__,
-            "source": {"model_type": source.family.model_type, "files": _files(source)},
-            "target": {"model_type": family.model_type, "files": _hash_files(partial, partial.iterdir())},
+            "source": {"model_type": source.family.model_type, "files": hash_source(source)},
+            "target": {"model_type": family.model_type, "files": hash_files(partial, partial.iterdir())},
             "source_tensors": _fates(plan, written),
             "target_tensors": written,
             "agreement": _agreement(plan, partial) if agreement else None,
         }
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
-
-
-def _describe(header: Header, sha256: str) -> dict[str, Any]:
-    return {"dtype": header.dtype, "shape": list(header.shape), "sha256": sha256}
-
-
-def _sha256(tensor: Tensor) -> str:
-    if not tensor.numel():
-        return hashlib.sha256().hexdigest()
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
@@ -184,26 +173,14 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
             elif same_dtype and how == "converted":
                 how = "moved, bit for bit"
         for part in logical.parts:
+            if part in fates:  # a packed record holds several tensors
+                fates[part]["became"] += became[name]
+                continue
             stored = source.files.stored[part]
-            entry = _describe(stored.header, _sha256(source.files.tensor(part)))
+            entry = describe(stored.header, tensor_sha256(source.files.tensor(part)))
             source.files.release(part)
             fates[part] = entry | {"file": stored.file, "became": became[name], "how": how}
     return fates
-
-
-def _files(source: Source) -> dict[str, Any]:
-    names = {CONFIG, *(stored.file for stored in source.files.stored.values())}
-    return _hash_files(source.directory, [source.directory / name for name in names])
-
-
-def _hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, Any]:
-    found = {}
-    for path in sorted(paths):
-        if path.is_file():
-            with open(path, "rb") as file:
-                sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-            found[str(path.relative_to(directory))] = {"size": path.stat().st_size, "sha256": sha256}
-    return found
 
 
 @torch.no_grad()
@@ -212,8 +189,8 @@ def _agreement(plan: Conversion, directory: Path) -> dict[str, Any]:
     config = plan.source.config
     length = min(SAMPLE_TOKENS, config.max_position_embeddings)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    before = load_model(plan.source.directory)(ids, dtype=torch.float32)
-    after = load_model(directory, verified=True)(ids, dtype=torch.float32)
+    before = load_model(plan.source.directory, decode=True)(ids, dtype=torch.float32)
+    after = load_model(directory, verified=True, decode=True)(ids, dtype=torch.float32)
     difference = float((before.logits - after.logits).abs().max())
     pairs = [(r.expert_ids, after.routings[layer].expert_ids) for layer, r in before.routings.items()]
     same = sum(int((a == b).sum()) for a, b in pairs)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 
 from manyhands.config import Strict, parse
 from manyhands.errors import CheckpointError, ConfigError, StorageError
-from manyhands.files import beside, cannot_write, sync_directory, write_atomic
+from manyhands.files import beside, cannot_write, sync_directory, within, write_atomic
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 4 << 20  # 30,000 files
@@ -117,7 +117,7 @@ def verify(directory: str | Path, *, hashes: bool = True) -> Manifest:
     manifest = read_manifest(directory)
     for name, entry in manifest.files.items():
         if problem := _problem(directory, name, entry, hashes):
-            raise CheckpointError(f"{directory}: {name!r}: {problem}")
+            raise CheckpointError(f"{directory}: {name[:200]!r}: {problem}")
     return manifest
 
 
@@ -216,14 +216,21 @@ def _discard(old: Path, final: Path) -> None:
         remove(old)
 
 
+def _is_blob(path: Path) -> bool:
+    """A link of the hub's cache to its blobs."""
+    return os.path.realpath(path) != str(path) and "blobs" in Path(os.path.realpath(path)).parent.name and within(path)
+
+
 def _problem(directory: Path, name: str, entry: Entry, hashes: bool) -> str | None:
     if name.startswith("/") or ".." in PurePosixPath(name).parts or "\0" in name:
         return "the manifest points out of the directory"
     path = directory / name
     try:
-        if os.path.realpath(path) != os.path.join(os.path.realpath(directory), *PurePosixPath(name).parts):
+        straight = os.path.join(os.path.realpath(directory), *PurePosixPath(name).parts)
+        blob = path.parent == directory and _is_blob(path)
+        if os.path.realpath(path) != straight and not blob:
             return "a symbolic link, which a checkpoint may not hold"
-        status = path.lstat()
+        status = path.stat() if blob else path.lstat()
         if not stat.S_ISREG(status.st_mode):
             return "not a regular file"
         if status.st_size != entry.size:

@@ -19,6 +19,7 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import MANIFEST, building, read_manifest, verify
 from manyhands.checkpoint.hub import download, is_hub_name
+from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_packed
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.checkpoint.save import write_directory
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE
@@ -26,10 +27,11 @@ from manyhands.checkpoint.source import CONFIG, Source, open_source
 from manyhands.checkpoint.tensor_files import INDEX
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
-from manyhands.errors import CheckpointError
+from manyhands.errors import CheckpointError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import cannot_write
 from manyhands.moe import Router
+from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
 
@@ -48,6 +50,22 @@ class Model(Decoder):
     def family(self) -> str:
         """The `model_type` of the files it came from."""
         return "manyhands" if self.source is None else self.source.family.model_type
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """What of it lies in packed records, by their names in `state_dict`; empty for a model that is not packed."""
+        held = {name for name, module in self.named_modules() if isinstance(module, RecordLinear | RecordExperts)}
+        found = {} if self.source is None else self.source.records
+        return {name: record for name, record in found.items() if record.module in held}
+
+    def train(self, mode: bool = True) -> "Model":
+        """Raises `UserError` for packed weights, which have no gradient."""
+        if mode and self.records:
+            raise UserError(
+                "packed weights cannot be trained; load_model(…, decode=True) or `manyhands convert` unpacks them"
+            )
+        super().train(mode)
+        return self
 
     def save(
         self,
@@ -69,6 +87,7 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     experts_implementation: str = "auto",
+    decode: bool = False,
 ) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
@@ -81,12 +100,13 @@ def load(
             f"{directory}: there is no {TOKENIZER}; manyhands.checkpoint.model.load_model loads the model without it"
         )
     tokenizer = Tokenizer.from_directory(directory)
-    model = _load(directory, dtype, device, experts_implementation)
-    if tokenizer.vocab_size > model.config.vocab_size:
+    source = open_source(directory)
+    if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
-            f"{model.config.vocab_size}; they do not belong together"
+            f"{source.config.vocab_size}; they do not belong together"
         )
+    model = _load(source, dtype, device, experts_implementation, decode=decode)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -98,13 +118,16 @@ def load_model(
     device: torch.device | str = "cpu",
     experts_implementation: str = "auto",
     verified: bool = False,
+    decode: bool = False,
 ) -> Model:
     """The model of a checkpoint directory, in evaluation mode; `model.train()` to go on training it.
 
     On the CPU a tensor that is stored as it is used stays the file itself, mapped into memory and private to this
     process: nothing is read until it is used, and a change is never written back. Stacked experts are copied once.
-    Quantised tensors are decoded. `verified` says that the caller answers for the files. `dtype` converts the weights (None: as stored), except the routers', which are
-    float32. NaN and infinite weights are loaded as they are.
+    Tensors that a publisher quantised are decoded; packed records of our own are not, unless `decode` says so (to
+    float32, exactly). `verified` says that the caller answers for the files. `dtype` converts the weights (None: as
+    stored), except records and the routers' weights, which are float32. NaN and infinite weights are loaded as they
+    are.
 
     Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit; all names,
     shapes and dtypes are checked before any weight is allocated.
@@ -112,7 +135,7 @@ def load_model(
     directory = Path(directory)
     if not verified and ((directory / MANIFEST).is_file() or not (directory / CONFIG).is_file()):
         verify(directory)
-    return _load(directory, dtype, device, experts_implementation, verified)
+    return _load(open_source(directory), dtype, device, experts_implementation, verified, decode)
 
 
 def save(
@@ -127,17 +150,33 @@ def save(
     """Write `model` as a directory in a family's format (None: the nearest one that holds it exactly).
 
     `dtype` converts (None: that of the embedding); `max_shard_size` is in bytes. The directory appears complete, in
-    one rename. Raises `ConfigError` naming the field that the family cannot express, `StorageError` if the disk
+    one rename. A packed model stays packed, unless a family or a dtype is asked for, which unpacks it. Raises
+    `ConfigError` naming the field that the family cannot express, `StorageError` if the disk
     refuses.
     """
-    chosen = nearest(model.config) if family is None else family_named(family, "family")
     origin = model.source if isinstance(model, Model) else None
+    records = model.records if isinstance(model, Model) else {}
+    if records and family in (None, "manyhands") and dtype is None:
+        assert origin is not None and origin.packed is not None
+        state = model.state_dict()
+        with building(path) as partial:
+            write_packed(
+                partial,
+                model.config,
+                origin.packed,
+                lambda name: state[name].dtype,
+                lambda name: state[name].cpu(),
+                tokenizer=tokenizer,
+                max_shard_size=max_shard_size,
+            )
+        return
+    chosen = nearest(model.config) if family is None else family_named(family, "family")
     with building(path) as partial:
         write_directory(
             partial,
             chosen,
             model.config,
-            dict(model.state_dict()),
+            Unpacked(dict(model.state_dict()), records),
             origin=origin,
             tokenizer=tokenizer,
             dtype=dtype,
@@ -177,29 +216,54 @@ def read_config(path: str | Path) -> ModelConfig:
 
 
 def _load(
-    directory: Path,
+    source: Source,
     dtype: torch.dtype | None,
     device: torch.device | str,
     implementation: str,
     verified: bool = False,
+    decode: bool = False,
 ) -> Model:
-    source = open_source(directory)
     if not verified:
         _check_listed(source)
     device = torch.device(device)
     try:
         with torch.device("meta"):
             model = Model(source.config, implementation)
+            records = {} if decode else source.records
+            hold_records(model, records, implementation)
     except RuntimeError as error:  # sizes that are fine one by one, with a product over 2⁶³
-        raise CheckpointError(f"{directory / CONFIG}: no such model can be built: {str(error)[:120]}") from None
+        reason = " ".join(str(error).split())[:120]
+        raise CheckpointError(f"{source.directory / CONFIG}: no such model can be built: {reason}") from None
     routers = [f"{name}." for name, module in model.named_modules() if isinstance(module, Router)]
-    state: dict[str, Tensor] = {}
+    inside = {name for record in records.values() for name in record.sections}
+    state = {name: source.files.tensor(name).to(device) for name in records}
     for name, shape in tensor_shapes(source.config).items():
+        if name in inside:
+            continue
         wanted = torch.float32 if name.rpartition(".")[0] + "." in routers else dtype
         state[name] = our_tensor(source, name, shape, wanted, device)
+    _check_tied(source)
     model.load_state_dict(state, assign=True)
     model.source = source
     return model.eval()
+
+
+def _check_tied(source: Source) -> None:
+    """A head stored beside an embedding that it is tied to must be that embedding."""
+    for name in source.dropped:
+        if name.endswith("lm_head.weight"):
+            embedding = source.pieces["embed_tokens.weight"][0].theirs
+            same = source.logical[name].header == source.logical[embedding].header
+            if not same or not _equal_bits(source.value(name), source.value(embedding)):
+                raise CheckpointError(
+                    f"{source.files.where(source.logical[name].parts[0])} differs from {embedding!r}, though {CONFIG} "
+                    "says tie_word_embeddings = true; it is false, or one of the two is wrong"
+                )
+            source.release(name)
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN equals NaN
 
 
 def _check_listed(source: Source) -> None:

@@ -1,7 +1,7 @@
 """A model as a directory that everybody reads: `config.json`, safetensors under the family's names, the tokenizer."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -90,9 +90,9 @@ def target_config(
     if family.text_field is None:
         return {**carried, **fields, **_kept_fields(family, carried), "dtype": name}
     inner = {**carried, **fields[family.text_field], **_kept_fields(family, carried), "dtype": name}
-    outer = dict(origin.values) if origin.family is family else {"model_type": family.model_type}
-    outer.pop("quantization_config", None)
-    return {**outer, family.text_field: inner}
+    outer = origin.values if origin.family is family else fields
+    outer = {key: value for key, value in outer.items() if key not in _NOT_CARRIED}
+    return {**outer, "dtype": name, family.text_field: inner}
 
 
 def _kept_fields(family: Family, carried: Json) -> Json:
@@ -103,7 +103,7 @@ def write_directory(
     directory: Path,
     family: Family,
     config: ModelConfig,
-    ours: dict[str, Tensor],
+    ours: Mapping[str, Tensor],
     *,
     origin: Source | None = None,
     tokenizer: Tokenizer | None = None,

@@ -28,21 +28,23 @@ def write_shards(
     headers: Mapping[str, Header],
     value: Callable[[str], Tensor],
     max_shard_size: int = MAX_SHARD_SIZE,
+    align: int = 8,
 ) -> None:
     """Write tensors into `model.safetensors`, or into shards with an index, as transformers names them.
 
     `value` makes a tensor of the given dtype and shape; it is called once per name, in the order of `headers`.
+    The data of each file begins at a multiple of `align` bytes.
     """
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size = {max_shard_size}: at least 1 byte")
     shards = _split(headers, max_shard_size)
     if len(shards) == 1:
-        _write(directory / SINGLE, shards[0], headers, value)
+        _write(directory / SINGLE, shards[0], headers, value, align)
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(directory / file, names, headers, value)
+        _write(directory / file, names, headers, value, align)
         weight_map |= dict.fromkeys(names, file)
     total = sum(header_size(header) for header in headers.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -62,7 +64,9 @@ def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write(path: Path, names: Iterable[str], headers: Mapping[str, Header], value: Callable[[str], Tensor]) -> None:
+def _write(
+    path: Path, names: Iterable[str], headers: Mapping[str, Header], value: Callable[[str], Tensor], align: int
+) -> None:
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
     names = list(names)
@@ -76,7 +80,7 @@ def _write(path: Path, names: Iterable[str], headers: Mapping[str, Header], valu
         }
         position += size
     text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # data starts aligned
+    text += b" " * (-(8 + len(text)) % align)  # the format allows spaces at the end of the header
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:

@@ -6,18 +6,20 @@ dtype is an error before any weight is read or any memory is allocated.
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torch import Tensor
 
+from manyhands.checkpoint.packed import Record, packed_tensors, read_records
 from manyhands.checkpoint.quantized import Header, Logical, logical_tensors
 from manyhands.checkpoint.tensor_files import DTYPES, FLOATS, TensorFiles, read_json
-from manyhands.config import ModelConfig
+from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import Family, Piece, read_config, text_fields
 from manyhands.families.base import Index, Json
+from manyhands.families.manyhands import packed_section
 
 CONFIG = "config.json"
 _CONFIG_LIMIT = 1 << 20
@@ -42,6 +44,10 @@ class Source:
     """Logical tensors that the model does not compute with and a round trip keeps."""
     dropped: tuple[str, ...]
     """Logical tensors that are recomputed, or stored twice."""
+    packed: PackedConfig | None = None
+    """Of a quantised model of our own."""
+    records: Mapping[str, Record] = field(default_factory=dict)
+    """Its records, by their names in the files; `logical` has what they stand for."""
 
     def value(self, theirs: str, out: Tensor | None = None) -> Tensor:
         """A logical tensor: mapped as it is stored, or decoded (into `out` if given)."""
@@ -79,7 +85,13 @@ def open_source(directory: str | Path) -> Source:
     quantization = text.get("quantization_config") or values.get("quantization_config")
     if quantization is not None and not isinstance(quantization, dict):
         raise CheckpointError(f"{path}: quantization_config: expected an object")
-    logical = logical_tensors(files.headers, quantization, str(path))
+    packed = packed_section(values) if family.model_type == "manyhands" else None
+    records: dict[str, Record] = {}
+    if packed is None:
+        logical = logical_tensors(files.headers, quantization, str(path))
+    else:
+        records = read_records(files, config, packed)
+        logical = packed_tensors(files.headers, records)
     float32 = family.saved_float32 if family.model_type == "manyhands" else ()
     pieces = _match(files, family.pieces(config), tensor_shapes(config), logical, float32)
     used = {piece.theirs for of_one in pieces.values() for piece in of_one}
@@ -95,7 +107,9 @@ def open_source(directory: str | Path) -> Source:
             raise CheckpointError(
                 f"{files.where(logical[name].parts[0])} is not one of this model's, as {CONFIG} describes it"
             )
-    return Source(directory, family, values, config, files, logical, pieces, tuple(kept), tuple(dropped))
+    return Source(
+        directory, family, values, config, files, logical, pieces, tuple(kept), tuple(dropped), packed, records
+    )
 
 
 def _match(

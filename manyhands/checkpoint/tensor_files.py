@@ -24,13 +24,14 @@ from torch import Tensor
 
 from manyhands.checkpoint.quantized import Header
 from manyhands.errors import CheckpointError
+from manyhands.files import within
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 _HEADER_LIMIT = 16 << 20  # the format allows 100 MB, which as Python's objects would be gigabytes
 _INDEX_LIMIT = 32 << 20  # Kimi K2.5's 207,000 tensors take 26 MB
-_WIDE_LIMIT = 4 << 20  # text that is not ASCII may take four times its bytes
-_MARKS_LIMIT = 1 << 19  # commas and brackets: 65,000 tensors in one file, 500,000 in an index
+_WIDE_LIMIT = 4 << 20  # text that is not ASCII takes up to four times its bytes
+_MARKS_LIMIT = 3 << 17  # commas and brackets: 49,000 tensors in one file, 390,000 in an index
 _NAME_LIMIT = 512
 _MAP_NORESERVE = 0x4000  # Linux: a private map of a file larger than memory is not counted against it
 
@@ -78,6 +79,8 @@ class TensorFiles:
         weight_map = _weight_map(directory)
         if weight_map is None and not os.path.lexists(directory / SINGLE):
             raise _no_weights(directory)
+        if weight_map is not None and SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
+            raise CheckpointError(f"{directory}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
         self.name = directory / (SINGLE if weight_map is None else INDEX)
         """The file that answers for all."""
         for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
@@ -112,12 +115,12 @@ class TensorFiles:
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:
-            descriptor = os.open(self.directory / file, os.O_RDONLY | os.O_CLOEXEC)
+            flags, protection = mmap.MAP_PRIVATE | _MAP_NORESERVE, mmap.PROT_READ | mmap.PROT_WRITE
             try:
-                flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-                self._maps[file] = mmap.mmap(descriptor, 0, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
-            finally:
-                os.close(descriptor)
+                with open(self.directory / file, "rb") as opened:
+                    self._maps[file] = mmap.mmap(opened.fileno(), 0, flags=flags, prot=protection)
+            except (OSError, ValueError) as error:  # no address space for it, or it was changed since it was checked
+                raise CheckpointError(f"{self.directory / file}: cannot be mapped: {error}") from None
         return self._maps[file]
 
     def _add(self, file: str) -> None:
@@ -175,13 +178,14 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
         if len(found) < len(pairs):
             twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
             raise CheckpointError(f"{where}: {reprlib.repr(twice)} stands twice")
-        for name in found:
-            if len(name) > _NAME_LIMIT:
-                raise CheckpointError(f"{where}: {reprlib.repr(name)}: a name of {len(name)} characters")
+        if max(map(len, found), default=0) > _NAME_LIMIT:
+            name = max(found, key=len)
+            raise CheckpointError(f"{where}: {reprlib.repr(name)}: a name of {len(name)} characters")
         return found
 
-    if sum(map(data.count, (b",", b"[", b"{"))) > _MARKS_LIMIT or (len(data) > _WIDE_LIMIT and not data.isascii()):
-        raise CheckpointError(f"{where} holds more than any model needs")
+    wide = len(data) > _WIDE_LIMIT and (not data.isascii() or b"\\u" in data)
+    if wide or sum(map(data.count, (b",", b"[", b"{"))) > _MARKS_LIMIT:
+        raise CheckpointError(f"{where}: more values, or wider letters, than any model needs")
     try:
         values = json.loads(data.decode("utf-8"), object_pairs_hook=once)
     except (ValueError, RecursionError):
@@ -218,12 +222,13 @@ def _entry(path: Path, file: str, name: str, entry: Any, base: int) -> Stored:
 
 
 def _check_offsets(path: Path, stored: Mapping[str, Stored], base: int, length: int) -> None:
-    position = base
-    for name, s in sorted(stored.items(), key=lambda item: (item[1].start, item[1].size)):
+    position, in_order = base, sorted(stored.items(), key=lambda item: (item[1].start, item[1].size))
+    for name, s in in_order:
         if s.start + s.size > length:
             raise CheckpointError(
                 f"{path}: tensor {name!r} ends at byte {s.start + s.size} of a file of {length}; truncated"
             )
+    for name, s in in_order:
         if s.start != position:
             problem = "overlaps the tensor before it" if s.start < position else "leaves a gap before it"
             raise CheckpointError(f"{path}: tensor {name!r} {problem}")
@@ -264,20 +269,15 @@ def read_json(path: Path, limit: int) -> dict[str, Any]:
 
 
 def _inside(path: Path) -> None:
-    """Refuse a link that leads out of its directory; the hub's cache, whose snapshots link to blobs, is one place."""
+    """Refuse a link that leads out of its directory."""
     try:
-        real = Path(os.path.realpath(path))
         mode = os.stat(path).st_mode
     except (OSError, ValueError) as error:
         missing = isinstance(error, FileNotFoundError)
         raise CheckpointError(f"{path}: {'does not exist' if missing else 'cannot be read'}") from None
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a regular file")
-    directory = Path(os.path.realpath(path.parent))
-    allowed = [directory]
-    if directory.parent.name == "snapshots":
-        allowed.append(directory.parent.parent / "blobs")
-    if real.parent not in allowed:
+    if not within(path):
         raise CheckpointError(f"{path}: a symbolic link out of the checkpoint, which is not followed")
 
 

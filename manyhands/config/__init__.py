@@ -2,6 +2,7 @@
 
 from manyhands.config.base import Strict, parse, suggest
 from manyhands.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from manyhands.config.packing import PackedConfig, Packing
 from manyhands.config.run import (
     BalanceConfig,
     DataConfig,
@@ -20,6 +21,8 @@ __all__ = [
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
+    "PackedConfig",
+    "Packing",
     "RopeConfig",
     "RouterConfig",
     "RunConfig",

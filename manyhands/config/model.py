@@ -13,7 +13,7 @@ from manyhands.config.base import Strict
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 20)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6)]
-Rotations = Annotated[float, Field(gt=0.0, le=1e6)]
+Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
 Multiplier = Annotated[float, Field(gt=0.0, le=1e6)]
 Activation = Literal["swiglu", "swiglu_oai", "geglu", "geglu_tanh", "gelu", "relu"]
 """swiglu_oai is gpt-oss's: clamped, with a steeper sigmoid; geglu_tanh uses the tanh form of GELU (Grok-1)."""
@@ -116,7 +116,7 @@ class MoEConfig(Strict):
     """The first k layers keep a dense feed-forward network (DeepSeek)."""
     decoder_sparse_step: Size = 1
     """Every n-th layer is sparse: layer i is when (i + 1) is a multiple of n (Qwen, Switch)."""
-    mlp_only_layers: tuple[Count, ...] = ()
+    mlp_only_layers: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
     """Layers that stay dense whatever the two fields above say (Qwen)."""
 
     @model_validator(mode="after")

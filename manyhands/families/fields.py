@@ -108,8 +108,10 @@ class Fields:
 
     def rope(self, default_theta: float = 10_000.0, **fixed: Any) -> RopeConfig:
         """The rotation, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
-        scaling = self.section("rope_parameters") or self.section("rope_scaling")
-        self._taken |= {"rope_parameters", "rope_scaling"}
+        given = [name for name in ("rope_parameters", "rope_scaling") if self.section(name) and self.values[name]]
+        if len(given) == 2 and self.values["rope_parameters"] != self.values["rope_scaling"]:
+            raise self.wrong("rope_scaling", "rope_parameters stands beside it and says something else")
+        scaling = self.section(given[0]) if given else None
         theta = self.number("rope_theta", None)
         partial = self.number("partial_rotary_factor", None)
         values: dict[str, Any] = {}

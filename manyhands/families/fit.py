@@ -48,7 +48,10 @@ def export_config(family: Family, config: ModelConfig) -> Json:
     read = family.read(Fields(fields, family.model_type))
     if differences := differ(canonical(config), canonical(read)):
         raise ConfigError(f"this model does not fit {family.model_type}: {'; '.join(differences)}")
-    return fields if family.text_field is None else {"model_type": family.model_type, family.text_field: fields}
+    if family.text_field is None:
+        return fields
+    outer = {"model_type": family.model_type, "architectures": [family.architecture]}
+    return {**outer, "tie_word_embeddings": config.tie_word_embeddings, family.text_field: fields}
 
 
 def misfit(family: Family, config: ModelConfig) -> str | None:

@@ -14,7 +14,8 @@ def read(f: Fields) -> ModelConfig:
     f.activation()
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
-    f.ignore("num_nextn_predict_layers", "num_mtp_layers")
+    for name in MTP_FIELDS:
+        f.integer(name, 0)
     k, norm = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", True)
     router = {
         "num_experts": f.integer("n_routed_experts"),

@@ -2,7 +2,8 @@
 
 The weights were published for JAX; the safetensors everybody uses follow the port by HPC-AI Tech (`grok-1`): its
 field and tensor names are read here, and the maths is the original's: RMSNorm with ε = 1e-5, tanh GELU (JAX's
-default), softmax over the experts, top-2 not renormalised.
+default), softmax over the experts, top-2 not renormalised. The embedding is also the head, unless the file says
+otherwise.
 """
 
 from manyhands.config import ModelConfig, parse
@@ -14,7 +15,7 @@ def read(f: Fields) -> ModelConfig:
     f.only("hidden_act", "gelu", "gelu_new", "gelu_pytorch_tanh")
     width, k = f.integer("intermediate_size"), f.integer("num_experts_per_tok")
     router = {"num_experts": f.integer("num_experts"), "num_experts_per_tok": k, "norm_topk_prob": False}
-    values = decoder_fields(f, eps=1e-5) | {
+    values = decoder_fields(f, tied=True, eps=1e-5) | {
         "intermediate_size": width,
         "hidden_act": "geglu_tanh",
         "output_norms": True,
@@ -22,6 +23,7 @@ def read(f: Fields) -> ModelConfig:
         "output_multiplier": f.number("output_multiplier_scale"),
         "attention": head_fields(
             f,
+            head_dim=False,
             attention_multiplier=f.number("attn_output_multiplier"),
             attn_logit_softcap=f.number("max_attn_value", 30.0),
         ),
@@ -35,7 +37,7 @@ def read(f: Fields) -> ModelConfig:
 def write(config: ModelConfig) -> Json:
     assert config.moe is not None
     a = config.attention
-    return written(config) | {
+    return written(config, head_dim=False) | {
         "hidden_act": "gelu",
         "intermediate_size": config.moe.moe_intermediate_size,
         "num_experts": config.moe.router.num_experts,

@@ -7,26 +7,49 @@ from typing import Any
 
 from manyhands.config import ModelConfig, parse
 from manyhands.families.base import LLAMA_EXPERTS, Family, Json, Layout
-from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_top1, written
+from manyhands.families.fields import MISSING, Fields, decoder_fields, head_fields, norm_top1, written
 
 
-def _same(f: Fields, name: str, default: Any = ...) -> int:
+def _same(f: Fields, name: str, default: Any = MISSING) -> int:
     """A number, or a list of equal numbers, one per layer."""
-    value = f.take(name) if default is ... else f.take(name, default)
+    value = f.take(name, default)
     if isinstance(value, list):
-        if not value or any(v != value[0] for v in value):
+        if any(type(v) is not int or v != value[0] for v in value) or not value:
             raise f.wrong(name, "only the same number in every layer is supported")
         f.values[name] = value[0]
-    return int(f.integer(name, value if default is ... else default))
+    return int(f.integer(name, default))
+
+
+_ONLY: dict[str, Any] = {
+    "use_qk_norm": True,
+    "use_cla": False,
+    "use_mla": False,
+    "mlp_bias": False,
+    "norm_topk_prob": True,
+    "moe_layer_num_skipped": 0,
+    "use_mixed_mlp_moe": True,
+    "use_rotary_pos_emb": True,
+    "position_embedding_xdrope": False,
+    "norm_type": "rms",
+    "group_limited_greedy": False,
+    "routed_scaling_factor": 1.0,
+    "add_classification_head": False,
+    "moe_drop_tokens": False,
+    "moe_random_routing_dropped_token": False,
+}
+_UNUSED = (
+    "cla_share_factor", "class_num", "dense_list", "pool_type", "n_group", "topk_group", "org_vocab_size", "pad_id",
+    "mask_init_id", "im_start_id", "im_end_id", "im_newline_id", "image_token_id", "text_start_id", "text_end_id",
+    "video_start_id", "video_end_id", "num_media_embeds",
+)  # fmt: skip
+"""Of the publisher's other models, which the same file describes; without effect beside what `_ONLY` asks for."""
 
 
 def read(f: Fields) -> ModelConfig:
     f.activation()
-    for name, value in (("use_qk_norm", True), ("use_cla", False), ("use_mla", False), ("mlp_bias", False)):
+    for name, value in _ONLY.items():
         f.only(name, value)
-    f.only("norm_topk_prob", True)
-    f.only("moe_layer_num_skipped", 0)
-    f.only("use_mixed_mlp_moe", True)
+    f.ignore(*_UNUSED)
     f.only("num_shared_expert", 1, [1] * max(0, min(4096, f.integer("num_hidden_layers"))))
     k, width, bias = _same(f, "moe_topk"), f.integer("intermediate_size"), f.flag("attention_bias", False)
     if _same(f, "moe_intermediate_size", width) != width:

@@ -1,7 +1,7 @@
 """Kimi K2.5, its language model: K2's under `text_config` and `language_model.`, beside a vision tower.
 
 The vision tower and its projector are not computed with; a round trip keeps them. The published experts are INT4 in
-groups of 32 (`checkpoint/quantized.py`).
+groups of 32 (`checkpoint/quantized.py`). `text_config` calls itself `kimi_k2`.
 """
 
 from collections.abc import Iterator
@@ -23,11 +23,17 @@ def _pieces(config: ModelConfig) -> Iterator[Piece]:
     yield from _LAYOUT(config)
 
 
+def _write(config: ModelConfig) -> Json:
+    own = {"model_type": "kimi_k2", "architectures": ["DeepseekV3ForCausalLM"]}
+    return DEEPSEEK_V3.write(config) | own
+
+
 KIMI_K25 = replace(
     DEEPSEEK_V3,
     model_type="kimi_k25",
     architecture="KimiK25ForConditionalGeneration",
     published="Kimi K2.5 (language model)",
+    write=_write,
     pieces=_pieces,
     kept=_kept,
     text_field="text_config",

@@ -2,7 +2,7 @@
 
 from typing import Any, Literal
 
-from manyhands.config import ModelConfig, Strict, parse
+from manyhands.config import ModelConfig, PackedConfig, Strict, parse
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families.base import Family, Json, Piece
 from manyhands.families.fields import Fields
@@ -14,6 +14,8 @@ class Description(Strict):
     model_type: Literal["manyhands"] = "manyhands"
     version: Literal[1] = 1
     model: ModelConfig
+    packed: PackedConfig | None = None
+    """Of a quantised model: what lies in packed records instead of tensors."""
 
 
 def read(f: Fields) -> ModelConfig:
@@ -21,8 +23,14 @@ def read(f: Fields) -> ModelConfig:
 
 
 def write(config: ModelConfig) -> Json:
-    fields: dict[str, Any] = Description(model=config).model_dump(mode="json")
+    fields: dict[str, Any] = Description(model=config).model_dump(mode="json", exclude={"packed"})
     return fields
+
+
+def packed_section(values: Json) -> PackedConfig | None:
+    """What of a quantised model is packed, from a `config.json` that `read` has read."""
+    section = values.get("packed")
+    return None if section is None else parse(PackedConfig, section, "packed")
 
 
 def _pieces(config: ModelConfig) -> list[Piece]:

@@ -11,6 +11,9 @@ from manyhands.families.fields import Fields, decoder_fields, dense_layers, head
 def read(f: Fields) -> ModelConfig:
     f.activation()
     f.ignore("max_window_layers")  # every layer has the window, if there is one
+    f.only("use_qk_norm", True)  # these three stand in Qwen3-Coder's files
+    f.only("qkv_bias", False)
+    f.only("shared_expert_intermediate_size", 0)
     k, norm, bias = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", False), f.flag("attention_bias", False)
     window = f.integer("sliding_window", None)
     moe = {

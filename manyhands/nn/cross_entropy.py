@@ -3,9 +3,11 @@
 T tokens, D model width, V vocabulary.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -60,6 +62,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None,
             None,
         )
+
+
+def cross_entropy(
+    head: Callable[[Tensor], Tensor], states_TD: Tensor, targets_T: Tensor, mask_T: Tensor, num_classes: int
+) -> Tensor:
+    """The same mean for any head, logits = head(states), and without gradients: what a packed head is measured by."""
+    chunk = max(1, CHUNK_VALUES // num_classes)
+    total = torch.zeros((), dtype=torch.float32, device=states_TD.device)
+    for start in range(0, states_TD.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        losses = F.cross_entropy(head(states_TD[rows]).float(), targets_T[rows], reduction="none")
+        total = total + torch.where(mask_T[rows], losses, 0.0).sum()
+    return total / mask_T.sum().clamp(min=1)
 
 
 def linear_cross_entropy(states_TD: Tensor, head_VD: Tensor, targets_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -91,6 +91,23 @@ class Block(nn.Module):
         return x + y if self.residual_multiplier == 1.0 else x + self.residual_multiplier * y
 
 
+def find_positions(
+    config: ModelConfig, real_BL: Tensor, num_queries: int, plain: bool, clip_above: float | None = None
+) -> Positions:
+    """Where the last `num_queries` of L positions are. `plain` says that `real_BL` is all true: there is no padding."""
+    S, L, a = num_queries, real_BL.shape[1], config.attention
+    position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
+    windows = {a.window(layer) for layer in range(config.num_hidden_layers)} - {None}
+    return Positions(
+        rope_tables(config.rope, config.rope_dim, position_BL[:, L - S :]),
+        causal_mask(real_BL, S, None, plain),
+        causal=S == L,
+        sliding_mask=causal_mask(real_BL, S, a.sliding_window, plain) if windows else None,
+        clip_above=clip_above,
+        real_BS=None if plain else real_BL[:, L - S :],
+    )
+
+
 class Decoder(nn.Module):
     """A causal language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
 
@@ -111,8 +128,14 @@ class Decoder(nn.Module):
 
     @property
     def head_weight(self) -> Tensor:
-        """[V, D]: the output projection, which may be the embedding."""
+        """[V, D]: the output projection, which may be the embedding. A packed one has no such tensor: use `head`."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def head(self, states: Tensor) -> Tensor:
+        """Logits [..., V] of final states [..., D]."""
+        if self.lm_head is not None:
+            return self.lm_head(states)  # type: ignore[no-any-return]
+        return F.linear(states, self.embed_tokens.weight.to(states.dtype))
 
     def forward(
         self,
@@ -123,8 +146,7 @@ class Decoder(nn.Module):
     ) -> Output:
         """Logits for token ids [B, S]. See `hidden` for the arguments."""
         hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype)
-        logits = F.linear(hidden.states, self.head_weight.to(hidden.states.dtype))
-        return Output(logits, hidden.routings, hidden.cache)
+        return Output(self.head(hidden.states), hidden.routings, hidden.cache)
 
     def hidden(
         self,
@@ -147,18 +169,7 @@ class Decoder(nn.Module):
         plain = mask_BS is None and (cache is None or cache.mask_BS is None or bool(cache.mask_BS.all()))
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
         real_BL = real_BS if cache is None else cache.extend_mask(real_BS)
-        S, L = ids_BS.shape[1], real_BL.shape[1]
-        position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
-        a = self.config.attention
-        windows = {a.window(layer) for layer in range(self.config.num_hidden_layers)} - {None}
-        positions = Positions(
-            rope_tables(self.config.rope, self.config.rope_dim, position_BL[:, L - S :]),
-            causal_mask(real_BL, S, None, plain),
-            causal=S == L,
-            sliding_mask=causal_mask(real_BL, S, a.sliding_window, plain) if windows else None,
-            clip_above=clip_above,
-            real_BS=None if plain else real_BS,
-        )
+        positions = find_positions(self.config, real_BL, ids_BS.shape[1], plain, clip_above)
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
         x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import CheckpointError
+from manyhands.files import within
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
@@ -80,6 +81,8 @@ def _read(path: Path, largest: int) -> bytes | None:
             if path.exists() or path.is_symlink():
                 raise CheckpointError(f"{path}: cannot be read: it is not a regular file")
             return None
+        if not within(path):  # it would be copied, byte for byte, wherever the model is saved
+            raise CheckpointError(f"{path}: a symbolic link out of the checkpoint, which is not followed")
         with path.open("rb") as file:
             data = file.read(largest + 1)
     except OSError as error:

@@ -356,3 +356,18 @@ def test_remove_takes_the_manifest_first_and_survives_failure(tmp_path, monkeypa
     assert tree(tmp_path / "two") == ["a.txt", "sub", "sub/b.txt"]
     remove(tmp_path / "nowhere")
     assert "nowhere" in caplog.text
+
+
+def test_a_snapshot_of_the_hubs_cache_is_verified_through_its_links(tmp_path):
+    with building(tmp_path / "made") as new:
+        (new / "weights").write_bytes(b"abc")
+    repository = tmp_path / "models--owner--name"
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "snapshots" / "rev").mkdir(parents=True)
+    for file in (tmp_path / "made").iterdir():
+        file.rename(repository / "blobs" / f"{file.name}-hash")
+        (repository / "snapshots" / "rev" / file.name).symlink_to(f"../../blobs/{file.name}-hash")
+    verify(repository / "snapshots" / "rev")
+    (repository / "blobs" / "weights-hash").write_bytes(b"abd")
+    with pytest.raises(CheckpointError, match="SHA-256"):
+        verify(repository / "snapshots" / "rev")

@@ -202,4 +202,4 @@ def test_what_a_person_may_not_pass(run, tmp_path):
         with pytest.raises(CheckpointError) as caught:
             resolve_checkpoint(path)
         assert str(caught.value).startswith(f"{path}: {what}")
-        assert "expected a checkpoint" in str(caught.value) and "\n" not in str(caught.value)
+        assert "expected a model" in str(caught.value) and "\n" not in str(caught.value)

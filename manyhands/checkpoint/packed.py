@@ -1,0 +1,231 @@
+"""A quantised model as a directory of our own: packed records beside plain tensors, all of it mapped.
+
+config.json         {"model_type": "manyhands", "version": 1, "model": {…}, "packed": {"version": 1, "experts":
+                    {"format": "int4", "group_size": 32}, "linear": {"format": "int8", "group_size": 0}}}
+model.safetensors   layers.3.mlp.experts.records        uint8 [E, record_bytes]
+                    layers.3.self_attn.q_proj.record    uint8 [record_bytes]
+                    …and, behind all records, the tensors that are not packed
+
+The file's header is padded with spaces so that the data begins on a 4096-byte page; a record is whole pages, so every
+record begins on one, of the file and of its map. What a record holds follows from `config.json` alone.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.checkpoint.quantized import Header, Logical
+from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.tensor_files import DTYPES, NAMES, Stored, TensorFiles
+from manyhands.config import ModelConfig, PackedConfig
+from manyhands.config.shapes import GATED_ACTIVATIONS, Shape, tensor_shapes
+from manyhands.errors import CheckpointError, ConfigError
+from manyhands.families.manyhands import MANYHANDS
+from manyhands.moe.packed import RecordExperts, RecordLinear
+from manyhands.quant import Layout, expert_layout, linear_layout
+from manyhands.quant.packed import unpack_bias
+from manyhands.quant.panels import decode
+from manyhands.quant.record import PAGE
+from manyhands.text import Tokenizer
+
+CONFIG = "config.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One uint8 tensor of the file and what it stands for."""
+
+    name: str
+    module: str
+    """Where in the model it belongs."""
+    layout: Layout
+    num_experts: int | None
+    """None: a linear layer."""
+    sections: Mapping[str, str]
+    """Our tensor -> the section of the record that holds it."""
+
+    @property
+    def shape(self) -> Shape:
+        """Of the uint8 tensor."""
+        size = self.layout.record_bytes
+        return (size,) if self.num_experts is None else (self.num_experts, size)
+
+
+def records_of(config: ModelConfig, packed: PackedConfig) -> Iterator[Record]:
+    """Every record of a model, in its order. Raises `ConfigError` for sizes that no record has."""
+    shapes = tensor_shapes(config)
+    for name, shape in shapes.items():
+        module, _, leaf = name.rpartition(".")
+        if packed.experts is not None and leaf == "down_proj" and module.endswith(".mlp.experts"):
+            assert config.moe is not None
+            E, D, F = shape
+            activation, bias = config.moe.hidden_act, config.moe.expert_bias
+            gated, p = activation in GATED_ACTIVATIONS, packed.experts
+            layout = expert_layout(D, F, activation, p.format, p.group_size, gated=gated, bias=bias)
+            up = f"{module}.{'gate_up_proj' if gated else 'up_proj'}"
+            sections = {up: "up", name: "down"}
+            if bias:
+                sections |= {f"{up}_bias": "up_bias", f"{name}_bias": "down_bias"}
+            yield Record(f"{module}.records", module, layout, E, sections)
+        elif packed.linear is not None and leaf == "weight" and is_packable(name):
+            bias, p = f"{module}.bias" in shapes, packed.linear
+            outputs, inputs = shape
+            layout = linear_layout(outputs, inputs, p.format, p.group_size, bias=bias)
+            sections = {name: "weight"} | ({f"{module}.bias": "bias"} if bias else {})
+            yield Record(f"{module}.record", module, layout, None, sections)
+
+
+def is_packable(name: str) -> bool:
+    """Whether our tensor is the weight of a linear layer that `packed.linear` speaks of."""
+    module = name.removesuffix(".weight").rpartition(".")[2]
+    return name == "lm_head.weight" or ("_proj" in module and module != "kv_b_proj")
+
+
+def read_records(files: TensorFiles, config: ModelConfig, packed: PackedConfig) -> dict[str, Record]:
+    """The records of a checkpoint, each there, of the right dtype and size, and on a page; by name.
+
+    Raises `CheckpointError` naming the tensor.
+    """
+    found = {}
+    try:
+        for record in records_of(config, packed):
+            stored = files.stored.get(record.name)
+            if stored is None:
+                raise CheckpointError(f"{files.name}: tensor {record.name!r} is missing, which {CONFIG} calls for")
+            _check(files, record, stored)
+            found[record.name] = record
+    except ConfigError as error:
+        raise CheckpointError(f"{files.directory / CONFIG}: {error}") from None
+    if not found:
+        raise CheckpointError(f"{files.directory / CONFIG}: packed says that nothing is packed")
+    return found
+
+
+def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
+    where, layout = files.where(record.name), record.layout
+    if stored.header.dtype != "U8":
+        raise CheckpointError(f"{where} is {stored.header.dtype}; a packed record is U8")
+    if stored.header.shape != record.shape:
+        group = f" in groups of {layout.group_size}" if layout.group_size else ""
+        raise CheckpointError(
+            f"{where} has shape {list(stored.header.shape)}; {layout.format}{group}, as {CONFIG} says, takes "
+            f"{list(record.shape)}"
+        )
+    if stored.start % PAGE:
+        raise CheckpointError(f"{where} begins at byte {stored.start}, which is not on a {PAGE}-byte page")
+
+
+def packed_tensors(stored: Mapping[str, Header], records: Mapping[str, Record]) -> dict[str, Logical]:
+    """The tensors of a packed checkpoint as they are after decoding, by our names: exact, so float32 or bfloat16."""
+    found = {name: Logical(header, (name,), None) for name, header in stored.items() if name not in records}
+    for record in records.values():
+        for name, (section, shape) in _tensors(record).items():
+            if name in found:
+                raise CheckpointError(f"tensor {name!r} is stored twice: as it is, and in {record.name!r}")
+            dtype = "BF16" if record.layout.format == "bf16" and not section.endswith("bias") else "F32"
+            unpack = partial(_unpack, layout=record.layout, section=section)
+            found[name] = Logical(Header(dtype, shape), (record.name,), unpack)
+    return found
+
+
+def _tensors(record: Record) -> dict[str, tuple[str, Shape]]:
+    """Our tensor -> its section and shape."""
+    lead: Shape = () if record.num_experts is None else (record.num_experts,)
+    found: dict[str, tuple[str, Shape]] = {}
+    for name, section in record.sections.items():
+        m = record.layout.matrices[1 if section.startswith("down") else 0]
+        rows = m.parts * m.outputs
+        found[name] = (section, (*lead, rows) if section.endswith("bias") else (*lead, rows, m.inputs))
+    return found
+
+
+def _unpack(parts: Sequence[Tensor], out: Tensor, *, layout: Layout, section: str) -> None:
+    """One section of a record, or of each record of a stack."""
+    (records,) = parts
+    matrix = layout.matrices[1 if section.startswith("down") else 0]
+    scales = "scales" if section == "weight" else f"{section}_scales"
+    for record, target in zip(*((records[None], out[None]) if records.ndim == 1 else (records, out)), strict=True):
+        content = {name: record[start : start + size] for name, (start, size) in layout.sections.items()}
+        if section.endswith("bias"):
+            target.copy_(unpack_bias(content[section], matrix))
+        else:
+            target.copy_(decode(content[section], content.get(scales), matrix))
+
+
+class Unpacked(Mapping[str, Tensor]):
+    """A model's tensors by our names, from its state; one that lies in a record is decoded when it is asked for."""
+
+    def __init__(self, state: Mapping[str, Tensor], records: Mapping[str, Record]) -> None:
+        self._state, self._records = state, records
+        self._logical = packed_tensors({}, records)
+        self._last: tuple[str, Tensor] | None = None
+        self._names = [name for name in state if name not in records] + list(self._logical)
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._logical:
+            return self._state[name]
+        if self._last is None or self._last[0] != name:  # kept: a family asks for it expert by expert
+            self._last = None
+            logical = self._logical[name]
+            assert logical.decode is not None
+            out = torch.empty(logical.header.shape, dtype=DTYPES[logical.header.dtype])
+            logical.decode([self._state[part].cpu() for part in logical.parts], out)
+            self._last = (name, out)
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def hold_records(model: nn.Module, records: Mapping[str, Record], implementation: str) -> None:
+    """Put record modules in the places of the layers that they stand for; their contents are still to be loaded."""
+    for record in records.values():
+        parent, _, leaf = record.module.rpartition(".")
+        module: nn.Module
+        if record.num_experts is None:
+            module = RecordLinear(record.layout)
+        else:
+            module = RecordExperts(record.layout, record.num_experts, implementation)
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def write_packed(
+    directory: Path,
+    config: ModelConfig,
+    packed: PackedConfig,
+    dtype_of: Callable[[str], torch.dtype],
+    value: Callable[[str], Tensor],
+    *,
+    tokenizer: Tokenizer | None = None,
+    max_shard_size: int = MAX_SHARD_SIZE,
+) -> None:
+    """Fill an existing directory; use it inside `building`. `value` is asked for every record in the order of the
+    model, then for every tensor that is not packed; `dtype_of` says what the latter are."""
+    headers = packed_headers(config, packed, dtype_of)
+    fields: dict[str, Any] = {**MANYHANDS.write(config), "model_type": "manyhands", "packed": packed.model_dump()}
+    (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    write_shards(directory, headers, value, max_shard_size, align=PAGE)
+    if tokenizer is not None:
+        tokenizer.save_directory(directory)
+
+
+def packed_headers(
+    config: ModelConfig, packed: PackedConfig, dtype_of: Callable[[str], torch.dtype]
+) -> dict[str, Header]:
+    """Every tensor of the file, the records first. A record in between would not begin on a page."""
+    records = list(records_of(config, packed))
+    inside = {name for record in records for name in record.sections}
+    headers = {record.name: Header("U8", record.shape) for record in records}
+    assert all(math.prod(header.shape) % PAGE == 0 for header in headers.values())
+    plain = {name: shape for name, shape in tensor_shapes(config).items() if name not in inside}
+    return headers | {name: Header(NAMES[dtype_of(name)], shape) for name, shape in plain.items()}

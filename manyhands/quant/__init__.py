@@ -1,0 +1,22 @@
+"""Number formats for experts and linear layers: what a packed record is. Start with `record.py`.
+
+Nothing here needs a compiler: packing, unpacking and the exact dequantisation are plain torch.
+"""
+
+from manyhands.quant.linear import PackedLinear, pack_linear
+from manyhands.quant.packed import PackedExperts, pack_experts
+from manyhands.quant.record import FORMATS, GROUP_SIZES, VERSION, Layout, Matrix, expert_layout, linear_layout
+
+__all__ = [
+    "FORMATS",
+    "GROUP_SIZES",
+    "VERSION",
+    "Layout",
+    "Matrix",
+    "PackedExperts",
+    "PackedLinear",
+    "expert_layout",
+    "linear_layout",
+    "pack_experts",
+    "pack_linear",
+]

@@ -1,0 +1,144 @@
+"""The experts of one layer, packed: one record each, in one tensor.
+
+E experts, D model width, F expert width.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from manyhands.errors import CheckpointError
+from manyhands.quant.panels import decode, encode, from_panels, to_panels
+from manyhands.quant.record import PAGE, Format, Layout, Matrix, expert_layout, layout_from_header
+
+
+class Stacked(Protocol):
+    """Stacked weights as in `kernels.ExpertWeights`: up [E, 2F or F, D], down [E, D, F], biases, activation."""
+
+    @property
+    def up(self) -> Tensor: ...
+    @property
+    def down(self) -> Tensor: ...
+    @property
+    def up_bias(self) -> Tensor | None: ...
+    @property
+    def down_bias(self) -> Tensor | None: ...
+    @property
+    def activation(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """`records` [E, record_bytes] uint8, and where everything is in a record."""
+
+    records: Tensor
+    layout: Layout
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.records.shape[0]
+
+    def header(self) -> dict[str, Any]:
+        """What must stand beside the bytes in a file."""
+        return {**self.layout.header(), "num_experts": self.num_experts}
+
+    @classmethod
+    def from_bytes(cls, records: Tensor, header: dict[str, Any]) -> "PackedExperts":
+        """Take bytes (mapped, say) as they are. `CheckpointError` where they do not fit their header."""
+        layout = layout_from_header(header)
+        expected = (header.get("num_experts"), layout.record_bytes)
+        if layout.kind != "experts" or records.dtype != torch.uint8 or tuple(records.shape) != expected:
+            raise CheckpointError(f"packed experts: {tuple(records.shape)} {records.dtype}, not {expected} uint8")
+        return cls(records, layout)
+
+    def section(self, expert: int, name: str) -> Tensor | None:
+        """A view of one section's bytes, or None where the record has no such section."""
+        place = self.layout.sections.get(name)
+        return None if place is None else self.records[expert, place[0] : place[0] + place[1]]
+
+    def dequantize(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """up [E, 2F or F, D], down [E, D, F], up_bias, down_bias, all float32: exactly what the records stand for."""
+        up, down = self.layout.matrices
+        ups, downs, biases = [], [], []
+        for e in range(self.num_experts):
+            ups.append(_weights(self, e, "up", up))
+            downs.append(_weights(self, e, "down", down))
+            biases.append((_bias(self, e, "up_bias", up), _bias(self, e, "down_bias", down)))
+        up_bias = torch.stack([b for b, _ in biases if b is not None]) if self.layout.bias else None
+        down_bias = torch.stack([b for _, b in biases if b is not None]) if self.layout.bias else None
+        return torch.stack(ups), torch.stack(downs), up_bias, down_bias
+
+
+def _weights(packed: PackedExperts, expert: int, name: str, matrix: Matrix) -> Tensor:
+    section = packed.section(expert, name)
+    assert section is not None
+    return decode(section, packed.section(expert, f"{name}_scales"), matrix)
+
+
+def _bias(packed: PackedExperts, expert: int, name: str, matrix: Matrix) -> Tensor | None:
+    section = packed.section(expert, name)
+    return None if section is None else unpack_bias(section, matrix)
+
+
+def pack_bias(bias: Tensor, matrix: Matrix) -> Tensor:
+    """[parts · N] -> the section's bytes."""
+    column = Matrix(matrix.outputs, 1, matrix.parts, "float32", 0)
+    return to_panels(bias.detach().cpu().float()[:, None], column)[:, 0].contiguous().view(torch.uint8)
+
+
+def unpack_bias(section: Tensor, matrix: Matrix) -> Tensor:
+    """The inverse of `pack_bias`: [parts · N] float32."""
+    column = Matrix(matrix.outputs, 1, matrix.parts, "float32", 0)
+    return from_panels(section.view(torch.float32)[:, None], column)[:, 0]
+
+
+def empty_records(num_experts: int, record_bytes: int) -> Tensor:
+    """Zeroed [E, record_bytes] uint8 that begins on a page, so that what is read from disk can be read into it."""
+    room = torch.zeros(num_experts * record_bytes + PAGE, dtype=torch.uint8)
+    start = -room.data_ptr() % PAGE
+    return room[start : start + num_experts * record_bytes].view(num_experts, record_bytes)
+
+
+@torch.no_grad()
+def pack_experts(
+    experts: Stacked,
+    format: Format,
+    group_size: int = 32,
+    importance: tuple[Tensor, Tensor] | None = None,
+) -> PackedExperts:
+    """Round the weights to `format` and lay them out, one record per expert. The slow, exact way, in torch.
+
+    `importance` = (up [E, D], down [E, F]) weights the rounding error of each input (int8, int4).
+    """
+    E, D, F = experts.down.shape
+    gated = experts.up.shape[1] == 2 * F
+    bias = experts.up_bias is not None
+    layout = expert_layout(D, F, experts.activation, format, group_size, gated=gated, bias=bias)
+    packed = PackedExperts(empty_records(E, layout.record_bytes), layout)
+    for e in range(E):
+        for i, name in enumerate(("up", "down")):
+            matrix = layout.matrices[i]
+            weights = (experts.up, experts.down)[i][e]
+            write_matrix(packed, e, name, weights, matrix, None if importance is None else importance[i][e])
+            if bias:
+                given = (experts.up_bias, experts.down_bias)[i]
+                section = packed.section(e, f"{name}_bias")
+                assert given is not None and section is not None
+                section.copy_(pack_bias(given[e], matrix))
+    return packed
+
+
+def write_matrix(
+    packed: PackedExperts, expert: int, name: str, weights: Tensor, matrix: Matrix, importance_K: Tensor | None
+) -> None:
+    """Encode one matrix into its sections."""
+    section, scale_section = packed.section(expert, name), packed.section(expert, f"{name}_scales")
+    assert section is not None
+    values, scales = encode(weights, matrix, importance_K)
+    section.copy_(values)
+    if scales is not None:
+        assert scale_section is not None
+        scale_section.copy_(scales)
