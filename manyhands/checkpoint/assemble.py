@@ -63,24 +63,23 @@ def _part(out: Tensor, piece: Piece) -> Tensor:
 
 
 def _decode(source: Source, theirs: str, pieces: list[Piece], out: Tensor) -> None:
-    """Decode in place where the whole tensor goes to one place; else, if it is a stack, one expert at a time."""
-    logical = source.logical[theirs]
+    """Decode in place where that can be, and a stack expert by expert, letting go of what was read behind it."""
+    logical, files = source.logical[theirs], source.files
     assert logical.decode is not None
-    if len(pieces) == 1 and not pieces[0].theirs_index and out.device.type == "cpu":
-        source.value(theirs, _part(out, pieces[0]))
-        return
-    shape = logical.header.shape
-    stacked = len(shape) == 3 and all(piece.theirs_index[:1] in ((), (slice(None),)) for piece in pieces)
-    parts = [source.files.tensor(part) for part in logical.parts]
-    for first, last in [(e, e + 1) for e in range(shape[0])] if stacked else [(0, shape[0])]:
-        if pieces[0].transpose:  # decoded in the layout of ours, which the copies then read in order
-            value = torch.empty(last - first, shape[2], shape[1], dtype=out.dtype).transpose(1, 2)
-        else:
-            value = torch.empty(last - first, *shape[1:], dtype=out.dtype)
-        logical.decode([part[first:last] for part in parts] if stacked else parts, value)
+    parts = [files.tensor(part) for part in logical.parts]
+    if logical.by_rows and out.device.type == "cpu":
+        for e in range(logical.header.shape[0]):
+            for piece in pieces:
+                rows = piece.theirs_index[2] if len(piece.theirs_index) == 3 else slice(None)
+                logical.decode([part[e : e + 1, rows] for part in parts], _part(out, piece)[e : e + 1])
+            for name in logical.parts:
+                files.release(name, before=e + 1)
+    elif len(pieces) == 1 and not pieces[0].theirs_index and out.device.type == "cpu":
+        logical.decode(parts, _part(out, pieces[0]))
+    else:
+        value = source.value(theirs, torch.empty(logical.header.shape, dtype=out.dtype))
         for piece in pieces:
-            target = _part(out, piece)
-            (target[first:last] if stacked else target).copy_(value[piece.theirs_index])
+            _part(out, piece).copy_(value[piece.theirs_index])
 
 
 def their_tensor(header: Header, pieces: Iterable[Piece], ours: Mapping[str, Tensor]) -> Tensor:

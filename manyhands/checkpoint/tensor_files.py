@@ -106,12 +106,16 @@ class TensorFiles:
         raw = torch.frombuffer(self._map(stored.file), dtype=torch.uint8, count=stored.size, offset=stored.start)
         return raw.view(dtype).view(stored.header.shape)
 
-    def release(self, name: str) -> None:
-        """Let go of the pages that a tensor occupied. Its values can be read again; changes to it are lost."""
+    def release(self, name: str, before: int | None = None) -> None:
+        """Let go of the pages that a tensor occupied, or its first `before` entries along dimension 0.
+
+        Its values can be read again; changes to it are lost.
+        """
         stored = self.stored[name]
-        if stored.size:
+        size = stored.size if before is None else stored.size * before // stored.header.shape[0]
+        if size:
             start = stored.start - stored.start % mmap.PAGESIZE
-            self._map(stored.file).madvise(mmap.MADV_DONTNEED, start, stored.start + stored.size - start)
+            self._map(stored.file).madvise(mmap.MADV_DONTNEED, start, stored.start + size - start)
 
     def _map(self, file: str) -> mmap.mmap:
         if file not in self._maps:

@@ -34,6 +34,8 @@ class Logical:
     header: Header
     parts: tuple[str, ...]
     decode: Callable[[Sequence[Tensor], Tensor], None] | None
+    by_rows: bool = False
+    """A stack [E, K, N] whose parts [E, N, …] may be cut as `out` is: by experts, and by its last dimension."""
 
 
 def logical_tensors(
@@ -175,5 +177,5 @@ def _mxfp4(stored: _Stored) -> dict[str, Logical]:
             experts, n, groups, _ = header.shape
             stored.shaped(stem + "_scales", scales, (experts, n, groups))
             decoded = Header("BF16", (experts, groups * 32, n))
-            found[stem] = Logical(decoded, (name, stem + "_scales"), decode_mxfp4)
+            found[stem] = Logical(decoded, (name, stem + "_scales"), decode_mxfp4, by_rows=True)
     return found

@@ -1,0 +1,115 @@
+"""The receipt's tensors: what was packed, what was not and why, and the bytes on both sides."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from manyhands.checkpoint.packed import Record, is_packable
+from manyhands.checkpoint.receipt import describe, tensor_sha256
+from manyhands.checkpoint.source import Source
+from manyhands.config.shapes import tensor_shapes
+
+REASONS = {
+    "router": "float32: a rounded router chooses other experts",
+    "norm": "a norm is small",
+    "embedding": "the embedding is looked up, not multiplied",
+    "tied": "the embedding is looked up; the head is tied to it",
+    "kv_b_proj": "MLA's decoding multiplies with parts of it, head by head",
+    "other": "small",
+}
+
+
+def class_of(name: str) -> str:
+    """experts, linear, router, norm, embedding or other, for one of our tensors."""
+    module, _, leaf = name.rpartition(".")
+    if ".mlp.experts." in name:
+        return "experts"
+    if ".router." in name:
+        return "router"
+    if module.endswith("norm") and leaf == "weight":
+        return "norm"
+    if name == "embed_tokens.weight":
+        return "embedding"
+    weight = f"{module}.weight"
+    return "linear" if leaf in ("weight", "bias") and (is_packable(weight) or "kv_b_proj" in name) else "other"
+
+
+def tensors_of_the_receipt(
+    source: Source,
+    records: Mapping[str, Record],
+    relative_error: Mapping[str, float],
+    dtype_of: Callable[[str], torch.dtype],
+) -> dict[str, Any]:
+    """`source_tensors`, `packed_tensors`, `not_quantised` and `classes`."""
+    shapes = tensor_shapes(source.config)
+    inside = {ours: record for record in records.values() for ours in record.sections}
+    fates: dict[str, Any] = {}
+    classes: dict[str, dict[str, Any]] = {}
+    not_quantised: dict[str, str] = {}
+    for ours, pieces in source.pieces.items():
+        record = inside.get(ours)
+        tied = source.config.tie_word_embeddings
+        how = f"packed as {_format(record)}" if record is not None else "kept as it is"
+        if record is None:
+            not_quantised[ours] = _reason(ours, tied)
+        kind = classes.setdefault(class_of(ours), {"format": set(), "weights": 0, "bytes_before": 0, "bytes_after": 0})
+        kind["weights"] += torch.Size(shapes[ours]).numel()
+        kind["format"].add(_format(record) if record is not None else str(dtype_of(ours)).removeprefix("torch."))
+        if record is None:
+            kind["bytes_after"] += torch.Size(shapes[ours]).numel() * dtype_of(ours).itemsize
+        for piece in pieces:
+            logical = source.logical[piece.theirs]
+            for part in logical.parts:
+                if part not in fates:
+                    kind["bytes_before"] += source.files.stored[part].size
+                    fates[part] = _describe(source, part) | {
+                        "became": [],
+                        "how": how if logical.decode is None else f"decoded to {logical.header.dtype}, {how}",
+                    }
+                name = ours if record is None else record.name
+                if name not in fates[part]["became"]:
+                    fates[part]["became"].append(name)
+    for name in (*source.kept, *source.dropped):
+        why = "not computed with" if name in source.kept else "recomputed, or stored twice"
+        for part in source.logical[name].parts:
+            fates[part] = _describe(source, part) | {"became": [], "how": f"left out: {why}"}
+    for record in records.values():
+        classes[class_of(next(iter(record.sections)))]["bytes_after"] += torch.Size(record.shape).numel()
+    for kind in classes.values():
+        kind["format"] = " and ".join(sorted(kind["format"]))
+        kind["bits_per_weight"] = round(8 * kind["bytes_after"] / kind["weights"], 3)
+    packed_tensors = {
+        record.name: {
+            "holds": list(record.sections),
+            "format": _format(record),
+            "shape": list(record.shape),
+            "relative_error": {ours: relative_error[ours] for ours in record.sections if ours in relative_error},
+        }
+        for record in records.values()
+    }
+    return {
+        "source_tensors": fates,
+        "packed_tensors": packed_tensors,
+        "not_quantised": not_quantised,
+        "classes": classes,
+    }
+
+
+def _describe(source: Source, part: str) -> dict[str, Any]:
+    stored = source.files.stored[part]
+    entry = describe(stored.header, tensor_sha256(source.files.tensor(part))) | {"file": stored.file}
+    source.files.release(part)
+    return entry
+
+
+def _format(record: Record) -> str:
+    group = record.layout.group_size
+    return record.layout.format + (f" in groups of {group}" if group else "")
+
+
+def _reason(ours: str, tied: bool) -> str:
+    kind = class_of(ours)
+    if kind == "embedding" and tied:
+        return REASONS["tied"]
+    return REASONS["kv_b_proj"] if "kv_b_proj" in ours else REASONS.get(kind, REASONS["other"])

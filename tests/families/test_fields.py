@@ -1,0 +1,126 @@
+"""Every field of a `config.json` is understood, known to be harmless, or refused by name."""
+
+import copy
+import math
+from typing import Any
+
+import pytest
+
+from manyhands.config.shapes import tensor_shapes
+from manyhands.errors import ConfigError
+from manyhands.families import FAMILIES, canonical, export_config, read_config
+
+from .published import PUBLISHED, Json
+
+NAMES = sorted(PUBLISHED)
+
+
+def values_of(name: str) -> tuple[Json, Json]:
+    """A published `config.json`, and the part of it that describes the language model."""
+    values = copy.deepcopy(PUBLISHED[name][1])
+    return values, values[FAMILIES[name].text_field or ""] if FAMILIES[name].text_field else values
+
+
+def test_all_families_are_here() -> None:
+    assert PUBLISHED.keys() == FAMILIES.keys() - {"manyhands"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_published_model_reads_and_counts(name: str) -> None:
+    billions, values = PUBLISHED[name]
+    family, config = read_config(values, "config.json")
+    assert family.model_type == name
+    count = sum(
+        math.prod(shape) for n, shape in tensor_shapes(config).items() if not n.endswith("e_score_correction_bias")
+    )
+    assert count / 1e9 == pytest.approx(billions, rel=0.01)
+    again = read_config(export_config(family, config), "config.json")[1]
+    assert canonical(again) == canonical(config)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_field_is_refused_by_name(name: str) -> None:
+    values, text = values_of(name)
+    text["hyper_connections"] = 4
+    with pytest.raises(ConfigError, match=r"config\.json: unknown field 'hyper_connections' may change"):
+        read_config(values, "config.json")
+    text["hyper_connections"] = None
+    read_config(values, "config.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_harmless_field_is_accepted(name: str) -> None:
+    values, text = values_of(name)
+    expected = read_config(values, "config.json")[1]
+    text |= {"use_cache": False, "_name_or_path": "somewhere", "attention_dropout": 0.3, "torch_dtype": "float16"}
+    text |= {"num_return_sequences": 2, "id2label": {"0": "x"}, "router_aux_loss_coef": 0.5}
+    assert read_config(values, "config.json")[1] == expected
+
+
+OTHER_MATHS: list[tuple[str, str, Any]] = [
+    ("mixtral", "hidden_act", "relu"),
+    ("mixtral", "rope_scaling", {"type": "longrope", "factor": 2.0}),
+    ("mixtral", "rope_scaling", {"type": "linear", "factor": 2.0, "attention_boost": 3}),
+    ("mixtral", "num_experts_per_tok", "two"),
+    ("mixtral", "hidden_size", True),
+    ("mixtral", "rms_norm_eps", float("nan")),
+    ("qwen3_moe", "mlp_only_layers", 3),
+    ("olmoe", "clip_qkv", 8.0),
+    ("deepseek", "scoring_func", "sigmoid"),
+    ("deepseek", "moe_layer_freq", 2),
+    ("deepseek_v2", "norm_topk_prob", True),
+    ("deepseek_v2", "topk_method", "noaux_tc"),
+    ("deepseek_v3", "scoring_func", "softmax"),
+    ("deepseek_v3", "topk_method", "greedy"),
+    ("deepseek_v3", "num_key_value_heads", 8),
+    ("kimi_k25", "scoring_func", "softmax"),
+    ("gpt_oss", "swiglu_limit", 10.0),
+    ("gpt_oss", "layer_types", ["full_attention"]),
+    ("grok-1", "hidden_act", "silu"),
+    ("llama", "mlp_bias", True),
+    ("granitemoe", "logits_scaling", 0.0),
+    ("ernie4_5_moe", "use_bias", True),
+    ("ernie4_5_moe", "moe_gate", "top2"),
+    ("minimax_m2", "attn_type_list", [0] * 62),
+    ("minimax_m2", "shared_intermediate_size", 512),
+    ("hunyuan_v1_moe", "use_cla", True),
+    ("hunyuan_v1_moe", "moe_topk", [8] * 31 + [4]),
+    ("hunyuan_v1_moe", "rope_scaling", {"type": "dynamic", "factor": 2.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), OTHER_MATHS)
+def test_a_value_that_means_another_model_is_refused(name: str, field: str, value: Any) -> None:
+    values, text = values_of(name)
+    text[field] = value
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{field.removeprefix('rope_scaling')}"):
+        read_config(values, "config.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("field", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
+def test_a_missing_field_is_named(name: str, field: str) -> None:
+    values, text = values_of(name)
+    del text[field]
+    with pytest.raises(ConfigError, match=f"'{field}' is missing"):
+        read_config(values, "config.json")
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "mixtrall", "", "grok_1"])
+def test_an_unknown_family_lists_the_known(model_type: str) -> None:
+    with pytest.raises(ConfigError, match="is not a family manyhands knows") as caught:
+        read_config({"model_type": model_type}, "config.json")
+    for name in FAMILIES:
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("values", [{}, {"model_type": None}, {"model_type": 3}, [], "mixtral", None])
+def test_no_family_at_all(values: Any) -> None:
+    with pytest.raises(ConfigError, match=r"config\.json: "):
+        read_config(values, "config.json")
+
+
+@pytest.mark.parametrize("inner", [None, 3, [], "text"])
+def test_a_text_config_that_is_none(inner: Any) -> None:
+    with pytest.raises(ConfigError, match="'text_config' is missing or is not an object"):
+        read_config({"model_type": "kimi_k25", "text_config": inner}, "config.json")
