@@ -70,7 +70,9 @@ def quantize(
     max_shard_size: int = MAX_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a packed copy of a checkpoint (`open_source(find(path))`) and return the receipt. `sample` None: random ids.
+    """Write a packed copy of a checkpoint (`open_source(find(path))`) and return the receipt.
+
+    `sample` None: random ids, on which routing is compared.
 
     The directory appears complete, in one rename. Raises `UserError` for a model that is packed already and for ids
     that are not in its vocabulary, `CheckpointError` for a damaged one or for weights that are not finite,

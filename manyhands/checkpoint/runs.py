@@ -136,7 +136,7 @@ def _resolve(path: Path) -> Path:
     run = RunDirectory(path)
     if newest := run.newest_valid():
         return newest[1]
-    expected = f"expected a model (config.json and safetensors), a checkpoint with {MANIFEST}, or a run with complete ones"
+    expected = f"expected a model (config.json, safetensors), a checkpoint with {MANIFEST}, or a run that has one"
     if not path.is_dir():
         what = "not a directory" if path.exists() else "does not exist"
     elif run.checkpoints_dir.is_dir():

@@ -8,27 +8,35 @@ from manyhands.config import ModelConfig, RopeConfig, parse, suggest
 from manyhands.errors import ConfigError
 
 HARMLESS = frozenset(
-    """_name_or_path _attn_implementation _attn_implementation_autoset _commit_hash _experts_implementation
-    add_cross_attention add_bos_token architectures attn_implementation auto_map bad_words_ids begin_suppress_tokens
-    bos_token_id chunk_size_feed_forward cls_token_id cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size eos_token_id eod_token_id
-    exponential_decay_length_penalty ep_size finetuning_task forced_bos_token_id forced_eos_token_id gradient_checkpointing
-    id2label is_decoder is_encoder_decoder is_llama_config keys_to_ignore_at_inference label2id length_penalty
-    max_length mask_token_id min_length model_name model_type name no_repeat_ngram_size
-    num_beam_groups num_beams num_return_sequences output_attentions output_hidden_states output_router_logits
-    output_scores pad_token_id prefix problem_type pruned_heads quantization_config remove_invalid_values
-    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
-    temperature tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p unk_token_id use_bfloat16 use_cache use_return_dict""".split()
-)
+    {
+        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation",
+        "_name_or_path", "add_bos_token", "add_cross_attention", "architectures", "attn_implementation", "auto_map",
+        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cls_token_id",
+        "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
+        "early_stopping", "encoder_no_repeat_ngram_size", "eod_token_id", "eos_token_id", "ep_size",
+        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+        "gradient_checkpointing", "id2label", "is_decoder", "is_encoder_decoder", "is_llama_config",
+        "keys_to_ignore_at_inference", "label2id", "length_penalty", "mask_token_id", "max_length", "min_length",
+        "model_name", "model_type", "name", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
+        "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
+        "pad_token_id", "prefix", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
+        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
+        "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
+        "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16",
+        "use_cache", "use_return_dict"
+    }
+)  # fmt: skip
 """Bookkeeping, token ids and generation settings: nothing here changes what the model computes."""
 
 TRAINING_ONLY = frozenset(
-    """attention_dropout attn_pdrop aux_loss_alpha embd_pdrop embedding_dropout expert_dropout hidden_dropout
-    initializer_factor initial_context_length output_router_logits pretraining_tp resid_pdrop router_aux_loss_coef
-    router_jitter_noise router_z_loss_coef router_dropout seq_aux aux_loss_coef z_loss_coeff moe_dropout_prob
-    hidden_dropout_prob router_bias_update_rate""".split()
-)
+    {
+        "attention_dropout", "attn_pdrop", "aux_loss_alpha", "aux_loss_coef", "embd_pdrop", "embedding_dropout",
+        "expert_dropout", "hidden_dropout", "hidden_dropout_prob", "initial_context_length", "initializer_factor",
+        "moe_dropout_prob", "output_router_logits", "pretraining_tp", "resid_pdrop", "router_aux_loss_coef",
+        "router_bias_update_rate", "router_dropout", "router_jitter_noise", "router_z_loss_coef", "seq_aux",
+        "z_loss_coeff"
+    }
+)  # fmt: skip
 """Dropouts, losses and noise of training: the reference does not use them in evaluation, nor does the loss here."""
 
 MISSING: Any = object()

@@ -64,7 +64,7 @@ def misfit(family: Family, config: ModelConfig) -> str | None:
 
 
 def nearest(config: ModelConfig) -> Family:
-    """The first family that holds the model exactly. Raises `ConfigError` with the family that fits best and why not."""
+    """The first family that holds the model exactly. Raises `ConfigError` with the nearest and why not."""
     problems = {name: misfit(FAMILIES[name], config) for name in _EXPORTED}
     for name, problem in problems.items():
         if problem is None:

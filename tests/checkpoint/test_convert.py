@@ -82,7 +82,7 @@ def test_another_dtype_is_said_so(mixtral, tmp_path):
 def test_a_family_that_cannot_say_it_is_refused_before_anything_is_written(mixtral, tmp_path):
     with pytest.raises(ConfigError, match=r"does not fit olmoe: .*qk_norm = none here, full there"):
         convert(mixtral, tmp_path / "x", to="olmoe")
-    with pytest.raises(ConfigError, match="--to: model_type = 'mixtrall' .* did you mean 'mixtral'"):
+    with pytest.raises(ConfigError, match=r"--to: model_type = 'mixtrall' .* did you mean 'mixtral'"):
         convert(mixtral, tmp_path / "x", to="mixtrall")
     assert not list(tmp_path.iterdir())
 
@@ -149,5 +149,5 @@ def test_ours_goes_to_the_nearest_family(tmp_path):
     assert convert(tmp_path / "run", tmp_path / "out")["target"]["model_type"] == "mixtral"
     with building(tmp_path / "odd") as new:
         save_model(new, build(hidden_act="gelu", moe=MIXTRAL["moe"] | {"hidden_act": "gelu"}))
-    with pytest.raises(ConfigError, match="no family holds this model exactly; the nearest: .*hidden_act = gelu"):
+    with pytest.raises(ConfigError, match=r"no family holds this model exactly; the nearest: .*hidden_act = gelu"):
         convert(tmp_path / "odd", tmp_path / "x")
