@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import manyhands
-from manyhands.cli import check, evaluate, generate, train
+from manyhands.cli import chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
 from manyhands.errors import ManyhandsError
 
 app = typer.Typer(
@@ -16,12 +16,19 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich doubles the time of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
 app.command("generate")(generate.generate)
+app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("check")(check.check)
+app.command("convert")(convert.convert)
+app.command("quantize")(quantize.quantize)
+app.command("models")(models.models)
+app.command("plan")(plan.plan)
+app.command("doctor")(doctor.doctor)
 
 
 def _version(asked: bool) -> None:

@@ -24,7 +24,7 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("verb", ["", "train", "generate", "chat", "eval", "check"])
+@pytest.mark.parametrize("verb", ["", "train", "generate", "chat", "eval", "check", "convert", "models", "plan", "doctor"])
 def test_help_needs_no_torch(verb: str) -> None:
     code = (
         "import sys; sys.argv = ['manyhands', *sys.argv[1:]]\n"

@@ -1,0 +1,151 @@
+"""Layer shapes of systems that no family of ours reads: enough to count every parameter, and no more.
+
+A system that one of `manyhands.families` reads has that family's `config.json` fields instead.
+"""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from manyhands.config import Strict
+
+Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
+Count = Annotated[int, Field(strict=True, ge=0, le=1 << 24)]
+
+
+class AttentionShape(Strict):
+    """Multi-head or grouped-query attention."""
+
+    num_attention_heads: Size
+    num_key_value_heads: Size
+    head_dim: Size
+    attention_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    layers: Size | None = None
+    """How many layers have attention; None: all of them (Jamba: one in eight)."""
+    sliding_window: Size | None = None
+    window_layers: Count = 0
+    num_experts: Count = 0
+    """JetMoE: experts that own a query and an output projection and share one key and value projection."""
+    num_experts_per_tok: Count = 0
+
+
+class MambaShape(Strict):
+    """Jamba's state-space layer (Mamba, with RMSNorm of Δ, B and C)."""
+
+    layers: Size
+    inner_size: Size
+    state_size: Size
+    conv_kernel: Size
+    time_step_rank: Size
+
+
+class MoEShape(Strict):
+    """The sparse layers."""
+
+    layers: Size
+    num_experts: Size
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size
+    gated: bool = True
+    shared_intermediate_size: Count = 0
+    """Width of the feed-forward every token visits beside its experts."""
+    residual_intermediate_size: Count = 0
+    """Width of a dense network in parallel with the whole sparse layer (Arctic)."""
+    output_bias: bool = False
+    """One bias on the combined output (JetMoE)."""
+    selection_bias: bool = False
+    """A bias per expert that no gradient trains; saved, and not a parameter."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MoEShape":
+        if self.num_experts_per_tok > self.num_experts:
+            raise ValueError(f"num_experts_per_tok = {self.num_experts_per_tok} exceeds {self.num_experts} experts")
+        return self
+
+
+class DecoderShape(Strict):
+    """A decoder-only model. Layers that are not sparse have a dense feed-forward network."""
+
+    kind: Literal["decoder"] = "decoder"
+    num_hidden_layers: Size
+    hidden_size: Size
+    vocab_size: Size
+    tie_word_embeddings: bool = False
+    position_embeddings: Count = 0
+    """Learned positions (GPT-3)."""
+    attention: AttentionShape
+    mamba: MambaShape | None = None
+    intermediate_size: Count = 0
+    gated: bool = True
+    mlp_bias: bool = False
+    moe: MoEShape | None = None
+    norms_per_layer: Count = 2
+    norm_bias: bool = False
+    head_bias: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DecoderShape":
+        if self.moe is not None and self.moe.layers > self.num_hidden_layers:
+            raise ValueError(f"moe.layers = {self.moe.layers} exceeds num_hidden_layers = {self.num_hidden_layers}")
+        if self.dense_layers and not self.intermediate_size:
+            raise ValueError(f"{self.dense_layers} dense layers need an intermediate_size")
+        return self
+
+    @property
+    def dense_layers(self) -> int:
+        """How many layers are not sparse."""
+        return self.num_hidden_layers - (self.moe.layers if self.moe else 0)
+
+
+class EncoderDecoderShape(Strict):
+    """T5 (arXiv 1910.10683) and its sparse descendants Switch and ST-MoE: RMSNorm, relative position biases."""
+
+    kind: Literal["encoder_decoder"] = "encoder_decoder"
+    hidden_size: Size
+    vocab_size: Size
+    tie_word_embeddings: bool
+    intermediate_size: Size
+    gated: bool
+    num_attention_heads: Size
+    head_dim: Size
+    encoder_layers: Size
+    decoder_layers: Size
+    relative_buckets: Count = 32
+    num_experts: Count = 0
+    num_experts_per_tok: Count = 0
+    encoder_moe_layers: Count = 0
+    decoder_moe_layers: Count = 0
+    encoder_extra_dense: Count = 0
+    """Dense feed-forward networks beyond one per layer (ST-MoE follows each sparse one with a dense one)."""
+    decoder_extra_dense: Count = 0
+
+
+class LstmShape(Strict):
+    """Shazeer 2017 (arXiv 1701.06538): one hierarchical mixture between LSTM layers. Without embedding and softmax."""
+
+    kind: Literal["lstm"] = "lstm"
+    hidden_size: Size
+    lstm_layers: Size
+    num_experts: Size
+    num_experts_per_tok: Size
+    moe_intermediate_size: Size
+    num_groups: Size
+    """The first level of the hierarchy chooses among this many groups."""
+    groups_per_tok: Size
+
+
+class ExpertsShape(Strict):
+    """The experts alone, where the paper's table counts little else (GShard)."""
+
+    kind: Literal["experts"] = "experts"
+    hidden_size: Size
+    moe_intermediate_size: Size
+    gated: bool = False
+    moe_layers: Size
+    num_experts: Size
+    num_experts_per_tok: Size
+
+
+Shape = DecoderShape | EncoderDecoderShape | LstmShape | ExpertsShape

@@ -1,0 +1,195 @@
+"""`manyhands models`: the catalogue as a table, and its published figures beside the computed ones."""
+
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from manyhands.catalog import Entry
+    from manyhands.plan import Counts
+    from manyhands.plan.published import Comparison
+
+MARKS = {"rumour": "?", "assumed": "*", "undisclosed": "not disclosed"}
+
+
+def models(
+    sparse: Annotated[bool, typer.Option("--sparse", help="Only mixtures of experts.")] = False,
+    dense: Annotated[bool, typer.Option("--dense", help="Only dense models.")] = False,
+    sort: Annotated[
+        Literal["name", "total", "active", "released"], typer.Option(help="Largest or newest first; name: A to Z.")
+    ] = "name",
+    check: Annotated[
+        bool, typer.Option("--check", help="Every published figure beside the computed one; exit code 4 if one is off.")
+    ] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print as JSON, figures and sources included.")] = False,
+) -> None:
+    """The catalogue: published systems, dense and sparse, with what is known of each.
+
+    Counts are computed from the architecture. `?` marks a rumour, `*` an architecture that is assumed because it
+    reproduces the published sizes. Active parameters are shown with and without the input embedding.
+    """
+    chosen = _chosen(sparse, dense)
+    if check:
+        _check({entry.id for entry in chosen}, json_output)
+        return
+    from manyhands.plan.published import counts_of
+
+    rows = [(entry, counts_of(entry)) for entry in chosen]
+    rows.sort(key=lambda row: _key(row[0], row[1], sort), reverse=sort != "name")
+    if json_output:
+        import json
+
+        print(json.dumps([_described(entry, counts) for entry, counts in rows], ensure_ascii=False))
+        return
+    _table(rows)
+
+
+def _chosen(sparse: bool, dense: bool) -> "list[Entry]":
+    from manyhands.catalog import entries
+
+    wanted = {True} if sparse and not dense else {False} if dense and not sparse else {True, False, None}
+    return [entry for entry in entries() if entry.sparse in wanted]
+
+
+def _key(entry: "Entry", counts: "Counts | None", sort: str) -> Any:
+    if sort == "name":
+        return entry.id
+    if sort == "released":
+        return entry.released
+    if counts is None:  # a rumour orders nothing
+        return 0
+    return counts.total if sort == "total" else counts.active
+
+
+def _table(rows: "list[tuple[Entry, Counts | None]]") -> None:
+    columns = ("system", ">total", ">active", ">without emb.", ">experts", ">context", "released", "licence")
+    lines = []
+    for entry, counts in rows:
+        context = "" if entry.context is None else _short(entry.context)
+        sizes, experts = _sizes(entry, counts), _experts(entry)
+        lines.append((entry.id, *sizes, experts, context, entry.released, entry.license))
+    _print(columns, lines)
+
+
+def _sizes(entry: "Entry", counts: "Counts | None") -> tuple[str, str, str]:
+    if counts is not None:
+        mark = MARKS.get(entry.architecture, "")
+        numbers = (counts.total, counts.active, counts.active_without_embedding)
+        total, active, without = (_short(number) + mark for number in numbers)
+        return total, active, without
+    total_, active_ = (_quoted(entry, what) for what in ("total", "active"))
+    return total_, active_, ""
+
+
+def _quoted(entry: "Entry", what: str) -> str:
+    figure = entry.figure(what)
+    if figure is None:
+        return ""
+    return MARKS["undisclosed"] if figure.printed is None else figure.printed + MARKS.get(figure.kind, "")
+
+
+def _experts(entry: "Entry") -> str:
+    """`256 + 1, top 8`: in one layer, shared ones after the plus."""
+    described = _mixture(entry)
+    if described is None:
+        quoted, top = (_quoted(entry, what) for what in ("experts", "top_k"))
+        return f"{quoted}, top {top}" if top else quoted
+    experts, shared, k = described
+    return f"{experts}{f' + {shared}' if shared else ''}, top {k}"
+
+
+def _mixture(entry: "Entry") -> tuple[int, int, int] | None:
+    """(experts, shared ones, experts per token) of one sparse layer."""
+    config, shape = entry.config, entry.shape
+    if config is not None and config.moe is not None:
+        return config.moe.router.num_experts, config.moe.n_shared_experts, config.moe.router.num_experts_per_tok
+    mixture: Any = getattr(shape, "moe", None) or shape
+    if not getattr(mixture, "num_experts", 0):
+        return None
+    shared = getattr(mixture, "shared_intermediate_size", 0)
+    return mixture.num_experts, shared // mixture.moe_intermediate_size if shared else 0, mixture.num_experts_per_tok
+
+
+def _short(number: float) -> str:
+    """`671B`, `37.6B`, `789M`: three digits and more of whole numbers."""
+    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if number >= scale:
+            value = number / scale
+            return f"{value:.0f}{letter}" if value >= 100 else f"{value:.3g}{letter}"
+    return f"{number:.0f}"
+
+
+def _described(entry: "Entry", counts: "Counts | None") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    values = entry.model_dump(mode="json", exclude={"shape", "config_fields"}, exclude_none=True)
+    for figure, dumped in zip(entry.figures, values["figures"], strict=True):
+        dumped |= {"value": figure.value, "unit": figure.unit}
+    mixture = _mixture(entry)
+    if mixture is not None:
+        values["mixture"] = dict(zip(("experts", "shared", "experts_per_token"), mixture, strict=True))
+    if counts is not None:
+        values["computed"] = asdict(counts)
+    return values
+
+
+def _check(chosen: set[str], json_output: bool) -> None:
+    from manyhands.errors import CheckFailed
+    from manyhands.plan.published import compare_all
+
+    rows = [row for row in compare_all() if row.id in chosen]
+    if json_output:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(row) | {"difference": row.difference} for row in rows], ensure_ascii=False))
+    else:
+        _check_table(rows)
+        verdicts = [row.verdict for row in rows]
+        shown = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
+        print(f"{len(rows)} published figures of {len({row.id for row in rows})} systems: {shown}")
+    off = [row for row in rows if row.verdict == "off"]
+    if off:
+        raise CheckFailed(
+            f"{len(off)} published figures differ without an explanation, the first: {off[0].id} {off[0].what}"
+        )
+
+
+def _check_table(rows: "list[Comparison]") -> None:
+    columns = ("system", "what", ">published", ">computed", ">difference", "the computed number", "because")
+    lines = []
+    for row in rows:
+        mark, difference = MARKS.get(row.kind, ""), f"{100 * row.difference:+.2f} %"
+        numbers = (row.printed + mark, row.computed_as_printed(), difference)
+        lines.append((row.id, row.what, *numbers, row.verdict, row.because))
+    _print(columns, lines)
+
+
+def _print(columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
+    """`>` marks a column of numbers. A table that fits the terminal; elsewhere one plain line per row."""
+    if sys.stdout.isatty():
+        _print_fitted(columns, lines)
+        return
+    names = [name.lstrip(">") for name in columns]
+    widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
+    for line in (names, *lines):
+        cells = (
+            text.rjust(width) if name.startswith(">") else text.ljust(width)
+            for name, text, width in zip(columns, line, widths, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+def _print_fitted(columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for name in columns:
+        right, last = name.startswith(">"), name == columns[-1]
+        table.add_column(name.lstrip(">"), justify="right" if right else "left", no_wrap=not last)
+    for line in lines:
+        table.add_row(*line)
+    Console(highlight=False).print(table)

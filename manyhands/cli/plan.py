@@ -1,0 +1,241 @@
+"""`manyhands plan`: what a model costs, from its description alone."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from manyhands.errors import ConfigError
+
+if TYPE_CHECKING:
+    from manyhands.plan.machine import Machine
+    from manyhands.plan.report import Ask, Section
+    from manyhands.plan.storage import Storage
+    from manyhands.plan.subject import Subject
+    from manyhands.plan.traffic import Load
+
+
+def plan(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A name of the catalogue, a config.json, a checkpoint or run directory, a run file, a preset.",
+        ),
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to a preset or run file.")
+    ] = None,
+    versus: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model, side by side.")] = None,
+    machine: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="here (measured once), h100x8, m4-max, …; the speeds are its upper bound."),
+    ] = None,
+    context: Annotated[str | None, typer.Option(metavar="TOKENS", help="4096, 32k, …  Default: 4k.")] = None,
+    batch: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences decoded together.")] = 1,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help="Length of the prompt.  Default: context.")
+    ] = None,
+    format: Annotated[
+        str | None, typer.Option(help="Weights: bf16, int8, int4, fp8, mxfp4, fp32, native.  Default: native.")
+    ] = None,
+    bits: Annotated[
+        str | None, typer.Option(metavar="CLASS=BITS,…", help="Bits per weight of routed, linear, embedding, rest.")
+    ] = None,
+    kv_bits: Annotated[float, typer.Option(min=1, max=32, help="Bits per cached number.")] = 16,
+    load: Annotated[Path | None, typer.Option(help="A recorded load: journal.jsonl, or eval --json's output.")] = None,
+    price: Annotated[float | None, typer.Option(help="USD per device and hour.")] = None,
+    tokens: Annotated[str | None, typer.Option(help="Train on so many: 14.8T.")] = None,
+    utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the matrix rate in training.")] = 0.4,
+    gpu_hours: Annotated[str | None, typer.Option(help="Device hours of training, instead of --utilisation.")] = None,
+    scale: Annotated[bool, typer.Option("--scale", help="Expert parallelism on paper.")] = False,
+    devices: Annotated[int | None, typer.Option(min=2, help="With --scale: expert-parallel devices.")] = None,
+    tokens_per_device: Annotated[
+        int, typer.Option(min=1, max=1 << 24, help="With --scale: per layer and step.")
+    ] = 4096,
+    imbalance: Annotated[float, typer.Option(min=1.0, max=1e4, help="With --scale: busiest / mean load.")] = 1.0,
+    flops: Annotated[str | None, typer.Option(help="Scaling law: the best model for so many FLOPs, 1e20.")] = None,
+    include_rumours: Annotated[
+        bool, typer.Option("--include-rumours", help="Compute with figures nobody confirmed.")
+    ] = False,
+    explain: Annotated[bool, typer.Option("--explain", help="Print every formula with the numbers in it.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw to a .png, .svg or .pdf.")] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Parameters, FLOPs, bytes, memory, best speed, price: of one model, or of two side by side.
+
+    Computed from the configuration; nothing is loaded. Speeds need --machine and are upper bounds (a roofline).
+    """
+    from manyhands.plan.report.numbers import length, quantity
+    from manyhands.plan.storage import storage_named, with_bits
+    from manyhands.plan.subject import read_subject
+
+    subjects = [read_subject(model, overrides or [], include_rumours=include_rumours)]
+    if versus is not None:
+        subjects.append(read_subject(versus, include_rumours=include_rumours))
+    given = {
+        "--load": load,
+        "--price": price,
+        "--tokens": tokens,
+        "--gpu-hours": gpu_hours,
+        "--scale": scale,
+        "--flops": flops,
+        "--devices": devices,
+        "--imbalance": imbalance != 1.0,
+        "--tokens-per-device": tokens_per_device != 4096,
+    }
+    _refuse_ignored(subjects, {option for option, value in given.items() if value})
+    asked: list[Storage | None] = []
+    for subject in subjects:
+        held = storage_named(format, subject.native) if format else None
+        asked.append(with_bits(held or _default(subject), bits) if bits else held)
+
+    from manyhands.plan.report import Ask
+
+    values: dict[str, Any] = {
+        "batch": batch,
+        "prompt": length(prompt, "--prompt") if prompt else None,
+        "kv_bits": kv_bits,
+        "machine": _machine(machine, needed=scale or (price is not None and tokens is None), json_output=json_output),
+        "load": _load(load, subjects[0]),
+        "price": _positive(price, "--price"),
+        "tokens": quantity(tokens, "--tokens") if tokens else None,
+        "hours": quantity(gpu_hours, "--gpu-hours") if gpu_hours else None,
+        "utilisation": utilisation,
+        "scale": scale,
+        "devices": devices,
+        "tokens_per_device": tokens_per_device,
+        "imbalance": imbalance,
+        "flops": quantity(flops, "--flops", 1e12, 1e30) if flops else None,
+    }
+    if devices is not None and values["machine"] is not None:
+        from manyhands.plan.report.scale import check_devices
+
+        check_devices(subjects[0], values["machine"], devices)
+    positions = [s.sizes.positions for s in subjects if s.sizes is not None and s.sizes.positions is not None]
+    values["context"] = length(context, "--context") if context else min([4096, *positions])
+    asks = [
+        Ask(**values, storage=storage or _default(subject)) for subject, storage in zip(subjects, asked, strict=True)
+    ]
+    sections = _sections(subjects, asks)
+    if plot is not None:
+        from manyhands.plan.report.plot import draw
+
+        draw(plot, subjects, asks)
+    _print(subjects, asks, sections, explain=explain, json_output=json_output, hint=machine is None)
+    if plot is not None and not json_output:
+        print(f"\ndrawn: {plot}")
+
+
+def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
+    """Raises `ConfigError` for an option that would change nothing."""
+    first = subjects[0]
+    if len(subjects) > 1 and given:
+        raise ConfigError(f"{min(given)} is about one model: leave --versus out")
+    if first.sizes is None and (about := given - {"--flops"}):
+        raise ConfigError(
+            f"{min(about)} has no meaning for {first.name}: only parameters and memory are planned for it"
+        )
+    if first.sizes is not None and not first.sizes.num_experts and (about := given & {"--scale", "--load"}):
+        raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")
+    if first.config is None and "--load" in given:
+        raise ConfigError(f"--load has no meaning for {first.name}: it is not of a family that manyhands runs")
+    if "--scale" not in given and (about := given & {"--devices", "--imbalance", "--tokens-per-device"}):
+        raise ConfigError(f"{min(about)} goes with --scale")
+    if "--gpu-hours" in given and "--tokens" not in given:
+        raise ConfigError("--gpu-hours goes with --tokens")
+
+
+def _sections(subjects: "list[Subject]", asks: "list[Ask]") -> "list[Section]":
+    from manyhands.plan.report import build_sections
+
+    if len(subjects) == 1:
+        return build_sections(subjects[0], asks[0])
+    from manyhands.plan.report.versus import build_versus
+
+    return build_versus((subjects[0], asks[0]), (subjects[1], asks[1]))
+
+
+def _default(subject: "Subject") -> "Storage":
+    from manyhands.plan.storage import BF16
+
+    return subject.native or BF16
+
+
+def _machine(name: str | None, *, needed: bool, json_output: bool) -> "Machine | None":
+    """The machine asked for; this one if it was measured before and none was asked for."""
+    if name is not None and name != "here":
+        from manyhands.plan.machine import machine_named
+
+        return machine_named(name)
+    from manyhands.plan.host import cache_file
+
+    if name is None and not needed and not cache_file().exists():
+        return None
+    from manyhands.plan.remember import measured, remembered
+
+    if name == "here":
+        return measured(quiet=json_output).machine
+    known = remembered()
+    if known is None and needed:
+        raise ConfigError("this needs a machine: give --machine here, or a name such as h100x8")
+    return known.machine if known is not None else None
+
+
+def _load(path: Path | None, subject: "Subject") -> "Load | None":
+    if path is None or subject.config is None:
+        return None
+    from manyhands.plan.load_file import read_load
+
+    return read_load(path, subject.config)
+
+
+def _positive(value: float | None, what: str) -> float | None:
+    if value is not None and not 0 < value < 1e9:
+        raise ConfigError(f"{what} {value:g}: expected more than 0")
+    return value
+
+
+def _print(
+    subjects: "list[Subject]",
+    asks: "list[Ask]",
+    sections: "list[Section]",
+    *,
+    explain: bool,
+    json_output: bool,
+    hint: bool,
+) -> None:
+    import shutil
+    import sys
+
+    if json_output:
+        import json
+
+        print(json.dumps(_as_dict(subjects, asks, sections), allow_nan=False))
+        return
+    from manyhands.plan.report.render import render, wrapped
+
+    width, bold = min(shutil.get_terminal_size((100, 24)).columns, 120), sys.stdout.isatty()
+    for subject in subjects:
+        print(f"{subject.name}: {subject.origin}")
+        for note in subject.notes:
+            print("\n".join(wrapped(f"note: {note}", width)))
+    print()
+    print(render(sections, width, explain=explain, bold=bold))
+    if hint and asks[0].machine is None and subjects[0].sizes is not None:
+        print("\nFor speeds: --machine here (measures this one, once, in some seconds), or h100x8, m4-max, …")
+
+
+def _as_dict(subjects: "list[Subject]", asks: "list[Ask]", sections: "list[Section]") -> dict[str, Any]:
+    from dataclasses import asdict
+
+    return {
+        "models": [
+            {"name": s.name, "origin": s.origin, "notes": list(s.notes), "counts": asdict(s.counts)} for s in subjects
+        ],
+        "context": asks[0].context,
+        "batch": asks[0].batch,
+        "format": [ask.storage.name for ask in asks],
+        "machine": asks[0].machine.model_dump() if asks[0].machine is not None else None,
+        "sections": {section.key: section.to_dict() for section in sections},
+    }

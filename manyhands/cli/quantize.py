@@ -1,0 +1,166 @@
+"""`manyhands quantize`: a model's weights in 4, 8 or 16 bits, and what that cost."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from manyhands.errors import DataError
+
+if TYPE_CHECKING:
+    from manyhands.checkpoint.quantize import Sample
+    from manyhands.checkpoint.source import Source
+    from manyhands.text import Document, Tokenizer
+
+SEQUENCE, BATCH = 256, 8
+BUILT_IN = "the standard library's sources"
+
+
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    target: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    experts: Annotated[Literal["int4", "int8", "bf16"], typer.Option(help="The routed experts.")] = "int4",
+    linear: Annotated[
+        Literal["int8", "int4", "bf16"], typer.Option(help="Attention, shared experts, dense layers, head.")
+    ] = "int8",
+    group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")] = 32,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="Text to calibrate with and to measure on: file, folder, glob, stdlib or hf:NAME."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
+    ] = "text",
+    max_batches: Annotated[
+        int | None, typer.Option(min=1, help=f"Of {BATCH} × {SEQUENCE} tokens. Default: 4, without --data 1.")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
+) -> None:
+    """Write a packed copy of a model; receipt.json says what was rounded, what was not, and what changed.
+
+    The router, norms and the embedding are never rounded. Without --data every input of a layer counts the same; with
+    it an input's rounding error is weighed by its mean square. Either way routing and perplexity are compared with
+    the original's on sample text.
+    """
+    from manyhands.config import PackedConfig, parse
+
+    def packing(format: str) -> dict[str, Any]:
+        return {"format": format, "group_size": group_size if format == "int4" else 0}
+
+    packed = parse(PackedConfig, {"experts": packing(experts), "linear": packing(linear)}, "--experts and --linear")
+    documents = None
+    if data:
+        from manyhands.text import read_documents
+
+        documents = read_documents(data, text_field)
+
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from manyhands.checkpoint.model import find
+    from manyhands.checkpoint.quantize import quantize as run
+    from manyhands.checkpoint.source import open_source
+
+    source = open_source(find(model))
+    sample = _sample(source, documents, data or [], max_batches)
+    columns = (TextColumn("{task.fields[tensor]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("tensors", total=None, tensor="")
+        receipt = run(
+            source,
+            target,
+            packed,
+            sample,
+            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
+        )
+    if json_output:
+        import json
+
+        print(json.dumps(receipt))
+    else:
+        _print(receipt, target)
+    _warn(receipt["routing_agreement"])
+
+
+def _sample(
+    source: "Source", documents: "list[Document] | None", names: list[str], max_batches: int | None
+) -> "Sample | None":
+    """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
+    from manyhands.checkpoint.model import TOKENIZER
+    from manyhands.checkpoint.quantize import Sample
+    from manyhands.text import Tokenizer, read_documents
+
+    if not (source.directory / TOKENIZER).is_file():
+        if documents is not None:
+            raise DataError(f"{source.directory}: there is no {TOKENIZER}, and --data is text")
+        return None
+    tokenizer = Tokenizer.from_directory(source.directory)
+    calibrate = documents is not None
+    if documents is None:
+        try:
+            documents = read_documents(["stdlib"])
+        except DataError:  # a Python without its sources
+            return None
+    S = min(SEQUENCE, source.config.max_position_embeddings)
+    ids = _encode(documents, tokenizer, (max_batches or (4 if calibrate else 1)) * BATCH * S + 1)
+    if len(ids) < 2:
+        raise DataError(f"{' '.join(names)}: {len(ids)} tokens are too few: 2 are needed")
+
+    import torch
+
+    S = min(S, len(ids) - 1)
+    rows = [ids[start : start + S + 1] for start in range(0, len(ids) - S, S)]
+    return Sample(torch.tensor(rows), ", ".join(names) if names else BUILT_IN, calibrate)
+
+
+def _encode(documents: "list[Document]", tokenizer: "Tokenizer", enough: int) -> list[int]:
+    """The first tokens of the documents, in order, as training reads them."""
+    from manyhands.text import encode_documents
+
+    ids: list[int] = []
+    for document in documents:
+        ids += encode_documents([document], tokenizer).tolist()
+        if len(ids) >= enough:
+            break
+    return ids[:enough]
+
+
+def _print(receipt: dict[str, Any], target: Path) -> None:
+    packed = receipt["target"]["packed"]
+    formats = ", ".join(f"{name} {packed[name]['format']}" for name in ("experts", "linear") if packed[name])
+    print(f"{receipt['source']['model_type']} -> {target}: {formats}")
+    print(f"  {'':10} {'weights':>16} {'bits each':>9} {'MB before':>10} {'MB after':>10}  stored as")
+    classes = receipt["classes"]
+    for name, found in classes.items():
+        before, after = found["bytes_before"] / 1e6, found["bytes_after"] / 1e6
+        print(
+            f"  {name:10} {found['weights']:>16,} {found['bits_per_weight']:>9.2f} {before:>10.1f} {after:>10.1f}  "
+            f"{found['format']}"
+        )
+    before, after = (sum(found[f"bytes_{when}"] for found in classes.values()) / 1e6 for when in ("before", "after"))
+    print(f"  {'together':10} {'':>16} {'':>9} {before:>10.1f} {after:>10.1f}")
+    if calibration := receipt["calibration"]:
+        print(f"calibrated on {calibration['tokens']:,} tokens of {calibration['text']}")
+        for layer, few in calibration["weighed_by_all_tokens"].items():
+            shown = ", ".join(map(str, few[:12])) + (", …" if len(few) > 12 else "")
+            print(f"  layer {layer}: experts {shown} saw fewer than {calibration['fewer_than']}; weighed by all tokens")
+    found = receipt["routing_agreement"]
+    if found["overall"] is not None:
+        worst = min(found["layers"], key=found["layers"].get)
+        print(
+            f"routing: {found['overall']:.2%} of the experts chosen are the same (layer {worst}: "
+            f"{found['layers'][worst]:.2%}), on {found['tokens']:,} tokens of {found['on']}"
+        )
+    if found := receipt["perplexity"]:
+        print(f"perplexity {found['before']:.3f} -> {found['after']:.3f} ({found['change']:+.2%}) on {found['text']}")
+    print(f"what became of every tensor: {target / 'receipt.json'}")
+
+
+def _warn(found: dict[str, Any]) -> None:
+    if found["overall"] is not None and found["overall"] < found["asked"]:
+        print(
+            f"WARNING: the packed model chooses {found['overall']:.2%} of the original's experts; {found['asked']:.0%} "
+            "is asked. Use more bits, a group of 32, or --data",
+            file=sys.stderr,
+        )

@@ -1,0 +1,168 @@
+"""Measure this machine: what it reads per second, what it multiplies per second, its memory, its disk. Under 10 s.
+
+The only module of the planner that needs torch, and it imports it when it measures. Each figure is the best of several
+short trials: others' work on a shared machine can only make it slower.
+"""
+
+import mmap
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.plan.host import cpu_features, cpu_name, usable_cores, usable_memory
+from manyhands.plan.machine import Machine
+from manyhands.plan.remember import Here, machine_key
+
+if TYPE_CHECKING:
+    import torch
+
+_READ_BYTES = 1 << 29
+_DISK_BYTES = 1 << 28
+_BLOCK = 1 << 22
+_TRIAL_SECONDS = 0.4
+
+
+def measure(directory: Path) -> Here:
+    """Measure now. `directory` is where the disk is measured; it is made if need be."""
+    import torch
+
+    host = torch.device("cpu")
+    memory = usable_memory()
+    processor = Machine(
+        name="here",
+        title=f"this machine ({cpu_name()})",
+        kind="cpu",
+        memory=memory,
+        bandwidth=_bandwidth(host, min(_READ_BYTES, int(memory) // 16)),
+        rates=_rates(host, ("fp32", "bf16", "int8")),
+        disk=_disk(directory),
+        source=f"measured with torch {torch.__version__}, {torch.get_num_threads()} threads",
+    )
+    return Here(
+        key=machine_key(),
+        measured=datetime.now(UTC).isoformat(timespec="seconds"),
+        machine=_gpu(processor) or processor,
+        processor=processor,
+        cpu=cpu_name(),
+        cores=usable_cores(),
+        threads=torch.get_num_threads(),
+        features=cpu_features(),
+    )
+
+
+def _gpu(processor: Machine) -> Machine | None:
+    """The first CUDA device, or None without one that works."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        device = torch.device("cuda", 0)
+        properties = torch.cuda.get_device_properties(device)
+        return Machine(
+            name="here",
+            title=f"this machine ({properties.name})",
+            kind="gpu",
+            devices=1,
+            memory=float(properties.total_memory),
+            bandwidth=_bandwidth(device, min(1 << 31, properties.total_memory // 8)),
+            rates=_rates(device, ("fp32", "bf16", "int8")),
+            disk=processor.disk,
+            source=f"measured with torch {torch.__version__}",
+        )
+    except RuntimeError:  # a driver that is there and does not work, or no memory left
+        return None
+
+
+def _bandwidth(device: "torch.device", size: int) -> float:
+    """Bytes per second of reading a tensor far larger than any cache."""
+    import torch
+
+    values = torch.ones(size // 4, dtype=torch.float32, device=device)
+    return values.numel() * 4 / _best(lambda: values.sum(), device)
+
+
+def _rates(device: "torch.device", names: tuple[str, ...]) -> dict[str, float]:
+    """FLOP/s of square products, by format; a format that torch cannot multiply here is left out."""
+    found: dict[str, float] = {}
+    for name in names:
+        try:
+            n = 4096 if device.type == "cuda" else 256
+            found[name] = _rate(device, name, n)
+            while device.type == "cpu" and n < 2048 and 2 * (2 * n) ** 3 / found[name] < _TRIAL_SECONDS / 4:
+                n *= 2
+                found[name] = max(found[name], _rate(device, name, n))
+        except (RuntimeError, NotImplementedError, AttributeError):
+            continue
+    return found
+
+
+def _rate(device: "torch.device", name: str, n: int) -> float:
+    """FLOP/s of one product of n x n."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.int8}[name]
+    a = torch.ones(n, n, device=device).to(dtype)
+    multiply: Callable[..., Any] = torch._int_mm if name == "int8" else torch.mm
+    return 2 * n**3 / _best(lambda: multiply(a, a), device)
+
+
+def _best(work: Callable[[], object], device: "torch.device") -> float:
+    """Seconds of the fastest of at least three trials."""
+    import torch
+
+    work()
+    best, until = float("inf"), time.perf_counter() + _TRIAL_SECONDS
+    for trial in range(1000):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+        if trial >= 2 and time.perf_counter() > until:
+            break
+    return best
+
+
+def _disk(directory: Path) -> float | None:
+    """Bytes per second of reading a fresh file past the page cache, several blocks at a time; None if it cannot be."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        stat = os.statvfs(directory)
+        if stat.f_bavail * stat.f_frsize < 4 * _DISK_BYTES:
+            return None
+        with tempfile.NamedTemporaryFile(dir=directory, prefix=".disk-") as file:
+            block = os.urandom(_BLOCK)
+            for _ in range(_DISK_BYTES // _BLOCK):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            return max(_read_file(file.name) for _ in range(3))
+    except (OSError, AttributeError):
+        return None
+
+
+def _read_file(path: str) -> float:
+    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError:  # a file system without direct reads
+        descriptor = os.open(path, os.O_RDONLY)
+
+    def read(offset: int) -> int:
+        with mmap.mmap(-1, _BLOCK) as buffer:  # direct reads need page-aligned memory
+            return os.preadv(descriptor, [buffer], offset)
+
+    try:
+        start = time.perf_counter()
+        with ThreadPoolExecutor(8) as pool:
+            total = sum(pool.map(read, range(0, _DISK_BYTES, _BLOCK)))
+        return total / (time.perf_counter() - start)
+    finally:
+        os.close(descriptor)

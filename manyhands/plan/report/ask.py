@@ -1,0 +1,60 @@
+"""What a person wants to know beyond the model: on which machine, at which context, for which price."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from manyhands.plan.storage import BF16, Storage
+from manyhands.plan.traffic import Load
+
+if TYPE_CHECKING:
+    from manyhands.plan.machine import Machine
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One question to the planner. Contexts and prompts in tokens, prices in USD per device and hour."""
+
+    context: int = 4096
+    batch: int = 1
+    prompt: int | None = None
+    """Length of the prompt whose first token is waited for; None: the context."""
+    storage: Storage = BF16
+    """How the weights are held where one format is asked about."""
+    kv_bits: float = 16
+    machine: "Machine | None" = None
+    load: Load | None = None
+    price: float | None = None
+    tokens: float | None = None
+    """To train on."""
+    hours: float | None = None
+    """Device hours that training took or may take."""
+    utilisation: float = 0.4
+    scale: bool = False
+    devices: int | None = None
+    """Expert-parallel devices; None: a few counts side by side."""
+    tokens_per_device: int = 4096
+    imbalance: float = 1.0
+    """Busiest over mean load."""
+    flops: float | None = None
+    """A training budget for the scaling law."""
+
+    @property
+    def batches(self) -> list[int]:
+        """The batch sizes that are shown."""
+        return sorted({1, 8, 64, self.batch})
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of the prompt."""
+        return self.prompt or self.context
+
+
+def contexts(positions: int | None, chosen: int) -> list[int]:
+    """The contexts that are shown: 1k, 4k, 32k, 128k as far as the model goes, and the chosen one."""
+    usual = [c for c in (1024, 4096, 32768, 131072) if positions is None or c <= positions]
+    return sorted({*usual, chosen})
+
+
+def short(context: int) -> str:
+    """4096 is 4k, 131072 is 128k."""
+    return f"{context // 1024}k" if context % 1024 == 0 else f"{context:,}"

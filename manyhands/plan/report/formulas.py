@@ -1,0 +1,43 @@
+"""Every formula by name, with its source. N: active parameters without the input embedding."""
+
+from manyhands.plan.report.figure import Formula
+
+COUNT = Formula("parameter count", "Σ over tensors of Π shape", "the configuration")
+ACTIVE = Formula("active parameters", "total - (E - K)/E·routed experts", "arXiv 2401.04088 §2.1")
+FORWARD = Formula("forward FLOPs", "2·N + Σ_layers 2·min(c, window)·H·(d_qk + d_v)", "arXiv 2001.08361 §2.1")
+LATENT = Formula("decoding FLOPs, latent cache", "2·N + Σ_layers 2·c·H·(2·R + r)", "arXiv 2405.04434 §2.1.2")
+TRAINING = Formula("training FLOPs", "3·(2·N + attention at the mean context s/2)", "arXiv 2505.09343, table 2")
+PREFILL = Formula("prefill FLOPs", "s·(2·body + attention at s/2) + 2·head", "arXiv 2001.08361 §2.1")
+DISTINCT = Formula("distinct experts, uniform", "E·(1 - (1 - K/E)^T)", "expected coverage of T independent draws")
+LOADED = Formula("distinct experts, recorded load", "mean over layers of Σ_e 1 - (1 - K·share_e)^T", "the load file")
+READ = Formula("bytes read per step", "fixed weights + distinct·sparse layers·expert + B·cache(c)", "arXiv 2312.17238")
+WEIGHTS = Formula("weight bytes", "Σ_classes parameters·bits/8", "the format of each class of tensor")
+WORKING = Formula(
+    "working memory",
+    "max over blocks of activations + 4·T·D + routings; experts: T·K·max(D + 2·F, 4·F, F + 2·D)",
+    "the buffers of this package's engine",
+)
+CACHE = Formula(
+    "cache bytes", "Σ_layers values·bits/8·min(c, window); values = 2·G·d, MLA: R + r", "arXiv 2405.04434, table 1"
+)
+ROOF = Formula("roofline", "max(bytes / bandwidth, FLOP / rate)", "Williams et al., CACM 52(4), 2009")
+OFFLOAD = Formula(
+    "offloading, nothing overlapped", "(fixed + cache + h·experts)/memory + (1 - h)·experts/disk", "arXiv 2312.17238"
+)
+OVERLAP = Formula("offloading, all overlapped", "max(all bytes/memory, (1 - h)·experts/disk)", "arXiv 2312.17238")
+RESIDENT = Formula("experts that fit", "(memory - all else) / routed experts", "the hit rate if routing were uniform")
+PRICE = Formula("price of a million tokens", "P/h / 3600 / (tok/s) · 10^6", "a machine that is never idle")
+TRAIN_TOTAL = Formula("training FLOPs, all tokens", "FLOPs per token · tokens", "arXiv 2505.09343, table 2")
+HOURS = Formula("device hours", "FLOP / (rate · utilisation) / 3600", "arXiv 2204.02311, appendix B")
+MFU = Formula("utilisation", "FLOP / (rate · hours · 3600)", "arXiv 2204.02311, appendix B")
+COST = Formula("cost", "device hours · price", "the price given")
+SHARDS = Formula(
+    "distinct shards", "R·(1 - C(E - E/R, K)/C(E, K))", "hypergeometric; node limit: arXiv 2412.19437 §2.1.2"
+)
+ALL_TO_ALL = Formula("all-to-all", "T·copies·D·bytes / bandwidth · imbalance", "arXiv 2412.19437 §3.2")
+EXPERT_TIME = Formula("expert arithmetic", "2·T·(K·expert + shared) / rate · imbalance", "arXiv 2006.16668")
+HOLD = Formula("smallest number of devices", "⌈weights / (memory·(1 - reserve))⌉", "10% of each device kept free")
+LAW = Formula(
+    "joint scaling law", "min over N of a·Ê^δ·N^(α+γ·lnÊ) + b·Ê^ω·D^(β+ζ·lnÊ) + c with 6·N·D = C", "arXiv 2502.05172"
+)
+RATIO = Formula("ratio", "A / B", "")

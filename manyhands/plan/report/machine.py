@@ -1,0 +1,169 @@
+"""Sections that need a machine or a price: speed, experts on disk, money, training."""
+
+from manyhands.plan.compute import training_flops
+from manyhands.plan.machine import Machine
+from manyhands.plan.offload import HIT_RATES, offload_seconds, resident_share
+from manyhands.plan.price import device_hours, price_per_million, utilisation
+from manyhands.plan.report import formulas as f
+from manyhands.plan.report.ask import Ask, short
+from manyhands.plan.report.figure import Cell, Figure, Section, Table
+from manyhands.plan.report.units import show
+from manyhands.plan.roof import Bound, decode_bound, prefill_bound
+from manyhands.plan.storage import weight_bytes
+from manyhands.plan.subject import Subject
+from manyhands.plan.traffic import decode_bytes
+
+
+def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
+    """The best tokens per second and time to the first token, with what limits each."""
+    counts, sizes = subject.counts, subject.sizes
+    assert sizes is not None
+    rows: list[tuple[Cell, ...]] = []
+    for batch in ask.batches:
+        bound = _decode(subject, ask, machine, batch)
+        rows.append(
+            (
+                f"decode, batch {batch}",
+                Figure("tokens/s", bound.tokens_per_second, "tok/s", f.ROOF, _working(bound, machine)),
+                Figure(
+                    "each sequence",
+                    bound.tokens_per_second / batch,
+                    "tok/s",
+                    f.ROOF,
+                    f"{bound.tokens_per_second:.4g} / {batch}",
+                ),
+                bound.limit,
+            )
+        )
+    bound = prefill_bound(machine, sizes, counts, ask.storage, ask.prompt_length, ask.load)
+    known, work = bound.rate is not None, _working(bound, machine)
+    rows.append(
+        (
+            f"prefill, {short(ask.prompt_length)}",
+            Figure("tokens/s", bound.tokens_per_second if known else None, "tok/s", f.ROOF, work),
+            Figure("first token", bound.seconds if known else None, "s", f.ROOF, work),
+            bound.limit if known else "matrix rate unknown",
+        )
+    )
+    rates = ", ".join(f"{name} {show(rate, 'FLOP/s')}" for name, rate in machine.rates.items()) or "matrix rate unknown"
+    notes = [
+        f"{machine.title}: {show(machine.memory, 'B')}, reads {show(machine.bandwidth, 'B/s')}, {rates}"
+        + (" (each)" if machine.devices > 1 else ""),
+        f"source: {machine.source}",
+        f"an upper bound: weights in {ask.storage.name}, {short(ask.context)} context, nothing lost"
+        + (" to communication" if machine.devices > 1 else ""),
+    ]
+    weights = weight_bytes(counts, ask.storage)
+    if weights > machine.all_memory:
+        notes.append(f"but the weights ({show(weights, 'B')}) do not fit its {show(machine.all_memory, 'B')}")
+    columns = (f"on {machine.name}", "all", "each / first", "limited by")
+    return Section("speed", "Best speed", (), Table(columns, tuple(rows)), notes)
+
+
+def _decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:
+    assert subject.sizes is not None
+    return decode_bound(
+        machine,
+        subject.sizes,
+        subject.counts,
+        ask.storage,
+        batch=batch,
+        context=ask.context,
+        kv_bits=ask.kv_bits,
+        load=ask.load,
+    )
+
+
+def _working(bound: Bound, machine: Machine) -> str:
+    read = f"{bound.step.total:,.0f} B / {show(machine.all_bandwidth, 'B/s')} = {show(bound.read_seconds, 's')}"
+    if bound.rate is None:
+        return f"{read}; matrix rate unknown"
+    arithmetic = f"{bound.flops:,.0f} FLOP / {show(bound.rate[1], 'FLOP/s')} = {show(bound.compute_seconds, 's')}"
+    return f"{bound.step.tokens} tokens / max({read}, {arithmetic})"
+
+
+def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
+    """Tokens per second at batch 1 against the hit rate of an expert cache."""
+    counts, sizes, disk = subject.counts, subject.sizes, machine.disk
+    assert sizes is not None and disk is not None
+    step = decode_bytes(sizes, counts, ask.storage, context=ask.context, kv_bits=ask.kv_bits)
+    rows: list[tuple[Cell, ...]] = []
+    for hit in HIT_RATES:
+        slow = offload_seconds(step, hit, machine.all_bandwidth, disk)
+        fast = offload_seconds(step, hit, machine.all_bandwidth, disk, overlap=True)
+        missed = (1 - hit) * step.experts
+        memory = show(machine.all_bandwidth, "B/s")
+        work = f"1 / ({step.total - missed:,.0f} / {memory} + {missed:,.0f} / {show(disk, 'B/s')})"
+        rows.append(
+            (
+                f"{hit:.0%}",
+                Figure("read from disk", missed, "B", f.OFFLOAD, f"(1 - {hit:g})·{step.experts:,.0f}"),
+                Figure("one after the other", 1 / slow, "tok/s", f.OFFLOAD, work),
+                Figure("all overlapped", 1 / fast, "tok/s", f.OVERLAP, f"1 / {fast:.4g} s"),
+            )
+        )
+    share = resident_share(machine, sizes, counts, ask.storage, ask.batch, ask.context, ask.kv_bits)
+    figures = [
+        Figure("experts that fit in memory", share, "share", f.RESIDENT, "", "the hit rate, were routing uniform"),
+        Figure(
+            "disk reads", disk, "B/s", note="assumed, one NVMe drive" if machine.disk_assumed else "measured or listed"
+        ),
+    ]
+    columns = ("hit rate", "from disk", "in turn", "overlapped")
+    notes = [f"one sequence, {short(ask.context)} context, weights in {ask.storage.name} on {machine.title}"]
+    return Section("offload", "Experts on disk", figures, Table(columns, tuple(rows)), notes)
+
+
+def money(subject: Subject, ask: Ask, machine: Machine, price: float) -> Section:
+    """What a million tokens cost on a machine that is never idle."""
+    hourly = price * machine.devices
+    figures: list[Figure] = []
+    for batch in ask.batches:
+        rate = _decode(subject, ask, machine, batch).tokens_per_second
+        work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
+        value = price_per_million(hourly, rate)
+        figures.append(Figure(f"10^6 tokens out, batch {batch}", value, "USD", f.PRICE, work))
+    assert subject.sizes is not None
+    bound = prefill_bound(machine, subject.sizes, subject.counts, ask.storage, ask.prompt_length, ask.load)
+    if bound.rate is not None:
+        rate = bound.tokens_per_second
+        work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
+        label = f"10^6 tokens in, prompts of {short(ask.prompt_length)}"
+        figures.append(Figure(label, price_per_million(hourly, rate), "USD", f.PRICE, work))
+    notes = [f"at {hourly:g} USD per hour ({machine.devices} x {price:g}) and the best speed above: a lower bound"]
+    return Section("price", "Price of a million tokens", figures, notes=notes)
+
+
+def training(subject: Subject, ask: Ask) -> Section:
+    """FLOPs, device hours, cost."""
+    assert subject.sizes is not None and ask.tokens is not None
+    each = training_flops(subject.sizes, subject.counts, ask.context)
+    flops = each * ask.tokens
+    work = f"{each:,.0f}·{ask.tokens:,.0f}"
+    figures = [
+        Figure("per token", each, "FLOP", f.TRAINING, f"at {ask.context} tokens"),
+        Figure("in total", flops, "FLOP", f.TRAIN_TOTAL, work, f"{show(ask.tokens, 'tokens')} tokens"),
+    ]
+    hours, rate = ask.hours, ask.machine.rates.get("bf16") if ask.machine is not None else None
+    if rate is not None and ask.machine is not None:
+        name = ask.machine.title if ask.machine.devices == 1 else f"each of {ask.machine.title}"
+        if hours is not None:
+            share = utilisation(flops, rate, hours)
+            work = f"{flops:.4g} / ({rate:.4g}·{hours:,.0f}·3600)"
+            figures.append(Figure("utilisation", share, "share", f.MFU, work, f"of the bf16 rate of {name}"))
+        else:
+            hours = device_hours(flops, rate, ask.utilisation)
+            work = f"{flops:.4g} / ({rate:.4g}·{ask.utilisation:g}) / 3600"
+            note = f"at {ask.utilisation:.0%} of the bf16 rate of {name}"
+            figures.append(Figure("device hours", hours, "h", f.HOURS, work, note))
+        if ask.machine.devices > 1:
+            figures.append(
+                Figure("wall clock", hours / ask.machine.devices * 3600, "s", f.HOURS, f"/ {ask.machine.devices}")
+            )
+    if hours is not None and ask.price is not None:
+        work = f"{hours:,.0f} h·{ask.price:g} USD"
+        figures.append(
+            Figure("cost", hours * ask.price, "USD", f.COST, work, "this run only: no trials, no data, no staff")
+        )
+    notes = [] if hours is not None else ["give --machine for device hours, and --price for the cost"]
+    return Section("training", "Training", figures, notes=notes)

@@ -1,0 +1,53 @@
+"""Which sections answer a question, in the order in which they are read.
+
+What only some questions need is imported where it is used: starting up is most of the planner's time.
+"""
+
+from typing import TYPE_CHECKING
+
+from manyhands.plan.report import model
+from manyhands.plan.report.ask import Ask
+from manyhands.plan.report.figure import Section
+from manyhands.plan.storage import weight_bytes
+from manyhands.plan.subject import Subject
+
+if TYPE_CHECKING:
+    from manyhands.plan.machine import Machine
+
+
+def build_sections(subject: Subject, ask: Ask) -> list[Section]:
+    """Everything that can be said about `subject` with what `ask` gives."""
+    sections = [model.parameters(subject)]
+    if subject.sizes is None:
+        sections.append(model.memory(subject, ask))
+    else:
+        sections += [model.compute(subject, ask), model.memory(subject, ask)]
+        sections += [model.cache(subject, ask), model.reading(subject, ask)]
+    if ask.machine is not None and subject.sizes is not None:
+        sections += _on_machine(subject, ask, ask.machine)
+    if ask.tokens is not None:
+        from manyhands.plan.report.machine import training
+
+        sections.append(training(subject, ask))
+    if ask.scale and ask.machine is not None:
+        from manyhands.plan.report.scale import parallel
+
+        sections.append(parallel(subject, ask, ask.machine))
+    if ask.flops is not None:
+        from manyhands.plan.report.scale import scaling
+
+        sections.append(scaling(ask.flops))
+    return sections
+
+
+def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]:
+    from manyhands.plan.report.machine import money, offload, speed
+
+    assert subject.sizes is not None
+    sections = [speed(subject, ask, machine)]
+    fits = weight_bytes(subject.counts, ask.storage) <= machine.all_memory
+    if subject.sizes.num_experts and machine.disk and not (fits and machine.devices > 1):
+        sections.append(offload(subject, ask, machine))
+    if ask.price is not None:
+        sections.append(money(subject, ask, machine, ask.price))
+    return sections

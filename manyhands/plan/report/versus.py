@@ -1,0 +1,160 @@
+"""Two models side by side, with ratios: what one costs for each unit of the other's cost, by context."""
+
+from collections.abc import Callable
+
+from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
+from manyhands.plan.compute import forward_flops, training_flops
+from manyhands.plan.report import formulas as f
+from manyhands.plan.report.ask import Ask, short
+from manyhands.plan.report.figure import Cell, Figure, Formula, Section, Table
+from manyhands.plan.roof import decode_bound, prefill_bound
+from manyhands.plan.sizes import Sizes
+from manyhands.plan.storage import BF16, INT4, Storage, weight_bytes
+from manyhands.plan.subject import Subject
+from manyhands.plan.traffic import decode_bytes
+
+CONTEXTS = (1024, 4096, 32768, 131072)
+Side = tuple[Subject, Ask]
+
+
+def build_versus(a: Side, b: Side) -> list[Section]:
+    """Parameters, memory, FLOPs, bytes read and speed of both, the ratio a / b beside them."""
+    sections = [
+        _section(
+            "parameters",
+            "Parameters",
+            (a, b),
+            [
+                ("total", "parameters", f.COUNT, lambda s, _: s.counts.total),
+                ("active", "parameters", f.ACTIVE, lambda s, _: s.counts.active),
+                ("active, no embedding", "parameters", f.ACTIVE, lambda s, _: s.counts.active_without_embedding),
+                ("active, body", "parameters", f.ACTIVE, lambda s, _: s.counts.body),
+            ],
+        ),
+        _section(
+            "memory",
+            "Weights",
+            (a, b),
+            [
+                ("bf16", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, BF16)),
+                ("int4 (4.5 bits)", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, INT4)),
+                ("native", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, s.native) if s.native else None),
+            ],
+            [f"{subject.name} is published in {subject.native.name}" for subject, _ in (a, b) if subject.native],
+        ),
+    ]
+    if a[0].sizes is None or b[0].sizes is None:
+        return sections
+    return [*sections, *_by_context(a, b), *_on_machine(a, b)]
+
+
+Measure = Callable[[Subject, Ask], float | None]
+Row = tuple[str, str, Formula, Measure]
+
+
+def _section(
+    key: str, title: str, sides: tuple[Side, Side], rows: list[Row], notes: list[str] | None = None
+) -> Section:
+    cells: list[tuple[Cell, ...]] = []
+    for label, unit, formula, measure in rows:
+        left, right = (measure(subject, ask) for subject, ask in sides)
+        ratio = left / right if left is not None and right else None
+        cells.append(
+            (
+                label,
+                Figure(sides[0][0].name, left, unit, formula, f"{left:,.6g}" if left is not None else ""),
+                Figure(sides[1][0].name, right, unit, formula, f"{right:,.6g}" if right is not None else ""),
+                Figure("ratio", ratio, "x", f.RATIO, f"{left:.6g} / {right:.6g}" if ratio else ""),
+            )
+        )
+    return Section(key, title, (), Table(("", sides[0][0].name, sides[1][0].name, "ratio"), tuple(cells)), notes or [])
+
+
+def _sizes(subject: Subject) -> Sizes:
+    assert subject.sizes is not None
+    return subject.sizes
+
+
+def _by_context(a: Side, b: Side) -> list[Section]:
+    flops: list[Row] = []
+    latent: list[Row] = []
+    caches: list[Row] = [
+        ("per token", "B", f.CACHE, lambda s, q: sum(cache_bytes_per_token(_sizes(s), q.kv_bits))),
+    ]
+    reads: list[Row] = []
+    for c in CONTEXTS:
+        flops.append(("forward, " + short(c), "FLOP", f.FORWARD, _forward(c, latent=False)))
+        latent.append(("decoding, " + short(c), "FLOP", f.LATENT, _forward(c, latent=True)))
+        caches.append((f"one sequence of {short(c)}", "B", f.CACHE, _cache(c)))
+        reads += [(f"batch {n}, {short(c)}", "B", f.READ, _read(c, n)) for n in (1, 64)]
+    if _sizes(a[0]).mla or _sizes(b[0]).mla:
+        flops += latent
+    flops.append(
+        ("training, 4k", "FLOP", f.TRAINING, lambda s, _: training_flops(_sizes(s), s.counts, 4096)),
+    )
+    beyond = [
+        f"{s.name} is made for {s.sizes.positions:,} tokens"
+        for s, _ in (a, b)
+        if s.sizes and s.sizes.positions and s.sizes.positions < CONTEXTS[-1]
+    ]
+    held = " and ".join(f"{subject.name} in {ask.storage.name}" for subject, ask in (a, b))
+    return [
+        _section("compute", "FLOPs per token", (a, b), flops, beyond),
+        _section("cache", "Keys and values", (a, b), caches),
+        _section(
+            "reading", "Bytes read per decoded token", (a, b), sorted(reads, key=lambda row: row[0].split()[1]), [held]
+        ),
+    ]
+
+
+def _on_machine(a: Side, b: Side) -> list[Section]:
+    machine = a[1].machine
+    if machine is None:
+        return []
+    rows: list[Row] = [(f"decode, batch {n}", "tok/s", f.ROOF, _decode(n)) for n in a[1].batches]
+    rows.append((f"prefill, {short(a[1].prompt_length)}", "tok/s", f.ROOF, _prefill))
+    notes = [f"an upper bound on {machine.title}, at {short(a[1].context)} context"]
+    for subject, ask in (a, b):
+        if (weights := weight_bytes(subject.counts, ask.storage)) > machine.all_memory:
+            notes.append(f"{subject.name} does not fit: {weights / machine.all_memory:.3g} times its memory")
+    return [_section("speed", "Best speed, all sequences", (a, b), rows, notes)]
+
+
+def _forward(context: int, *, latent: bool) -> Measure:
+    return lambda s, _: forward_flops(_sizes(s), s.counts, context, latent=latent)
+
+
+def _cache(context: int) -> Measure:
+    return lambda s, q: sequence_bytes(_sizes(s), context, q.kv_bits)
+
+
+def _read(context: int, batch: int) -> Measure:
+    def measure(s: Subject, q: Ask) -> float:
+        step = decode_bytes(_sizes(s), s.counts, q.storage, batch=batch, context=context, kv_bits=q.kv_bits)
+        return step.per_token
+
+    return measure
+
+
+def _decode(batch: int) -> Measure:
+    def measure(s: Subject, q: Ask) -> float | None:
+        if q.machine is None:
+            return None
+        bound = decode_bound(
+            q.machine, _sizes(s), s.counts, q.storage, batch=batch, context=q.context, kv_bits=q.kv_bits
+        )
+        return bound.tokens_per_second
+
+    return measure
+
+
+def _prefill(s: Subject, q: Ask) -> float | None:
+    if q.machine is None:
+        return None
+    bound = prefill_bound(q.machine, _sizes(s), s.counts, q.storage, q.prompt_length)
+    return bound.tokens_per_second if bound.rate is not None else None
+
+
+def storage_of(subject: Subject, asked: Storage | None) -> Storage:
+    """The format that was asked for; the native one, or bf16, if none was."""
+    return asked or subject.native or BF16

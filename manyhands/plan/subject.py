@@ -1,0 +1,189 @@
+"""What is planned: a system of the catalogue, a `config.json`, a checkpoint or run directory, a run file, a preset."""
+
+import difflib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from manyhands.config import ModelConfig
+from manyhands.errors import ConfigError
+from manyhands.plan.count import Counts, count_model
+from manyhands.plan.native import native_storage
+from manyhands.plan.sizes import Sizes, sizes_of
+from manyhands.plan.storage import Storage
+
+if TYPE_CHECKING:
+    from manyhands.catalog import Entry
+
+_LIMIT = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One model, read and checked."""
+
+    name: str
+    origin: str
+    """What was read, for people."""
+    counts: Counts
+    config: ModelConfig | None = None
+    sizes: Sizes | None = None
+    """None where only parameters are known; then there is no attention, no cache and no speed."""
+    native: Storage | None = None
+    """How its published or saved weights are held; None: not known."""
+    file_bytes: int | None = None
+    """Of the safetensors files in its directory, if it is one."""
+    notes: tuple[str, ...] = field(default=())
+
+
+def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: bool = False) -> Subject:
+    """Find out what `model` names, and read it. Raises `ConfigError` for what it is not and for what is wrong in it."""
+    from manyhands.catalog import load, names
+
+    path = Path(model)
+    if path.is_dir():
+        return _directory(path, overrides)
+    if path.suffix == ".json" or (path.is_file() and path.suffix not in (".yaml", ".yml")):
+        _no_overrides(model, overrides)
+        return _config_file(path, path.parent.name if path.name == "config.json" and path.parent.name else path.stem)
+    if path.suffix not in (".yaml", ".yml") and model.lower() in names():
+        _no_overrides(model, overrides)
+        return _from_catalogue(load(model), include_rumours)
+
+    from manyhands.config.load import load_preset, load_run, preset_names  # YAML costs 15 ms
+
+    if path.suffix in (".yaml", ".yml"):
+        return _ours(load_run(path, overrides).model, path.stem, f"run file {path}")
+    if model in preset_names():
+        return _ours(load_preset(model, overrides).model, model, f"preset {model}")
+    near = difflib.get_close_matches(model.lower(), [*names(), *preset_names()], n=3, cutoff=0.5)
+    hint = f"the nearest names: {', '.join(near)}" if near else "`manyhands models` lists the catalogue"
+    raise ConfigError(f"{model!r} is no file, no directory, no preset and not in the catalogue; {hint}")
+
+
+def _directory(path: Path, overrides: Sequence[str]) -> Subject:
+    from manyhands.config.load import load_run
+
+    name = path.resolve().name
+    if (path / "config.json").is_file():
+        _no_overrides(str(path), overrides)
+        return _config_file(path / "config.json", name)
+    if (path / "run.yaml").is_file():
+        return _ours(load_run(path / "run.yaml", overrides).model, name, f"run {path}")
+    raise ConfigError(f"{path}: neither a checkpoint (no config.json) nor a run (no run.yaml)")
+
+
+def _ours(config: ModelConfig, name: str, origin: str) -> Subject:
+    storage, _ = native_storage({"dtype": "float32"})
+    return Subject(name, origin, count_model(config), config, sizes_of(config), storage)
+
+
+def _config_file(path: Path, name: str) -> Subject:
+    from manyhands.families import FAMILIES, read_config
+    from manyhands.plan.guess import guess_config
+
+    values = read_json(path)
+    notes: list[str] = []
+    model_type = values.get("model_type")
+    if model_type is not None and not isinstance(model_type, str):
+        raise ConfigError(f"{path}: model_type = {repr(model_type)[:60]}: expected a name")
+    if model_type in FAMILIES:
+        family, config = read_config(values, str(path))
+        origin = f"{path} ({family.published})"
+        fields = values | (values.get(family.text_field) or {}) if family.text_field else values
+    else:
+        config, notes = guess_config(values, str(path))
+        origin, fields = str(path), values
+    storage, note = native_storage(fields if model_type != "manyhands" else {"dtype": "float32"})
+    return Subject(
+        name=name,
+        origin=origin,
+        counts=count_model(config),
+        config=config,
+        sizes=sizes_of(config),
+        native=storage,
+        file_bytes=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None,
+        notes=(*notes, *([note] if note else [])),
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object from a file that may be anything. Raises `ConfigError` with one line."""
+
+    def refuse(text: str) -> None:
+        raise ConfigError(f"{path}: {text} is not a number that a configuration can have")
+
+    try:
+        if path.stat().st_size > _LIMIT:
+            raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is too long for a config.json")
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply for a config.json") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not valid JSON: {' '.join(str(error).split())[:120]}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")
+    return values
+
+
+def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:
+    if (config := entry.config) is not None:
+        origin = f"catalogue entry {entry.id}"
+        return Subject(entry.name, origin, count_model(config), config, sizes_of(config), _stored(entry))
+    if entry.shape is not None:
+        from manyhands.plan.count_shape import count_shape
+        from manyhands.plan.shape_sizes import left_out, shape_sizes
+
+        sizes = shape_sizes(entry.shape)
+        return Subject(
+            name=entry.name,
+            origin=f"catalogue entry {entry.id}",
+            counts=count_shape(entry.shape),
+            sizes=sizes,
+            native=_stored(entry),
+            notes=left_out(entry.shape),
+        )
+    return _undisclosed(entry, include_rumours)
+
+
+def _stored(entry: "Entry") -> Storage | None:
+    held = entry.storage
+    if held is None:
+        return None
+    name = held.format.split()[0].lower()
+    return Storage(
+        name, held.routed, held.linear, held.rest, held.rest, "fp8" if name == "fp8" else "bf16", held.format
+    )
+
+
+def _undisclosed(entry: "Entry", include_rumours: bool) -> Subject:
+    said = {what: figure for what in ("total", "active") if (figure := entry.figure(what)) is not None}
+    rumours = {what: figure for what, figure in said.items() if figure.kind == "rumour" and figure.value}
+    if entry.kind == "mixture_1991":
+        raise ConfigError(
+            f"{entry.id}: {entry.name} is no network of the kind that is counted here; its paper says all"
+        )
+    if entry.based_on:
+        hint = f"; it is said to be made from {entry.based_on}: plan that"
+    elif "total" in rumours:
+        hint = f"; a rumour says {rumours['total'].printed}: --include-rumours computes with it"
+    else:
+        hint = ""
+    if "total" not in rumours or not include_rumours:
+        raise ConfigError(
+            f"{entry.id}: the architecture of {entry.name} is not public, so there is nothing to compute{hint}"
+        )
+    total = int(rumours["total"].value or 0)
+    active = int(rumours["active"].value or 0) if "active" in rumours else total
+    counts = Counts(total, active, active, active, 0, {"routed experts": total})
+    sources = "; ".join(f"{what} {figure.printed}: {figure.source}" for what, figure in rumours.items())
+    return Subject(entry.name, f"catalogue entry {entry.id}", counts, notes=(f"RUMOUR, never confirmed: {sources}",))
+
+
+def _no_overrides(model: str, overrides: Sequence[str]) -> None:
+    if overrides:
+        raise ConfigError(f"{model}: {overrides[0]!r} changes run files and presets only")

@@ -1,0 +1,140 @@
+"""Machines: the table, the measurement, what is remembered, and what doctor says."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from manyhands.catalog import load
+from manyhands.errors import ConfigError
+from manyhands.plan import count_model, measure, remember
+from manyhands.plan.diagnose import diagnose
+from manyhands.plan.machine import Machine, machine_named, machine_names
+from manyhands.plan.remember import Here
+from manyhands.plan.roof import decode_bound, prefill_bound
+from manyhands.plan.sizes import sizes_of
+from manyhands.plan.storage import BF16, INT4
+
+PLAIN = Machine(
+    name="here",
+    title="this machine",
+    kind="cpu",
+    memory=64e9,
+    bandwidth=50e9,
+    rates={"fp32": 1e12, "bf16": 2e12},
+    disk=5e9,
+    source="made up",
+)
+
+
+def here(**changes: object) -> Here:
+    values = {
+        "key": remember.machine_key(),
+        "measured": "2026-01-01T00:00:00+00:00",
+        "machine": PLAIN,
+        "processor": PLAIN,
+        "cpu": "a processor",
+        "cores": 8,
+        "threads": 8,
+        "features": ("avx2", "avx512f", "avx512_bf16", "amx_bf16"),
+    }
+    return Here.model_validate(values | changes)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "manyhands" / "machine.json"
+
+
+def test_every_machine_of_the_table_has_its_source() -> None:
+    for name in machine_names():
+        machine = machine_named(name)
+        assert len(machine.source) > 20 and machine.disk
+        assert 1e9 < machine.memory < 1e12 and 1e10 < machine.bandwidth < 1e13
+
+
+def test_several_of_one() -> None:
+    one, eight = machine_named("h100"), machine_named("h100x8")
+    assert eight.devices == 8 and eight.all_memory == 8 * one.memory and eight.all_bandwidth == 8 * one.bandwidth
+    assert one.rate("bf16") == ("bf16", 989.4e12) and one.rate("fp8") == ("fp8", 1978.9e12)
+    assert machine_named("a100").rate("fp8") == ("bf16", 312e12), "without fp8, the next wider rate is used"
+    assert machine_named("m4-max").rate("bf16") is None
+    for wrong in ("h1000", "h100x0", "assumed", "x8", ""):
+        with pytest.raises(ConfigError, match="unknown machine"):
+            machine_named(wrong)
+
+
+def test_the_roof_by_hand() -> None:
+    """OLMoE in bf16 at batch 1: its bytes over 50 GB/s; a long prompt: its FLOPs over 2 TFLOP/s."""
+    config = load("olmoe-1b-7b").config
+    assert config is not None
+    sizes, counts = sizes_of(config), count_model(config)
+    bound = decode_bound(PLAIN, sizes, counts, BF16)
+    read = 2 * (counts.active_without_embedding + 2048)
+    assert bound.tokens_per_second == pytest.approx(50e9 / read) and bound.limit == "read bandwidth"
+    prompt = prefill_bound(PLAIN, sizes, counts, INT4, 2048)
+    assert prompt.seconds == pytest.approx(prompt.flops / 2e12) and prompt.limit == "matrix rate (bf16)"
+    blind = decode_bound(PLAIN.model_copy(update={"rates": {}}), sizes, counts, BF16)
+    assert blind.limit == "read bandwidth (matrix rate unknown)" and blind.seconds == bound.seconds
+
+
+def test_measured_once_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def fake(directory: Path) -> Here:
+        calls.append(directory)
+        return here()
+
+    monkeypatch.setattr(measure, "measure", fake)
+    assert remember.remembered() is None
+    first = remember.measured(quiet=True)
+    assert remember.measured(quiet=True) == first == remember.remembered() and len(calls) == 1
+    assert calls == [cache.parent] and [path.name for path in cache.parent.iterdir()] == ["machine.json"]
+    remember.measured(again=True, quiet=True)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"version": 1}', "[" * 100_000, '{"key": 3}'])
+def test_a_damaged_memory_is_measured_anew(cache: Path, content: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(content)
+    assert remember.remembered() is None
+
+
+def test_another_machines_figures_are_not_used(cache: Path) -> None:
+    cache.parent.mkdir()
+    cache.write_text(json.dumps(here(key="elsewhere").model_dump(mode="json")))
+    assert remember.remembered() is None
+
+
+def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small, so that it is quick: only that every figure is there and possible."""
+    monkeypatch.setattr(measure, "_READ_BYTES", 1 << 24)
+    monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 24)
+    monkeypatch.setattr(measure, "_TRIAL_SECONDS", 0.01)
+    found = measure.measure(tmp_path).processor
+    assert 1e8 < found.bandwidth < 1e14 and 1e8 < found.rates["fp32"] < 1e16
+    assert found.memory > 1e8 and (found.disk is None or found.disk > 1e5)
+    assert not list(tmp_path.iterdir()), "the file that was read is gone"
+
+
+def said(machine: Here, load: float = 0.0, free: float = 60e9, **environment: str) -> str:
+    return " | ".join(diagnose(machine, environment=environment, load=load, free=free))
+
+
+def test_what_doctor_says() -> None:
+    gpu = PLAIN.model_copy(update={"kind": "gpu"})
+    assert said(here(machine=gpu)) == ""
+    assert "no GPU" in said(here()) and "AMX" not in said(here())
+    assert "no AMX: prefill" in said(here(features=("avx2", "avx512f")))
+    assert "no AVX-512 and no AMX" in said(here(features=("avx2",)))
+    assert "set OMP_NUM_THREADS=8" in said(here(threads=16))
+    assert "OMP_NUM_THREADS is set" in said(here(threads=1), OMP_NUM_THREADS="1")
+    assert "busy: load average 7.5" in said(here(), load=7.5)
+    assert "are free now" in said(here(), free=10e9)
+    slow = PLAIN.model_copy(update={"rates": {"fp32": 1e11, "bf16": 1e9}})
+    assert "bf16 100 times slower than float32" in said(here(machine=slow, processor=slow))
+    little = PLAIN.model_copy(update={"memory": 8e9, "disk": 2e8})
+    assert "little memory" in said(here(machine=little, processor=little))
+    assert "slow disk" in said(here(machine=little, processor=little))
