@@ -19,10 +19,16 @@ def doctor(
     here = measured(again=again, quiet=json_output)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     limits = diagnose(here, environment=os.environ, load=load, free=free_memory())
+    from manyhands.kernels.native import levels, missing
+
+    native = missing()
+    if native is not None:
+        limits.append(f"the native expert kernels are not here: {native}; experts run through PyTorch")
     if json_output:
         import json
 
-        print(json.dumps({**here.model_dump(mode="json"), "limits": limits}))
+        kernels = [] if native is not None else levels()
+        print(json.dumps({**here.model_dump(mode="json"), "native_levels": kernels, "limits": limits}))
         return
     import shutil
 
@@ -34,5 +40,7 @@ def doctor(
     print("\nWhat limits MoE models here")
     for sentence in limits or ["nothing stands out"]:
         print("\n".join(wrapped(f"- {sentence}", width)))
+    if native is None:
+        print(f"\nnative expert kernels: {levels()[-1]}")
     kept = f"remembered in {cache_file()}; --again measures anew" if remembered() == here else "not remembered"
     print(f"\nmeasured {here.measured}, {kept}")

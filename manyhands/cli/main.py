@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import manyhands
-from manyhands.cli import chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
+from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
 from manyhands.errors import ManyhandsError
 
 app = typer.Typer(
@@ -29,6 +29,7 @@ app.command("quantize")(quantize.quantize)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
+app.command("bench")(bench.bench)
 
 
 def _version(asked: bool) -> None:

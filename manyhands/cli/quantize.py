@@ -9,7 +9,7 @@ import typer
 from manyhands.errors import DataError
 
 if TYPE_CHECKING:
-    from manyhands.checkpoint.quantize import Sample
+    from manyhands.checkpoint.quantize_receipt import Sample
     from manyhands.checkpoint.source import Source
     from manyhands.text import Document, Tokenizer
 
@@ -88,7 +88,7 @@ def _sample(
 ) -> "Sample | None":
     """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
     from manyhands.checkpoint.model import TOKENIZER
-    from manyhands.checkpoint.quantize import Sample
+    from manyhands.checkpoint.quantize_receipt import Sample
     from manyhands.text import Tokenizer, read_documents
 
     if not (source.directory / TOKENIZER).is_file():
@@ -161,6 +161,6 @@ def _warn(found: dict[str, Any]) -> None:
     if found["overall"] is not None and found["overall"] < found["asked"]:
         print(
             f"WARNING: the packed model chooses {found['overall']:.2%} of the original's experts; {found['asked']:.0%} "
-            "is asked. Use more bits, a group of 32, or --data",
+            "is asked. More bits agree better: --linear int8 first, then --experts int8",
             file=sys.stderr,
         )

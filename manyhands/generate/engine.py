@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.errors import UserError
@@ -146,7 +145,7 @@ def _steps(
         with torch.inference_mode(), evaluating(modules), _remembering(prefix, ids_BS):
             hidden = model.hidden(ids_BS, mask_BS, cache)
             last_BD = hidden.states[:, -1]
-            ids_B = sample(F.linear(last_BD, model.head_weight.to(last_BD.dtype)), sampling, generator)
+            ids_B = sample(model.head(last_BD), sampling, generator)
             routings = {layer: _last(routing, ids_BS.shape[1]) for layer, routing in hidden.routings.items()}
         tokens = [token if s.alive else None for s, token in zip(sequences, ids_B.tolist(), strict=True)]
         pushed = [("", None) if t is None else s.push(t) for s, t in zip(sequences, tokens, strict=True)]

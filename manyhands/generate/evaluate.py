@@ -14,7 +14,7 @@ from manyhands.errors import DataError
 from manyhands.generate.mode import evaluating
 from manyhands.moe import LoadCounter, LoadSummary
 from manyhands.nn import Decoder
-from manyhands.nn.cross_entropy import linear_cross_entropy
+from manyhands.nn.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def evaluate(
             ids_BS1, mask_BS = ids_BS1.to(device), mask_BS.to(device)
             hidden = model.hidden(ids_BS1[:, :-1], None if full else mask_BS, dtype=dtype)
             states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
-            loss = linear_cross_entropy(states_TD, model.head_weight, targets_T, mask_BS.flatten())
+            loss = cross_entropy(model.head, states_TD, targets_T, mask_BS.flatten(), config.vocab_size)
             nats += loss.double() * count
             for layer, routing in hidden.routings.items():
                 load[layer].add(routing)

@@ -24,7 +24,10 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-@pytest.mark.parametrize("verb", ["", "train", "generate", "chat", "eval", "check", "convert", "models", "plan", "doctor"])
+VERBS = ("train", "generate", "chat", "eval", "check", "convert", "quantize", "models", "plan", "doctor", "bench")
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_needs_no_torch(verb: str) -> None:
     code = (
         "import sys; sys.argv = ['manyhands', *sys.argv[1:]]\n"

@@ -1,0 +1,57 @@
+"""How fast a model runs here: prefill and decoding, through the engine that users have.
+
+T prompt tokens.
+"""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from manyhands.generate.engine import generate
+from manyhands.generate.sampling import SamplingConfig
+from manyhands.moe.experts import Experts
+from manyhands.nn import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One backend on one model, one sequence; the best of some rounds, since whatever disturbs only slows down."""
+
+    backend: str
+    prefill: float
+    """Tokens per second of the prompt."""
+    decode: float
+    """Tokens per second after it."""
+
+
+def read_per_token(model: Decoder) -> int:
+    """Bytes of weights that one decoded token reads: all but the input embedding, and K of E experts."""
+    moe = model.config.moe
+    share = moe.router.num_experts_per_tok / moe.router.num_experts if moe else 0.0
+    total = 0.0
+    for name, tensor in model.state_dict().items():
+        if name == "embed_tokens.weight" and not model.config.tie_word_embeddings:
+            continue
+        total += tensor.nbytes * (share if ".experts." in name else 1.0)
+    return int(total)
+
+
+def measure_speed(model: Decoder, backend: str, prompt: int, new: int, rounds: int = 3) -> Speed:
+    """Time `rounds` greedy generations of `new` tokens after a random prompt. Raises what `generate` raises."""
+    for module in model.modules():
+        if isinstance(module, Experts) or hasattr(module, "implementation"):
+            module.implementation = backend  # type: ignore[assignment]
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
+    sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
+    best_first = best_rest = float("inf")
+    for _ in range(rounds + 1):  # the first warms up
+        started = time.perf_counter()
+        steps = generate(model, ids, sampling)
+        next(steps)
+        first = time.perf_counter()
+        count = sum(1 for _ in steps)
+        best_first = min(best_first, first - started)
+        best_rest = min(best_rest, (time.perf_counter() - first) / max(count, 1))
+    return Speed(backend, prompt / best_first, 1.0 / best_rest)
