@@ -245,6 +245,7 @@ def _load(
     _check_tied(source)
     model.load_state_dict(state, assign=True)
     model.source = source
+    model.requires_grad_(not records)  # what is not packed is not trained alone
     return model.eval()
 
 

@@ -122,13 +122,16 @@ def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
         raise CheckpointError(f"{where} begins at byte {stored.start}, which is not on a {PAGE}-byte page")
 
 
-def packed_tensors(stored: Mapping[str, Header], records: Mapping[str, Record]) -> dict[str, Logical]:
-    """The tensors of a packed checkpoint as they are after decoding, by our names: exact, so float32 or bfloat16."""
+def packed_tensors(stored: Mapping[str, Header], records: Mapping[str, Record], where: str = "") -> dict[str, Logical]:
+    """The tensors of a packed checkpoint as they are after decoding, by our names: exact, so float32 or bfloat16.
+
+    `where` begins the message of an error.
+    """
     found = {name: Logical(header, (name,), None) for name, header in stored.items() if name not in records}
     for record in records.values():
         for name, (section, shape) in _tensors(record).items():
             if name in found:
-                raise CheckpointError(f"tensor {name!r} is stored twice: as it is, and in {record.name!r}")
+                raise CheckpointError(f"{where}: tensor {name!r} is stored twice: as it is, and in {record.name!r}")
             dtype = "BF16" if record.layout.format == "bf16" and not section.endswith("bias") else "F32"
             unpack = partial(_unpack, layout=record.layout, section=section)
             found[name] = Logical(Header(dtype, shape), (record.name,), unpack)
@@ -193,7 +196,7 @@ def hold_records(model: nn.Module, records: Mapping[str, Record], implementation
         parent, _, leaf = record.module.rpartition(".")
         module: nn.Module
         if record.num_experts is None:
-            module = RecordLinear(record.layout)
+            module = RecordLinear(record.layout, implementation)
         else:
             module = RecordExperts(record.layout, record.num_experts, implementation)
         setattr(model.get_submodule(parent), leaf, module)

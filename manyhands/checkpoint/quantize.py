@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyhands import __version__
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.calibrate import MIN_TOKENS, Seen, mean_square, watching
+from manyhands.checkpoint.calibrate import Seen, mean_square, watching
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import TOKENIZER
 from manyhands.checkpoint.packed import Record, hold_records, records_of, write_packed
-from manyhands.checkpoint.quantize_receipt import tensors_of_the_receipt
-from manyhands.checkpoint.receipt import RECEIPT, hash_files, hash_source
+from manyhands.checkpoint.quantize_receipt import Figures, Sample, receipt_of
+from manyhands.checkpoint.receipt import RECEIPT, hash_files
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.tensor_files import DTYPES
@@ -43,21 +42,9 @@ from manyhands.nn.norm import RMSNorm
 from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
 from manyhands.text import Tokenizer
 
-ASKED_AGREEMENT = 0.99
 CPU = torch.device("cpu")
 Progress = Callable[[str, int, int], None]
 """(tensor just packed, how many are, of how many)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """Tokens to measure on, and perhaps to calibrate with."""
-
-    ids: Tensor
-    """[B, S + 1] int64."""
-    text: str | None
-    """What text they are; None: random ids, which say nothing about perplexity."""
-    calibrate: bool = False
 
 
 @torch.no_grad()
@@ -95,7 +82,7 @@ def quantize(
             max_shard_size=max_shard_size,
         )
         work.finish()
-        receipt = work.receipt() | {
+        receipt = receipt_of(source, work.records, work.figures, work.sample, work.dtype_of) | {
             "target": {
                 "model_type": "manyhands",
                 "packed": packed.model_dump(),
@@ -113,20 +100,6 @@ def random_ids(source: Source) -> Sample:
     return Sample(torch.randint(0, source.config.vocab_size, (4, S + 1), generator=generator), None)
 
 
-@dataclass(slots=True)
-class Figures:
-    """What is measured on the way."""
-
-    relative_error: dict[str, float] = field(default_factory=dict)
-    """Our tensor -> ‖W − Ŵ‖ / ‖W‖."""
-    agreement: dict[int, float] = field(default_factory=dict)
-    """Sparse layer -> share of the chosen experts that the packed model chooses too."""
-    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
-    too_few: dict[int, list[int]] = field(default_factory=dict)
-    nats: tuple[float, float] | None = None
-    """Mean cross entropy before and after."""
-
-
 class Quantizer:
     """Gives the packed checkpoint's tensors in the order in which they are written."""
 
@@ -140,8 +113,11 @@ class Quantizer:
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise UserError(f"the sample holds token id {wrong}; the model has vocab_size = {self.config.vocab_size}")
-        real_BS = torch.ones_like(self.ids_BS, dtype=torch.bool)
-        self.real_BS, self.positions = real_BS, find_positions(self.config, real_BS, real_BS.shape[1], plain=True)
+        S = self.ids_BS.shape[1]
+        self.real_BS, self.positions = (
+            torch.ones_like(self.ids_BS, dtype=torch.bool),
+            find_positions(self.config, S, S, None, CPU),
+        )
         self._ready: dict[str, Tensor] = {}
         self._next_layer = 0
         self._packed_count = 0
@@ -297,38 +273,6 @@ class Quantizer:
         if self.progress is not None:
             self.progress(name, self._packed_count, len(self.records))
 
-    def receipt(self) -> dict[str, Any]:
-        """Everything but the target's files."""
-        source, figures, sample = self.source, self.figures, self.sample
-        calibration = None
-        if sample.calibrate:
-            calibration = {
-                "text": sample.text,
-                "tokens": self.targets_T.numel(),
-                "tokens_per_expert": {str(layer): counts for layer, counts in figures.tokens_per_expert.items()},
-                "fewer_than": MIN_TOKENS,
-                "weighed_by_all_tokens": {str(layer): few for layer, few in figures.too_few.items() if few},
-            }
-        layers = list(figures.agreement.values())
-        perplexity = None
-        if sample.text is not None and figures.nats is not None:
-            before, after = (_exp(nats) for nats in figures.nats)
-            perplexity = {"before": before, "after": after, "change": after / before - 1, "text": sample.text}
-        return {
-            "manyhands": __version__,
-            "source": {"model_type": source.family.model_type, "files": hash_source(source)},
-            **tensors_of_the_receipt(source, self.records, figures.relative_error, self.dtype_of),
-            "calibration": calibration,
-            "routing_agreement": {
-                "asked": ASKED_AGREEMENT,
-                "overall": sum(layers) / len(layers) if layers else None,
-                "layers": {str(layer): share for layer, share in figures.agreement.items()},
-                "tokens": self.targets_T.numel(),
-                "on": sample.text or "random token ids",
-            },
-            "perplexity": perplexity,
-        }
-
 
 def agreement(a: Routing, b: Routing) -> float:
     """Of the experts that `a` chose, the share that `b` chose for the same token."""
@@ -347,7 +291,3 @@ def _squares(w: Tensor, got: Tensor) -> Tensor:
 
 def _ratio(squares: Tensor) -> float:
     return math.sqrt(float(squares[0] / squares[1])) if squares[1] else 0.0
-
-
-def _exp(nats: float) -> float:
-    return math.exp(nats) if nats < 700 else math.inf

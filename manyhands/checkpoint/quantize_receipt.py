@@ -1,14 +1,21 @@
-"""The receipt's tensors: what was packed, what was not and why, and the bytes on both sides."""
+"""The receipt of quantising: what was packed, what was not and why, the bytes on both sides, and what changed."""
 
+import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from manyhands import __version__
+from manyhands.checkpoint.calibrate import MIN_TOKENS
 from manyhands.checkpoint.packed import Record, is_packable
-from manyhands.checkpoint.receipt import describe, tensor_sha256
+from manyhands.checkpoint.receipt import describe, hash_source, tensor_sha256
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
+
+ASKED_AGREEMENT = 0.99
 
 REASONS = {
     "router": "float32: a rounded router chooses other experts",
@@ -18,6 +25,68 @@ REASONS = {
     "kv_b_proj": "MLA's decoding multiplies with parts of it, head by head",
     "other": "small",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Tokens to measure on, and perhaps to calibrate with."""
+
+    ids: Tensor
+    """[B, S + 1] int64."""
+    text: str | None
+    """What text they are; None: random ids, which say nothing about perplexity."""
+    calibrate: bool = False
+
+
+@dataclass(slots=True)
+class Figures:
+    """What is measured on the way."""
+
+    relative_error: dict[str, float] = field(default_factory=dict)
+    """Our tensor -> ‖W − Ŵ‖ / ‖W‖."""
+    agreement: dict[int, float] = field(default_factory=dict)
+    """Sparse layer -> share of the chosen experts that the packed model chooses too."""
+    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
+    too_few: dict[int, list[int]] = field(default_factory=dict)
+    nats: tuple[float, float] | None = None
+    """Mean cross entropy before and after."""
+
+
+def receipt_of(
+    source: Source,
+    records: Mapping[str, Record],
+    figures: Figures,
+    sample: Sample,
+    dtype_of: Callable[[str], torch.dtype],
+) -> dict[str, Any]:
+    """Everything but the target's files."""
+    tokens, layers = sample.ids[:, 1:].numel(), list(figures.agreement.values())
+    calibration = perplexity = None
+    if sample.calibrate:
+        calibration = {
+            "text": sample.text,
+            "tokens": tokens,
+            "tokens_per_expert": {str(layer): counts for layer, counts in figures.tokens_per_expert.items()},
+            "fewer_than": MIN_TOKENS,
+            "weighed_by_all_tokens": {str(layer): few for layer, few in figures.too_few.items() if few},
+        }
+    if sample.text is not None and figures.nats is not None:
+        before, after = (math.exp(min(nats, 700.0)) for nats in figures.nats)
+        perplexity = {"before": before, "after": after, "change": after / before - 1, "text": sample.text}
+    return {
+        "manyhands": __version__,
+        "source": {"model_type": source.family.model_type, "files": hash_source(source)},
+        **tensors_of_the_receipt(source, records, figures.relative_error, dtype_of),
+        "calibration": calibration,
+        "routing_agreement": {
+            "asked": ASKED_AGREEMENT,
+            "overall": sum(layers) / len(layers) if layers else None,
+            "layers": {str(layer): share for layer, share in figures.agreement.items()},
+            "tokens": tokens,
+            "on": sample.text or "random token ids",
+        },
+        "perplexity": perplexity,
+    }
 
 
 def class_of(name: str) -> str:

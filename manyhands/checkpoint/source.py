@@ -91,7 +91,7 @@ def open_source(directory: str | Path) -> Source:
         logical = logical_tensors(files.headers, quantization, str(path))
     else:
         records = read_records(files, config, packed)
-        logical = packed_tensors(files.headers, records)
+        logical = packed_tensors(files.headers, records, str(files.name))
     float32 = family.saved_float32 if family.model_type == "manyhands" else ()
     pieces = _match(files, family.pieces(config), tensor_shapes(config), logical, float32)
     used = {piece.theirs for of_one in pieces.values() for piece in of_one}

@@ -4,7 +4,8 @@
 
 `ids_TK` are expert numbers (int64), `weights_TK` float32, `kept_TK` false where a pair overflowed its expert's
 capacity. Every backend computes y_t = Σ_k kept_tk · weights_tk · Expert_{ids_tk}(x_t) and is held against
-`eager`, gradients included. The names are those of transformers' `experts_implementation`.
+`eager`, gradients included. The names are those of transformers' `experts_implementation`; `native` is there where
+its library was built.
 """
 
 from collections.abc import Callable
@@ -16,14 +17,19 @@ from manyhands.errors import ConfigError
 from manyhands.kernels.eager import eager
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.grouped import grouped_mm, supports_grouped_mm
+from manyhands.kernels.native import Native, missing
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 
 BACKENDS: dict[str, Backend] = {"eager": eager, "grouped_mm": grouped_mm}
+if missing() is None:
+    BACKENDS["native"] = Native()
 
 
 def check_name(name: str) -> str:
     """`name` if it is `auto` or a backend; otherwise `ConfigError` with the nearest one."""
+    if name == "native" and name not in BACKENDS:
+        raise ConfigError(f"experts_implementation = 'native': the kernels are not here: {missing()}")
     if name != "auto" and name not in BACKENDS:
         raise ConfigError(f"experts_implementation = {name!r}: " + suggest(name, ["auto", *BACKENDS]))
     return name

@@ -79,5 +79,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(h: Tensor) -> Tensor:
     """silu(h[..., :F]) · h[..., F:] (Shazeer 2020, arXiv 2002.05202): [..., 2F] -> [..., F]."""
+    if not torch.is_grad_enabled():
+        gate, up = h.chunk(2, dim=-1)
+        return F.silu(gate).mul_(up)
     y: Tensor = _SwiGLU.apply(h)  # type: ignore[no-untyped-call]
     return y

@@ -50,4 +50,4 @@ class Experts(nn.Module):
         ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
         pairs = x_TD.repeat_interleave(K, dim=0)
         ones = torch.ones_like(ids, dtype=torch.float32)
-        return run_experts(name, pairs, ids, ones, kept, self.weights()).view(T, K, -1)
+        return run_experts(name, pairs, ids, ones, kept, self.weights()).view(T, K, x_TD.shape[-1])

@@ -11,6 +11,7 @@ from manyhands.config import suggest
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, run_experts
 from manyhands.kernels.experts import activate
+from manyhands.kernels.native import available, linear, missing, packed_experts
 from manyhands.moe.routing import Routing
 from manyhands.quant import Layout, PackedExperts, PackedLinear
 
@@ -21,9 +22,11 @@ class RecordLinear(nn.Module):
     record: Tensor
     """[record_bytes] uint8; a buffer, so that `.to(bfloat16)` leaves it alone."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: Layout, implementation: str = "auto") -> None:
         super().__init__()
         self.layout = layout
+        self.implementation = _check_name(implementation)
+        self.native = implementation in ("auto", "native") and available()
         self.register_buffer("record", torch.empty(layout.record_bytes, dtype=torch.uint8))
 
     @property
@@ -33,6 +36,10 @@ class RecordLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
+        if self.native and _fits(x, self.record) and not (x.requires_grad and torch.is_grad_enabled()):
+            return linear(x, self.packed)  # which has no gradient
+        if self.implementation == "native":
+            raise _no_native(x)
         weight, bias = self.packed.dequantize()
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
@@ -63,10 +70,14 @@ class RecordExperts(nn.Module):
         T, K = routing.expert_ids.shape
         ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
         ones = torch.ones_like(ids, dtype=torch.float32)
-        return self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation).view(T, K, -1)
+        return self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation).view(T, K, x_TD.shape[-1])
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
         name = self.implementation if implementation is None else _check_name(implementation)
+        if name in ("auto", "native") and available() and _fits(x, self.records):
+            return packed_experts(x, ids, weights, kept, self.packed)
+        if name == "native":
+            raise _no_native(x)
         return BY_NAME[name](x, ids, weights, kept, self.packed)
 
 
@@ -74,7 +85,7 @@ def one_by_one(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor
     """`kernels.eager` over the chosen experts, each unpacked when its turn comes: the oracle for packed kernels."""
     accumulate = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros_like(x_TD, dtype=accumulate)
-    for e in ids_TK[kept_TK].unique().tolist():
+    for e in torch.bincount(ids_TK[kept_TK]).nonzero().flatten().tolist():
         t, k = torch.where((ids_TK == e) & kept_TK)
         up, down, up_bias, down_bias, activation = unpack(packed, [e]).cast(x_TD.dtype)
         h = F.linear(x_TD[t], up[0], None if up_bias is None else up_bias[0])
@@ -88,12 +99,14 @@ def together(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, 
     if not bool(kept_TK.any()):
         return torch.zeros_like(x_TD)
     ids_TK = ids_TK.where(kept_TK, ids_TK[kept_TK][0])  # an expert that is there anyway, not -1
-    chosen, new_ids = ids_TK.unique(return_inverse=True)
+    chosen, new_ids = ids_TK.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     weights = unpack(packed, chosen.tolist()).cast(x_TD.dtype)
     return run_experts("grouped_mm", x_TD, new_ids, weights_TK, kept_TK, weights)
 
 
 BY_NAME = {"auto": one_by_one, "eager": one_by_one, "grouped_mm": together}
+"""Without the native kernels. `eager` and `grouped_mm` are exact; `native` rounds few rows to 8 bits beside int8 and
+int4 weights."""
 
 
 def unpack(packed: PackedExperts, experts: list[int]) -> ExpertWeights:
@@ -104,6 +117,19 @@ def unpack(packed: PackedExperts, experts: list[int]) -> ExpertWeights:
 
 
 def _check_name(name: str) -> str:
-    if name not in BY_NAME:
-        raise ConfigError(f"experts_implementation = {name!r} cannot read packed experts; " + suggest(name, [*BY_NAME]))
+    allowed = [*BY_NAME, "native"]
+    if name not in allowed:
+        raise ConfigError(f"experts_implementation = {name!r} cannot read packed weights; " + suggest(name, allowed))
     return name
+
+
+def _fits(x: Tensor, records: Tensor) -> bool:
+    """Whether the native kernels take this."""
+    return x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" and records.device.type == "cpu"
+
+
+def _no_native(x: Tensor) -> ConfigError:
+    return ConfigError(
+        f"experts_implementation = 'native' takes float32 and bfloat16 on the CPU ({x.dtype} on {x.device.type} here)"
+        f"{', and ' + why if (why := missing()) else ''}: use 'auto'"
+    )

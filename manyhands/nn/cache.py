@@ -26,9 +26,9 @@ class LayerCache:
                 big[..., : self.length, :] = old[..., : self.length, :]
             self._buffers = grown
         for buffer, t in zip(self._buffers, new, strict=True):
-            buffer[..., self.length : needed, :] = t
+            buffer.narrow(-2, self.length, added).copy_(t)
         self.length = needed
-        return [buffer[..., :needed, :] for buffer in self._buffers]
+        return [buffer.narrow(-2, 0, needed) for buffer in self._buffers]
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions."""
@@ -41,24 +41,29 @@ class LayerCache:
 
 
 class Cache:
-    """One `LayerCache` per layer, and which of the cached positions are real [B, length]."""
+    """One `LayerCache` per layer, and which of the cached positions are real."""
 
     def __init__(self, num_layers: int) -> None:
         self.layers = [LayerCache() for _ in range(num_layers)]
-        self.mask_BS: Tensor | None = None
-
-    @property
-    def length(self) -> int:
+        self.length = 0
         """Positions stored so far, padding included."""
-        return 0 if self.mask_BS is None else self.mask_BS.shape[1]
+        self.mask_BS: Tensor | None = None
+        """[B, length] bool; None while there is no padding."""
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions, in every layer."""
         for layer in self.layers:
             layer.truncate(length)
+        self.length = min(self.length, length)
         self.mask_BS = None if self.mask_BS is None or not length else self.mask_BS[:, :length]
 
-    def extend_mask(self, mask_BS: Tensor) -> Tensor:
-        """Add the mask of new positions; returns the mask of all of them."""
-        self.mask_BS = mask_BS if self.mask_BS is None else torch.cat((self.mask_BS, mask_BS), dim=1)
+    def extend(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor | None:
+        """Make room for new positions; returns the mask of all of them, None where there is no padding."""
+        B, S = ids_BS.shape
+        if mask_BS is not None or self.mask_BS is not None:
+            old, new = ids_BS.new_ones(B, self.length, dtype=torch.bool), ids_BS.new_ones(B, S, dtype=torch.bool)
+            old = old if self.mask_BS is None else self.mask_BS
+            mask_BS = torch.cat((old, new if mask_BS is None else mask_BS), dim=1)
+            self.mask_BS = None if bool(mask_BS.all()) else mask_BS
+        self.length += S
         return self.mask_BS

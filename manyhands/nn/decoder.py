@@ -92,17 +92,26 @@ class Block(nn.Module):
 
 
 def find_positions(
-    config: ModelConfig, real_BL: Tensor, num_queries: int, plain: bool, clip_above: float | None = None
+    config: ModelConfig,
+    num_queries: int,
+    length: int,
+    real_BL: Tensor | None,
+    device: torch.device,
+    clip_above: float | None = None,
 ) -> Positions:
-    """Where the last `num_queries` of L positions are. `plain` says that `real_BL` is all true: there is no padding."""
-    S, L, a = num_queries, real_BL.shape[1], config.attention
-    position_BL = (real_BL.long().cumsum(1) - 1).clamp(min=0)
-    windows = {a.window(layer) for layer in range(config.num_hidden_layers)} - {None}
+    """Where the last `num_queries` of `length` positions are. `real_BL` None: there is no padding."""
+    S, L, plain = num_queries, length, real_BL is None
+    if real_BL is None:
+        position_BS = torch.arange(L - S, L, device=device)[None]
+        real_BL = torch.ones(1, L, dtype=torch.bool, device=device)
+    else:
+        position_BS = (real_BL.long().cumsum(1) - 1).clamp(min=0)[:, L - S :]
+    window = config.attention.sliding_window if "sliding_attention" in config.layer_types else None
     return Positions(
-        rope_tables(config.rope, config.rope_dim, position_BL[:, L - S :]),
+        rope_tables(config.rope, config.rope_dim, position_BS),
         causal_mask(real_BL, S, None, plain),
         causal=S == L,
-        sliding_mask=causal_mask(real_BL, S, a.sliding_window, plain) if windows else None,
+        sliding_mask=None if window is None else causal_mask(real_BL, S, window, plain),
         clip_above=clip_above,
         real_BS=None if plain else real_BL[:, L - S :],
     )
@@ -166,10 +175,13 @@ class Decoder(nn.Module):
         backward pass; `clip_above` asks for the attention logits of QK-Clip; `keep_outputs` keeps the experts'
         outputs in the routings.
         """
-        plain = mask_BS is None and (cache is None or cache.mask_BS is None or bool(cache.mask_BS.all()))
-        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
-        real_BL = real_BS if cache is None else cache.extend_mask(real_BS)
-        positions = find_positions(self.config, real_BL, ids_BS.shape[1], plain, clip_above)
+        S = ids_BS.shape[1]
+        real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
+        if cache is not None:
+            real_BL = cache.extend(ids_BS, mask_BS)
+        length = S if cache is None else cache.length
+        positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
         x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier

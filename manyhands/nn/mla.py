@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
 from manyhands.moe.layer import Linear
-from manyhands.nn.attention import Positions, max_logits
+from manyhands.nn.attention import Positions, better_in_float32, max_logits
 from manyhands.nn.cache import LayerCache
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import apply_rope, yarn_mscale
@@ -105,8 +105,10 @@ class LatentAttention(nn.Module):
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
         k_B1Ld = torch.cat((latent_BLR[:, None], k_rope_B1Lr), dim=-1)
+        if better_in_float32(q):  # before the heads are expanded
+            q, k_B1Ld = q.float(), k_B1Ld.float()
         k = k_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
-        y_BHSR = self._attend(q, k, k[..., : a.kv_lora_rank], positions)
+        y_BHSR = self._attend(q, k, k[..., : a.kv_lora_rank], positions).to(q_nope.dtype)
         return self._output(torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:

@@ -104,5 +104,7 @@ def apply_rope(x_BHSd: Tensor, tables: tuple[Tensor, Tensor], interleave: bool) 
         return torch.cat((x_rotated, x_BHSd[..., rotated:]), dim=-1)
     if interleave:
         x_BHSd = torch.cat((x_BHSd[..., 0::2], x_BHSd[..., 1::2]), dim=-1)
+    if not torch.is_grad_enabled():
+        return _rotate(x_BHSd, *tables)
     y: Tensor = _Rotate.apply(x_BHSd, *tables)  # type: ignore[no-untyped-call]
     return y

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manyhands.moe.routing import count_experts, top_k_stable
+from manyhands.moe.routing import FEW_SCORES, count_experts, top_k_stable
 
 from .make_routing import route_logits, routing_from, tokens
 
@@ -62,3 +62,18 @@ def test_routing_is_frozen() -> None:
     routing = routing_from([[0]], [[0.5, 0.5]])
     with pytest.raises(AttributeError):
         routing.weights = routing.weights * 2  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("values", ["floats", "ties", "zeros", "infinities"])
+def test_few_and_many_rows_choose_the_same(values: str) -> None:
+    """A few rows are sorted, many are ranked by their bits: row by row and all at once must agree."""
+    scores = torch.randn(FEW_SCORES // 32 + 40, 48)
+    if values == "ties":
+        scores = scores.round()
+    if values == "zeros":
+        scores = torch.where(scores > 0, 0.0, -0.0)
+    if values == "infinities":
+        scores[:, 5:40] = -torch.inf
+    assert scores.numel() > FEW_SCORES
+    few = torch.cat([top_k_stable(row[None], 12) for row in scores])
+    assert torch.equal(top_k_stable(scores, 12), few)

@@ -111,3 +111,28 @@ def test_the_window_forgets() -> None:
         other = x.clone()
         other[0, -1 - back] = (other[0, -1 - back] + 1) % 64
         assert ((model(other).logits[0, -1] - base).abs().max().item() > 1e-4) == seen
+
+
+def test_the_cache_remembers_padding_only_while_there_is_any() -> None:
+    cache, x = tiny("mha").new_cache(), ids()
+    assert cache.extend(x, None) is None and cache.length == x.shape[1]
+    assert cache.extend(x[:, :2], torch.ones(x.shape[0], 2, dtype=torch.bool)) is None
+    mask = torch.zeros(x.shape[0], 1, dtype=torch.bool)
+    whole = cache.extend(x[:, :1], mask)
+    assert whole is not None and whole.shape == (x.shape[0], cache.length) and int((~whole).sum()) == x.shape[0]
+    whole = cache.extend(x[:, :3], None)
+    assert whole is not None and bool(whole[:, -3:].all()) and cache.length == x.shape[1] + 6
+    cache.truncate(4)
+    assert cache.length == 4 and cache.extend(x[:, :1], None) is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["mha", "gqa", "mla"])
+def test_one_token_in_sixteen_bits(attention: str) -> None:
+    """Its attention is computed in float32; the result is as close to float32 as the whole sequence's."""
+    model, x = tiny(attention).eval(), ids()
+    exact, half = model(x).logits, tiny(attention).eval().to(torch.bfloat16)
+    stepwise = steps(half, x, prefill=5)
+    assert stepwise.dtype == torch.bfloat16
+    error = (stepwise - exact).abs().mean()
+    assert error < 1.5 * (half(x).logits - exact).abs().mean() + 1e-3

@@ -59,3 +59,12 @@ def test_statistics_in_float32() -> None:
 def test_large_float16_values_do_not_overflow() -> None:
     y = norm(8)(torch.full((1, 8), 6e4, dtype=torch.float16))
     torch.testing.assert_close(y.float()[0], torch.linspace(0.5, 1.5, 8), rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_without_gradients_it_is_the_same(dtype: torch.dtype) -> None:
+    module, x = norm(96, dtype), torch.randn(2, 3, 96).to(dtype)
+    with torch.no_grad():
+        fast = module(x)
+    assert fast.dtype == dtype
+    torch.testing.assert_close(fast, module(x).detach(), rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)

@@ -1,0 +1,100 @@
+"""Tensors and layouts as the C structures of the library.
+
+T tokens, K experts per token, N rows of a matrix.
+"""
+
+from ctypes import byref
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.kernels.experts import ExpertWeights
+from manyhands.kernels.native.library import (
+    ACTIVATION_CODES,
+    FORMAT_CODES,
+    PLAIN_BF16,
+    PLAIN_FLOAT32,
+    PLAIN_ROUNDED,
+    CExperts,
+    CLinear,
+    CMatrix,
+    CRouting,
+    CRows,
+    CRun,
+    CStacked,
+)
+from manyhands.quant import Layout, Matrix
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+MOST_THREADS = 256
+
+
+def rows(t: Tensor) -> CRows:
+    """[N, width] float32 or bfloat16 with unit stride along the width."""
+    count, width = t.shape
+    return CRows(t.data_ptr(), DTYPES[t.dtype], count, width, max(t.stride(0), width))
+
+
+def unit_stride(t: Tensor) -> Tensor:
+    """`t`, or a copy of it whose rows are contiguous. A row may not overlap the next (an expanded gradient)."""
+    return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
+
+
+def routing(ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor) -> tuple[CRouting, Any]:
+    """The structure, and the tensors it points into, which must live as long."""
+    kept = ids_TK.contiguous(), weights_TK.float().contiguous(), kept_TK.contiguous()
+    T, K = ids_TK.shape
+    return CRouting(*(t.data_ptr() for t in kept), T, K), kept
+
+
+@lru_cache(maxsize=256)
+def _matrix(layout: Layout, index: int) -> CMatrix:
+    m: Matrix = layout.matrices[index]
+    name = ("up", "down")[index] if layout.kind == "experts" else "weight"
+    prefix = f"{name}_" if layout.kind == "experts" else ""
+    places = [layout.sections.get(section, (-1, 0))[0] for section in (name, f"{prefix}scales", f"{prefix}bias")]
+    return CMatrix(m.outputs, m.inputs, m.parts, FORMAT_CODES[m.format], m.group_size, *places)
+
+
+def matrix(layout: Layout, index: int) -> CMatrix:
+    """Matrix `index` of a record."""
+    return _matrix(layout, index)
+
+
+@lru_cache(maxsize=256)
+def _activation(layout: Layout) -> int:
+    assert layout.activation is not None
+    return ACTIVATION_CODES[layout.activation]
+
+
+def experts(records: Tensor, layout: Layout) -> CExperts:
+    """[E, record_bytes] uint8 and what is in it."""
+    E, size = records.shape
+    return CExperts(
+        records.data_ptr(), records.numel(), E, size, _activation(layout), _matrix(layout, 0), _matrix(layout, 1)
+    )
+
+
+def stacked(experts: ExpertWeights, dtype: torch.dtype) -> tuple[CStacked, Any]:
+    """Weights as they are, to be multiplied in `dtype`; and the tensors pointed into, which must live as long."""
+    E, D, F = experts.down.shape
+    exact = experts.up.dtype == experts.down.dtype and experts.up.dtype in DTYPES
+    source = experts.up.dtype if exact and (dtype, experts.up.dtype) != (torch.float32, torch.bfloat16) else dtype
+    up, down = (t.detach().to(source).contiguous() for t in experts[:2])
+    biases = [None if b is None else b.detach().float().contiguous() for b in experts[2:4]]
+    code = PLAIN_FLOAT32 if dtype == torch.float32 else PLAIN_BF16 if source == dtype else PLAIN_ROUNDED
+    pointers = [None if b is None else b.data_ptr() for b in biases]
+    activation = ACTIVATION_CODES[experts.activation]
+    return CStacked(up.data_ptr(), down.data_ptr(), *pointers, code, E, D, F, activation), (up, down, biases)
+
+
+def linear(record: Tensor, layout: Layout) -> CLinear:
+    """[record_bytes] uint8 and what is in it."""
+    return CLinear(record.data_ptr(), record.numel(), _matrix(layout, 0))
+
+
+def run(level: int, threads: int) -> Any:
+    """A reference to `mh_run`; 0 threads are as many as PyTorch uses."""
+    return byref(CRun(level, min(threads or torch.get_num_threads(), MOST_THREADS)))

@@ -1,0 +1,66 @@
+// What one level of the CPU's abilities provides. A tile has 16 columns: the outputs of one panel.
+#pragma once
+
+#include <stdint.h>
+
+namespace mh {
+
+struct Panel {  // 16 outputs of a matrix
+  const uint8_t* data;
+  const uint8_t* scales;
+  int64_t depth, group;  // inputs with padding; inputs per scale (int4)
+  int format;
+  int64_t rows, inputs;  // of plain weights: how many of the 16 outputs exist; inputs, which are also the stride
+};
+
+struct Row {  // one row of activations for the vector path; the integers only where the format has them
+  const float* x;
+  const int8_t* q;
+  const float* scale;   // per group of inputs
+  const float* offset;  // int4: 8 · scale · Σ q of the group, because the nibbles hold q + 8
+};
+
+struct Rows {  // rows of activations for the matrix path; `rounded` only where the level multiplies bf16
+  const float* const* at;
+  int64_t count;
+  const uint16_t* rounded;
+  int64_t rounded_stride;
+};
+
+constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 columns stay in the first cache
+constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
+constexpr int kVectorRows = 4;        // the vector path takes at most so many rows
+constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
+
+struct Kernels {
+  const char* name;
+  bool rounds_rows;
+  void (*dot)(const Panel&, const Row*, int rows, float* c);
+  void (*product)(const Panel&, const Rows&, float* scratch, float* c);
+  // Column block `block` of 16 inputs, summed over all outputs of the panels.
+  void (*product_t)(const Panel* panels, int64_t count, int64_t block, const Rows&, float* scratch, float* c);
+  // c[16][16], rows `stride` apart, = or += Σ_m a[m][16]·b[m][16]
+  void (*outer)(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first);
+  void (*activate)(int activation, const float* gate, const float* up, int64_t rows, float* out, int64_t out_stride);
+  // dh from h and dact, both [rows][16 per part]; act·weight; dweight += Σ act·dact
+  void (*activate_grad)(int activation, const float* h, int64_t h_stride, const float* dact, const float* weight,
+                        int64_t rows, float* dh, float* act, int64_t act_stride, float* dweight);
+  void (*widen)(const uint16_t* from, int64_t n, float* to);
+  void (*narrow)(const float* from, int64_t n, uint16_t* to);
+  void (*quantize)(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset);
+  // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them; weight and bias may be null
+  void (*combine)(const float* c, int64_t rows, int64_t columns, const float* bias, const float* weight,
+                  const int64_t* places, int64_t stride, float* y);
+  void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
+  void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
+};
+
+extern const Kernels kPortable;
+#if defined(MH_X86)
+extern const Kernels kAvx2, kAvx512, kAmx;
+#endif
+
+int64_t levels();                  // bit mask of what this CPU and operating system allow
+const Kernels* kernels(int64_t level);  // null where it cannot run; level -1 is the best
+
+}  // namespace mh

@@ -1,0 +1,6 @@
+#include "vector_avx512.h"
+
+#include "kernels.inl"
+
+const mh::Kernels mh::kAvx512 = {"avx512", false, dot, product, product_t, outer, activate, activate_grad,
+                                widen, narrow, quantize, combine, add_bias, transpose16};

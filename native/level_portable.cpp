@@ -1,0 +1,6 @@
+#include "vector_portable.h"
+
+#include "kernels.inl"
+
+const mh::Kernels mh::kPortable = {"portable", false, dot, product, product_t, outer, activate, activate_grad,
+                                  widen, narrow, quantize, combine, add_bias, transpose16};

@@ -1,0 +1,38 @@
+// Rows times one panel, by whichever path suits their number.
+#pragma once
+
+#include "common.h"
+
+namespace mh {
+
+struct Quantized {  // rows as integers, for the vector path beside integer weights
+  int8_t* q = nullptr;
+  float *scale = nullptr, *offset = nullptr;
+  int64_t depth = 0, groups = 0, group = 0;
+
+  // Room for `rows` rows; nothing where the format has no use for it.
+  void prepare(int64_t rows, const Matrix& m, Room& values, Room& scales);
+  void set(int64_t row, const float* x, const Kernels& k) const;
+  Row view(int64_t row, const float* x) const;
+};
+
+constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
+
+inline bool is_integer(const Matrix& m) { return m.m.format == MH_INT8 || m.m.format == MH_INT4; }
+// Whether the vector path takes them: plain weights do not lie as it reads them.
+inline bool few(int64_t rows, const Matrix& m) { return rows <= kVectorRows && !m.plain(); }
+
+// What a worker needs beside its task's rows: tiles, a product's scratch, rounded rows. Floats.
+int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
+
+struct Worker {
+  float *first, *second, *scratch;  // [rows][16] twice; kScratch
+  uint16_t* rounded;
+  Worker(Room& room, int64_t rows);
+};
+
+// The rows as a level wants them for its matrix path.
+Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
+                 uint16_t* rounded);
+
+}  // namespace mh

@@ -1,0 +1,30 @@
+// Threads that persist, and sleep when there is nothing to do.
+#pragma once
+
+#include <stdint.h>
+
+namespace mh {
+
+constexpr int64_t kMostThreads = 256;
+
+// f(context, task, worker) for every task, on up to `threads` threads, the caller among them (worker 0). Tasks are
+// taken in order from a counter. A helper that wakes too late is not waited for, so a busy machine costs no stall.
+void run_tasks(int64_t threads, int64_t tasks, void (*f)(void*, int64_t, int64_t), void* context);
+
+template <class F>
+void parallel(int64_t threads, int64_t tasks, F&& f) {
+  run_tasks(
+      threads, tasks, [](void* c, int64_t task, int64_t worker) { (*static_cast<F*>(c))(task, worker); }, &f);
+}
+
+// One call at a time: held from a call's first phase to its last. Helpers spin between a call's phases and sleep
+// soon after it.
+class Call {
+ public:
+  Call();
+  ~Call();
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+};
+
+}  // namespace mh

@@ -1,0 +1,31 @@
+// The kept pairs in the order of their experts, and the blocks of rows they are worked on in.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace mh {
+
+constexpr int64_t kBlockRows = 256;
+constexpr int64_t kGroupFloats = int64_t{1} << 21;  // what one group of blocks may write between two phases
+
+struct Block {  // rows [begin, end) of the sorted pairs, all of one expert
+  int64_t expert, begin, end;
+  int64_t rows() const { return end - begin; }
+};
+
+struct Sorted {
+  std::vector<int64_t> pair, token;  // of each sorted row; within an expert, tokens in order
+  std::vector<float> weight;
+  std::vector<Block> blocks;
+  int64_t rows() const { return static_cast<int64_t>(pair.size()); }
+};
+
+// Checks every kept id. Throws MH_BAD_ROUTING.
+Sorted sort_pairs(const mh_routing* routing, int64_t num_experts);
+
+// Ends of groups of consecutive blocks whose rows, `floats` each, together stay within kGroupFloats where they can.
+std::vector<size_t> group_blocks(const std::vector<Block>& blocks, int64_t floats);
+
+}  // namespace mh
