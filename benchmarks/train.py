@@ -53,6 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--default-allocator", action="store_true", help="leave glibc's memory thresholds alone")
+    parser.add_argument("--experts", default="auto", help="our expert backend: auto, grouped_mm, native, eager")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if not arguments.default_allocator:
@@ -64,7 +65,7 @@ def main() -> None:
 
     run = parse_run(RUN, "train-66M")
     peer = build_peer(transformers)
-    model = Decoder(run.model)
+    model = Decoder(run.model, arguments.experts)
     copy_weights(peer, model)
     total, active = count_parameters(model)
     optimizers = build_optimizers(model, run.optim)
@@ -107,6 +108,7 @@ def main() -> None:
     flops = 6 * (active - VOCAB * D) * speed["manyhands"]  # the embedding is a look-up
     roof = matrix_rate()
     result = {
+        "experts": arguments.experts,
         "parameters": total,
         "active_parameters": active,
         "transformers": transformers.__version__,
