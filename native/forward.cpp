@@ -29,7 +29,7 @@ struct Forward {
     const bool vector = few(rows, e.up);
     const float* const* at = x_rows.data() + b.begin;
     Rows matrix{};
-    Row row[kVectorRows];
+    Row row[kFewIntegers];
     if (vector)
       for (int64_t i = 0; i < rows; i++) row[i] = qx.view(s.token[b.begin + i], at[i]);
     else
@@ -39,7 +39,7 @@ struct Forward {
       for (int64_t part = 0; part < parts; part++) {
         float* c = part ? w.second : w.first;
         const Panel panel = e.up.panel(b.expert, parts * p + part);
-        vector ? k.dot(panel, row, static_cast<int>(rows), c) : k.product(panel, matrix, w.scratch, c);
+        vector ? dot_few(k, panel, row, rows, c) : k.product(panel, matrix, w.scratch, c);
         if (const float* bias = e.up.bias(b.expert, parts * p + part))
           k.add_bias(bias, e.up.outputs_of(parts * p + part), rows, c);
         if (hidden)
@@ -62,14 +62,14 @@ struct Forward {
       const bool vector = few(rows, e.down);
       const float* const* at = act_rows.data() + (b->begin - group_begin);
       Rows matrix{};
-      Row row[kVectorRows];
+      Row row[kFewIntegers];
       if (vector)
         for (int64_t i = 0; i < rows; i++) row[i] = qact.view(b->begin - group_begin + i, at[i]);
       else
         matrix = matrix_rows(at, rows, e.down.depth, e.down.m.format, k, w.rounded);
       for (int64_t p = first; p < first + panels; p++) {
         const Panel panel = e.down.panel(b->expert, p);
-        vector ? k.dot(panel, row, static_cast<int>(rows), w.first) : k.product(panel, matrix, w.scratch, w.first);
+        vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
         k.combine(w.first, rows, e.down.outputs_of(p), e.down.bias(b->expert, p), s.weight.data() + b->begin,
                   s.token.data() + b->begin, y_stride, y + 16 * p);
       }

@@ -29,7 +29,7 @@ struct Rows {  // rows of activations for the matrix path; `rounded` only where 
 
 constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 columns stay in the first cache
 constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
-constexpr int kVectorRows = 4;        // the vector path takes at most so many rows
+constexpr int kDotRows = 4;           // rows a dot takes at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
 struct Kernels {

@@ -28,14 +28,14 @@ void linear(const Kernels& k, const Matrix& m, const mh_rows& in, const mh_rows&
     const int64_t block = task / pieces, piece = task % pieces;
     const int64_t begin = block * count / blocks, rows = (block + 1) * count / blocks - begin;
     Rows matrix{};
-    Row row[kVectorRows];
+    Row row[kFewIntegers];
     if (vector)
       for (int64_t i = 0; i < rows; i++) row[i] = q.view(begin + i, at[begin + i]);
     else
       matrix = matrix_rows(at.data() + begin, rows, m.depth, m.m.format, k, w.rounded);
     for (int64_t p = piece * m.panels / pieces; p < (piece + 1) * m.panels / pieces; p++) {
       const Panel panel = m.panel(0, p);
-      vector ? k.dot(panel, row, static_cast<int>(rows), w.first) : k.product(panel, matrix, w.scratch, w.first);
+      vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
       const float* bias = m.bias(0, p);
       const int64_t columns = m.outputs_of(p);
       if (bias) k.add_bias(bias, columns, rows, w.first);

@@ -22,6 +22,13 @@ Row Quantized::view(int64_t row, const float* x) const {
   return {x, q + row * depth, scale + row * groups, offset + row * groups};
 }
 
+void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c) {
+  for (int64_t i = 0; i < count; i += kDotRows) {
+    const int64_t n = count - i < kDotRows ? count - i : kDotRows;
+    k.dot(p, rows + i, static_cast<int>(n), c + 16 * i);
+  }
+}
+
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k) {
   const int64_t padded = round_up(rows, 16);
   return 32 * padded + kScratch + (k.rounds_rows ? divide_up(padded * (depth + kRoundedPad), 2) : 0);

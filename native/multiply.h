@@ -19,8 +19,13 @@ struct Quantized {  // rows as integers, for the vector path beside integer weig
 constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
 
 inline bool is_integer(const Matrix& m) { return m.m.format == MH_INT8 || m.m.format == MH_INT4; }
-// Whether the vector path takes them: plain weights do not lie as it reads them.
-inline bool few(int64_t rows, const Matrix& m) { return rows <= kVectorRows && !m.plain(); }
+// Whether the vector path takes them. Integer products stay cheaper than widening the weights for some rows more;
+// plain weights do not lie as it reads them.
+constexpr int64_t kFewFloats = 4, kFewIntegers = 16;
+inline bool few(int64_t rows, const Matrix& m) {
+  return rows <= (is_integer(m) ? kFewIntegers : kFewFloats) && !m.plain();
+}
+void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c);
 
 // What a worker needs beside its task's rows: tiles, a product's scratch, rounded rows. Floats.
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);

@@ -13,7 +13,7 @@
 namespace mh {
 namespace {
 
-constexpr auto kSpin = std::chrono::microseconds(30);  // measured: docs/performance.md
+constexpr auto kSpin = std::chrono::microseconds(30);
 
 inline void relax() {
 #if defined(__x86_64__) || defined(__i386__)

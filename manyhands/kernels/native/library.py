@@ -118,8 +118,9 @@ _CALLS: dict[str, list[object]] = {
 
 
 @cache
-def _load(path: Path) -> ctypes.CDLL | str:
-    """The library, or why there is none."""
+def _here() -> ctypes.CDLL | str:
+    """The library beside this file, or why there is none."""
+    path = Path(__file__).with_name(NAME)
     if not path.is_file():
         return "it was not built: install again with a C++ compiler (g++ 12 or clang) present"
     try:
@@ -134,10 +135,6 @@ def _load(path: Path) -> ctypes.CDLL | str:
     except (OSError, AttributeError) as error:
         return f"it does not load: {error}"
     return library
-
-
-def _here() -> ctypes.CDLL | str:
-    return _load(Path(__file__).with_name(NAME))
 
 
 def missing() -> str | None:
