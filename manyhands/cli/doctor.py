@@ -20,6 +20,7 @@ def doctor(
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     limits = diagnose(here, environment=os.environ, load=load, free=free_memory())
     from manyhands.kernels.native import levels, missing
+    from manyhands.kernels.native.library import default_level
 
     native = missing()
     if native is not None:
@@ -41,6 +42,6 @@ def doctor(
     for sentence in limits or ["nothing stands out"]:
         print("\n".join(wrapped(f"- {sentence}", width)))
     if native is None:
-        print(f"\nnative expert kernels: {levels()[-1]}")
+        print(f"\nnative expert kernels: {default_level()} (this processor has: {', '.join(levels())})")
     kept = f"remembered in {cache_file()}; --again measures anew" if remembered() == here else "not remembered"
     print(f"\nmeasured {here.measured}, {kept}")

@@ -92,7 +92,8 @@ def test_inputs_without_gradient_are_allowed(backend: str) -> None:
     assert torch.equal(y, expected) and only_x.grad is not None
 
 
-def test_auto_takes_grouped_mm_where_its_rules_hold() -> None:
+def test_auto_takes_grouped_mm_where_its_rules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyhands.kernels.level_here", lambda: None)
     fits, odd = make_case(2, 8, 8, 3, 1), make_case(2, 6, 8, 3, 1)
     assert choose(fits.x, fits.experts) == "grouped_mm"
     assert choose(odd.x, odd.experts) == "eager"
@@ -101,7 +102,20 @@ def test_auto_takes_grouped_mm_where_its_rules_hold() -> None:
     assert_matches_oracle(odd, "auto")
 
 
-def test_bfloat16_needs_twice_the_alignment() -> None:
+def test_auto_takes_the_native_kernels_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(2, 8, 8, 3, 1)
+    trained = case.experts._replace(up=case.experts.up.clone().requires_grad_())
+    for level, chosen in (("avx2", "native"), ("portable", "grouped_mm"), (None, "grouped_mm")):
+        monkeypatch.setattr("manyhands.kernels.level_here", lambda level=level: level)
+        assert choose(case.x, case.experts) == choose(case.x.bfloat16(), case.experts) == chosen
+        assert choose(case.x, trained) == "grouped_mm"
+        with torch.no_grad():
+            assert choose(case.x, trained) == chosen
+        assert choose(case.x.to("meta"), case.experts) != "native" and choose(case.x.double(), case.experts) == "eager"
+
+
+def test_bfloat16_needs_twice_the_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyhands.kernels.level_here", lambda: None)
     case = make_case(2, 12, 8, 3, 1)  # 12 · 2 bytes is not a multiple of 16
     assert choose(case.x, case.experts) == "grouped_mm"
     assert choose(case.x.bfloat16(), case.experts) == "eager"

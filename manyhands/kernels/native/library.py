@@ -9,6 +9,9 @@ from manyhands.errors import ConfigError, ManyhandsError
 
 ABI = 1
 LEVELS = ("portable", "avx2", "avx512", "amx")
+VERIFIED = ("portable", "avx2")
+"""Levels that the whole suite has run on. The others are compiled and taken only by name, until somebody runs
+`scripts/verify_levels.py` on such a machine and adds them here."""
 FORMAT_CODES = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
 PLAIN_FLOAT32, PLAIN_BF16, PLAIN_ROUNDED = 4, 5, 6
 ACTIVATION_CODES = {"swiglu": 0, "swiglu_oai": 1, "geglu": 2, "geglu_tanh": 3, "gelu": 4, "relu": 5}
@@ -162,8 +165,14 @@ def levels() -> list[str]:
     return [name for i, name in enumerate(LEVELS) if mask >> i & 1]
 
 
+@cache
+def default_level() -> str:
+    """The best verified level of this CPU: what runs unless a level is named."""
+    return [name for name in levels() if name in VERIFIED][-1]
+
+
 def level_code(name: str | None) -> int:
-    """The number of a level; None is the best one. `ConfigError` for a name there is none of."""
+    """The number of a level; -1, the default level, for None. `ConfigError` for a name there is none of."""
     if name is None:
         return -1
     if name not in LEVELS:

@@ -24,6 +24,8 @@ from manyhands.kernels.native.library import (
     CRows,
     CRun,
     CStacked,
+    default_level,
+    level_code,
 )
 from manyhands.quant import Layout, Matrix
 
@@ -96,5 +98,6 @@ def linear(record: Tensor, layout: Layout) -> CLinear:
 
 
 def run(level: int, threads: int) -> Any:
-    """A reference to `mh_run`; 0 threads are as many as PyTorch uses."""
+    """A reference to `mh_run`; level -1 is the default one, 0 threads are as many as PyTorch uses."""
+    level = level_code(default_level()) if level < 0 else level
     return byref(CRun(level, min(threads or torch.get_num_threads(), MOST_THREADS)))
