@@ -1,6 +1,7 @@
 """`manyhands chat`: talk with a model."""
 
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,7 +82,7 @@ def chat(
         try:
             if line == "/exit":
                 return
-            _turn(conversation, line, show_routing)
+            _turn(conversation, line, show_routing, interactive)
         except ManyhandsError as error:
             if not interactive:
                 raise
@@ -112,7 +113,7 @@ def _lines(interactive: bool) -> Iterator[str]:
             yield line
 
 
-def _turn(conversation: "Conversation", line: str, show_routing: bool) -> None:
+def _turn(conversation: "Conversation", line: str, show_routing: bool, interactive: bool) -> None:
     if line == "/help":
         print(_HELP, file=sys.stderr)
     elif line == "/reset":
@@ -121,8 +122,39 @@ def _turn(conversation: "Conversation", line: str, show_routing: bool) -> None:
         print(f"manyhands: there is no command {line}; /help shows them", file=sys.stderr)
     else:
         steps = conversation.ask(line)
-        with contextlib.closing(steps):  # after Ctrl-C, the answer so far is the turn
-            _print_answer(conversation, steps, show_routing)
+        with contextlib.closing(steps), _ctrl_c(interactive) as pressed:  # the answer so far is the turn
+            _print_answer(conversation, _until(steps, pressed), show_routing)
+
+
+@contextlib.contextmanager
+def _ctrl_c(interactive: bool) -> Iterator[list[int]]:
+    """Ctrl-C is noted and acted upon after the token that is being made; pressed again, it interrupts at once.
+
+    An exception out of nowhere can be lost where nobody may raise one, in a destructor say; a note is not.
+    """
+    pressed: list[int] = []
+    if not interactive:
+        yield pressed
+        return
+
+    def note(signum: int, _frame: object) -> None:
+        pressed.append(signum)
+        if len(pressed) > 1:
+            raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _until(steps: "Iterator[Step]", pressed: list[int]) -> "Iterator[Step]":
+    """The steps until Ctrl-C is noted."""
+    for step in steps:
+        yield step
+        if pressed:
+            raise KeyboardInterrupt
 
 
 def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_routing: bool) -> None:
