@@ -21,7 +21,7 @@ from manyhands.errors import ManyhandsError
 
 from .hostile import FITTING, GATE, INDEX, NORM, SINGLE, MiB, copy, join, make, nested
 
-ROUNDS = 800
+ROUNDS = 500
 VALUES = [
     *(None, True, False, -1, 0, 1, 2, 3, 5, 16, 4096, 2**24, 2**31, 2**63, 10**30, -(2**64)),
     *(0.0, 0.5, -0.5, 1e-300, 5e-324, 1.0000000001, 1e6, 1e308, float("nan"), float("inf"), -float("inf")),
@@ -153,7 +153,7 @@ def fuzz(rounds, seed=0):
 @pytest.mark.filterwarnings("default")
 def test_random_damage_is_a_model_or_one_line():
     ends = fuzz(ROUNDS)
-    assert ends["runs"] > 8 and ends["CheckpointError"] > ROUNDS / 2, ends
+    assert ends["runs"] > 5 and ends["CheckpointError"] > ROUNDS / 2, ends
     assert set(ends) <= {"runs", "CheckpointError", "ConfigError"}, ends
 
 
