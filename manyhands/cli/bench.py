@@ -42,7 +42,7 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        decoder = load_model(find(model), verified=True)
+        decoder = load_model(find(model))
     if prompt + new > decoder.config.max_position_embeddings:
         raise ConfigError(
             f"--prompt {prompt} and --new {new} do not fit max_position_embeddings = "

@@ -5,6 +5,8 @@ module is stored as one more layer, which this model does not compute with; a ro
 weights are FP8 in blocks of 128 × 128 (`checkpoint/quantized.py`).
 """
 
+from typing import Any
+
 from manyhands.config import ModelConfig, parse
 from manyhands.families.base import LLAMA_EXPERTS, Family, Json, Layout
 from manyhands.families.deepseek import RENAME, dense_first, dense_first_fields
@@ -12,13 +14,12 @@ from manyhands.families.deepseek_v2 import latent_attention, latent_attention_fi
 from manyhands.families.fields import Fields, decoder_fields, norm_top1, written
 
 
-def read(f: Fields) -> ModelConfig:
-    f.activation()
-    f.only("scoring_func", "sigmoid")
-    f.only("topk_method", "noaux_tc")
-    for name in MTP_FIELDS:
-        f.integer(name, 0)
-    k, norm = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", True)
+def biased_sigmoid(f: Fields, *, renormalised: bool) -> dict[str, Any]:
+    """The mixture of V3 and of those that took it over: sigmoid scores, a selection bias, groups, dense first layers.
+
+    `renormalised` is what `norm_topk_prob` means where it is left out.
+    """
+    k, norm = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", renormalised)
     router = {
         "num_experts": f.integer("n_routed_experts"),
         "num_experts_per_tok": k,
@@ -30,33 +31,21 @@ def read(f: Fields) -> ModelConfig:
         "n_group": f.integer("n_group", 1),
         "topk_group": f.integer("topk_group", 1),
     }
-    moe = {
+    return {
         "router": router,
         "moe_intermediate_size": f.integer("moe_intermediate_size"),
         "n_shared_experts": f.integer("n_shared_experts", 0),
         "first_k_dense_replace": dense_first(f),
     }
-    values = decoder_fields(f) | {
-        "intermediate_size": f.integer("intermediate_size"),
-        "attention": latent_attention(f),
-        "rope": f.rope(interleave=f.flag("rope_interleave", True)),
-        "moe": moe,
-    }
-    f.close()
-    return parse(ModelConfig, values, f.where)
 
 
-def write(config: ModelConfig) -> Json:
+def biased_sigmoid_fields(config: ModelConfig) -> Json:
+    """The same as fields."""
     assert config.moe is not None
     moe, router = config.moe, config.moe.router
-    return written(config, head_dim=False) | {
-        "intermediate_size": config.intermediate_size,
-        **latent_attention_fields(config),
-        "rope_interleave": config.rope.interleave,
+    return {
         "n_routed_experts": router.num_experts,
         "num_experts_per_tok": router.num_experts_per_tok,
-        "scoring_func": "sigmoid",
-        "topk_method": "noaux_tc",
         "norm_topk_prob": router.norm_topk_prob,
         "routed_scaling_factor": router.routed_scaling_factor,
         "n_group": router.n_group,
@@ -64,6 +53,33 @@ def write(config: ModelConfig) -> Json:
         "moe_intermediate_size": moe.moe_intermediate_size,
         "n_shared_experts": moe.shared_width // moe.moe_intermediate_size,
         **dense_first_fields(config),
+    }
+
+
+def read(f: Fields) -> ModelConfig:
+    f.activation()
+    f.only("scoring_func", "sigmoid")
+    f.only("topk_method", "noaux_tc")
+    for name in MTP_FIELDS:
+        f.integer(name, 0)
+    values = decoder_fields(f) | {
+        "intermediate_size": f.integer("intermediate_size"),
+        "attention": latent_attention(f),
+        "rope": f.rope(interleave=f.flag("rope_interleave", True)),
+        "moe": biased_sigmoid(f, renormalised=True),
+    }
+    f.close()
+    return parse(ModelConfig, values, f.where)
+
+
+def write(config: ModelConfig) -> Json:
+    return written(config, head_dim=False) | {
+        "intermediate_size": config.intermediate_size,
+        **latent_attention_fields(config),
+        "rope_interleave": config.rope.interleave,
+        **biased_sigmoid_fields(config),
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
         "num_nextn_predict_layers": 0,
     }
 

@@ -5,9 +5,9 @@ Source: transformers `models/glm4_moe`. The MTP module is kept on a round trip a
 
 from manyhands.config import ModelConfig, parse
 from manyhands.families.base import LLAMA_EXPERTS, Family, Json, Layout
-from manyhands.families.deepseek import RENAME, dense_first, dense_first_fields
-from manyhands.families.deepseek_v3 import MTP_FIELDS, mtp_layers
-from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_top1, written
+from manyhands.families.deepseek import RENAME
+from manyhands.families.deepseek_v3 import MTP_FIELDS, biased_sigmoid, biased_sigmoid_fields, mtp_layers
+from manyhands.families.fields import Fields, decoder_fields, head_fields, written
 
 
 def read(f: Fields) -> ModelConfig:
@@ -16,24 +16,6 @@ def read(f: Fields) -> ModelConfig:
     f.only("topk_method", "noaux_tc")
     for name in MTP_FIELDS:
         f.integer(name, 0)
-    k, norm = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", True)
-    router = {
-        "num_experts": f.integer("n_routed_experts"),
-        "num_experts_per_tok": k,
-        "score": "sigmoid",
-        "bias": True,
-        "norm_topk_prob": norm,
-        "norm_top1": norm_top1(k, norm),
-        "routed_scaling_factor": f.number("routed_scaling_factor", 1.0),
-        "n_group": f.integer("n_group", 1),
-        "topk_group": f.integer("topk_group", 1),
-    }
-    moe = {
-        "router": router,
-        "moe_intermediate_size": f.integer("moe_intermediate_size"),
-        "n_shared_experts": f.integer("n_shared_experts", 0),
-        "first_k_dense_replace": dense_first(f),
-    }
     f.values.setdefault("partial_rotary_factor", 0.5)
     values = decoder_fields(f, eps=1e-5) | {
         "intermediate_size": f.integer("intermediate_size"),
@@ -43,30 +25,21 @@ def read(f: Fields) -> ModelConfig:
             attention_bias=f.flag("attention_bias", False),
         ),
         "rope": f.rope(),
-        "moe": moe,
+        "moe": biased_sigmoid(f, renormalised=True),
     }
     f.close()
     return parse(ModelConfig, values, f.where)
 
 
 def write(config: ModelConfig) -> Json:
-    assert config.moe is not None
-    a, moe, router = config.attention, config.moe, config.moe.router
+    a = config.attention
     fields = written(config)
     fields["rope_parameters"]["partial_rotary_factor"] = config.rope.partial_rotary_factor
     return fields | {
         "intermediate_size": config.intermediate_size,
         "attention_bias": a.attention_bias,
         "use_qk_norm": a.qk_norm == "head",
-        "n_routed_experts": router.num_experts,
-        "num_experts_per_tok": router.num_experts_per_tok,
-        "norm_topk_prob": router.norm_topk_prob,
-        "routed_scaling_factor": router.routed_scaling_factor,
-        "n_group": router.n_group,
-        "topk_group": router.topk_group,
-        "moe_intermediate_size": moe.moe_intermediate_size,
-        "n_shared_experts": moe.shared_width // moe.moe_intermediate_size,
-        **dense_first_fields(config),
+        **biased_sigmoid_fields(config),
         "num_nextn_predict_layers": 0,
     }
 

@@ -11,6 +11,7 @@ import torch
 from manyhands.generate.engine import generate
 from manyhands.generate.sampling import SamplingConfig
 from manyhands.moe.experts import Experts
+from manyhands.moe.packed import RecordExperts
 from manyhands.nn import Decoder
 
 
@@ -40,8 +41,8 @@ def read_per_token(model: Decoder) -> int:
 def measure_speed(model: Decoder, backend: str, prompt: int, new: int, rounds: int = 3) -> Speed:
     """Time `rounds` greedy generations of `new` tokens after a random prompt. Raises what `generate` raises."""
     for module in model.modules():
-        if isinstance(module, Experts) or hasattr(module, "implementation"):
-            module.implementation = backend  # type: ignore[assignment]
+        if isinstance(module, Experts | RecordExperts):
+            module.implementation = backend
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)

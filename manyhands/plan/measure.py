@@ -98,7 +98,7 @@ def _rates(device: "torch.device", names: tuple[str, ...]) -> dict[str, float]:
                 n *= 2
                 found[name] = max(found[name], _rate(device, name, n))
         except (RuntimeError, NotImplementedError, AttributeError):
-            continue
+            continue  # no such product on this device, or in this torch: the planner shows a dash
     return found
 
 
