@@ -1,0 +1,51 @@
+"""`bench`: every backend that is asked for, with its share of the roof."""
+
+import json
+
+import pytest
+import typer.testing
+
+from manyhands.checkpoint.model import save
+from manyhands.cli.main import app
+from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from manyhands.errors import ConfigError
+from manyhands.generate.speed import read_per_token
+from manyhands.nn import Decoder, init_weights
+
+
+@pytest.fixture
+def model(tmp_path, monkeypatch):
+    processor = type("Processor", (), {"bandwidth": 1e9})
+    monkeypatch.setattr("manyhands.plan.remember.measured", lambda quiet: type("Here", (), {"processor": processor}))
+    config = ModelConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        max_position_embeddings=64,
+        attention=AttentionConfig(num_attention_heads=2, head_dim=16),
+        moe=MoEConfig(router=RouterConfig(num_experts=4, num_experts_per_tok=2), moe_intermediate_size=16),
+    )
+    decoder = Decoder(config)
+    init_weights(decoder, seed=0)
+    save(decoder, tmp_path / "model", family="mixtral")
+    return decoder, tmp_path / "model"
+
+
+def test_every_backend_is_measured(model):
+    decoder, path = model
+    arguments = ["bench", str(path), "--prompt", "8", "--new", "4", "--json"]
+    done = typer.testing.CliRunner().invoke(
+        app, [*arguments, "--backend", "eager", "--backend", "grouped_mm"], catch_exceptions=False
+    )
+    found = json.loads(done.stdout)
+    assert [row["backend"] for row in found["backends"]] == ["eager", "grouped_mm"]
+    for row in found["backends"]:
+        assert row["prefill"] > 0 and row["share_of_roof"] == row["decode"] * found["bytes_per_token"] / 1e9
+    experts = 2 * 4 * 3 * 16 * 32  # layers, experts, matrices; half of the experts are read
+    others = sum(p.numel() for name, p in decoder.named_parameters() if ".experts." not in name) - 64 * 32
+    assert found["bytes_per_token"] == read_per_token(decoder) == 4 * (experts // 2 + others)
+
+
+def test_what_does_not_fit_is_one_line(model):
+    with pytest.raises(ConfigError, match="--prompt 60 and --new 5 do not fit max_position_embeddings = 64"):
+        app(["bench", str(model[1]), "--prompt", "60", "--new", "5"], standalone_mode=False)
