@@ -32,6 +32,21 @@ constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weigh
 constexpr int kDotRows = 4;           // rows a dot takes at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
+constexpr int64_t kKeys = 256;  // keys of a stretch: their weights, and what they say, stay in the second cache
+
+struct Stretch {  // up to four heads, one query each, that attend to the same keys
+  const float* q;
+  int64_t q_stride, heads;
+  const void *k, *v;  // float32 or bf16 rows; widths are multiples of 16
+  bool halves;
+  int64_t k_stride, v_stride, keys, k_width, v_width;
+  const uint8_t* mask;  // of the keys, or null
+  float scale, cap;     // cap 0 is none
+  float* scratch;       // [heads][kKeys]
+  float *largest, *total, *y;  // per head: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
+  int64_t y_stride;
+};
+
 struct Kernels {
   const char* name;
   bool rounds_rows;
@@ -53,6 +68,10 @@ struct Kernels {
                   const int64_t* places, int64_t stride, float* y);
   void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
   void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
+  void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
+  void (*attend)(const Stretch&);
+  // out[i] = x · row i of w [rows][width], the width a multiple of 16
+  void (*products)(const float* x, const float* w, int64_t rows, int64_t width, float* out);
 };
 
 extern const Kernels kPortable;

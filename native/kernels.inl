@@ -6,6 +6,7 @@
 #include "activation.inl"
 #include "kernels.h"
 #include "manyhands.h"
+#include "step.inl"
 
 namespace {
 

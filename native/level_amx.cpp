@@ -123,4 +123,5 @@ void product_t_amx(const Panel* panels, int64_t all, int64_t block, const Rows& 
 }  // namespace
 
 const mh::Kernels mh::kAmx = {"amx", true, dot, product_amx, product_t_amx, outer, activate, activate_grad,
-                             widen, narrow, quantize, combine, add_bias, transpose16};
+                             widen, narrow, quantize, combine, add_bias, transpose16,
+                              norm, attend, products};

@@ -3,4 +3,5 @@
 #include "kernels.inl"
 
 const mh::Kernels mh::kPortable = {"portable", false, dot, product, product_t, outer, activate, activate_grad,
-                                  widen, narrow, quantize, combine, add_bias, transpose16};
+                                  widen, narrow, quantize, combine, add_bias, transpose16,
+                              norm, attend, products};

@@ -1,5 +1,7 @@
-// y = x·Wᵀ (+ b) with a packed W.
+// y = x·Wᵀ (+ b) with packed W: one layer, or several that take the same x.
 #include <string.h>
+
+#include <utility>
 
 #include "multiply.h"
 #include "pool.h"
@@ -8,47 +10,94 @@
 namespace mh {
 namespace {
 
-void linear(const Kernels& k, const Matrix& m, const mh_rows& in, const mh_rows& out, int64_t threads) {
-  const Floats x = as_floats(in, m.depth, rooms().x, k, threads);
-  const int64_t count = in.count, blocks = divide_up(count, kBlockRows);
-  const bool vector = few(count, m), rounded = out.dtype == MH_BF16;
-  Quantized q;
-  if (vector && is_integer(m)) {
-    q.prepare(count, m, rooms().quantized[0], rooms().quantized[1]);
-    for (int64_t i = 0; i < count; i++) q.set(i, x.row(i), k);
+struct Layer {
+  Matrix m;
+  mh_rows y;
+};
+
+struct Linears {
+  const Kernels& k;
+  std::vector<Layer> layers;
+  int64_t threads;
+  Quantized quantized[2];  // in groups of 32, of 64
+  std::vector<const float*> at;
+
+  const Quantized* integers(const Matrix& m) const {
+    return is_integer(m) ? &quantized[(m.m.format == MH_INT4 ? m.m.group : kQuantGroup) == 64] : nullptr;
   }
-  std::vector<const float*> at(static_cast<size_t>(count));
-  for (int64_t i = 0; i < count; i++) at[i] = x.row(i);
-  const int64_t most = count < kBlockRows ? count : kBlockRows;
-  for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, m.depth, k));
-  int64_t pieces = divide_up(8 * threads, blocks);
-  pieces = pieces < m.panels ? pieces : m.panels;
-  parallel(threads, blocks * pieces, [&](int64_t task, int64_t worker) {
-    Worker w(rooms().worker[worker], most);
-    const int64_t block = task / pieces, piece = task % pieces;
-    const int64_t begin = block * count / blocks, rows = (block + 1) * count / blocks - begin;
+
+  void panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
+    const Matrix& m = layer.m;
+    const bool vector = few(static_cast<int64_t>(at.size()), m), narrow = layer.y.dtype == MH_BF16;
     Rows matrix{};
     Row row[kFewIntegers];
     if (vector)
-      for (int64_t i = 0; i < rows; i++) row[i] = q.view(begin + i, at[begin + i]);
+      for (int64_t i = 0; i < rows; i++)
+        row[i] = is_integer(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
     else
       matrix = matrix_rows(at.data() + begin, rows, m.depth, m.m.format, k, w.rounded);
-    for (int64_t p = piece * m.panels / pieces; p < (piece + 1) * m.panels / pieces; p++) {
+    for (int64_t p = first; p < end; p++) {
       const Panel panel = m.panel(0, p);
       vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
-      const float* bias = m.bias(0, p);
       const int64_t columns = m.outputs_of(p);
-      if (bias) k.add_bias(bias, columns, rows, w.first);
+      if (const float* bias = m.bias(0, p)) k.add_bias(bias, columns, rows, w.first);
       for (int64_t i = 0; i < rows; i++) {
         float* c = w.first + 16 * i;
-        const int64_t place = (begin + i) * out.stride + 16 * p;
-        if (rounded)
-          k.narrow(c, columns, static_cast<uint16_t*>(out.data) + place);
+        const int64_t place = (begin + i) * layer.y.stride + 16 * p;
+        if (narrow)
+          k.narrow(c, columns, static_cast<uint16_t*>(layer.y.data) + place);
         else
-          memcpy(static_cast<float*>(out.data) + place, c, columns * sizeof(float));
+          memcpy(static_cast<float*>(layer.y.data) + place, c, columns * sizeof(float));
       }
     }
-  });
+  }
+
+  void all(const mh_rows& in) {
+    const int64_t depth = layers[0].m.depth, count = in.count, blocks = divide_up(count, kBlockRows);
+    const Floats x = as_floats(in, depth, rooms().x, k, threads);
+    at.resize(static_cast<size_t>(count));
+    for (int64_t i = 0; i < count; i++) at[i] = x.row(i);
+    int64_t every = 0;
+    for (const Layer& layer : layers) {
+      every += layer.m.panels;
+      Quantized* q = const_cast<Quantized*>(integers(layer.m));
+      if (!q || q->q || !few(count, layer.m)) continue;
+      Room* room = rooms().quantized + 2 * (q - quantized);
+      q->prepare(count, layer.m, room[0], room[1]);
+      for (int64_t i = 0; i < count; i++) q->set(i, at[i], k);
+    }
+    const int64_t most = count < kBlockRows ? count : kBlockRows;
+    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
+    int64_t pieces = divide_up(8 * threads, blocks);
+    pieces = pieces < every ? pieces : every;
+    parallel(threads, blocks * pieces, [&](int64_t task, int64_t worker) {
+      const Worker w(rooms().worker[worker], most);
+      const int64_t block = task / pieces, piece = task % pieces;
+      const int64_t begin = block * count / blocks, rows = (block + 1) * count / blocks - begin;
+      int64_t first = piece * every / pieces, left = (piece + 1) * every / pieces - first;
+      for (const Layer& layer : layers) {
+        const int64_t here = layer.m.panels - first < left ? layer.m.panels - first : left;
+        if (here > 0) panels(layer, first, first + here, begin, rows, w), left -= here;
+        first = here > 0 ? 0 : first - layer.m.panels;
+      }
+    });
+  }
+};
+
+Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
+  if (!l || !x) fail(MH_BAD_ARGUMENT, "nothing to multiply");
+  const Layer layer{checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"), y};
+  if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "linear: %lld parts", (long long)layer.m.m.parts);
+  check_rows(x, x->count, layer.m.m.inputs, "x");
+  check_rows(&y, x->count, layer.m.m.outputs, "y");
+  return layer;
+}
+
+void run_layers(const Kernels& k, std::vector<Layer> layers, const mh_rows& x, int64_t threads) {
+  if (x.count == 0) return;
+  Call call;
+  Linears{k, std::move(layers), threads, {}, {}}.all(x);
+  rooms().trim();
 }
 
 }  // namespace
@@ -58,14 +107,21 @@ int mh_linear_forward(const mh_linear* l, const mh_rows* x, const mh_rows* y, co
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!l || !x) fail(MH_BAD_ARGUMENT, "nothing to multiply");
-    const Matrix m = checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear");
-    if (m.m.parts != 1) fail(MH_BAD_ARGUMENT, "linear: %lld parts", (long long)m.m.parts);
-    check_rows(x, x->count, m.m.inputs, "x");
-    check_rows(y, x->count, m.m.outputs, "y");
-    if (x->count == 0) return;
-    Call call;
-    linear(*k, m, *x, *y, run->threads);
-    rooms().trim();
+    if (!y) fail(MH_BAD_ARGUMENT, "y is missing");
+    run_layers(*k, {checked_layer(l, x, *y)}, *x, run->threads);
+  });
+}
+
+int mh_linears(const mh_linear* const* l, int64_t count, const mh_rows* x, void* const* y, const mh_run* run) {
+  using namespace mh;
+  return guard([&] {
+    const Kernels* k = checked_kernels(run);
+    if (!l || !x || !y || count < 1 || count > 64) fail(MH_BAD_ARGUMENT, "nothing to multiply");
+    std::vector<Layer> layers;
+    for (int64_t i = 0; i < count; i++) {
+      const int64_t width = l[i] ? l[i]->weight.outputs : 0;
+      layers.push_back(checked_layer(l[i], x, {y[i], x->dtype, x->count, width, width}));
+    }
+    run_layers(*k, std::move(layers), *x, run->threads);
   });
 }

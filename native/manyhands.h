@@ -11,7 +11,7 @@
 #define MH_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { MH_ABI = 1 };
+enum { MH_ABI = 2 };
 enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
 enum { MH_FLOAT32 = 0, MH_BF16 = 1, MH_INT8 = 2, MH_INT4 = 3 };
 // Weights that are not packed: [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16.
@@ -61,6 +61,40 @@ struct mh_run {
   int64_t level, threads;
 };
 
+struct mh_norm {  // x / rms(x) · weight; weight [width] float32 or bf16, null where there is no norm
+  const void* weight;
+  int64_t dtype, width;
+  double eps;
+};
+
+struct mh_cache {  // keys and values [batch][groups][length][width] of one layer, with strides between each
+  void *k, *v;
+  int64_t k_size, v_size;  // numbers that may be touched
+  int64_t dtype, groups, k_width, v_width, k_batch, v_batch, k_group, v_group, k_row, v_row;
+};
+
+enum { MH_NORM_ROW = 0, MH_NORM_HEAD = 1, MH_NORM_AFTER = 2 };  // over all heads; each; each after the rotation
+struct mh_rotation {  // cos and sin [positions][width / 2] float32; neighbours: pairs are (0, 1), (2, 3), …
+  const float *cos, *sin;
+  int64_t width, positions, neighbours;
+  mh_norm q_norm, k_norm;
+  int64_t norms;  // one of MH_NORM_...
+};
+
+struct mh_attention {
+  int64_t batch, queries, heads, length;  // the last query is at position length - 1
+  const uint8_t* mask;                    // true where a query may look, or null; strides may be 0
+  int64_t mask_batch, mask_query;
+  const float* sinks;  // [heads] or null
+  double scale, cap;   // cap 0 is none
+};
+
+struct mh_router {  // weight [experts][width] float32; biases [experts] float32 or null; groups 0 or 1: not limited
+  const float *weight, *logit_bias, *choice_bias;
+  int64_t experts, width, per_token, sigmoid, groups, topk_group, best_of_group, renormalise;
+  double scaling;
+};
+
 MH_API int64_t mh_abi(void);
 MH_API const char* mh_error(void);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
@@ -72,3 +106,30 @@ MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, 
 MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* y, const mh_run*);
 MH_API int mh_pack(void* record, int64_t bytes, const mh_matrix*, const mh_rows* weights, const mh_rows* bias,
                    const mh_run*);
+// Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
+// MH_STEP_LINEARS has its count in n[0], MH_STEP_PLACE batch and first in n[0] and n[1], MH_STEP_EXPERTS no hidden.
+// MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
+// MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
+enum {
+  MH_STEP_NORM = 0, MH_STEP_LINEARS = 1, MH_STEP_PLACE = 2, MH_STEP_ATTEND = 3, MH_STEP_ROUTE = 4, MH_STEP_EXPERTS = 5,
+  MH_STEP_ADD = 6, MH_STEP_ACTIVATE = 7
+};
+struct mh_step {
+  int64_t kind;
+  void* a[6];
+  int64_t n[2];
+  double factor;
+};
+MH_API int mh_steps(const mh_step*, int64_t count, const mh_run*);
+
+// Layers with the same input: y[i] is [x->count][outputs of i] in x's dtype, contiguous.
+MH_API int mh_linears(const mh_linear* const*, int64_t count, const mh_rows* x, void* const* y, const mh_run*);
+MH_API int mh_rms_norm(const mh_norm*, const mh_rows* x, const mh_rows* y, const mh_run*);
+// Projected rows, one per (sequence, query): q to out [rows][heads · k_width] float32, normed and rotated; keys the same
+// and values as they are into the cache at positions [first, first + queries).
+MH_API int mh_place(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation*,
+                    const mh_cache*, float* out, const mh_run*);
+// q and y [batch][queries][heads][width] float32, contiguous.
+MH_API int mh_attend(const mh_attention*, const float* q, const mh_cache*, float* y, const mh_run*);
+// logits and scores [tokens][experts], ids and weights [tokens][per_token].
+MH_API int mh_route(const mh_router*, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights, const mh_run*);

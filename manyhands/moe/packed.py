@@ -3,6 +3,8 @@
 E experts, D model width, F expert width, T tokens, K experts per token.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from manyhands.config import suggest
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, run_experts
 from manyhands.kernels.experts import activate
-from manyhands.kernels.native import available, linear, missing, packed_experts
+from manyhands.kernels.native import available, linear, missing, packed_experts, step, views
 from manyhands.moe.routing import Routing
 from manyhands.quant import Layout, PackedExperts, PackedLinear
 
@@ -27,6 +29,7 @@ class RecordLinear(nn.Module):
         self.layout = layout
         self.implementation = _check_name(implementation)
         self.native = implementation in ("auto", "native") and available()
+        self._prepared = step.Prepared()
         self.register_buffer("record", torch.empty(layout.record_bytes, dtype=torch.uint8))
 
     @property
@@ -34,14 +37,29 @@ class RecordLinear(nn.Module):
         """The record and its layout."""
         return PackedLinear(self.record, self.layout)
 
+    def prepared(self) -> Any:
+        """The record for the native kernels."""
+        return self._prepared.get(lambda: views.linear(self.record, self.layout), self.record)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
+        if self.native and step.direct(x) and self.record.device.type == "cpu":
+            return linears(x, self)[0]
         if self.native and _fits(x, self.record) and not (x.requires_grad and torch.is_grad_enabled()):
             return linear(x, self.packed)  # which has no gradient
         if self.implementation == "native":
             raise _no_native(x)
         weight, bias = self.packed.dequantize()
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
+    """Each layer's output for the same x [..., in]; packed layers share one call where they can."""
+    packed = [layer for layer in layers if isinstance(layer, RecordLinear) and layer.native]
+    here = all(layer.record.device.type == "cpu" for layer in packed)
+    if len(packed) == len(layers) and here and step.direct(x):
+        return step.linears(x, [layer.prepared() for layer in packed])
+    return [layer(x) for layer in layers]
 
 
 class RecordExperts(nn.Module):
@@ -55,6 +73,11 @@ class RecordExperts(nn.Module):
         self.layout = layout
         self.implementation = _check_name(implementation)
         self.register_buffer("records", torch.empty(num_experts, layout.record_bytes, dtype=torch.uint8))
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels run these experts, where they take the tokens."""
+        return self.implementation in ("auto", "native") and available() and self.records.device.type == "cpu"
 
     @property
     def packed(self) -> PackedExperts:

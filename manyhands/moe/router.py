@@ -11,9 +11,13 @@ from torch import Tensor, nn
 
 from manyhands.config import RouterConfig
 from manyhands.errors import ConfigError
+from manyhands.kernels.native import step
+from manyhands.kernels.native.library import CRouter
 from manyhands.moe.dispatch import apply_capacity
 from manyhands.moe.routing import Routing, top_k_stable
 
+FEW_TOKENS = 16
+"""Up to so many the native kernels route; the operators below cost more than the work."""
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
 
 
@@ -36,12 +40,17 @@ class Router(nn.Module):
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
+        self._prepared = step.Prepared()
 
     def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing."""
         config, K = self.config, self.config.num_experts_per_tok
         if token_mask_T is None:
             token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
+        if x_TD.shape[0] <= FEW_TOKENS and self.takes_few(x_TD.shape[1]) and step.direct(x_TD):
+            logits_TE, scores_TE, ids_TK, weights_TK = step.route(self.prepared(), x_TD)
+            kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+            return Routing(ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T)
         x_TD = x_TD.float()
         if self.training and config.jitter:  # on a copy: the experts must see the token as it is
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
@@ -72,6 +81,27 @@ class Router(nn.Module):
         return Routing(
             ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
         )
+
+    def takes_few(self, D: int) -> bool:
+        """Whether the native kernels can route a few tokens: what is asked for is top-k alone."""
+        c = self.config
+        simple = not self.training and c.select == "topk" and c.eval_capacity_factor is None
+        return simple and D % 16 == 0 and self.weight.is_contiguous()
+
+    def prepared(self) -> CRouter:
+        """The router for the native kernels."""
+        c, tensors = self.config, (self.weight, self.bias, self.e_score_correction_bias)
+
+        def make() -> CRouter:
+            return CRouter(
+                *(None if t is None else t.data_ptr() for t in tensors),
+                *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, c.score == "sigmoid"),
+                *(c.n_group, c.topk_group, 1 if c.group_score == "max" else 2),
+                c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.norm_top1),
+                c.routed_scaling_factor,
+            )
+
+        return self._prepared.get(make, *tensors)  # type: ignore[no-any-return]
 
     def select(self, scores_TE: Tensor) -> Tensor:
         """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it."""

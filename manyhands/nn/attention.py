@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.native import step
 from manyhands.moe.layer import Linear
+from manyhands.moe.packed import linears
 from manyhands.nn.cache import LayerCache
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import apply_rope
@@ -98,6 +100,10 @@ def better_in_float32(q_BHSd: Tensor) -> bool:
     return q_BHSd.shape[2] == 1 and q_BHSd.dtype in (torch.bfloat16, torch.float16) and q_BHSd.device.type == "cpu"
 
 
+FEW_QUERIES = 8
+"""Up to so many the native kernels attend to a cache; more are PyTorch's work."""
+
+
 class Attention(nn.Module):
     """MHA or GQA, with optional QK-norm, biases, sliding window, sinks and soft cap."""
 
@@ -120,13 +126,38 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(G * d if full else d, config.rms_norm_eps)
         self.sinks = nn.Parameter(torch.empty(H)) if a.sinks else None
 
+    def _takes_step(self, q: Tensor, positions: Positions, cache: LayerCache) -> bool:
+        """Whether the native kernels do the rest: a few queries and a cache of their dtype that is not empty."""
+        few = q.shape[1] <= FEW_QUERIES and self.config.head_dim % 16 == 0 and positions.clip_above is None
+        return few and cache.dtype == q.dtype and step.direct(q)
+
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+        """Projections [B, S, ·] -> what the heads say, [B, S, H·d], with norms, rotation and cache as in `forward`."""
+        B, S, _ = q.shape
+        norms = [step.NO_NORM if n is None else n.prepared() for n in (self.q_norm, self.k_norm)]
+        rotation = step.Rotation(*positions.rope, self.interleave, self.config.qk_norm, *norms)
+        held = step.cache_of(*cache.grow(S))
+        placed = step.place(q, k, v, cache.length - S, rotation, held)
+        y = step.attend(
+            placed.view(B, S, -1, self.config.head_dim),
+            held,
+            cache.length,
+            self.scale,
+            positions.mask_of(self.sliding),
+            self.sinks,
+            self.config.attn_logit_softcap,
+        )
+        return y.view(B, S, -1).to(q.dtype)
+
     def forward(
         self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         B, S, _ = x_BSD.shape
         d = self.config.head_dim
-        q, k, v = self.q_proj(x_BSD), self.k_proj(x_BSD), self.v_proj(x_BSD)
+        q, k, v = linears(x_BSD, self.q_proj, self.k_proj, self.v_proj)
+        if cache is not None and self._takes_step(q, positions, cache):
+            return self.o_proj(self._step(q, k, v, positions, cache)), None
         if self.config.qk_norm == "full":
             assert self.q_norm is not None and self.k_norm is not None
             q, k = self.q_norm(q), self.k_norm(k)

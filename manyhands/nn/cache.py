@@ -3,6 +3,8 @@
 B batch, S sequence. A layer stores tensors whose second-to-last dimension is the sequence.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,18 +19,27 @@ class LayerCache:
     def append(self, *new: Tensor) -> list[Tensor]:
         """Add [..., S, d] tensors at the end; returns views of everything so far, [..., length, d]."""
         added = new[0].shape[-2]
-        needed = self.length + added
         if not self._buffers:
-            self._buffers = [t.new_empty(*t.shape[:-2], max(needed, 64), t.shape[-1]) for t in new]
-        elif needed > self._buffers[0].shape[-2]:
+            self._buffers = [t.new_empty(*t.shape[:-2], max(added, 64), t.shape[-1]) for t in new]
+        for buffer, t in zip(self.grow(added), new, strict=True):
+            buffer.narrow(-2, self.length - added, added).copy_(t)
+        return [buffer.narrow(-2, 0, self.length) for buffer in self._buffers]
+
+    def grow(self, added: int) -> list[Tensor]:
+        """Take `added` positions more, which the caller fills; the buffers, [..., room, d]. Not for an empty cache."""
+        needed = self.length + added
+        if needed > self._buffers[0].shape[-2]:
             grown = [b.new_empty(*b.shape[:-2], 2 * needed, b.shape[-1]) for b in self._buffers]
             for old, big in zip(self._buffers, grown, strict=True):
                 big[..., : self.length, :] = old[..., : self.length, :]
             self._buffers = grown
-        for buffer, t in zip(self._buffers, new, strict=True):
-            buffer.narrow(-2, self.length, added).copy_(t)
         self.length = needed
-        return [buffer.narrow(-2, 0, needed) for buffer in self._buffers]
+        return self._buffers
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of what is cached; None while nothing ever was."""
+        return self._buffers[0].dtype if self._buffers else None
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions."""
@@ -47,6 +58,8 @@ class Cache:
         self.layers = [LayerCache() for _ in range(num_layers)]
         self.length = 0
         """Positions stored so far, padding included."""
+        self.fused: dict[int, Any] = {}
+        """`FusedStep` by number of sequences, None where there can be none: made for this cache's first step."""
         self.mask_BS: Tensor | None = None
         """[B, length] bool; None while there is no padding."""
 

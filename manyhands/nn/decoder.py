@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.native import step
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.layer import FeedForward, Linear
 from manyhands.nn.attention import Attention, Positions, causal_mask
 from manyhands.nn.cache import Cache, LayerCache
+from manyhands.nn.fused import MOST_SEQUENCES, FusedStep, fused_step
 from manyhands.nn.mla import LatentAttention
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import rope_tables
@@ -185,6 +187,10 @@ class Decoder(nn.Module):
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
         x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
+        plain = not (recompute or keep_outputs or clip_above is not None)
+        if cache is not None and plain and (fused := self._fused(x, cache)) is not None:
+            states, found = fused.run(x, positions, cache, real_BS[:, 0])
+            return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, cache)
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
@@ -197,10 +203,24 @@ class Decoder(nn.Module):
                 routings[layer] = routing
             if largest_H is not None:
                 largest[layer] = largest_H
-        states = self.norm(x)
+        return self._hidden(self.norm(x), routings, largest, cache)
+
+    def _hidden(
+        self, states: Tensor, routings: dict[int, Routing], largest: dict[int, Tensor], cache: Cache | None
+    ) -> Hidden:
         if self.config.output_multiplier != 1.0:  # here, so that every use of the head has it
             states = states * self.config.output_multiplier
         return Hidden(states, routings, largest, cache)
+
+    def _fused(self, x_BSD: Tensor, cache: Cache) -> FusedStep | None:
+        """The native calls for this step, if it is one of decoding and the model and the moment allow them."""
+        B, S, _ = x_BSD.shape
+        decoding = S == 1 and cache.layers[0].dtype == x_BSD.dtype and not self.training
+        if not decoding or B > MOST_SEQUENCES or not step.direct(x_BSD):
+            return None
+        if B not in cache.fused:
+            cache.fused[B] = fused_step(self, B)
+        return cache.fused[B]  # type: ignore[no-any-return]
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""

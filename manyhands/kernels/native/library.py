@@ -1,13 +1,13 @@
 """The shared library: found beside this file, its interface (native/manyhands.h) declared, its errors raised."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_int, c_int64, c_void_p
+from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 from manyhands.errors import ConfigError, ManyhandsError
 
-ABI = 1
+ABI = 2
 LEVELS = ("portable", "avx2", "avx512", "amx")
 VERIFIED = ("portable", "avx2")
 """Levels that the whole suite has run on. The others are compiled and taken only by name, until somebody runs
@@ -92,6 +92,77 @@ class CRun(Structure):
     _fields_ = [("level", c_int64), ("threads", c_int64)]
 
 
+class CNorm(Structure):
+    """`mh_norm`."""
+
+    _fields_ = [("weight", c_void_p), ("dtype", c_int64), ("width", c_int64), ("eps", c_double)]
+
+
+class CCache(Structure):
+    """`mh_cache`."""
+
+    _fields_ = [
+        ("k", c_void_p),
+        ("v", c_void_p),
+        *(
+            (name, c_int64)
+            for name in (
+                *("k_size", "v_size", "dtype", "groups", "k_width", "v_width"),
+                *("k_batch", "v_batch", "k_group", "v_group", "k_row", "v_row"),
+            )
+        ),
+    ]
+
+
+class CRotation(Structure):
+    """`mh_rotation`."""
+
+    _fields_ = [
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+        *((name, c_int64) for name in ("width", "positions", "neighbours")),
+        ("q_norm", CNorm),
+        ("k_norm", CNorm),
+        ("norms", c_int64),
+    ]
+
+
+class CAttention(Structure):
+    """`mh_attention`."""
+
+    _fields_ = [
+        *((name, c_int64) for name in ("batch", "queries", "heads", "length")),
+        ("mask", c_void_p),
+        ("mask_batch", c_int64),
+        ("mask_query", c_int64),
+        ("sinks", c_void_p),
+        ("scale", c_double),
+        ("cap", c_double),
+    ]
+
+
+class CRouter(Structure):
+    """`mh_router`."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("weight", "logit_bias", "choice_bias")),
+        *(
+            (name, c_int64)
+            for name in (
+                *("experts", "width", "per_token", "sigmoid"),
+                *("groups", "topk_group", "best_of_group", "renormalise"),
+            )
+        ),
+        ("scaling", c_double),
+    ]
+
+
+class CStep(Structure):
+    """`mh_step`."""
+
+    _fields_ = [("kind", c_int64), ("a", c_void_p * 6), ("n", c_int64 * 2), ("factor", c_double)]
+
+
 _CALLS: dict[str, list[object]] = {
     "mh_forward": [
         POINTER(CExperts),
@@ -116,6 +187,15 @@ _CALLS: dict[str, list[object]] = {
         POINTER(CRun),
     ],
     "mh_linear_forward": [POINTER(CLinear), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
+    "mh_steps": [POINTER(CStep), c_int64, POINTER(CRun)],
+    "mh_linears": [c_void_p, c_int64, POINTER(CRows), c_void_p, POINTER(CRun)],
+    "mh_rms_norm": [POINTER(CNorm), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
+    "mh_place": [
+        *(POINTER(CRows), POINTER(CRows), POINTER(CRows), c_int64, c_int64),
+        *(POINTER(CRotation), POINTER(CCache), c_void_p, POINTER(CRun)),
+    ],
+    "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, POINTER(CRun)],
+    "mh_route": [POINTER(CRouter), POINTER(CRows), c_void_p, c_void_p, c_void_p, c_void_p, POINTER(CRun)],
     "mh_pack": [c_void_p, c_int64, POINTER(CMatrix), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
 }
 

@@ -39,6 +39,11 @@ def rows(t: Tensor) -> CRows:
     return CRows(t.data_ptr(), DTYPES[t.dtype], count, width, max(t.stride(0), width))
 
 
+def at(t: Tensor) -> Any:
+    """A reference to `mh_rows`."""
+    return byref(rows(t))
+
+
 def unit_stride(t: Tensor) -> Tensor:
     """`t`, or a copy of it whose rows are contiguous. A row may not overlap the next (an expanded gradient)."""
     return t if t.stride(1) == 1 and t.stride(0) >= t.shape[1] else t.contiguous()
@@ -99,5 +104,9 @@ def linear(record: Tensor, layout: Layout) -> CLinear:
 
 def run(level: int, threads: int) -> Any:
     """A reference to `mh_run`; level -1 is the default one, 0 threads are as many as PyTorch uses."""
-    level = level_code(default_level()) if level < 0 else level
-    return byref(CRun(level, min(threads or torch.get_num_threads(), MOST_THREADS)))
+    return _run(level, min(threads or torch.get_num_threads(), MOST_THREADS))
+
+
+@lru_cache(maxsize=64)
+def _run(level: int, threads: int) -> Any:
+    return byref(CRun(level_code(default_level()) if level < 0 else level, threads))

@@ -1,0 +1,108 @@
+"""Decoding as one call of the native library, against the same model block by block in PyTorch."""
+
+import pytest
+import torch
+
+from manyhands.checkpoint.packed import hold_records, records_of
+from manyhands.config import ModelConfig, PackedConfig, Packing
+from manyhands.kernels import native
+from manyhands.kernels.native import step
+from manyhands.moe.packed import RecordExperts, RecordLinear
+from manyhands.nn import Decoder, init_weights
+from manyhands.quant import pack_experts, pack_linear
+
+pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
+
+PLAIN = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+ROUTER = {"num_experts": 8, "num_experts_per_tok": 3}
+MOE = {"router": ROUTER, "moe_intermediate_size": 24}
+V3 = {**ROUTER, "score": "sigmoid", "bias": True, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
+CASES = {
+    "mixtral": {},
+    "olmoe": {"attention": {**PLAIN, "qk_norm": "full"}, "moe": {**MOE, "router": {**ROUTER, "norm_topk_prob": False}}},
+    "qwen3": {"attention": {**PLAIN, "qk_norm": "head"}},
+    "hunyuan": {"attention": {**PLAIN, "qk_norm": "head_after_rope"}, "residual_multiplier": 0.3},
+    "gpt-oss": {
+        "attention": {
+            **PLAIN,
+            "sinks": True,
+            "attention_bias": True,
+            "output_bias": True,
+            "sliding_window": 5,
+            "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+        },
+        "hidden_act": "swiglu_oai",
+        "moe": {**MOE, "expert_bias": True, "router": {**ROUTER, "logit_bias": True}},
+    },
+    "dots": {
+        "attention": {**PLAIN, "qk_norm": "head"},
+        "moe": {**MOE, "router": V3, "n_shared_experts": 2, "first_k_dense_replace": 1},
+    },
+    "qwen2": {
+        "attention": {**PLAIN, "attention_bias": True},
+        "moe": {**MOE, "n_shared_experts": 1, "router": {**V3, "group_score": "max"}},
+    },
+    "grok": {"attention": {**PLAIN, "attn_logit_softcap": 5.0}, "output_norms": True, "hidden_act": "geglu"},
+    "neighbours": {"rope": {"interleave": True, "partial_rotary_factor": 0.5}},
+    "dense": {"moe": None},
+}
+
+
+def packed_model(fields: dict, format: str = "float32") -> Decoder:
+    """A random model whose linear layers and experts are records of the same numbers."""
+    base = {
+        "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "max_position_embeddings": 64, "attention": PLAIN, "moe": MOE, "tie_word_embeddings": False,
+        "initializer_range": 0.2,
+    }  # fmt: skip
+    config = ModelConfig(**{**base, **fields})
+    model = Decoder(config)
+    init_weights(model, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in model.state_dict().items():
+        if "norm" in name or name.endswith(("bias", "sinks")):
+            tensor.add_(0.5 * torch.randn(tensor.shape, generator=generator))
+    modules = dict(model.named_modules())
+    packing = Packing(format=format)
+    records = {r.name: r for r in records_of(config, PackedConfig(experts=packing, linear=packing))}
+    hold_records(model, records, "auto")
+    for record in records.values():
+        old, new = modules[record.module], model.get_submodule(record.module)
+        if isinstance(new, RecordExperts):
+            new.records = pack_experts(old.weights(), format).records
+        else:
+            new.record = pack_linear(old.weight, old.bias, format).record
+    return model.eval()
+
+
+@torch.inference_mode()
+def decoded(model: Decoder, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> tuple:
+    cache = model.new_cache()
+    model.hidden(ids[:, :prompt], mask, cache)
+    found = [model.hidden(ids[:, i : i + 1], None, cache) for i in range(prompt, ids.shape[1])]
+    return torch.cat([f.states for f in found], 1), [f.routings for f in found], cache
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_fused_is_what_the_blocks_do(name: str, batch: int, monkeypatch) -> None:
+    model = packed_model(CASES[name])
+    ids = torch.randint(0, 50, (batch, 20), generator=torch.Generator().manual_seed(2))
+    mask = None
+    if batch > 1:
+        mask = torch.ones(batch, 12, dtype=torch.bool)
+        mask[1, :4] = False
+    states, routings, cache = decoded(model, ids, mask, 12)
+    assert cache.fused[batch] is not None
+    monkeypatch.setattr(step, "direct", lambda x: False)
+    for module in model.modules():
+        if isinstance(module, RecordLinear | RecordExperts):
+            module.implementation = "eager"
+    expected, expected_routings, cache = decoded(model, ids, mask, 12)
+    assert not cache.fused
+    torch.testing.assert_close(states, expected, atol=3e-5, rtol=3e-5)
+    for found, right in zip(routings, expected_routings, strict=True):
+        assert found.keys() == right.keys()
+        for layer, r in found.items():
+            for field in ("expert_ids", "weights", "scores", "logits", "kept", "token_mask"):
+                torch.testing.assert_close(getattr(r, field), getattr(right[layer], field), atol=3e-5, rtol=3e-5)
