@@ -30,7 +30,7 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     ("dtype", "weight_dtype"), [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")]
 )
 def test_norm(level: int, width: int, dtype: str, weight_dtype: str) -> None:
-    dtype, weight_dtype = (getattr(torch, name) for name in dtypes)
+    dtype, weight_dtype = getattr(torch, dtype), getattr(torch, weight_dtype)
     x, weight = draw(3, 7, width).to(dtype), draw(width, seed=1).to(weight_dtype)
     expected = F.rms_norm(x.double(), (width,), weight.double(), 1e-5).to(x.dtype)
     y = step.rms_norm(x, step.norm_of(weight, 1e-5), level, 2)
