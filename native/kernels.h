@@ -70,8 +70,8 @@ struct Kernels {
   void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
   void (*attend)(const Stretch&);
-  // out[i] = x · row i of w [rows][width], the width a multiple of 16
-  void (*products)(const float* x, const float* w, int64_t rows, int64_t width, float* out);
+  // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
+  void (*products)(const float* x, const void* w, bool halves, int64_t rows, int64_t width, float* out);
 };
 
 extern const Kernels kPortable;

@@ -56,6 +56,7 @@ void dot_bf16(const Panel& p, const Row* rows, float* c) {
 
 template <int M>
 void dot_int8(const Panel& p, const Row* rows, float* c) {
+  prefetch(p.scales);  // they lie elsewhere, and are needed last
   V sums[M];
   for (int i = 0; i < M; i++) sums[i] = set1(0);
   const uint8_t* line = p.data;

@@ -28,7 +28,8 @@ struct Linears {
 
   void panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
     const Matrix& m = layer.m;
-    const bool vector = few(static_cast<int64_t>(at.size()), m), narrow = layer.y.dtype == MH_BF16;
+    if (m.plain()) return plain_panels(layer, first, end, begin, rows, w);
+    const bool vector = few(static_cast<int64_t>(at.size()), m);
     Rows matrix{};
     Row row[kFewIntegers];
     if (vector)
@@ -39,21 +40,35 @@ struct Linears {
     for (int64_t p = first; p < end; p++) {
       const Panel panel = m.panel(0, p);
       vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
-      const int64_t columns = m.outputs_of(p);
-      if (const float* bias = m.bias(0, p)) k.add_bias(bias, columns, rows, w.first);
-      for (int64_t i = 0; i < rows; i++) {
-        float* c = w.first + 16 * i;
-        const int64_t place = (begin + i) * layer.y.stride + 16 * p;
-        if (narrow)
-          k.narrow(c, columns, static_cast<uint16_t*>(layer.y.data) + place);
-        else
-          memcpy(static_cast<float*>(layer.y.data) + place, c, columns * sizeof(float));
-      }
+      put(layer, p, begin, rows, w.first);
+    }
+  }
+
+  // Bias and rounding of [rows][16] for panel p.
+  void put(const Layer& layer, int64_t p, int64_t begin, int64_t rows, float* c) const {
+    const int64_t columns = layer.m.outputs_of(p);
+    if (const float* bias = layer.m.bias(0, p)) k.add_bias(bias, columns, rows, c);
+    for (int64_t i = 0; i < rows; i++, c += 16) {
+      const int64_t place = (begin + i) * layer.y.stride + 16 * p;
+      if (layer.y.dtype == MH_BF16)
+        k.narrow(c, columns, static_cast<uint16_t*>(layer.y.data) + place);
+      else
+        memcpy(static_cast<float*>(layer.y.data) + place, c, columns * sizeof(float));
+    }
+  }
+
+  void plain_panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
+    for (int64_t p = first; p < end; p++) {
+      const Panel panel = layer.m.panel(0, p);
+      for (int64_t i = 0; i < rows; i++)
+        k.products(at[begin + i], panel.data, panel.format == MH_PLAIN_BF16, panel.rows, panel.inputs, w.first + 16 * i);
+      put(layer, p, begin, rows, w.first);
     }
   }
 
   void all(const mh_rows& in) {
-    const int64_t depth = layers[0].m.depth, count = in.count, blocks = divide_up(count, kBlockRows);
+    int64_t depth = 0, count = in.count, blocks = divide_up(count, kBlockRows);
+    for (const Layer& layer : layers) depth = layer.m.depth > depth ? layer.m.depth : depth;  // records are padded
     const Floats x = as_floats(in, depth, rooms().x, k, threads);
     at.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; i++) at[i] = x.row(i);
@@ -84,9 +99,24 @@ struct Linears {
   }
 };
 
+constexpr int64_t kFewPlain = 16;  // for more rows PyTorch's products are the better ones
+
+Matrix plain_matrix(const mh_linear& l, int64_t rows) {
+  const mh_matrix& m = l.weight;
+  const int64_t size = m.format == MH_PLAIN_BF16 ? 2 : 4;
+  if ((m.format != MH_PLAIN_FLOAT32 && m.format != MH_PLAIN_BF16) || m.parts != 1 || m.inputs < 1 || m.inputs % 16 ||
+      m.outputs < 1 || !l.record || l.bytes / size / m.inputs < m.outputs || rows > kFewPlain)
+    fail(MH_BAD_ARGUMENT, "plain linear of [%lld, %lld], %lld rows", (long long)m.outputs, (long long)m.inputs,
+         (long long)rows);
+  return {static_cast<const uint8_t*>(l.record), l.bytes, m, m.inputs, divide_up(m.outputs, 16), 0, 0, l.bias};
+}
+
 Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
   if (!l || !x) fail(MH_BAD_ARGUMENT, "nothing to multiply");
-  const Layer layer{checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"), y};
+  const Layer layer{l->weight.format >= MH_PLAIN_FLOAT32
+                        ? plain_matrix(*l, x->count)
+                        : checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"),
+                    y};
   if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "linear: %lld parts", (long long)layer.m.m.parts);
   check_rows(x, x->count, layer.m.m.inputs, "x");
   check_rows(&y, x->count, layer.m.m.outputs, "y");

@@ -35,10 +35,11 @@ struct mh_stacked {  // up [E][2F or F][D], down [E][D][F]; biases float32 or nu
   int64_t dtype, num_experts, hidden_size, expert_size, activation;
 };
 
-struct mh_linear {
+struct mh_linear {  // a record; or, where the format is MH_PLAIN_..., weights [outputs][inputs] and a bias or null
   const void* record;
   int64_t bytes;
   mh_matrix weight;
+  const float* bias;
 };
 
 struct mh_rows {  // float32 or bf16 [count][width]

@@ -89,7 +89,7 @@ int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores,
       const int64_t t = task / pieces, first = task % pieces * 16, left = r->experts - first;
       float* to = logits + t * r->experts + first;
       const int64_t count = left < 16 ? left : 16;
-      k->products(rows.row(t), r->weight + first * r->width, count, r->width, to);
+      k->products(rows.row(t), r->weight + first * r->width, false, count, r->width, to);
       for (int64_t e = 0; r->logit_bias && e < count; e++) to[e] += r->logit_bias[first + e];
     });
     Route route{*r, {}, {}, {}, {}, {}};

@@ -112,19 +112,26 @@ void attend(const mh::Stretch& s) {
     attend_rows(s, static_cast<const float*>(s.k), static_cast<const float*>(s.v));
 }
 
-// out[i] = x · row i of [rows][width], the width a multiple of 16
-void products(const float* x, const float* w, int64_t rows, int64_t width, float* out) {
+template <class T>
+void row_products(const float* x, const T* w, int64_t rows, int64_t width, float* out) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     V sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-    const float* at = w + i * width;
+    const T* at = w + i * width;
     for (int64_t j = 0; j < width; j += 16) {
       const V part = load(x + j);
-      for (int r = 0; r < 4; r++) sums[r] = fma(part, load(at + r * width + j), sums[r]);
+      for (int r = 0; r < 4; r++) sums[r] = fma(part, row_part(at + r * width, j), sums[r]);
     }
     for (int r = 0; r < 4; r++) out[i + r] = sum(sums[r]);
   }
   for (; i < rows; i++) score_heads<1>(x, 0, w + i * width, width, 1, width, out + i, 0);
+}
+
+void products(const float* x, const void* w, bool halves, int64_t rows, int64_t width, float* out) {
+  if (halves)
+    row_products(x, static_cast<const uint16_t*>(w), rows, width, out);
+  else
+    row_products(x, static_cast<const float*>(w), rows, width, out);
 }
 
 }  // namespace

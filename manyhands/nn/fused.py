@@ -14,9 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.kernels.native import library, step, views
-from manyhands.kernels.native.library import ACTIVATION_CODES, CAttention, CCache, CRotation, CRouting, CRows, CStep
+from manyhands.kernels.native.library import (
+    ACTIVATION_CODES,
+    CAttention,
+    CCache,
+    CLinear,
+    CRotation,
+    CRouting,
+    CRows,
+    CStep,
+)
 from manyhands.moe import MoELayer, Routing
-from manyhands.moe.layer import FeedForward
+from manyhands.moe.layer import FeedForward, Linear
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn.attention import Attention, Positions
 from manyhands.nn.cache import Cache
@@ -112,16 +121,25 @@ class FusedStep:
         """`layers` by the name of the buffer they write."""
         structs, outputs, width = [], [], 0
         for name, layer in layers.items():
-            if type(layer) is not RecordLinear or not layer.native or layer.record.device.type != "cpu":
+            if layer is None or (struct := self._linear(layer)) is None:
                 raise Unfit
-            first = layer.layout.matrices[0]
-            structs.append(layer.prepared())
-            outputs.append(self._pointer(name, first.outputs))
-            width = first.inputs
-            self._held.append(layer.record)
+            structs.append(struct)
+            outputs.append(self._pointer(name, struct.weight.outputs))
+            width = struct.weight.inputs
         self._held.extend(structs)
         pointers, to = (c_void_p * len(structs))(*map(addressof, structs)), (c_void_p * len(structs))(*outputs)
         self._call(LINEARS, pointers, self._buffer(source, width), to, n=(len(structs), 0))
+
+    def _linear(self, layer: nn.Module) -> CLinear | None:
+        """A record, or plain weights."""
+        if type(layer) is RecordLinear and layer.native and layer.record.device.type == "cpu":
+            self._held.append(layer.record)
+            return layer.prepared()  # type: ignore[no-any-return]
+        if type(layer) is not Linear or not _plain(layer.weight) or layer.in_features % 16:
+            return None
+        bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
+        self._held += [layer.weight, bias]
+        return views.plain_linear(layer.weight, bias)
 
     def _add(self, D: int, factor: float, gate: CRows | None = None, to: str = "x", source: str = "y") -> None:
         self._call(ADD, self._buffer(to, D), self._buffer(source, D), gate, factor=factor)
@@ -167,10 +185,9 @@ class FusedStep:
         self._linears("heads", {"y": attention.o_proj})
 
     def _feed_forward(self, mlp: nn.Module, to: str) -> None:
-        up_proj: Any = getattr(mlp, "up_proj", None)
-        if type(mlp) is not FeedForward or type(up_proj) is not RecordLinear:
+        if type(mlp) is not FeedForward or (struct := self._linear(mlp.up_proj)) is None:
             raise Unfit
-        F = up_proj.layout.matrices[0].outputs
+        up_proj, F = mlp.up_proj, struct.weight.outputs
         if F % 16:
             raise Unfit
         gated = mlp.gate_proj is not None

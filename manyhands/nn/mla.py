@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.native import step
 from manyhands.moe.layer import Linear
-from manyhands.nn.attention import Positions, better_in_float32, max_logits
+from manyhands.nn.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
 from manyhands.nn.cache import LayerCache
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import apply_rope, yarn_mscale
@@ -62,12 +63,14 @@ class LatentAttention(nn.Module):
         latent, k_rope = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
         latent_BSR = self.kv_a_layernorm(latent)
         k_rope_B1Sr = apply_rope(k_rope[:, None], positions.rope, self.interleave)
-        decoding = cache is not None and cache.length > 0
-        if cache is not None:
-            latent_BSR, k_rope_B1Sr = cache.append(latent_BSR, k_rope_B1Sr)
+        if cache is None:
+            return self._materialised(q_nope, q_rope, latent_BSR, k_rope_B1Sr, positions)
+        decoding = cache.length > 0
+        (keys_B1Ld,) = cache.append(torch.cat((latent_BSR[:, None], k_rope_B1Sr), dim=-1))
         if decoding:
-            return self._absorbed(q_nope, q_rope, latent_BSR, k_rope_B1Sr, positions), None
-        return self._materialised(q_nope, q_rope, latent_BSR, k_rope_B1Sr, positions)
+            return self._absorbed(q_nope, q_rope, keys_B1Ld, positions), None
+        R = self.config.kv_lora_rank
+        return self._materialised(q_nope, q_rope, keys_B1Ld[:, 0, :, :R], keys_B1Ld[..., R:], positions)
 
     def _queries(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         a = self.config
@@ -96,19 +99,25 @@ class LatentAttention(nn.Module):
         y_BHSv = self._attend(q, k, v_BHLv, positions)
         return self._output(y_BHSv), largest_H
 
-    def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, latent_BLR: Tensor, k_rope_B1Lr: Tensor, positions: Positions
-    ) -> Tensor:
-        """Decoding: q·(W_k c) = (W_kᵀ q)·c, so queries go to the latent instead of the latent to every head."""
+    def _absorbed(self, q_nope: Tensor, q_rope: Tensor, keys_B1Ld: Tensor, positions: Positions) -> Tensor:
+        """Decoding: q·(W_k c) = (W_kᵀ q)·c, so queries go to the latent instead of the latent to every head.
+
+        d = R + r: a cached row is the key of every head, and its first R numbers are the value.
+        """
         a = self.config
         up = self.kv_b_proj.weight.to(q_nope.dtype).view(a.num_attention_heads, -1, a.kv_lora_rank)
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
-        k_B1Ld = torch.cat((latent_BLR[:, None], k_rope_B1Lr), dim=-1)
-        if better_in_float32(q):  # before the heads are expanded
-            q, k_B1Ld = q.float(), k_B1Ld.float()
-        k = k_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
-        y_BHSR = self._attend(q, k, k[..., : a.kv_lora_rank], positions).to(q_nope.dtype)
+        R, L = a.kv_lora_rank, keys_B1Ld.shape[2]
+        if q.shape[2] <= FEW_QUERIES and R % 16 == 0 and keys_B1Ld.shape[3] % 16 == 0 and step.direct(q):
+            held, mask = step.cache_of(keys_B1Ld, keys_B1Ld[..., :R]), positions.mask_of(self.sliding)
+            y_BSHR = step.attend(q.transpose(1, 2).float(), held, L, self.scale, mask)
+            y_BHSR = y_BSHR.transpose(1, 2).to(q.dtype)
+        else:
+            if better_in_float32(q):  # before the heads are expanded
+                q, keys_B1Ld = q.float(), keys_B1Ld.float()
+            k = keys_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
+            y_BHSR = self._attend(q, k, k[..., :R], positions).to(q_nope.dtype)
         return self._output(torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2)))
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:

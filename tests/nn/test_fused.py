@@ -40,7 +40,13 @@ CASES = {
     },
     "qwen2": {
         "attention": {**PLAIN, "attention_bias": True},
-        "moe": {**MOE, "n_shared_experts": 1, "router": {**V3, "group_score": "max"}},
+        "moe": {
+            **MOE,
+            "n_shared_experts": 1,
+            "shared_expert_gate": True,
+            "shared_expert_intermediate_size": 32,
+            "router": {**V3, "group_score": "max"},
+        },
     },
     "grok": {"attention": {**PLAIN, "attn_logit_softcap": 5.0}, "output_norms": True, "hidden_act": "geglu"},
     "neighbours": {"rope": {"interleave": True, "partial_rotary_factor": 0.5}},
@@ -106,3 +112,41 @@ def test_fused_is_what_the_blocks_do(name: str, batch: int, monkeypatch) -> None
         for layer, r in found.items():
             for field in ("expert_ids", "weights", "scores", "logits", "kept", "token_mask"):
                 torch.testing.assert_close(getattr(r, field), getattr(right[layer], field), atol=3e-5, rtol=3e-5)
+
+
+def test_latent_attention_decodes_in_the_library_as_in_pytorch(monkeypatch) -> None:
+    attention = {
+        **{"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 12},
+        **{"qk_rope_head_dim": 16, "v_head_dim": 10},
+    }
+    model = packed_model({"attention": attention, "rope": {"interleave": True}})
+    ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(2))
+    calls = []
+    native_attend = step.attend
+    monkeypatch.setattr(step, "attend", lambda *a: calls.append(a) or native_attend(*a))
+    states, _, cache = decoded(model, ids, None, 12)
+    assert len(calls) == 8 * 3 and cache.fused == {2: None}  # 8 steps, 3 layers; block by block
+    monkeypatch.setattr(step, "direct", lambda x: False)
+    expected, _, _ = decoded(model, ids, None, 12)
+    assert len(calls) == 8 * 3
+    torch.testing.assert_close(states, expected, atol=3e-5, rtol=3e-5)
+
+
+def test_who_listens_is_heard() -> None:
+    model, heard = packed_model({}), []
+    model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    decoded(model, torch.zeros(1, 6, dtype=torch.long), None, 4)
+    assert len(heard) == 3
+
+
+def test_the_same_numbers_whatever_the_number_of_threads() -> None:
+    model, ids = packed_model(CASES["olmoe"], "bf16"), torch.arange(30)[None]
+    before = torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(decoded(model, ids, None, 1)[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*found)

@@ -53,7 +53,7 @@ class CStacked(Structure):
 class CLinear(Structure):
     """`mh_linear`."""
 
-    _fields_ = [("record", c_void_p), ("bytes", c_int64), ("weight", CMatrix)]
+    _fields_ = [("record", c_void_p), ("bytes", c_int64), ("weight", CMatrix), ("bias", c_void_p)]
 
 
 class CRows(Structure):

@@ -102,6 +102,14 @@ def linear(record: Tensor, layout: Layout) -> CLinear:
     return CLinear(record.data_ptr(), record.numel(), _matrix(layout, 0))
 
 
+def plain_linear(weight: Tensor, bias: Tensor | None) -> CLinear:
+    """Contiguous weights [N, K] float32 or bfloat16, K a multiple of 16; the bias contiguous float32."""
+    N, K = weight.shape
+    code = PLAIN_FLOAT32 if weight.dtype == torch.float32 else PLAIN_BF16
+    place = None if bias is None else bias.data_ptr()
+    return CLinear(weight.data_ptr(), weight.nbytes, CMatrix(N, K, 1, code, 0, 0, -1, -1), place)
+
+
 def run(level: int, threads: int) -> Any:
     """A reference to `mh_run`; level -1 is the default one, 0 threads are as many as PyTorch uses."""
     return _run(level, min(threads or torch.get_num_threads(), MOST_THREADS))
