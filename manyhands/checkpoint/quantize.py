@@ -10,7 +10,6 @@ B sequences, S tokens each, T = B·S, E experts, K experts per token, D model wi
 import json
 import math
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,22 +107,20 @@ class Quantizer:
         self.records = {record.name: record for record in records_of(source.config, packed)}
         self.shapes = tensor_shapes(source.config)
         self.figures = Figures()
-        self.ids_BS, self.targets_T = sample.ids[:, :-1], sample.ids[:, 1:].flatten()
+        self.ids_BS, self.targets_T = sample.ids[:, :-1], sample.measured[:, 1:].flatten()
         low, high = int(sample.ids.min()), int(sample.ids.max())
         if low < 0 or high >= self.config.vocab_size:
             wrong = low if low < 0 else high
             raise UserError(f"the sample holds token id {wrong}; the model has vocab_size = {self.config.vocab_size}")
         S = self.ids_BS.shape[1]
-        self.real_BS, self.positions = (
-            torch.ones_like(self.ids_BS, dtype=torch.bool),
-            find_positions(self.config, S, S, None, CPU),
-        )
+        self.positions = find_positions(self.config, S, S, None, CPU)
         self._ready: dict[str, Tensor] = {}
         self._next_layer = 0
         self._packed_count = 0
         x = F.embedding(self.ids_BS, self._ours("embed_tokens.weight")).float() * self.config.embedding_multiplier
-        self._states = (x, x)
-        """Of the original and of the packed model, [B, S, D] float32."""
+        c = sample.calibration_rows
+        self._calibrating, self._states = x[:c], (x[c:], x[c:])
+        """Of the original on the calibration rows; of both models on the measured ones: [B, S, D] float32."""
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor that is not packed: as it is stored, but for the router, which is float32."""
@@ -176,8 +173,11 @@ class Quantizer:
         block.load_state_dict(state, assign=True)
         block.eval()
         before, after = self._states
-        with watching(block) if self.sample.calibrate else nullcontext() as seen:
-            before, routing = self._run(block, before)
+        seen, c = None, self.sample.calibration_rows
+        if c:
+            with watching(block) as seen:
+                self._calibrating, _ = self._run(block, self._calibrating, self.ids_BS[:c])
+        before, routing = self._run(block, before, self.ids_BS[c:])
         if routing is not None and seen is not None:
             self.figures.tokens_per_expert[layer], self.figures.too_few[layer] = seen.tokens_per_expert, seen.too_few
         local = {}
@@ -192,7 +192,7 @@ class Quantizer:
                 module.record = self._ready[module_record.name]
             elif isinstance(module, RecordExperts):
                 module.records = self._ready[module_record.name]
-        after, routing_after = self._run(block, after)
+        after, routing_after = self._run(block, after, self.ids_BS[c:])
         if routing is not None and routing_after is not None:
             self.figures.agreement[layer] = agreement(routing, routing_after)
         self._states = (before, after)
@@ -204,8 +204,9 @@ class Quantizer:
         """As the loaded model has it."""
         return torch.float32 if name.endswith(MANYHANDS.saved_float32) else None
 
-    def _run(self, block: Block, x: Tensor) -> tuple[Tensor, Routing | None]:
-        x, routing, _ = block(x, self.positions, None, self.real_BS, self.ids_BS, False)
+    def _run(self, block: Block, x: Tensor, ids_BS: Tensor) -> tuple[Tensor, Routing | None]:
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        x, routing, _ = block(x, self.positions, None, real_BS, ids_BS, False)
         return x, routing
 
     def _pack(self, record: Record, state: dict[str, Tensor], prefix: str, seen: Seen | None) -> Tensor:
@@ -244,7 +245,7 @@ class Quantizer:
 
     def _pack_head(self, record: Record) -> Tensor:
         weight = self._ours("lm_head.weight")
-        inputs = mean_square(self._final(self._states[0])) if self.sample.calibrate else None
+        inputs = mean_square(self._final(self._calibrating)) if self.sample.calibration_rows else None
         try:
             held = PackedLinear(self._pack_linear(record, {"weight": weight}, inputs), record.layout)
         except ConfigError as error:

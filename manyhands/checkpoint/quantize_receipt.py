@@ -29,13 +29,19 @@ REASONS = {
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokens to measure on, and perhaps to calibrate with."""
+    """Tokens to measure on, and perhaps some to calibrate with."""
 
     ids: Tensor
     """[B, S + 1] int64."""
     text: str | None
     """What text they are; None: random ids, which say nothing about perplexity."""
-    calibrate: bool = False
+    calibration_rows: int = 0
+    """The first so many rows are for calibration, and nothing is measured on them."""
+
+    @property
+    def measured(self) -> Tensor:
+        """[B - calibration_rows, S + 1]"""
+        return self.ids[self.calibration_rows :]
 
 
 @dataclass(slots=True)
@@ -60,12 +66,12 @@ def receipt_of(
     dtype_of: Callable[[str], torch.dtype],
 ) -> dict[str, Any]:
     """Everything but the target's files."""
-    tokens, layers = sample.ids[:, 1:].numel(), list(figures.agreement.values())
+    tokens, layers = sample.measured[:, 1:].numel(), list(figures.agreement.values())
     calibration = perplexity = None
-    if sample.calibrate:
+    if sample.calibration_rows:
         calibration = {
             "text": sample.text,
-            "tokens": tokens,
+            "tokens": sample.ids[: sample.calibration_rows, 1:].numel(),
             "tokens_per_expert": {str(layer): counts for layer, counts in figures.tokens_per_expert.items()},
             "fewer_than": MIN_TOKENS,
             "weighed_by_all_tokens": {str(layer): few for layer, few in figures.too_few.items() if few},

@@ -27,7 +27,9 @@ def quantize(
     group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")] = 32,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="Text to calibrate with and to measure on: file, folder, glob, stdlib or hf:NAME."),
+        typer.Option(
+            help="Text to calibrate with: file, folder, glob, stdlib or hf:NAME. The last quarter is measured on."
+        ),
     ] = None,
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
@@ -104,14 +106,16 @@ def _sample(
             return None
     S = min(SEQUENCE, source.config.max_position_embeddings)
     ids = _encode(documents, tokenizer, (max_batches or (4 if calibrate else 1)) * BATCH * S + 1)
-    if len(ids) < 2:
-        raise DataError(f"{' '.join(names)}: {len(ids)} tokens are too few: 2 are needed")
+    least = 2 if calibrate else 1  # rows: some to calibrate with, and others to measure on
+    if len(ids) <= least:
+        raise DataError(f"{' '.join(names)}: {len(ids)} tokens are too few: {least + 1} are needed")
 
     import torch
 
-    S = min(S, len(ids) - 1)
+    S = min(S, (len(ids) - 1) // least)
     rows = [ids[start : start + S + 1] for start in range(0, len(ids) - S, S)]
-    return Sample(torch.tensor(rows), ", ".join(names) if names else BUILT_IN, calibrate)
+    measured = max(1, len(rows) // 4) if calibrate else len(rows)
+    return Sample(torch.tensor(rows), ", ".join(names) if names else BUILT_IN, len(rows) - measured)
 
 
 def _encode(documents: "list[Document]", tokenizer: "Tokenizer", enough: int) -> list[int]:

@@ -300,11 +300,13 @@ def test_calibration_sees_each_input():
 def test_importance_lowers_the_error_that_matters(sources, tmp_path):
     ids = torch.randint(0, 270, (4, 65), generator=torch.Generator().manual_seed(1))
     receipts = [
-        quantize(open_source(sources["mixtral"]), tmp_path / "q", FORMATS["int4+int8"], Sample(ids, "words", calibrate))
-        for calibrate in (False, True)
+        quantize(open_source(sources["mixtral"]), tmp_path / "q", FORMATS["int4+int8"], Sample(ids, "words", rows))
+        for rows in (0, 3)
     ]
     assert receipts[0]["calibration"] is None
     assert set(receipts[1]["calibration"]["tokens_per_expert"]) == {"0", "1"}
+    assert [r["routing_agreement"]["tokens"] for r in receipts] == [4 * 64, 64]  # measured on other rows
+    assert receipts[1]["calibration"]["tokens"] == 3 * 64
     errors = [r["packed_tensors"]["lm_head.record"]["relative_error"]["lm_head.weight"] for r in receipts]
     assert errors[0] < errors[1], "weighed by importance, the plain error is no longer the least"
 

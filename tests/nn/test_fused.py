@@ -116,8 +116,12 @@ def test_fused_is_what_the_blocks_do(name: str, batch: int, monkeypatch) -> None
 
 def test_latent_attention_decodes_in_the_library_as_in_pytorch(monkeypatch) -> None:
     attention = {
-        **{"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 12},
-        **{"qk_rope_head_dim": 16, "v_head_dim": 10},
+        "kind": "mla",
+        "num_attention_heads": 4,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 12,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 10,
     }
     model = packed_model({"attention": attention, "rope": {"interleave": True}})
     ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(2))
