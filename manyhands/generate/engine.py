@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import UserError
-from manyhands.generate.mode import evaluating
+from manyhands.generate.mode import evaluating, one_thread
 from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig, sample
 from manyhands.generate.stream import TextStream
@@ -145,7 +145,9 @@ def _steps(
         with torch.inference_mode(), evaluating(modules), _remembering(prefix, ids_BS):
             hidden = model.hidden(ids_BS, mask_BS, cache)
             last_BD = hidden.states[:, -1]
-            ids_B = sample(model.head(last_BD), sampling, generator)
+            logits_BV = model.head(last_BD)
+            with one_thread():
+                ids_B = sample(logits_BV, sampling, generator)
             routings = {layer: _last(routing, ids_BS.shape[1]) for layer, routing in hidden.routings.items()}
         tokens = [token if s.alive else None for s, token in zip(sequences, ids_B.tolist(), strict=True)]
         pushed = [("", None) if t is None else s.push(t) for s, t in zip(sequences, tokens, strict=True)]

@@ -1,8 +1,9 @@
-"""Evaluation mode for a while: no noise, no jitter, no capacity of training."""
+"""How modules and threads are set for a while, and then as they were."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
 
@@ -17,3 +18,17 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """PyTorch works on one thread inside the block: for small work between calls of the native kernels.
+
+    OpenMP's threads spin for milliseconds after an operator that woke them, on the cores that the kernels want next.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

@@ -47,8 +47,15 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
         raise ManyhandsError("the model's logits are NaN or infinite: its weights are damaged or it has diverged")
     if config.temperature < _GREEDY_BELOW:
         return logits.argmax(-1)  # the first of equals
-    probability = filter_logits(logits, config).softmax(-1)
-    return torch.multinomial(probability, 1, generator=generator).squeeze(-1)
+    return draw(filter_logits(logits, config).softmax(-1), generator)
+
+
+def draw(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """One of V for each row of [..., V], by inversion: one random number, where `torch.multinomial` draws V."""
+    reached = probability.cumsum(-1, dtype=torch.float64)
+    shape = (*probability.shape[:-1], 1)
+    point = torch.rand(shape, generator=generator, device=probability.device, dtype=torch.float64)
+    return torch.searchsorted(reached, point * reached[..., -1:], right=True).squeeze(-1)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
@@ -59,10 +66,27 @@ def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:
         kth = logits.topk(config.top_k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if config.top_p < 1.0:
-        sorted_logits, order = logits.sort(dim=-1, descending=True, stable=True)
-        probability = sorted_logits.softmax(-1)
-        before = probability.cumsum(-1) - probability  # the mass of the tokens ahead of it; 0 for the first
-        logits = logits.masked_fill((before >= config.top_p).scatter(-1, order, before >= config.top_p), -math.inf)
+        logits = _top_p(logits, config.top_p)
     if config.min_p > 0.0:  # p / p_max = exp(logit − 0)
         logits = logits.masked_fill(logits < math.log(config.min_p), -math.inf)
     return logits
+
+
+def _top_p(logits: Tensor, top_p: float) -> Tensor:
+    """The most probable tokens of [..., V] that together reach `top_p`; of equals the first.
+
+    Sorting a whole vocabulary costs more than a step of a small model, and nearly always a few tokens are enough.
+    """
+    V = logits.shape[-1]
+    total = logits.logsumexp(-1, keepdim=True)
+    for k in (min(512, V), V):
+        values = logits.topk(k, dim=-1).values if k < V else logits.sort(dim=-1, descending=True).values
+        probability = (values - total).exp()
+        before = probability.cumsum(-1) - probability  # the mass of the tokens ahead of it; 0 for the first
+        if k == V or bool((before[..., -1] >= top_p).all()):
+            break
+    kept = (before < top_p).sum(-1, keepdim=True)
+    last = values.gather(-1, kept - 1)
+    room = kept - (logits > last).sum(-1, keepdim=True)
+    equal = logits == last
+    return logits.masked_fill(~((logits > last) | (equal & (equal.cumsum(-1) <= room))), -math.inf)
