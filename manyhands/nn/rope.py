@@ -4,6 +4,7 @@ B batch, H heads, S sequence, d the rotated width of a head.
 """
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -18,8 +19,10 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
+@lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept may meet a gradient later
 def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by."""
+    """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by. Kept: not to be written to."""
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     plain = 1.0 / config.rope_theta**exponent
     if config.rope_type == "default":
