@@ -6,9 +6,13 @@ experts, top-8, F 1024), 4 layers, vocabulary 16,384, random weights: 1.745 B pa
 Every system runs in a process of its own, so that its memory is its own; the processes take turns, round after round,
 so that a change of the machine's speed meets all of them. The read bandwidth is measured in each round too: a decoded
 token reads every active weight once, so bandwidth over bytes is the roof, and the share of it is what is reported.
+
+Peers, where they are installed (`benchmarks/install_peers.sh`): transformers on the same bfloat16 weights, llama.cpp on
+the same weights as BF16, Q8_0 and Q4_0. Ratios are taken round by round.
 """
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -21,23 +25,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import llama_cpp_peer
 import torch
+from decode_work import FULL, QUICK, bytes_per_token, model_config, random_state, write_plain, write_random
 from torch import Tensor
 
-from manyhands.checkpoint.files import building
-from manyhands.checkpoint.model import load_model, save
-from manyhands.checkpoint.packed import packed_headers, records_of, write_packed
-from manyhands.checkpoint.tensor_files import DTYPES
-from manyhands.config import ModelConfig, PackedConfig, Packing
-from manyhands.config.shapes import tensor_shapes
+from manyhands.checkpoint.model import load_model
 from manyhands.kernels.native import available, levels, missing
-from manyhands.nn import Decoder
 from manyhands.quant import FORMATS
-from manyhands.quant.record import PAGE
 
-FULL = {"D": 2048, "H": 16, "E": 64, "F": 1024, "L": 4, "V": 16_384, "prefill": 512, "decode": 24}
-QUICK = {"D": 256, "H": 4, "E": 16, "F": 128, "L": 2, "V": 2048, "prefill": 64, "decode": 8}
 PEERS = ("transformers eager", "transformers grouped_mm")
+LOGITS = "logits of llama.cpp"
 
 
 def main() -> None:
@@ -55,7 +53,9 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     size = QUICK if arguments.quick else FULL
     if arguments.worker:
-        print(json.dumps(measure(*arguments.worker, size)))
+        system, path = arguments.worker
+        apart = llama_cpp_peer.logits_difference(path) if system == LOGITS else measure(system, path, size)
+        print(json.dumps(apart))
         return
     with tempfile.TemporaryDirectory() as directory:
         result = compare(arguments, size, Path(directory))
@@ -70,10 +70,18 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
         write_random(config, format, directory / format)
         for implementation in [*(["native"] if available() else []), *(["eager"] if arguments.slow else [])]:
             systems[f"manyhands {format} {implementation}"] = directory / format
-    write_plain(config, directory / "plain")
+    peers = peers_here(arguments)
+    state = random_state(config)
+    write_plain(config, state, directory / "plain")
     systems["manyhands bfloat16 grouped_mm, not packed"] = directory / "plain"
-    with_peers = not arguments.without_peers and importlib.util.find_spec("transformers") is not None
-    systems |= dict.fromkeys(PEERS if with_peers else (), directory / "plain")
+    if peers["transformers"].startswith("measured"):
+        systems |= dict.fromkeys(PEERS, directory / "plain")
+    if peers["llama_cpp"].startswith("measured"):
+        theirs = [llama_cpp_peer.FORMATS[format] for format in arguments.formats if format in llama_cpp_peer.FORMATS]
+        llama_cpp_peer.write_gguf(config, state, theirs, directory / "gguf")
+        systems |= {f"llama.cpp {format}": directory / "gguf" / f"{format}.gguf" for format in theirs}
+    del state
+    difference = run_apart(LOGITS, directory, arguments) if (directory / "gguf").exists() else None
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     bandwidths = []
     for number in range(arguments.rounds):
@@ -90,8 +98,7 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
     found = {}
     for name, runs in rounds.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-        format = name.split()[1] if name.startswith("manyhands") and "not packed" not in name else "bf16"
-        read = bytes_per_token(config, format)
+        read = bytes_per_token(config, name)
         found[name] = middle | {
             "decode_range": [min(run["decode"] for run in runs), max(run["decode"] for run in runs)],
             "bytes_per_token": read,
@@ -106,10 +113,45 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
         "native": missing() or levels()[-1],
         "read_bandwidth": bandwidth,
         "bandwidth_range": [min(bandwidths), max(bandwidths)],
-        "llama_cpp": "installed, not run here" if importlib.util.find_spec("llama_cpp") else "not installed",
-        "transformers": "measured" if with_peers else "not measured",
+        "peers": peers,
+        "llama_cpp_logits": difference,
         "systems": found,
+        "ratios": ratios(rounds),
     }
+
+
+def peers_here(arguments: argparse.Namespace) -> dict[str, str]:
+    """What is measured, with its version, or why it is not."""
+    found = {}
+    for name, package, installed in (
+        ("llama_cpp", "llama-cpp-python", llama_cpp_peer.installed()),
+        ("transformers", "transformers", importlib.util.find_spec("transformers") is not None),
+    ):
+        if not installed:
+            found[name] = "not installed"
+        else:
+            word = "not measured" if arguments.without_peers else "measured"
+            found[name] = f"{word}, {importlib.metadata.version(package)}"
+    return found
+
+
+def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, list[float]]]:
+    """Our native kernels over the nearest format of llama.cpp and over transformers' better half of the same round.
+
+    Of decoding and of prefill: the median, the least and the largest over the rounds.
+    """
+    found = {}
+    for format, theirs in llama_cpp_peer.FORMATS.items():
+        ours = f"manyhands {format} native"
+        for label, peers in ((f"llama.cpp {theirs}", [f"llama.cpp {theirs}"]), ("transformers' best", PEERS)):
+            if ours not in rounds or not all(peer in rounds for peer in peers):
+                continue
+            pair = {}
+            for key in ("decode", "prefill"):
+                each = [run[key] / max(rounds[peer][i][key] for peer in peers) for i, run in enumerate(rounds[ours])]
+                pair[key] = [statistics.median(each), min(each), max(each)]
+            found[f"{ours} / {label}"] = pair
+    return found
 
 
 def run_apart(name: str, directory: Path, arguments: argparse.Namespace) -> dict[str, float]:
@@ -120,17 +162,21 @@ def run_apart(name: str, directory: Path, arguments: argparse.Namespace) -> dict
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     )
     if done.returncode:
-        sys.exit(f"{name}: {done.stderr.strip().splitlines()[-1]}")
+        sys.exit(f"{name}: exit status {done.returncode}: {(done.stderr.strip() or 'nothing said').splitlines()[-1]}")
     result: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return result
 
 
 @torch.inference_mode()
-def measure(system: str, directory: str, size: dict[str, int]) -> dict[str, float]:
+def measure(system: str, path: str, size: dict[str, int]) -> dict[str, float]:
     """Tokens per second of prefill and of decoding at batch 1, and the process's peak memory in bytes."""
-    prefill, step = transformers_model(system, directory) if system in PEERS else our_model(system, directory)
+    if system.startswith("llama.cpp"):
+        model = llama_cpp_peer.LlamaCpp(Path(path), size["prefill"] + size["decode"] + 2)
+        prefill, step = model.prefill, model.step
+    else:
+        prefill, step = transformers_model(system, path) if system in PEERS else our_model(system, path)
     ids = torch.randint(0, size["V"], (1, size["prefill"]), generator=torch.Generator().manual_seed(0))
-    prefill(ids[:, :16])
+    prefill(ids)  # the whole prompt: files are mapped, and every expert is to be in memory before the clock starts
     started = time.perf_counter()
     token = prefill(ids)
     prefill_time = time.perf_counter() - started
@@ -187,90 +233,6 @@ def transformers_model(system: str, directory: str) -> tuple[Run, Run]:
     return prefill, step
 
 
-def model_config(size: dict[str, int]) -> ModelConfig:
-    """OLMoE's layer at these sizes."""
-    return ModelConfig(
-        vocab_size=size["V"],
-        hidden_size=size["D"],
-        num_hidden_layers=size["L"],
-        intermediate_size=size["F"],
-        max_position_embeddings=4096,
-        rms_norm_eps=1e-5,
-        attention={"num_attention_heads": size["H"], "head_dim": size["D"] // size["H"], "qk_norm": "full"},
-        moe={
-            "router": {"num_experts": size["E"], "num_experts_per_tok": 8, "norm_topk_prob": False},
-            "moe_intermediate_size": size["F"],
-        },
-    )
-
-
-def bytes_per_token(config: ModelConfig, format: str) -> int:
-    """What a decoded token reads: every linear layer, the chosen experts, the routers."""
-    assert config.moe is not None
-    router = config.moe.router
-    packed = PackedConfig(experts=packing(format), linear=packing(format))
-    total = 0
-    for record in records_of(config, packed):
-        size = sum(size for _, size in record.layout.sections.values())  # without what fills the last page
-        total += size if record.num_experts is None else size * router.num_experts_per_tok
-    return total + 4 * len(config.sparse_layers) * router.num_experts * config.hidden_size
-
-
-def packing(format: str) -> Packing:
-    """int4 in groups of 32."""
-    return Packing(format=format, group_size=32 if format == "int4" else 0)  # type: ignore[arg-type]
-
-
-def write_plain(config: ModelConfig, directory: Path) -> None:
-    """Random bfloat16 weights, as transformers reads them too."""
-    with torch.device("meta"):
-        model = Decoder(config)
-    generator = torch.Generator().manual_seed(0)
-    state = {}
-    for name, shape in tensor_shapes(config).items():
-        dtype = torch.float32 if ".router." in name else torch.bfloat16
-        state[name] = torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
-        if "norm" in name:
-            state[name].fill_(1.0)
-    model.load_state_dict(state, assign=True)
-    save(model, directory, family="olmoe")
-
-
-def write_random(config: ModelConfig, format: str, directory: Path) -> None:
-    """Random records: any bytes are int8 or int4 weights; scales and floats are drawn."""
-    packed = PackedConfig(experts=packing(format), linear=packing(format))
-    records = {record.name: record for record in records_of(config, packed)}
-    generator = torch.Generator().manual_seed(0)
-
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if ".router." in name else torch.bfloat16
-
-    headers = packed_headers(config, packed, dtype_of)
-
-    def value(name: str) -> Tensor:
-        header = headers[name]
-        if name not in records:
-            out = torch.empty(header.shape, dtype=DTYPES[header.dtype])
-            return out.fill_(1.0) if "norm" in name else out.normal_(0.0, 0.02, generator=generator)
-        layout = records[name].layout
-        assert layout.record_bytes % PAGE == 0
-        out = torch.randint(-127, 128, header.shape, dtype=torch.int8, generator=generator).view(torch.uint8)
-        stacked = out.view(-1, layout.record_bytes)
-        for section, (start, length) in layout.sections.items():
-            dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(layout.format)
-            if "scales" in section:
-                dtype, scale = (torch.bfloat16, 0.004) if layout.format == "int4" else (torch.float32, 0.0003)
-            else:
-                scale = 0.02
-            if dtype is not None:
-                draw = torch.empty(length // dtype.itemsize, dtype=dtype).normal_(0.0, scale, generator=generator)
-                stacked[:, start : start + length] = draw.view(torch.uint8)  # every expert alike: time is the same
-        return out
-
-    with building(directory) as partial:
-        write_packed(partial, config, packed, dtype_of, value)
-
-
 def read_bandwidth(size: int) -> float:
     """Bytes per second at which this process reads memory, all its threads together: the best of a few sums."""
     block = torch.ones(size // 8, dtype=torch.int64)
@@ -294,15 +256,23 @@ def table(result: dict[str, Any]) -> str:
     lines = [
         f"{result['threads']} threads, native: {result['native']}, torch {result['torch']}, medians of "
         f"{result['rounds']} rounds; read bandwidth {bandwidth:.1f} GB/s ({low:.1f}–{high:.1f})",
-        f"llama-cpp-python: {result['llama_cpp']}; transformers: {result['transformers']}",
-        f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} {'prefill':>9} {'peak GB':>8}",
+        f"llama-cpp-python: {result['peers']['llama_cpp']}; transformers: {result['peers']['transformers']}",
     ]
+    if difference := result["llama_cpp_logits"]:
+        lines.append(
+            f"llama.cpp BF16's logits differ from ours in float32 by {difference['relative']:.2%} relative; "
+            f"{difference['same_argmax']:.0%} of greedy tokens are the same"
+        )
+    lines.append(f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} {'prefill':>9} {'peak GB':>8}")
     for name, found in result["systems"].items():
         a, b = found["decode_range"]
         lines.append(
             f"{name:42} {found['decode']:8.2f} {f'({a:.1f}–{b:.1f})':>15} {found['bytes_per_token'] / 1e6:9.1f} "
             f"{found['share_of_roof']:8.1%} {found['prefill']:9.1f} {found['peak_memory'] / 1e9:8.2f}"
         )
+    for name, pair in result["ratios"].items():
+        shown = (f"{key} {middle:5.2f} ({low:.2f}–{high:.2f})" for key, (middle, low, high) in pair.items())
+        lines.append(f"{name:42} {'   '.join(shown)}")
     return "\n".join(lines)
 
 

@@ -1,0 +1,111 @@
+"""The work of `decode.py`: OLMoE's layer with random weights, as a plain checkpoint and in every packed format."""
+
+from pathlib import Path
+
+import torch
+from llama_cpp_peer import BITS
+from torch import Tensor
+
+from manyhands.checkpoint.files import building
+from manyhands.checkpoint.model import save
+from manyhands.checkpoint.packed import packed_headers, records_of, write_packed
+from manyhands.checkpoint.tensor_files import DTYPES
+from manyhands.config import ModelConfig, PackedConfig, Packing
+from manyhands.config.shapes import tensor_shapes
+from manyhands.nn import Decoder
+from manyhands.quant.record import PAGE
+
+FULL = {"D": 2048, "H": 16, "E": 64, "F": 1024, "L": 4, "V": 16_384, "prefill": 512, "decode": 24}
+QUICK = {"D": 256, "H": 4, "E": 16, "F": 128, "L": 2, "V": 2048, "prefill": 64, "decode": 8}
+
+
+def model_config(size: dict[str, int]) -> ModelConfig:
+    """OLMoE's layer at these sizes."""
+    return ModelConfig(
+        vocab_size=size["V"],
+        hidden_size=size["D"],
+        num_hidden_layers=size["L"],
+        intermediate_size=size["F"],
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+        attention={"num_attention_heads": size["H"], "head_dim": size["D"] // size["H"], "qk_norm": "full"},
+        moe={
+            "router": {"num_experts": size["E"], "num_experts_per_tok": 8, "norm_topk_prob": False},
+            "moe_intermediate_size": size["F"],
+        },
+    )
+
+
+def bytes_per_token(config: ModelConfig, system: str) -> int:
+    """What a decoded token reads: every linear layer, the chosen experts, the routers."""
+    assert config.moe is not None
+    router = config.moe.router
+    format = system.split()[1] if system.startswith("manyhands") and "not packed" not in system else "bf16"
+    packed = PackedConfig(experts=packing(format), linear=packing(format))
+    total = 0
+    for record in records_of(config, packed):
+        size = sum(size for _, size in record.layout.sections.values())  # without what fills the last page
+        total += size if record.num_experts is None else size * router.num_experts_per_tok
+    if system.startswith("llama.cpp"):
+        total = int(total * BITS[system.split()[1]] / 16)
+    return total + 4 * len(config.sparse_layers) * router.num_experts * config.hidden_size
+
+
+def packing(format: str) -> Packing:
+    """int4 in groups of 32."""
+    return Packing(format=format, group_size=32 if format == "int4" else 0)  # type: ignore[arg-type]
+
+
+def random_state(config: ModelConfig) -> dict[str, Tensor]:
+    """Random bfloat16 weights, and float32 routers, by our names."""
+    generator = torch.Generator().manual_seed(0)
+    state = {}
+    for name, shape in tensor_shapes(config).items():
+        dtype = torch.float32 if ".router." in name else torch.bfloat16
+        state[name] = torch.empty(shape, dtype=dtype).normal_(0.0, 0.02, generator=generator)
+        if "norm" in name:
+            state[name].fill_(1.0)
+    return state
+
+
+def write_plain(config: ModelConfig, state: dict[str, Tensor], directory: Path) -> None:
+    """The checkpoint that transformers reads too."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    model.load_state_dict(state, assign=True)
+    save(model, directory, family="olmoe")
+
+
+def write_random(config: ModelConfig, format: str, directory: Path) -> None:
+    """Random records: any bytes are int8 or int4 weights; scales and floats are drawn."""
+    packed = PackedConfig(experts=packing(format), linear=packing(format))
+    records = {record.name: record for record in records_of(config, packed)}
+    generator = torch.Generator().manual_seed(0)
+
+    def dtype_of(name: str) -> torch.dtype:
+        return torch.float32 if ".router." in name else torch.bfloat16
+
+    headers = packed_headers(config, packed, dtype_of)
+
+    def value(name: str) -> Tensor:
+        header = headers[name]
+        if name not in records:
+            out = torch.empty(header.shape, dtype=DTYPES[header.dtype])
+            return out.fill_(1.0) if "norm" in name else out.normal_(0.0, 0.02, generator=generator)
+        layout = records[name].layout
+        assert layout.record_bytes % PAGE == 0
+        out = torch.randint(-127, 128, header.shape, dtype=torch.int8, generator=generator).view(torch.uint8)
+        stacked = out.view(-1, layout.record_bytes)
+        for section, (start, length) in layout.sections.items():
+            dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(layout.format)
+            if "scales" in section:
+                dtype, scale = (torch.bfloat16, 0.004) if layout.format == "int4" else (torch.float32, 0.0003)
+            else:
+                scale = 0.02
+            if dtype is not None:
+                draw = torch.empty(length // dtype.itemsize, dtype=dtype).normal_(0.0, scale, generator=generator)
+                stacked[:, start : start + length] = draw.view(torch.uint8)  # every expert alike: time is the same
+        return out
+
+    with building(directory) as partial:
+        write_packed(partial, config, packed, dtype_of, value)
