@@ -9,7 +9,6 @@ its library was built.
 """
 
 from collections.abc import Callable
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,19 +45,24 @@ def choose(x: Tensor, experts: ExpertWeights) -> str:
     float32, 7 times in bfloat16. With gradients the two are level in float32, and `grouped_mm` it is, where its dtype
     and alignment rules hold; else `eager`.
     """
-    if level_here() == "avx2" and supports_native(x, experts) and not _needs_gradient(x, experts):
+    compiling = torch.compiler.is_compiling()  # PyTorch knows the shape of its product in bfloat16 only
+    fast = level_here() == "avx2" and supports_native(x, experts)
+    if fast and (compiling or not _needs_gradient(x, experts)):
         return "native"
-    return "grouped_mm" if supports_grouped_mm(x, experts) else "eager"
+    traced = not compiling or x.dtype == torch.bfloat16
+    return "grouped_mm" if traced and supports_grouped_mm(x, experts) else "eager"
 
 
 def _needs_gradient(x: Tensor, experts: ExpertWeights) -> bool:
     return torch.is_grad_enabled() and (x.requires_grad or experts.up.requires_grad or experts.down.requires_grad)
 
 
-@cache
+_LEVEL = default_level() if missing() is None else None  # found now: torch.compile cannot trace the finding
+
+
 def level_here() -> str | None:
     """The level the native kernels run at on this machine; None without the library."""
-    return default_level() if missing() is None else None
+    return _LEVEL
 
 
 def run_experts(

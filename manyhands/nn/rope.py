@@ -85,6 +85,8 @@ class _Rotate(torch.autograd.Function):
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = x32.chunk(2, dim=-1)
+    if torch.compiler.is_compiling():  # it takes no `out` that is part of another tensor
+        return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     y = torch.empty_like(x32)
     first, second = y.chunk(2, dim=-1)
     torch.mul(a, cos, out=first)

@@ -22,12 +22,12 @@ NO_NORM = CNorm()
 def direct(x: Tensor) -> bool:
     """Whether the functions below take `x` here: float32 or bfloat16 on the CPU, no gradient, nothing traced."""
     return (
-        not torch.is_grad_enabled()
+        not torch.compiler.is_compiling()  # first: the rest cannot be traced
+        and not torch.is_grad_enabled()
         and x.dtype in views.DTYPES
         and type(x) is Tensor
         and x.device.type == "cpu"
         and available()
-        and not torch.compiler.is_compiling()
     )
 
 
