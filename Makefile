@@ -27,7 +27,7 @@ lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/lint-imports
 
 # torch first and pinned: an open range pulls gigabytes of CUDA packages.
-$(VENV)/.installed: pyproject.toml constraints.txt
+$(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard native/*.cpp native/*.h native/*.inl)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "manyhands needs Python 3.11 or newer; set PYTHON=")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt torch==2.13.0

@@ -1,6 +1,7 @@
-// Random shapes, formats and damaged arguments through the C interface, for scripts/sanitize_kernels.sh. Every buffer
-// has exactly the size it must have, so that a sanitizer sees the first byte too far. Levels are compared with the
-// portable one.
+// Random shapes and damaged arguments through the C interface, for scripts/sanitize_kernels.sh and
+// scripts/emulate_levels.sh. Every buffer has exactly the size it must have, so that a sanitizer sees the first byte
+// too far. Levels are compared with the portable one; 42 rounds are every format with every activation.
+// Usage: driver [rounds [seed [level ...]]]; the levels named must be there.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,9 +31,38 @@ struct Bytes {  // exactly `size` bytes on a 64-byte boundary
   ~Bytes() { free(data); }
 };
 
-std::vector<float> normals(int64_t n, float scale = 1) {
+// Mostly odd sizes, sometimes whole panels, sometimes more than the kernels multiply at a time.
+int64_t width() {
+  const int64_t kind = any(0, 11);
+  return kind == 0 ? any(257, 420) : kind < 4 ? 16 * any(1, 6) : any(1, 90);
+}
+uint16_t half(float x) {  // cut off, not rounded
+  uint32_t word;
+  memcpy(&word, &x, 4);
+  return static_cast<uint16_t>(word >> 16);
+}
+float wide(uint16_t x) {
+  const uint32_t word = static_cast<uint32_t>(x) << 16;
+  float y;
+  memcpy(&y, &word, 4);
+  return y;
+}
+std::vector<float> widened(const std::vector<uint16_t>& from) {
+  std::vector<float> to;
+  for (const uint16_t x : from) to.push_back(wide(x));
+  return to;
+}
+std::vector<uint16_t> halves(const std::vector<float>& from) {
+  std::vector<uint16_t> to;
+  for (const float x : from) to.push_back(half(x));
+  return to;
+}
+// `exact`: values that bf16 holds, which no level rounds.
+std::vector<float> normals(int64_t n, bool exact, float scale = 1) {
   std::vector<float> v(static_cast<size_t>(n));
   for (float& x : v) x = scale * normal();
+  if (exact)
+    for (float& x : v) x = wide(half(x));
   return v;
 }
 
@@ -48,16 +78,16 @@ int64_t place(mh_matrix& m, int64_t at, bool bias) {  // the sections of one mat
   return bias ? at + panels * 64 : at;
 }
 
-void fill(uint8_t* record, const mh_matrix& m, int64_t end) {  // integer weights and plausible scales
+// Integer weights and plausible scales; where `exact`, powers of two.
+void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
   const int64_t low = m.format == MH_INT8 ? -127 : -128;
   for (int64_t i = m.weight; i < m.scales; i++) record[i] = static_cast<uint8_t>(any(low, 127));
   const int64_t last = m.bias >= 0 ? m.bias : end;
   for (int64_t i = m.scales; i + 4 <= last; i += m.format == MH_INT8 ? 4 : 2) {
-    const float s = 0.02f * static_cast<float>(any(1, 9)) / (m.format == MH_INT8 ? 16 : 1);
-    uint32_t word;
-    memcpy(&word, &s, 4);
-    const uint16_t half = static_cast<uint16_t>(word >> 16);
-    m.format == MH_INT8 ? memcpy(record + i, &s, 4) : memcpy(record + i, &half, 2);
+    const float size = exact ? ldexpf(1, static_cast<int>(any(-6, -3))) : 0.02f * static_cast<float>(any(1, 9));
+    const float s = m.format == MH_INT8 ? size / 16 : size;
+    const uint16_t short_s = half(s);
+    m.format == MH_INT8 ? memcpy(record + i, &s, 4) : memcpy(record + i, &short_s, 2);
   }
   for (int64_t i = m.bias; m.bias >= 0 && i + 4 <= end; i += 4) {
     const float b = normal();
@@ -71,13 +101,53 @@ void expect(bool good, const char* what) {
   exit(1);
 }
 
-void close(const std::vector<float>& a, const std::vector<float>& b, float tolerance, const char* what) {
-  float most = 1;
-  for (const float x : b) most = fabsf(x) > most ? fabsf(x) : most;
-  for (size_t i = 0; i < a.size(); i++) {
-    if (fabsf(a[i] - b[i]) <= tolerance * most) continue;
-    fprintf(stderr, "driver: %s[%zu] of %zu is %g, not %g (largest %g)\n", what, i, a.size(), a[i], b[i], most);
-    exit(1);
+const char* const kNames[] = {"portable", "avx2", "avx512", "amx"};
+struct {
+  int64_t values;
+  double farthest;
+} compared[4];
+
+// `largest`: every difference against the largest value. `norm`: the differences' norm against the values', where a few
+// values may fall to the other side of a kink. What is not finite is the same on both sides.
+enum Measure { largest, norm };
+void close(const std::vector<float>& a, const std::vector<float>& b, int64_t level, Measure by, double tolerance,
+           const char* what) {
+  double most = 1, far = 0, squares = 0, errors = 0;
+  size_t worst = 0;
+  for (size_t i = 0; i < b.size(); i++) {
+    if (!isfinite(b[i]) && (isnan(b[i]) ? isnan(a[i]) : a[i] == b[i])) continue;
+    const double value = fabs(double(b[i]));
+    const double error = isfinite(a[i]) && isfinite(b[i]) ? fabs(double(a[i]) - b[i]) : 1e30;
+    most = value > most ? value : most;
+    if (error > far) far = error, worst = i;
+    squares += value * value, errors += error * error;
+  }
+  const double off = by == largest ? far / most : errors > 0 ? sqrt(errors / (squares + 1e-6)) : 0;
+  compared[level].values += static_cast<int64_t>(b.size());
+  if (off > compared[level].farthest) compared[level].farthest = off;
+  if (off <= tolerance) return;
+  fprintf(stderr, "driver: %s: %s is off by %g; %s[%zu] of %zu is %g, not %g\n", kNames[level], what, off, what, worst,
+          b.size(), a[worst], b[worst]);
+  exit(1);
+}
+
+bool has(int64_t level) { return mh_levels() >> level & 1; }
+
+// Packed at every level, from floats or from bf16: the same bytes.
+void pack(Bytes& record, const mh_matrix& m, std::vector<float>& w, std::vector<float>& b, int64_t count) {
+  std::vector<uint16_t> short_w = halves(w), short_b = halves(b);
+  const int64_t narrow = any(0, 2) == 0, N = m.parts * m.outputs;
+  const mh_rows weights{narrow ? static_cast<void*>(short_w.data()) : w.data(), narrow, count * N, m.inputs, m.inputs};
+  const mh_rows bias{narrow ? static_cast<void*>(short_b.data()) : b.data(), narrow, count, N, N};
+  Bytes other(record.size);
+  memcpy(other.data, record.data, static_cast<size_t>(record.size));
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)};
+    uint8_t* to = level == MH_PORTABLE ? record.data : other.data;
+    expect(!mh_pack(to, record.size, &m, &weights, m.bias >= 0 ? &bias : nullptr, &run), "pack");
+    compared[level].values += m.outputs * m.inputs * m.parts * count;
+    if (memcmp(to, record.data, static_cast<size_t>(record.size))) expect(false, kNames[level]);
   }
 }
 
@@ -85,10 +155,12 @@ struct Results {
   std::vector<float> y, dx, dweights, dup, ddown, dup_bias, ddown_bias;
 };
 
-void experts_round() {
-  const int64_t format = any(MH_FLOAT32, MH_PLAIN_ROUNDED), plain = format >= MH_PLAIN_FLOAT32;
-  const int64_t E = any(1, 5), D = any(1, 90), F = any(1, 90), K = any(1, E), T = any(0, 20) ? any(0, 40) : 300;
-  const int64_t activation = any(MH_SWIGLU, MH_RELU), parts = activation < MH_GELU ? 2 : 1, bias = any(0, 1);
+void experts_round(int64_t round) {
+  const int64_t format = round % 7, activation = round / 7 % 6, parts = activation < MH_GELU ? 2 : 1, bias = any(0, 1);
+  const int64_t D = width(), F = width(), E = any(1, 5), K = any(1, E), size_of_t = D * F > 8100 ? 1 : any(0, 9);
+  const int64_t T = size_of_t < 4 ? any(0, 9) : size_of_t < 8 ? any(0, 60) : any(100, 300);
+  const bool plain = format >= MH_PLAIN_FLOAT32, rounds = format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
+  const bool exact = any(0, 1), short_rows = any(0, 3) == 0, endless = !exact && T && any(0, 5) == 0;
   mh_matrix up{F, D, parts, format, 32 * any(1, 2), 0, 0, 0}, down{D, F, 1, format, up.group, 0, 0, 0};
   int64_t up_end = 0, size = 64;
   if (!plain) {
@@ -97,30 +169,19 @@ void experts_round() {
   }
   Bytes records(plain ? 64 : E * size);
   memset(records.data, 0, static_cast<size_t>(records.size));
-  std::vector<float> w_up = normals(E * parts * F * D, 0.2f), w_down = normals(E * D * F, 0.2f);
-  std::vector<float> b_up = normals(E * parts * F), b_down = normals(E * D);
-  std::vector<uint16_t> h_up(w_up.size()), h_down(w_down.size());
-  const auto half = [](const std::vector<float>& from, std::vector<uint16_t>& to) {
-    for (size_t i = 0; i < from.size(); i++) {
-      uint32_t word;
-      memcpy(&word, &from[i], 4);
-      to[i] = static_cast<uint16_t>(word >> 16);
-    }
-  };
-  half(w_up, h_up), half(w_down, h_down);
-  const mh_run one{MH_PORTABLE, 2};
+  std::vector<float> w_up = normals(E * parts * F * D, exact, 0.2f), w_down = normals(E * D * F, exact, 0.2f);
+  std::vector<float> b_up = normals(E * parts * F, exact), b_down = normals(E * D, exact);
+  std::vector<uint16_t> h_up = halves(w_up), h_down = halves(w_down);
   if (format <= MH_BF16) {
-    const mh_rows u{w_up.data(), 0, E * parts * F, D, D}, d{w_down.data(), 0, E * D, F, F};
-    const mh_rows bu{b_up.data(), 0, E, parts * F, parts * F}, bd{b_down.data(), 0, E, D, D};
-    expect(!mh_pack(records.data, records.size, &up, &u, bias ? &bu : nullptr, &one), "pack up");
-    expect(!mh_pack(records.data, records.size, &down, &d, bias ? &bd : nullptr, &one), "pack down");
+    pack(records, up, w_up, b_up, E), pack(records, down, w_down, b_down, E);
   } else if (!plain) {
-    for (int64_t e = 0; e < E; e++) fill(records.data + e * size, up, up_end), fill(records.data + e * size, down, size);
+    for (int64_t e = 0; e < E; e++)
+      fill(records.data + e * size, up, up_end, exact), fill(records.data + e * size, down, size, exact);
   }
   const mh_experts packed{records.data, records.size, E, size, activation, up, down};
-  const bool halves = format == MH_PLAIN_BF16;
-  const mh_stacked stacked{halves ? static_cast<void*>(h_up.data()) : w_up.data(),
-                           halves ? static_cast<void*>(h_down.data()) : w_down.data(),
+  const bool short_weights = format == MH_PLAIN_BF16;
+  const mh_stacked stacked{short_weights ? static_cast<void*>(h_up.data()) : w_up.data(),
+                           short_weights ? static_cast<void*>(h_down.data()) : w_down.data(),
                            bias ? b_up.data() : nullptr, bias ? b_down.data() : nullptr, format, E, D, F, activation};
   std::vector<int64_t> ids;
   std::vector<uint8_t> kept;
@@ -130,61 +191,101 @@ void experts_round() {
       ids.push_back(kept.back() ? (first + k) % E : any(-1, 1) * 1000);
     }
   const int64_t stride = D + any(0, 3), hidden_width = parts * up_to(F, 16);
-  std::vector<float> x = normals(T * stride + 1), dy = normals(T * stride + 1), weights = normals(T * K);
+  std::vector<float> x = normals(T * stride + 1, exact), dy = normals(T * stride + 1, exact);
+  std::vector<float> weights = normals(T * K, false);
+  if (endless) x[static_cast<size_t>(any(1, T * stride))] = any(0, 1) ? INFINITY : NAN;
+  std::vector<uint16_t> short_x = halves(x), short_dy = halves(dy);
+  const auto rows = [&](std::vector<float>& from, std::vector<uint16_t>& short_from) {
+    const size_t first = T ? 1 : 0;  // not on a boundary
+    void* data = short_rows ? static_cast<void*>(short_from.data() + first) : from.data() + first;
+    return mh_rows{data, short_rows, T, D, stride};
+  };
+  const mh_rows in = rows(x, short_x), grad = rows(dy, short_dy);
   const mh_routing routing{ids.data(), weights.data(), kept.data(), T, K};
   Results first;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
-    if (!(mh_levels() >> level & 1)) continue;
-    const mh_run run{level, any(1, 3)};
-    Results r{normals(T * D), normals(T * D), normals(T * K), normals(E * parts * F * D), normals(E * D * F),
-              normals(E * parts * F), normals(E * D)};
-    std::vector<float> hidden(static_cast<size_t>(T * K * hidden_width));
-    const mh_rows in{x.data() + (T ? 1 : 0), 0, T, D, stride}, grad{dy.data() + (T ? 1 : 0), 0, T, D, stride};
-    const mh_rows out{r.y.data(), 0, T, D, D}, dx{r.dx.data(), 0, T, D, D};
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)}, other_run{level, any(1, 3)};
+    Results r{normals(T * D, false), normals(T * D, false), normals(T * K, false), normals(E * parts * F * D, false),
+              normals(E * D * F, false), normals(E * parts * F, false), normals(E * D, false)};
+    std::vector<float> hidden(static_cast<size_t>(T * K * hidden_width)), again(r.y);
+    std::vector<uint16_t> short_y = halves(r.y), short_again = short_y, short_dx = short_y;
+    const auto out = [&](std::vector<float>& to, std::vector<uint16_t>& short_to) {
+      return mh_rows{short_rows ? static_cast<void*>(short_to.data()) : to.data(), short_rows, T, D, D};
+    };
+    const mh_rows y = out(r.y, short_y), y_again = out(again, short_again), dx = out(r.dx, short_dx);
     const int64_t room = static_cast<int64_t>(hidden.size());
-    expect(!mh_forward(plain ? nullptr : &packed, plain ? &stacked : nullptr, &routing, &in, &out, hidden.data(), room,
-                       &run), "forward");  // clang-format off
+    const mh_experts* experts = plain ? nullptr : &packed;
+    const mh_stacked* stack = plain ? &stacked : nullptr;
     const mh_gradients wanted{r.dweights.data(), r.dup.data(), r.ddown.data(), r.dup_bias.data(), r.ddown_bias.data()};
-    expect(!mh_backward(plain ? nullptr : &packed, plain ? &stacked : nullptr, &routing, &in, &grad, hidden.data(),
-                        room, &dx, &wanted, &run), "backward");
+    expect(!mh_forward(experts, stack, &routing, &in, &y, hidden.data(), room, &run), "forward");
+    expect(!mh_forward(experts, stack, &routing, &in, &y_again, nullptr, 0, &other_run), "forward without hidden");
+    expect(!mh_backward(experts, stack, &routing, &in, &grad, hidden.data(), room, &dx, &wanted, &run), "backward");
+    if (short_y != short_again || memcmp(r.y.data(), again.data(), 4 * again.size()))
+      expect(false, "another number of threads, another y");
+    if (short_rows) r.y = widened(short_y), r.dx = widened(short_dx);
     if (level == MH_PORTABLE) {
       first = r;
       continue;
     }
-    const float tolerance = level == MH_AMX ? 6e-2f : format == MH_INT8 || format == MH_INT4 ? 1e-2f : 1e-4f;
-    close(r.y, first.y, tolerance, "y");
-    if (activation == MH_RELU || activation == MH_SWIGLU_OAI) continue;  // a kink may fall to the other side
-    close(r.dx, first.dx, tolerance, "dx");
-    close(r.dweights, first.dweights, tolerance, "dweights");
-    close(r.dup, first.dup, tolerance, "dup"), close(r.ddown, first.ddown, tolerance, "ddown");
-    close(r.dup_bias, first.dup_bias, tolerance, "dup_bias"), close(r.ddown_bias, first.ddown_bias, tolerance, "db");
+    // An integer format rounds activations, so that the last bit before may be a step of 1/127 after.
+    const bool coarse = level == MH_AMX && rounds;
+    const float steps = coarse ? 3e-2f : format == MH_INT8 || format == MH_INT4 ? 1e-2f : 1e-4f;
+    const float rows_too = short_rows && steps < 1e-2f ? 1e-2f : steps;
+    close(r.y, first.y, level, largest, rows_too, "y");
+    const bool kinks = activation == MH_RELU || activation == MH_SWIGLU_OAI;
+    if (kinks && coarse && !exact) continue;
+    const Measure by = kinks ? norm : largest;
+    const float more = kinks ? 3e-2f : 0;
+    close(r.dx, first.dx, level, by, rows_too + more, "dx");
+    close(r.dweights, first.dweights, level, by, steps + more, "dweights");
+    close(r.dup, first.dup, level, by, steps + more, "dup");
+    close(r.ddown, first.ddown, level, by, steps + more, "ddown");
+    close(r.dup_bias, first.dup_bias, level, by, steps + more, "dup_bias");
+    close(r.ddown_bias, first.ddown_bias, level, by, steps + more, "ddown_bias");
   }
 }
 
-void linear_round() {
-  const int64_t format = any(MH_FLOAT32, MH_INT4), N = any(1, 90), K = any(1, 600), T = any(0, 12), bias = any(0, 1);
+std::vector<float> plainly(const std::vector<float>& w, const std::vector<float>& b, bool bias,
+                           const std::vector<float>& x, int64_t T, int64_t stride) {
+  const int64_t N = static_cast<int64_t>(b.size()), K = static_cast<int64_t>(w.size()) / N;
+  std::vector<float> y(static_cast<size_t>(T * stride));
+  for (int64_t t = 0; t < T; t++)
+    for (int64_t n = 0; n < N; n++) {
+      double sum = bias ? b[n] : 0;
+      for (int64_t k = 0; k < K; k++) sum += double(w[n * K + k]) * x[t * K + k];
+      y[t * stride + n] = static_cast<float>(sum);
+    }
+  return y;
+}
+
+void linear_round(int64_t round) {
+  const int64_t format = round % 4, N = width(), K = any(1, 600), T = any(0, 2) ? any(0, 24) : any(0, 130);
+  const int64_t bias = any(0, 1), stride = N + any(0, 3);
+  const bool exact = any(0, 2) > 0;
   mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, 0};
   const int64_t size = up_to(place(m, 0, bias), 64);
   Bytes record(size);
   memset(record.data, 0, static_cast<size_t>(size));
-  std::vector<float> w = normals(N * K), b = normals(N), x = normals(T * K), first;
-  const mh_rows weights{w.data(), 0, N, K, K}, biases{b.data(), 0, 1, N, N};
-  const mh_run one{MH_PORTABLE, 1};
+  std::vector<float> w = normals(N * K, exact), b = normals(N, exact), x = normals(T * K, exact), first;
   if (format <= MH_BF16)
-    expect(!mh_pack(record.data, size, &m, &weights, bias ? &biases : nullptr, &one), "pack");
+    pack(record, m, w, b, 1);
   else
-    fill(record.data, m, size);
+    fill(record.data, m, size, exact);
   const mh_linear line{record.data, size, m};
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
-    if (!(mh_levels() >> level & 1)) continue;
-    std::vector<float> y(static_cast<size_t>(T * N));
-    std::vector<uint16_t> z(static_cast<size_t>(T * N));
-    const mh_run run{level, 2};
-    const mh_rows in{x.data(), 0, T, K, K}, out{y.data(), 0, T, N, N}, halves{z.data(), 1, T, N, N};
+    if (!has(level)) continue;
+    std::vector<float> y(static_cast<size_t>(T * stride));
+    std::vector<uint16_t> z(static_cast<size_t>(T * stride));
+    const mh_run run{level, any(1, 3)};
+    const mh_rows in{x.data(), 0, T, K, K}, out{y.data(), 0, T, N, stride}, short_out{z.data(), 1, T, N, stride};
     expect(!mh_linear_forward(&line, &in, &out, &run), "linear");
-    expect(!mh_linear_forward(&line, &in, &halves, &run), "linear to bf16");
+    expect(!mh_linear_forward(&line, &in, &short_out, &run), "linear to bf16");
     if (level == MH_PORTABLE) first = y;
-    close(y, first, level == MH_AMX ? 6e-2f : 1e-4f, "linear");
+    if (level == MH_PORTABLE && format <= MH_BF16 && exact)
+      close(y, plainly(w, b, bias, x, T, stride), level, largest, 1e-4, "linear");
+    close(y, first, level, largest, level == MH_AMX && format != MH_FLOAT32 && !exact ? 2e-2 : 1e-4, "linear");
+    close(widened(z), y, level, largest, 4e-3, "linear to bf16");
   }
 }
 
@@ -217,9 +318,20 @@ void damaged_round() {
 
 int main(int count, char** arguments) {
   const int rounds = count > 1 ? atoi(arguments[1]) : 200;
-  for (int i = 0; i < rounds; i++) experts_round(), linear_round(), damaged_round();
+  if (count > 2) generator.seed(strtoull(arguments[2], nullptr, 10));
+  for (int i = 3; i < count; i++)
+    for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++)
+      if (!strcmp(arguments[i], kNames[level]) && !has(level)) {
+        fprintf(stderr, "driver: no %s here, levels %lld\n", kNames[level], static_cast<long long>(mh_levels()));
+        return 1;
+      }
+  for (int i = 0; i < rounds; i++) experts_round(i), linear_round(i), damaged_round();
   const mh_run bad{MH_BEST, 0};
   expect(mh_linear_forward(nullptr, nullptr, nullptr, &bad) == MH_BAD_ARGUMENT, "0 threads");
   expect(mh_forward(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, nullptr) == MH_BAD_ARGUMENT, "nulls");
-  printf("%d rounds, levels %lld: clean\n", rounds, static_cast<long long>(mh_levels()));
+  printf("%d rounds: clean\n", rounds);
+  for (int64_t level = MH_AVX2; level <= MH_AMX; level++)
+    if (has(level))
+      printf("%s: %lld values beside the portable level's, the farthest off by %.2g\n", kNames[level],
+             static_cast<long long>(compared[level].values), compared[level].farthest);
 }
