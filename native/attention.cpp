@@ -169,10 +169,20 @@ struct Attend {
   }
 };
 
+// The numbers that `length` positions reach; in double, where nothing overflows.
+double reach(double batch, double groups, double length, int64_t width, const int64_t (&strides)[3]) {
+  double all = static_cast<double>(width);
+  const double last[] = {batch - 1, groups - 1, length - 1};
+  for (int i = 0; i < 3; i++) all += last[i] * static_cast<double>(strides[i]);
+  return all;
+}
+
 void check_positions(const mh_cache& c, int64_t batch, int64_t length) {
-  const int64_t k = (batch - 1) * c.k_batch + (c.groups - 1) * c.k_group + (length - 1) * c.k_row + c.k_width;
-  const int64_t v = (batch - 1) * c.v_batch + (c.groups - 1) * c.v_group + (length - 1) * c.v_row + c.v_width;
-  if (length < 1 || c.k_batch < 0 || c.k_group < 0 || c.v_batch < 0 || c.v_group < 0 || k > c.k_size || v > c.v_size)
+  const auto to_double = [](int64_t n) { return static_cast<double>(n); };
+  const double b = to_double(batch), g = to_double(c.groups), l = to_double(length);
+  if (length < 1 || c.k_batch < 0 || c.k_group < 0 || c.v_batch < 0 || c.v_group < 0 ||
+      reach(b, g, l, c.k_width, {c.k_batch, c.k_group, c.k_row}) > to_double(c.k_size) ||
+      reach(b, g, l, c.v_width, {c.v_batch, c.v_group, c.v_row}) > to_double(c.v_size))
     fail(MH_BAD_ARGUMENT, "cache: no room for %lld positions", (long long)length);
 }
 

@@ -1,0 +1,170 @@
+// Rounds of the driver for the parts of a decoding step: norms, routing, layers with one input, placing, attending.
+// Included by driver.cpp, whose helpers it uses. The portable level is held against the same written out in double.
+#pragma once
+
+namespace {
+
+void norm_round() {
+  const int64_t N = width(), T = any(0, 20), short_weight = any(0, 1);
+  std::vector<float> x = normals(T * N, false), w = normals(N, true), first(x.size()), y(x.size());
+  std::vector<uint16_t> short_w = halves(w);
+  const mh_norm norm{short_weight ? static_cast<void*>(short_w.data()) : w.data(), short_weight, N, 1e-5};
+  for (int64_t t = 0; t < T; t++) {
+    double squares = 1e-5 * static_cast<double>(N);
+    for (int64_t j = 0; j < N; j++) squares += double(x[t * N + j]) * x[t * N + j];
+    for (int64_t j = 0; j < N; j++)
+      first[t * N + j] = static_cast<float>(x[t * N + j] / sqrt(squares / static_cast<double>(N)) * w[j]);
+  }
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)};
+    const mh_rows in{x.data(), 0, T, N, N}, out{y.data(), 0, T, N, N};
+    expect(!mh_rms_norm(&norm, &in, &out, &run), "norm");
+    close(y, first, level, largest, 1e-5, "norm");
+  }
+}
+
+void route_round() {
+  const int64_t groups = any(1, 4), E = groups * any(1, 20), D = 16 * any(1, 9), T = any(0, 5);
+  const int64_t kept_groups = any(1, groups), K = any(1, E / groups * kept_groups);
+  std::vector<float> weight = normals(E * D, false), bias = normals(E, false), x = normals(T * D, false);
+  const mh_router router{weight.data(), any(0, 1) ? bias.data() : nullptr, any(0, 1) ? bias.data() : nullptr, E, D, K,
+                         any(0, 1), groups, kept_groups, any(1, 2), any(0, 1), 1.5};
+  std::vector<float> logits(static_cast<size_t>(T * E)), scores(logits), weights(static_cast<size_t>(T * K)), first;
+  std::vector<int64_t> ids(static_cast<size_t>(T * K));
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)};
+    const mh_rows in{x.data(), 0, T, D, D};
+    float none = 0;
+    int64_t nobody = 0;
+    expect(!mh_route(&router, &in, T ? logits.data() : &none, T ? scores.data() : &none, T ? ids.data() : &nobody,
+                     T ? weights.data() : &none, &run), "route");
+    if (level == MH_PORTABLE) first = logits;
+    close(logits, first, level, largest, 1e-5, "logits");
+    for (int64_t t = 0; t < T; t++)
+      for (int64_t k = 0; k < K; k++) {
+        const int64_t id = ids[t * K + k];
+        bool twice = id < 0 || id >= E;
+        for (int64_t j = 0; j < k; j++) twice = twice || ids[t * K + j] == id;
+        if (twice) expect(false, "route: an expert twice, or none");
+      }
+  }
+}
+
+void linears_round() {
+  const int64_t K = any(0, 1) ? 16 * any(1, 20) : any(1, 300), T = any(0, 17), count = any(1, 4), short_x = any(0, 1);
+  std::vector<float> x = normals(T * K, true);
+  std::vector<uint16_t> short_in = halves(x);
+  std::vector<std::vector<float>> plain;
+  std::vector<std::vector<uint16_t>> short_plain;
+  std::vector<Bytes*> records;
+  std::vector<mh_linear> layers;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t N = width(), format = any(0, K % 16 || T > 16 ? 3 : 5);
+    mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, -1};
+    plain.push_back(normals(N * K, true));
+    short_plain.push_back(halves(plain.back()));
+    if (format >= MH_PLAIN_FLOAT32) {
+      const bool wide_ones = format == MH_PLAIN_FLOAT32;
+      layers.push_back({wide_ones ? static_cast<void*>(plain.back().data()) : short_plain.back().data(),
+                        N * K * (wide_ones ? 4 : 2), m, nullptr});
+      continue;
+    }
+    const int64_t size = up_to(place(m, 0, any(0, 1)), 64);
+    records.push_back(new Bytes(size));
+    memset(records.back()->data, 0, static_cast<size_t>(size));
+    if (format > MH_BF16) fill(records.back()->data, m, size, true);
+    layers.push_back({records.back()->data, size, m, nullptr});
+  }
+  std::vector<const mh_linear*> pointers;
+  for (const mh_linear& layer : layers) pointers.push_back(&layer);
+  std::vector<std::vector<float>> first;
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)};
+    const mh_rows in{short_x ? static_cast<void*>(short_in.data()) : x.data(), short_x, T, K, K};
+    std::vector<std::vector<float>> ys;
+    std::vector<std::vector<uint16_t>> short_ys;
+    std::vector<void*> outputs;
+    for (const mh_linear& layer : layers) ys.push_back(std::vector<float>(static_cast<size_t>(T * layer.weight.outputs + 1)));
+    for (const auto& y : ys) short_ys.push_back(std::vector<uint16_t>(y.size()));
+    for (size_t i = 0; i < ys.size(); i++) outputs.push_back(short_x ? static_cast<void*>(short_ys[i].data()) : ys[i].data());
+    expect(!mh_linears(pointers.data(), count, &in, outputs.data(), &run), "linears");
+    if (short_x)
+      for (size_t i = 0; i < ys.size(); i++) ys[i] = widened(short_ys[i]);
+    if (level == MH_PORTABLE) first = ys;
+    for (size_t i = 0; i < ys.size(); i++) close(ys[i], first[i], level, largest, 2e-2, "linears");
+  }
+  for (Bytes* record : records) delete record;
+}
+
+void attend_round() {
+  const int64_t B = any(1, 3), S = any(1, 3), G = any(1, 3), H = G * any(1, 9), dk = 16 * any(1, 5), dv = 16 * any(1, 5);
+  const int64_t before = any(0, 2) ? any(0, 40) : any(200, 600), L = before + S, room = L + any(0, 3), dtype = any(0, 1);
+  const int64_t rotated = 2 * any(0, dk / 2), half_width = rotated / 2, norms = any(0, 2);
+  std::vector<float> k = normals(B * G * room * dk, true), v = normals(B * G * room * dv, true);
+  std::vector<uint16_t> short_k = halves(k), short_v = halves(v);
+  std::vector<float> q_in = normals(B * S * H * dk, true), k_in = normals(B * S * G * dk, true), v_in = normals(B * S * G * dv, true);
+  std::vector<float> cos = normals(S * half_width + 1, false), sin = normals(S * half_width + 1, false), sinks = normals(H, false);
+  std::vector<float> q_weight = normals(norms ? dk : H * dk, false), k_weight = normals(norms ? dk : G * dk, false);
+  std::vector<uint8_t> mask(static_cast<size_t>(S * L));
+  for (int64_t s = 0; s < S; s++)
+    for (int64_t i = 0; i < L; i++) mask[s * L + i] = i == before + s || any(0, 2) == 0;
+  mh_rotation r{cos.data(), sin.data(), rotated, S, any(0, 1), {}, {}, norms};
+  if (any(0, 1)) r.q_norm = {q_weight.data(), 0, static_cast<int64_t>(q_weight.size()), 1e-5};
+  if (any(0, 1)) r.k_norm = {k_weight.data(), 0, static_cast<int64_t>(k_weight.size()), 1e-5};
+  const mh_attention how{B, S, H, L, any(0, 1) ? mask.data() : nullptr, 0, L, any(0, 1) ? sinks.data() : nullptr, 0.3,
+                         any(0, 1) ? 3.0 : 0.0};
+  std::vector<float> first_q, first_y;
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3)};
+    mh_cache c{k.data(), v.data(), B * G * room * dk, B * G * room * dv, dtype, G, dk, dv,
+               G * room * dk, G * room * dv, room * dk, room * dv, dk, dv};
+    if (dtype) c.k = short_k.data(), c.v = short_v.data();
+    std::vector<float> q(q_in.size()), y(static_cast<size_t>(B * S * H * dv));
+    const mh_rows qs{q_in.data(), 0, B * S, H * dk, H * dk}, ks{k_in.data(), 0, B * S, G * dk, G * dk};
+    const mh_rows vs{v_in.data(), 0, B * S, G * dv, G * dv};
+    expect(!mh_place(&qs, &ks, &vs, B, before, &r, &c, q.data(), &run), "place");
+    expect(!mh_attend(&how, q.data(), &c, y.data(), &run), "attend");
+    if (level == MH_PORTABLE) first_q = q, first_y = y;
+    close(q, first_q, level, largest, 1e-5, "placed queries");
+    close(y, first_y, level, largest, 1e-2, "attended");  // a key in bf16 may be rounded the other way
+  }
+}
+
+// One field after another set to something that cannot be.
+void damaged_step_round() {
+  std::vector<float> k(2 * 8 * 16), q(4 * 16), y(4 * 16), w(16);
+  mh_cache c{k.data(), k.data(), 2 * 8 * 16, 2 * 8 * 16, 0, 2, 16, 16, 256, 256, 128, 128, 16, 16};
+  mh_attention how{1, 1, 4, 8, nullptr, 0, 0, nullptr, 1, 0};
+  mh_router router{k.data(), nullptr, nullptr, 4, 16, 2, 0, 2, 1, 2, 1, 1};
+  mh_norm norm{w.data(), 0, 16, 1e-5};
+  mh_rotation r{w.data(), w.data(), 16, 1, 0, {}, {}, 0};
+  int64_t* fields[] = {&c.k_size, &c.v_size, &c.dtype, &c.groups, &c.k_width, &c.v_width, &c.k_batch, &c.k_group, &c.k_row,
+                       &c.v_row, &how.batch, &how.queries, &how.heads, &how.length, &router.experts, &router.width,
+                       &router.per_token, &router.groups, &router.topk_group, &router.best_of_group, &norm.dtype, &norm.width,
+                       &r.width, &r.positions};
+  static const int64_t values[] = {-1, 0, 3, 7, 63, 4096, 1 << 20, int64_t{1} << 40, INT64_MAX, INT64_MIN};
+  int64_t* field = fields[any(0, 23)];
+  const int64_t was = *field, now = values[any(0, 9)];
+  *field = now;
+  const mh_run run{MH_BEST, 1};
+  // Sizes the caller states truly, and with them what may be written, are not damaged upwards.
+  if (field != &c.k_size && field != &c.v_size && (field != &how.heads || now < was) && (field != &how.queries || now < was) &&
+      (field != &how.batch || now < was))
+    mh_attend(&how, q.data(), &c, y.data(), &run);
+  std::vector<float> logits(8), scores(8), weights(8);
+  std::vector<int64_t> ids(8);
+  const mh_rows x{q.data(), 0, 1, 16, 16}, out{y.data(), 0, 1, 16, 16}, wide_q{q.data(), 0, 1, 64, 64}, ks{q.data(), 0, 1, 32, 32};
+  mh_rms_norm(&norm, &x, &out, &run);
+  if (field != &router.experts) mh_route(&router, &x, logits.data(), scores.data(), ids.data(), weights.data(), &run);
+  if (field != &c.k_size && field != &c.v_size) mh_place(&wide_q, &ks, &ks, 1, 3, &r, &c, y.data(), &run);
+  mh_step step{any(-1, 9), {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, {any(-1, 5), any(-1, 5)}, 1};
+  mh_steps(&step, 1, &run);
+}
+
+void step_rounds() { norm_round(), route_round(), linears_round(), attend_round(), damaged_step_round(); }
+
+}  // namespace
