@@ -18,13 +18,15 @@ from manyhands.kernels.native.library import (
     ACTIVATION_CODES,
     CAttention,
     CCache,
+    CExperts,
     CLinear,
     CRotation,
     CRouting,
     CRows,
+    CStacked,
     CStep,
 )
-from manyhands.moe import MoELayer, Routing
+from manyhands.moe import Experts, MoELayer, Routing
 from manyhands.moe.layer import FeedForward, Linear
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn.attention import Attention, Positions
@@ -197,19 +199,16 @@ class FusedStep:
         self._linears("act", {to: mlp.down_proj})
 
     def _mixture(self, mlp: nn.Module, number: int, D: int) -> None:
-        experts: Any = mlp.experts
-        if type(mlp) is not MoELayer or type(experts) is not RecordExperts or not experts.native:
+        if type(mlp) is not MoELayer or not mlp.router.takes_few(D):
             raise Unfit
-        if not mlp.router.takes_few(D):
-            raise Unfit
+        packed, stacked = self._experts(mlp.experts)
         logits, scores, weights = (t[number].data_ptr() for t in self._routed)
         ids, kept = self._ids[number], self._kept[number]
         normed, y = self._buffer("normed", D), self._buffer("y", D)
         self._held.extend(mlp.router.state_dict(keep_vars=True).values())
         self._call(ROUTE, mlp.router.prepared(), normed, logits, scores, ids.data_ptr(), weights)
         routing = CRouting(ids.data_ptr(), weights, kept.data_ptr(), *ids.shape)
-        self._held.append(experts.records)
-        self._call(EXPERTS, views.experts(experts.records, experts.layout), None, routing, normed, y)
+        self._call(EXPERTS, packed, stacked, routing, normed, y)
         if mlp.shared_experts is not None:
             self._feed_forward(mlp.shared_experts, "shared")
             gate = None
@@ -217,6 +216,19 @@ class FusedStep:
                 self._linears("normed", {"shared_gate": mlp.shared_expert_gate})
                 gate = self._buffer("shared_gate", 1)
             self._add(D, 1.0, gate, to="y", source="shared")
+
+    def _experts(self, experts: nn.Module) -> tuple[CExperts | None, CStacked | None]:
+        """Records, or stacked weights."""
+        if type(experts) is RecordExperts and experts.native:
+            self._held.append(experts.records)
+            return views.experts(experts.records, experts.layout), None
+        if type(experts) is Experts and experts.implementation in ("auto", "native"):
+            weights = experts.weights()
+            if _plain(weights.up) and _plain(weights.down) and weights.up.dtype == weights.down.dtype:
+                stacked, alive = views.stacked(weights, weights.up.dtype)
+                self._held.append(alive)
+                return None, stacked
+        raise Unfit
 
 
 def _plain(weight: Tensor) -> bool:

@@ -7,6 +7,7 @@ from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.kernels import native
 from manyhands.kernels.native import step
+from manyhands.moe import Experts
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn import Decoder, init_weights
 from manyhands.quant import pack_experts, pack_linear
@@ -55,7 +56,7 @@ CASES = {
 
 
 def packed_model(fields: dict, format: str = "float32") -> Decoder:
-    """A random model whose linear layers and experts are records of the same numbers."""
+    """A random model whose linear layers and experts are records of the same numbers; `plain`: as they are."""
     base = {
         "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
         "max_position_embeddings": 64, "attention": PLAIN, "moe": MOE, "tie_word_embeddings": False,
@@ -68,6 +69,8 @@ def packed_model(fields: dict, format: str = "float32") -> Decoder:
     for name, tensor in model.state_dict().items():
         if "norm" in name or name.endswith(("bias", "sinks")):
             tensor.add_(0.5 * torch.randn(tensor.shape, generator=generator))
+    if format == "plain":
+        return model.eval()
     modules = dict(model.named_modules())
     packing = Packing(format=format)
     records = {r.name: r for r in records_of(config, PackedConfig(experts=packing, linear=packing))}
@@ -89,10 +92,11 @@ def decoded(model: Decoder, ids: torch.Tensor, mask: torch.Tensor | None, prompt
     return torch.cat([f.states for f in found], 1), [f.routings for f in found], cache
 
 
+@pytest.mark.parametrize("format", ["float32", "plain"])
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("name", CASES)
-def test_fused_is_what_the_blocks_do(name: str, batch: int, monkeypatch) -> None:
-    model = packed_model(CASES[name])
+def test_fused_is_what_the_blocks_do(name: str, batch: int, format: str, monkeypatch) -> None:
+    model = packed_model(CASES[name], format)
     ids = torch.randint(0, 50, (batch, 20), generator=torch.Generator().manual_seed(2))
     mask = None
     if batch > 1:
@@ -102,7 +106,7 @@ def test_fused_is_what_the_blocks_do(name: str, batch: int, monkeypatch) -> None
     assert cache.fused[batch] is not None
     monkeypatch.setattr(step, "direct", lambda x: False)
     for module in model.modules():
-        if isinstance(module, RecordLinear | RecordExperts):
+        if isinstance(module, Experts | RecordLinear | RecordExperts):
             module.implementation = "eager"
     expected, expected_routings, cache = decoded(model, ids, mask, 12)
     assert not cache.fused
