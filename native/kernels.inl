@@ -9,6 +9,7 @@
 
 namespace {
 
+using mh::Columns;
 using mh::kChunk;
 using mh::Panel;
 using mh::Row;
@@ -185,37 +186,70 @@ const float* widen_panel(const Panel& p, int64_t k, int64_t n, float* out) {
   return out;
 }
 
+// Weights to be fetched to the second cache while others are multiplied: inputs [k, k + n) of panels.
+struct Ahead {
+  const Panel* panels;
+  int64_t count, k, n;
+  const uint8_t* at = nullptr;
+  int64_t stride = 0, pieces = 0, bytes = 0, done = 0;
+
+  void open(const Panel& p) {
+    static const int64_t bits[] = {32, 16, 8, 4, 32, 16, 32};
+    const int64_t columns = least(n, p.inputs - k), each = bits[p.format] * (is_plain(p) ? 1 : 16);
+    at = p.data + k * each / 8, stride = p.inputs * each / 8;
+    pieces = columns > 0 ? is_plain(p) ? p.rows : 1 : 0;
+    bytes = columns * each / 8, done = 0;
+  }
+  int64_t lines() {
+    if (count > 0) open(*panels);
+    return count * pieces * ((bytes + 63) / 64);
+  }
+  void fetch(int64_t lines) {
+    for (; lines > 0 && count > 0; lines--) {
+      if (pieces > 0) __builtin_prefetch(at + done, 0, 2);
+      if ((done += 64) >= bytes) at += stride, pieces--, done = 0;
+      if (pieces <= 0 && --count > 0) open(*++panels);
+    }
+  }
+};
+
+// M rows by 16 columns. Groups of 16 inputs lie `step` floats apart in a.
 template <int M>
-void tile(const float* const* rows, int64_t k0, int64_t n, const float* b, float* c, bool first) {
+void tile(const float* a, int64_t step, int64_t n, const float* b, float* c, bool first) {
   V sums[M];
-  const float* a[M];
-  for (int i = 0; i < M; i++) {
-    sums[i] = first ? set1(0) : load(c + 16 * i);
-    a[i] = rows[i] + k0;
-  }
-  for (int64_t k = 0; k < n; k++) {
-    const V w = load(b + 16 * k);
-    for (int i = 0; i < M; i++) sums[i] = fma(set1(a[i][k]), w, sums[i]);
-  }
+  for (int i = 0; i < M; i++) sums[i] = first ? set1(0) : load(c + 16 * i);
+  for (int64_t k = 0; k < n; k += 16, a += step)
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < 16; j++, b += 16) {
+      const V w = load(b);
+      for (int i = 0; i < M; i++) sums[i] = fma(set1(a[16 * i + j]), w, sums[i]);
+    }
   for (int i = 0; i < M; i++) store(c + 16 * i, sums[i]);
 }
 
 template <int M>
-void tile_rest(int64_t m, const float* const* rows, int64_t k0, int64_t n, const float* b, float* c, bool first) {
-  if (m == M) return tile<M>(rows, k0, n, b, c, first);
-  if constexpr (M > 1) tile_rest<M - 1>(m, rows, k0, n, b, c, first);
+void tile_of(int64_t m, const float* a, int64_t step, int64_t n, const float* b, float* c, bool first) {
+  if (m == M) return tile<M>(a, step, n, b, c, first);
+  if constexpr (M > 1) tile_of<M - 1>(m, a, step, n, b, c, first);
 }
 
-void tiles(const Rows& rows, int64_t k0, int64_t n, const float* b, float* c, bool first) {
-  int64_t i = 0;
-  for (; i + kTileRows <= rows.count; i += kTileRows) tile<kTileRows>(rows.at + i, k0, n, b, c + 16 * i, first);
-  if (i < rows.count) tile_rest<kTileRows - 1>(rows.count - i, rows.at + i, k0, n, b, c + 16 * i, first);
+void tiles(const Rows& rows, int64_t k, int64_t n, const float* b, float* c, bool first, Ahead& ahead, int64_t lines) {
+  const float* a = rows.at + k * rows.count;
+  for (int64_t i = 0, left = rows.count; left > 0;) {
+    // Two tiles of half the size rather than a whole one and one too small to keep the multipliers busy.
+    const int64_t m = left >= 2 * kTileRows || left <= kTileRows ? least(left, kTileRows) : (left + 1) / 2;
+    ahead.fetch(lines);
+    tile_of<kTileRows>(m, a + 16 * i, 16 * rows.count, n, b, c + 16 * i, first);
+    i += m, left -= m;
+  }
 }
 
 void product(const Panel& p, const Rows& rows, float* scratch, float* c) {
   for (int64_t k = 0; k < p.depth; k += kChunk) {
     const int64_t n = least(kChunk, p.depth - k);
-    tiles(rows, k, n, widen_panel(p, k, n, scratch), c, k == 0);
+    Ahead ahead = k + n < p.depth ? Ahead{&p, 1, k + n, kChunk} : Ahead{p.next, p.next ? 1 : 0, 0, kChunk};
+    const int64_t lines = ahead.lines() * kTileRows / rows.count + 1;
+    tiles(rows, k, n, widen_panel(p, k, n, scratch), c, k == 0, ahead, lines);
   }
 }
 
@@ -227,13 +261,20 @@ void turned_block(const Panel& p, int64_t block, float* room, float* out) {
   for (int64_t i = 0; from != out && i < 16; i++) store(out + 16 * i, load(from + i * stride));
 }
 
-void product_t(const Panel* panels, int64_t all, int64_t block, const Rows& rows, float* scratch, float* c) {
+void product_t(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c, int64_t c_stride) {
   constexpr int64_t step = kChunk / 16;
-  float* narrow = scratch + kChunk * 16;
-  for (int64_t p = 0; p < all; p += step) {
-    const int64_t count = least(step, all - p);
-    for (int64_t j = 0; j < count; j++) turned_block(panels[p + j], block, narrow, scratch + 256 * j);
-    tiles(rows, p * 16, count * 16, scratch, c, p == 0);
+  float* narrow = scratch + mh::kColumnBlocks * kChunk * 16;
+  for (int64_t p = 0; p < w.count; p += step) {
+    const int64_t count = least(step, w.count - p);
+    for (int64_t j = 0; j < count; j++)
+      for (int64_t q = 0; q < w.blocks; q++)
+        turned_block(w.panels[p + j], w.block + q, narrow, scratch + kChunk * 16 * q + 256 * j);
+    Ahead ahead = p + step < w.count
+                      ? Ahead{w.panels + p + step, least(step, w.count - p - step), 16 * w.block, 16 * w.blocks}
+                      : Ahead{next.panels, least(step, next.count), 16 * next.block, 16 * next.blocks};
+    const int64_t lines = ahead.lines() * kTileRows / (rows.count * w.blocks) + 1;
+    for (int64_t q = 0; q < w.blocks; q++)
+      tiles(rows, p * 16, count * 16, scratch + kChunk * 16 * q, c + q * c_stride, p == 0, ahead, lines);
   }
 }
 
@@ -309,21 +350,26 @@ void add_bias(const float* bias, int64_t columns, int64_t rows, float* c) {
     for (int64_t j = 0; j < columns; j++) c[j] += bias[j];
 }
 
-void combine(const float* c, int64_t rows, int64_t columns, const float* bias, const float* weight,
+void combine(const float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* bias, const float* weight,
              const int64_t* places, int64_t stride, float* y) {
-  float padded[16] = {};
+  constexpr int64_t ahead = 8;
+  float padded[mh::kColumnBlocks * 16] = {};
   for (int64_t j = 0; bias && j < columns; j++) padded[j] = bias[j];
-  const V b = load(padded);
   for (int64_t i = 0; i < rows; i++, c += 16) {
     float* to = y + places[i] * stride;
-    const V x = add(load(c), b), w = set1(weight ? weight[i] : 1.0f);
-    if (columns == 16) {
-      store(to, fma(w, x, load(to)));
-    } else {
+    const V w = set1(weight ? weight[i] : 1.0f);
+    if (i + ahead < rows)
+      for (int64_t j = 0; j < columns; j += 16) __builtin_prefetch(y + places[i + ahead] * stride + j, 1);
+    for (int64_t j = 0; j < columns; j += 16) {
+      const V x = add(load(c + j / 16 * c_stride), load(padded + j));
+      if (columns - j >= 16) {
+        store(to + j, fma(w, x, load(to + j)));
+        continue;
+      }
       float last[16] = {};
-      for (int64_t j = 0; j < columns; j++) last[j] = to[j];
+      for (int64_t k = 0; k < columns - j; k++) last[k] = to[j + k];
       store(last, fma(w, x, load(last)));
-      for (int64_t j = 0; j < columns; j++) to[j] = last[j];
+      for (int64_t k = 0; k < columns - j; k++) to[j + k] = last[k];
     }
   }
 }

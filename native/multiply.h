@@ -31,13 +31,18 @@ void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, f
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
 
 struct Worker {
-  float *first, *second, *scratch;  // [rows][16] twice; kScratch
-  uint16_t* rounded;
+  float *first, *second, *scratch;  // [kColumnBlocks][c_stride]; [c_stride]; kScratch
+  int64_t c_stride;                 // floats of 16 columns of the rows, padded
+  uint16_t* rounded;                // a level's rows, or floats in panels
   Worker(Room& room, int64_t rows);
 };
 
-// The rows as a level wants them for its matrix path.
+// Rows that lie anywhere as a level wants them for its matrix path.
 Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* rounded);
+                 uint16_t* room);
+// The same of rows in panels, [depth / 16][count][16].
+Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* room);
+// Rows to panels.
+void gather(const float* const* at, int64_t count, int64_t depth, float* to);
 
 }  // namespace mh
