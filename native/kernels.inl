@@ -186,60 +186,66 @@ const float* widen_panel(const Panel& p, int64_t k, int64_t n, float* out) {
   return out;
 }
 
-// Weights to be fetched to the second cache while others are multiplied: inputs [k, k + n) of panels.
+// Weights to be fetched to the second cache while others are multiplied: inputs [k, k + n) of some panels.
 struct Ahead {
-  const Panel* panels;
-  int64_t count, k, n;
-  const uint8_t* at = nullptr;
-  int64_t stride = 0, pieces = 0, bytes = 0, done = 0;
+  const uint8_t* pieces[kChunk];
+  int64_t count = 0, bytes = 0, piece = 0, done = 0;
 
-  void open(const Panel& p) {
+  Ahead(const Panel* panels, int64_t panel_count, int64_t k, int64_t n) {
     static const int64_t bits[] = {32, 16, 8, 4, 32, 16, 32};
-    const int64_t columns = least(n, p.inputs - k), each = bits[p.format] * (is_plain(p) ? 1 : 16);
-    at = p.data + k * each / 8, stride = p.inputs * each / 8;
-    pieces = columns > 0 ? is_plain(p) ? p.rows : 1 : 0;
-    bytes = columns * each / 8, done = 0;
+    if (!panel_count || k >= panels->inputs) return;
+    const bool plain = is_plain(*panels);
+    const int64_t width = bits[panels->format] * (plain ? 1 : 16);
+    bytes = least(n, panels->inputs - k) * width / 8;
+    for (const Panel* p = panels; p < panels + panel_count; p++)
+      for (int64_t i = 0; i < (plain ? p->rows : 1); i++)
+        pieces[count++] = p->data + (i * p->inputs + k) * width / 8;
   }
-  int64_t lines() {
-    if (count > 0) open(*panels);
-    return count * pieces * ((bytes + 63) / 64);
+  void line() {
+    if (piece == count) return;
+    __builtin_prefetch(pieces[piece] + done, 0, 2);
+    done += 64;
+    const bool over = done >= bytes;
+    piece += over, done = over ? 0 : done;
   }
-  void fetch(int64_t lines) {
-    for (; lines > 0 && count > 0; lines--) {
-      if (pieces > 0) __builtin_prefetch(at + done, 0, 2);
-      if ((done += 64) >= bytes) at += stride, pieces--, done = 0;
-      if (pieces <= 0 && --count > 0) open(*++panels);
-    }
+  void hurry(int64_t steps) {  // what does not fit in so many steps is fetched at once
+    for (int64_t i = (count - piece) * ((bytes + 63) / 64); i > steps; i--) line();
   }
 };
 
-// M rows by 16 columns. Groups of 16 inputs lie `step` floats apart in a.
+constexpr int64_t kStep = 4;  // inputs of a tile per line fetched
+
+// M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
 template <int M>
-void tile(const float* a, int64_t step, int64_t n, const float* b, float* c, bool first) {
+void tile(const float* a, int64_t jump, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
   V sums[M];
   for (int i = 0; i < M; i++) sums[i] = first ? set1(0) : load(c + 16 * i);
-  for (int64_t k = 0; k < n; k += 16, a += step)
+  for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {  // one loop: of two, gcc spills the sums between them
+    ahead.line();
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < 16; j++, b += 16) {
-      const V w = load(b);
+    for (int j = 0; j < kStep; j++) {
+      const V w = load(b + 16 * j);
       for (int i = 0; i < M; i++) sums[i] = fma(set1(a[16 * i + j]), w, sums[i]);
     }
+    a += (k + kStep) % 16 ? kStep : jump - 16 + kStep;
+  }
   for (int i = 0; i < M; i++) store(c + 16 * i, sums[i]);
 }
 
 template <int M>
-void tile_of(int64_t m, const float* a, int64_t step, int64_t n, const float* b, float* c, bool first) {
-  if (m == M) return tile<M>(a, step, n, b, c, first);
-  if constexpr (M > 1) tile_of<M - 1>(m, a, step, n, b, c, first);
+void tile_of(int64_t m, const float* a, int64_t step, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
+  if (m == M) return tile<M>(a, step, n, b, c, first, ahead);
+  if constexpr (M > 1) tile_of<M - 1>(m, a, step, n, b, c, first, ahead);
 }
 
-void tiles(const Rows& rows, int64_t k, int64_t n, const float* b, float* c, bool first, Ahead& ahead, int64_t lines) {
+inline int64_t tile_count(const Rows& rows) { return (rows.count + kTileRows - 1) / kTileRows; }
+
+void tiles(const Rows& rows, int64_t k, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
   const float* a = rows.at + k * rows.count;
   for (int64_t i = 0, left = rows.count; left > 0;) {
     // Two tiles of half the size rather than a whole one and one too small to keep the multipliers busy.
     const int64_t m = left >= 2 * kTileRows || left <= kTileRows ? least(left, kTileRows) : (left + 1) / 2;
-    ahead.fetch(lines);
-    tile_of<kTileRows>(m, a + 16 * i, 16 * rows.count, n, b, c + 16 * i, first);
+    tile_of<kTileRows>(m, a + 16 * i, 16 * rows.count, n, b, c + 16 * i, first, ahead);
     i += m, left -= m;
   }
 }
@@ -247,9 +253,10 @@ void tiles(const Rows& rows, int64_t k, int64_t n, const float* b, float* c, boo
 void product(const Panel& p, const Rows& rows, float* scratch, float* c) {
   for (int64_t k = 0; k < p.depth; k += kChunk) {
     const int64_t n = least(kChunk, p.depth - k);
-    Ahead ahead = k + n < p.depth ? Ahead{&p, 1, k + n, kChunk} : Ahead{p.next, p.next ? 1 : 0, 0, kChunk};
-    const int64_t lines = ahead.lines() * kTileRows / rows.count + 1;
-    tiles(rows, k, n, widen_panel(p, k, n, scratch), c, k == 0, ahead, lines);
+    const bool last = k + n >= p.depth;
+    Ahead ahead(last ? p.next : &p, last && !p.next ? 0 : 1, last ? 0 : k + n, kChunk);
+    ahead.hurry(tile_count(rows) * n / kStep);
+    tiles(rows, k, n, widen_panel(p, k, n, scratch), c, k == 0, ahead);
   }
 }
 
@@ -269,12 +276,13 @@ void product_t(const Columns& w, const Columns& next, const Rows& rows, float* s
     for (int64_t j = 0; j < count; j++)
       for (int64_t q = 0; q < w.blocks; q++)
         turned_block(w.panels[p + j], w.block + q, narrow, scratch + kChunk * 16 * q + 256 * j);
-    Ahead ahead = p + step < w.count
-                      ? Ahead{w.panels + p + step, least(step, w.count - p - step), 16 * w.block, 16 * w.blocks}
-                      : Ahead{next.panels, least(step, next.count), 16 * next.block, 16 * next.blocks};
-    const int64_t lines = ahead.lines() * kTileRows / (rows.count * w.blocks) + 1;
+    const bool last = p + step >= w.count;
+    const Columns& then = last ? next : w;
+    const int64_t from = last ? 0 : p + step;
+    Ahead ahead(then.panels + from, least(step, then.count - from), 16 * then.block, 16 * then.blocks);
+    ahead.hurry(tile_count(rows) * count * w.blocks * 16 / kStep);
     for (int64_t q = 0; q < w.blocks; q++)
-      tiles(rows, p * 16, count * 16, scratch + kChunk * 16 * q, c + q * c_stride, p == 0, ahead, lines);
+      tiles(rows, p * 16, count * 16, scratch + kChunk * 16 * q, c + q * c_stride, p == 0, ahead);
   }
 }
 
