@@ -37,7 +37,7 @@ constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 c
 constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
 constexpr int kDotRows = 4;           // rows a dot takes at a time
 constexpr int64_t kColumnBlocks = 4;  // 16 columns each that product_t and combine take at a time
-constexpr int64_t kScratch = (kColumnBlocks + 1) * kChunk * 16;  // floats of scratch a product needs
+constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
 struct Kernels {
   const char* name;

@@ -19,6 +19,19 @@ constexpr int64_t kAhead = 2048;  // bytes prefetched ahead; 512 and 4096 were u
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// f(Number<0>), f(Number<1>), ... Of a loop gcc 12 makes the same only sometimes, and else keeps a tile's sums in memory.
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+template <int N, class F>
+inline __attribute__((always_inline)) void times(const F& f) {
+  if constexpr (N > 0) {
+    times<N - 1>(f);
+    f(Number<N - 1>{});
+  }
+}
+
 // ---- The vector path: few rows, the panel read once as it is stored. ----
 
 template <int M>
@@ -213,39 +226,56 @@ struct Ahead {
   }
 };
 
+// A tile's weights, [n][16]: at `b`; or still as `panels` of plain floats have them, from where the first tile that
+// takes them writes them to `b`. A pass of its own for that cost 6 % at 64 rows.
+struct Weights {
+  float* b;
+  const Panel* panels;
+  int64_t column;
+};
+
 constexpr int64_t kStep = 4;  // inputs of a tile per line fetched
 
 // M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
-template <int M>
-void tile(const float* a, int64_t jump, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
+template <int M, bool kTurn>
+void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first, Ahead& ahead) {
   V sums[M];
-  for (int i = 0; i < M; i++) sums[i] = first ? set1(0) : load(c + 16 * i);
-  for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {  // one loop: of two, gcc spills the sums between them
+  times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
+  float* b = weights.b;
+  const float* from = nullptr;
+  const int64_t stride = kTurn ? weights.panels->inputs : 16;
+  for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {
     ahead.line();
-#pragma GCC unroll 4
-    for (int j = 0; j < kStep; j++) {
-      const V w = load(b + 16 * j);
-      for (int i = 0; i < M; i++) sums[i] = fma(set1(a[16 * i + j]), w, sums[i]);
-    }
+    if (kTurn)
+      from = k % 16 ? from + kStep * stride
+                    : reinterpret_cast<const float*>(weights.panels[k / 16].data) + weights.column;
+    times<kStep>([&](auto j) {
+      const V w = load(kTurn ? from + j.value * stride : b + 16 * j.value);
+      if (kTurn) store(b + 16 * j.value, w);
+      times<M>([&](auto i) { sums[i.value] = fma(set1(a[16 * i.value + j.value]), w, sums[i.value]); });
+    });
     a += (k + kStep) % 16 ? kStep : jump - 16 + kStep;
   }
-  for (int i = 0; i < M; i++) store(c + 16 * i, sums[i]);
+  times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
 }
 
-template <int M>
-void tile_of(int64_t m, const float* a, int64_t step, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
-  if (m == M) return tile<M>(a, step, n, b, c, first, ahead);
-  if constexpr (M > 1) tile_of<M - 1>(m, a, step, n, b, c, first, ahead);
+template <int M, bool kTurn>
+void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first, Ahead& ahead) {
+  if (m == M) return tile<M, kTurn>(a, jump, n, w, c, first, ahead);
+  if constexpr (M > 1) tile_of<M - 1, kTurn>(m, a, jump, n, w, c, first, ahead);
 }
 
 inline int64_t tile_count(const Rows& rows) { return (rows.count + kTileRows - 1) / kTileRows; }
 
-void tiles(const Rows& rows, int64_t k, int64_t n, const float* b, float* c, bool first, Ahead& ahead) {
+void tiles(const Rows& rows, int64_t k, int64_t n, const Weights& w, float* c, bool first, Ahead& ahead) {
   const float* a = rows.at + k * rows.count;
   for (int64_t i = 0, left = rows.count; left > 0;) {
     // Two tiles of half the size rather than a whole one and one too small to keep the multipliers busy.
     const int64_t m = left >= 2 * kTileRows || left <= kTileRows ? least(left, kTileRows) : (left + 1) / 2;
-    tile_of<kTileRows>(m, a + 16 * i, 16 * rows.count, n, b, c + 16 * i, first, ahead);
+    if (i == 0 && w.panels)
+      tile_of<kTileRows, true>(m, a, 16 * rows.count, n, w, c, first, ahead);
+    else
+      tile_of<kTileRows, false>(m, a + 16 * i, 16 * rows.count, n, w, c + 16 * i, first, ahead);
     i += m, left -= m;
   }
 }
@@ -256,7 +286,7 @@ void product(const Panel& p, const Rows& rows, float* scratch, float* c) {
     const bool last = k + n >= p.depth;
     Ahead ahead(last ? p.next : &p, last && !p.next ? 0 : 1, last ? 0 : k + n, kChunk);
     ahead.hurry(tile_count(rows) * n / kStep);
-    tiles(rows, k, n, widen_panel(p, k, n, scratch), c, k == 0, ahead);
+    tiles(rows, k, n, {const_cast<float*>(widen_panel(p, k, n, scratch)), nullptr, 0}, c, k == 0, ahead);
   }
 }
 
@@ -269,32 +299,39 @@ void turned_block(const Panel& p, int64_t block, float* room, float* out) {
 }
 
 void product_t(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c, int64_t c_stride) {
-  constexpr int64_t step = kChunk / 16;
-  float* narrow = scratch + mh::kColumnBlocks * kChunk * 16;
+  constexpr int64_t step = 4;  // panels; of more rows of weights, a power of two apart, the second cache drops some
   for (int64_t p = 0; p < w.count; p += step) {
     const int64_t count = least(step, w.count - p);
-    for (int64_t j = 0; j < count; j++)
-      for (int64_t q = 0; q < w.blocks; q++)
-        turned_block(w.panels[p + j], w.block + q, narrow, scratch + kChunk * 16 * q + 256 * j);
     const bool last = p + step >= w.count;
     const Columns& then = last ? next : w;
     const int64_t from = last ? 0 : p + step;
     Ahead ahead(then.panels + from, least(step, then.count - from), 16 * then.block, 16 * then.blocks);
     ahead.hurry(tile_count(rows) * count * w.blocks * 16 / kStep);
-    for (int64_t q = 0; q < w.blocks; q++)
-      tiles(rows, p * 16, count * 16, scratch + kChunk * 16 * q, c + q * c_stride, p == 0, ahead);
+    const Panel* panels = w.panels + p;
+    bool whole = panels->format == MH_PLAIN_FLOAT32;
+    for (int64_t j = 0; j < count; j++) whole = whole && panels[j].rows == 16;
+    for (int64_t q = 0; q < w.blocks; q++) {
+      const int64_t column = 16 * (w.block + q);
+      const bool as_they_lie = whole && column + 16 <= panels->inputs;
+      for (int64_t j = 0; !as_they_lie && j < count; j++)
+        turned_block(panels[j], w.block + q, scratch + kChunk * 16, scratch + 256 * j);
+      tiles(rows, p * 16, count * 16, {scratch, as_they_lie ? panels : nullptr, column}, c + q * c_stride, p == 0, ahead);
+    }
   }
 }
 
 template <int M>
 void outer_tile(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first) {
   V sums[M];
-  for (int i = 0; i < M; i++) sums[i] = first ? set1(0) : load(c + stride * i);
-  for (int64_t k = 0; k < m; k++) {
-    const V w = load(b + 16 * k);
-    for (int i = 0; i < M; i++) sums[i] = fma(set1(a[16 * k + i]), w, sums[i]);
+  times<M>([&](auto i) {
+    sums[i.value] = first ? set1(0) : load(c + stride * i.value);
+    __builtin_prefetch(c + stride * i.value + 16, 1);  // of the next tile
+  });
+  for (int64_t k = 0; k < m; k++, a += 16, b += 16) {
+    const V w = load(b);
+    times<M>([&](auto i) { sums[i.value] = fma(set1(a[i.value]), w, sums[i.value]); });
   }
-  for (int i = 0; i < M; i++) store(c + stride * i, sums[i]);
+  times<M>([&](auto i) { store(c + stride * i.value, sums[i.value]); });
 }
 
 void outer(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first) {

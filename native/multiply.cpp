@@ -43,8 +43,13 @@ Worker::Worker(Room& room, int64_t rows) {
 }
 
 void gather(const float* const* at, int64_t count, int64_t depth, float* to) {
-  for (int64_t i = 0; i < count; i++)
-    for (int64_t q = 0; q < depth; q += 16) memcpy(to + q * count + 16 * i, at[i] + q, 64);
+  for (int64_t i = 0; i < count; i++) {
+    const float* next = at[i + 2 < count ? i + 2 : count - 1];
+    for (int64_t q = 0; q < depth; q += 16) {
+      __builtin_prefetch(next + q);
+      memcpy(to + q * count + 16 * i, at[i] + q, 64);
+    }
+  }
 }
 
 static bool wants_rounded(int64_t format, const Kernels& k) {
