@@ -117,15 +117,6 @@ void dot_rows(const Panel& p, const Row* rows, float* c) {
   }
 }
 
-void dot(const Panel& p, const Row* rows, int count, float* c) {
-  switch (count) {
-    case 1: return dot_rows<1>(p, rows, c);
-    case 2: return dot_rows<2>(p, rows, c);
-    case 3: return dot_rows<3>(p, rows, c);
-    default: return dot_rows<4>(p, rows, c);
-  }
-}
-
 // ---- The matrix path: a chunk of the panel as float32, then tiles of a few rows by sixteen columns. ----
 
 // Sixteen outputs by sixteen inputs from k on of plain weights, row by row; zeros where there are none.
@@ -225,6 +216,63 @@ struct Ahead {
     for (int64_t i = (count - piece) * ((bytes + 63) / 64); i > steps; i--) line();
   }
 };
+
+// M rows by N outputs of plain weights, which lie as the rows do: sums over lanes, nothing is turned. `last` holds what
+// is left of the N outputs after a multiple of 16 inputs.
+template <int M, int N>
+void plain_tile(const Row* rows, const float* w, int64_t inputs, const float* last, float* c, Ahead& ahead) {
+  V sums[M * N];
+  times<M * N>([&](auto i) { sums[i.value] = set1(0); });
+  const auto step = [&](int64_t k, const float* from, int64_t stride) {
+    V x[M];
+    times<M>([&](auto i) { x[i.value] = load(rows[i.value].x + k); });
+    times<N>([&](auto o) {
+      const V v = load(from + o.value * stride);
+      times<M>([&](auto i) { sums[i.value * N + o.value] = fma(x[i.value], v, sums[i.value * N + o.value]); });
+    });
+  };
+  int64_t k = 0;
+  for (; k + 16 <= inputs; k += 16) {
+    ahead.line();
+    step(k, w + k, inputs);
+  }
+  if (k < inputs) step(k, last, 16);
+  times<M * N>([&](auto i) { c[i.value / N * 16 + i.value % N] = sum(sums[i.value]); });
+}
+
+template <int N>
+void plain_outputs(const Panel& p, int64_t output, const Row* rows, int count, float* c, Ahead& ahead) {
+  const float* w = reinterpret_cast<const float*>(p.data) + output * p.inputs;
+  const int64_t whole = p.inputs / 16 * 16;
+  float last[N * 16] = {};
+  for (int64_t o = 0; o < N; o++)
+    for (int64_t k = whole; k < p.inputs; k++) last[16 * o + k - whole] = w[o * p.inputs + k];
+  c += output;
+  if (count == 1) return plain_tile<1, N>(rows, w, p.inputs, last, c, ahead);
+  if (count == 3) return plain_tile<3, N>(rows, w, p.inputs, last, c, ahead);
+  plain_tile<2, N>(rows, w, p.inputs, last, c, ahead);
+  if (count == 4) plain_tile<2, N>(rows + 2, w, p.inputs, last, c + 32, ahead);
+}
+
+// For a few rows. At 8 it has 44 GFLOP/s where tiles have 54, at 16 they have 74.
+void dot_plain(const Panel& p, const Row* rows, int count, float* c) {
+  Ahead ahead(p.next, p.next ? 1 : 0, 0, p.inputs);
+  int64_t o = 0;
+  for (; o + 2 <= p.rows; o += 2) plain_outputs<2>(p, o, rows, count, c, ahead);
+  if (o < p.rows) plain_outputs<1>(p, o++, rows, count, c, ahead);
+  for (; o < 16; o++)
+    for (int i = 0; i < count; i++) c[16 * i + o] = 0;
+}
+
+void dot(const Panel& p, const Row* rows, int count, float* c) {
+  if (p.format == MH_PLAIN_FLOAT32) return dot_plain(p, rows, count, c);
+  switch (count) {
+    case 1: return dot_rows<1>(p, rows, c);
+    case 2: return dot_rows<2>(p, rows, c);
+    case 3: return dot_rows<3>(p, rows, c);
+    default: return dot_rows<4>(p, rows, c);
+  }
+}
 
 // A tile's weights, [n][16]: at `b`; or still as `panels` of plain floats have them, from where the first tile that
 // takes them writes them to `b`. A pass of its own for that cost 6 % at 64 rows.
