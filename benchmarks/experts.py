@@ -3,8 +3,8 @@
 Three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU network of
 the same active FLOPs, as a share of the matrix rate measured in the same run; and what `auto` takes. *Few tokens*: each
 packed format as a share of the read bandwidth measured in the same run; the experts chosen change from call to call, so
-that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts, each expert with
-16 tokens or more. Routing is uniform at random. The systems of a row take turns, and the best time of each counts: the
+that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts, each with 16
+tokens or more. Routing is uniform at random. The systems of a row take turns, and the best time of each counts: the
 machine may be busy.
 
 T tokens, D model width, E experts, K experts per token, F expert width.
