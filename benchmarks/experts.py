@@ -1,10 +1,11 @@
 """The MoE layer's experts, every backend side by side in one run: `python benchmarks/experts.py [--quick]`.
 
 Three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU network of
-the same active FLOPs, as a share of the matrix rate measured in the same run. *Few tokens*: each packed format as a
-share of the read bandwidth measured in the same run; the experts chosen change from call to call, so that weights come
-from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts. Routing is uniform at random.
-The systems of a row take turns, and the best time of each counts: the machine may be busy.
+the same active FLOPs, as a share of the matrix rate measured in the same run; and what `auto` takes. *Few tokens*: each
+packed format as a share of the read bandwidth measured in the same run; the experts chosen change from call to call, so
+that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts, each with 16
+tokens or more. Routing is uniform at random. The systems of a row take turns, and the best time of each counts: the
+machine may be busy.
 
 T tokens, D model width, E experts, K experts per token, F expert width.
 """
@@ -22,7 +23,7 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor
 
-from manyhands.kernels import ExpertWeights, native, run_experts
+from manyhands.kernels import ExpertWeights, choose, native, run_experts
 from manyhands.kernels.experts import swiglu
 from manyhands.quant import PackedExperts, pack_experts
 from manyhands.train.memory import keep_freed_memory
@@ -71,7 +72,7 @@ def main() -> None:
     sizes = (512, 64, 8, 512) if a.quick else (2048, 64, 8, 1024)
     result["few"] = few(sizes, (1, 8, 64), 4 * repeats, roofs, say)
     say("\nCost against E at fixed K = 4, F = 256, D = 384: time per token relative to 8 experts, forward + backward")
-    result["against_E"] = against_experts(1024 if a.quick else 8192, repeats, say)
+    result["against_E"] = against_experts(2048 if a.quick else 8192, repeats, say)
     if a.json:
         print(json.dumps(result))
 
@@ -145,13 +146,15 @@ def many(
 
         return run
 
+    auto = choose(x, experts)
     twice = best({name: both(work) for name, work in forward.items()}, repeats)
     flops, roof = 6 * T * K * D * F, max(2 * 1024**3 / once.pop("mm"), roofs["matrix_gflops"] * 1e9)
     say(
         f"  T {T:5} D {D:4} E {E:3} K {K} F {F:4}   "
         + "  ".join(f"{n} {flops / once[n] / roof:4.0%} / {3 * flops / twice[n] / roof:4.0%}" for n in forward)
+        + f"  auto: {auto}"
     )
-    return {"cell": cell, "forward_s": once, "both_s": twice, "flops": flops}
+    return {"cell": cell, "forward_s": once, "both_s": twice, "flops": flops, "auto": auto}
 
 
 def few(
@@ -202,9 +205,7 @@ def against_experts(T: int, repeats: int, say: Callable[[str], None]) -> dict[st
     D, K, F = 384, 4, 256
     names = ["grouped_mm", *(["native"] if native.available() else [])]
     found: dict[str, dict[int, float]] = {name: {} for name in names}
-    for E in (8, 32, 128, 512):
-        if T * K / E < 16:
-            continue
+    for E in (8, 32, 128, 512):  # 16 rows per expert or more
         experts, ids = weights(D, E, F), uniform(T, E, K)
         x, w, kept = torch.randn(T, D), torch.rand(T, K), torch.ones(T, K, dtype=torch.bool)
         leaves = [x.requires_grad_(), experts.up.requires_grad_(), experts.down.requires_grad_()]

@@ -94,16 +94,16 @@ void activate(int kind, const float* gate, const float* up, int64_t rows, float*
     store(out + i * out_stride, activated(kind, load(gate + 16 * i), load(up + 16 * i)).y);
 }
 
-void activate_grad(int kind, const float* h, int64_t h_stride, const float* dact, const float* weight, int64_t rows,
-                   float* dh, float* act, int64_t act_stride, float* dweight) {
-  const bool gated = is_gated(kind);
-  for (int64_t i = 0; i < rows; i++, h += h_stride, dh += h_stride) {
-    const Activated a = activated(kind, load(h), load(gated ? h + 16 : h));
-    const V w = set1(weight[i]), d = load(dact + 16 * i), dy = mul(d, w);
+void activate_grad(int kind, const float* h, const float* dact, const float* weight, int64_t rows, float* dh,
+                   float* act, float* dweight) {
+  const int64_t up = is_gated(kind) ? 16 * rows : 0;
+  for (int64_t i = 0; i < rows; i++, h += 16, dh += 16, dact += 16, act += 16) {
+    const Activated a = activated(kind, load(h), load(h + up));
+    const V w = set1(weight[i]), d = load(dact), dy = mul(d, w);
     dweight[i] += sum(mul(a.y, d));
-    store(act + i * act_stride, mul(a.y, w));
+    store(act, mul(a.y, w));
     store(dh, mul(a.dgate, dy));
-    if (gated) store(dh + 16, mul(a.dup, dy));
+    if (up) store(dh + up, mul(a.dup, dy));
   }
 }
 

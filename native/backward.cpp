@@ -13,8 +13,6 @@
 namespace mh {
 namespace {
 
-constexpr int64_t kOuterChunk = 192;  // rows multiplied at a time for dW: two panels of them fit the first cache
-
 struct Backward {
   const Kernels& k;
   Experts e;
@@ -23,9 +21,9 @@ struct Backward {
   const float* hidden;
   const mh_gradients& g;
   Floats x, dy;
-  float *act, *dh, *dx;
-  int64_t act_stride, h_stride, dx_stride, begin;
-  std::vector<const float*> x_rows, dy_rows, dh_rows, act_rows;
+  float *act, *dh, *dyp, *dx;  // of a group, block by block in panels: [panels][rows][16]
+  int64_t act_stride, h_stride, dy_stride, dx_stride, begin;
+  std::vector<const float*> x_rows, dy_rows;
   std::vector<char> seen;  // experts whose weight gradient has been begun
 
   static float inner(const float* a, const float* b, int64_t n) {
@@ -38,19 +36,27 @@ struct Backward {
     return total;
   }
 
+  int64_t place(const Block& b) const { return b.begin - begin; }
+
   void rows_task(const Block& b, Worker w) {
-    const int64_t rows = b.rows(), depth = e.down.panels * 16;
-    const Rows matrix = matrix_rows(dy_rows.data() + b.begin, rows, depth, e.down.m.format, k, w.rounded);
+    const int64_t rows = b.rows(), wide = e.up.panels / e.parts;
+    gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + place(b) * dy_stride);
+    const Rows matrix = panel_rows(dyp + place(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
     float* dweight = w.second;
     for (int64_t i = 0; i < rows; i++) dweight[i] = 0;
-    float *dh_block = dh + (b.begin - begin) * h_stride, *act_block = act + (b.begin - begin) * act_stride;
+    float *dh_block = dh + place(b) * h_stride, *act_block = act + place(b) * act_stride;
     const float* h = hidden + b.begin * h_stride;
-    const std::vector<Panel> down = e.down.all_panels(b.expert);
-    for (int64_t p = 0; p < e.up.panels / e.parts; p++) {
-      k.product_t(down.data(), e.down.panels, p, matrix, w.scratch, w.first);
-      k.activate_grad(static_cast<int>(e.activation), h + 16 * e.parts * p, h_stride, w.first,
-                      s.weight.data() + b.begin, rows, dh_block + 16 * e.parts * p, act_block + 16 * p, act_stride,
-                      dweight);
+    const std::vector<Panel> down = e.down.all_panels(b.expert), other = e.down.all_panels(s.after(b).expert);
+    const Columns first{other.data(), e.down.panels, 0, kColumnBlocks};
+    for (int64_t p = 0; p < wide; p += kColumnBlocks) {
+      const int64_t n = wide - p < kColumnBlocks ? wide - p : kColumnBlocks;
+      const Columns now{down.data(), e.down.panels, p, n}, next{down.data(), e.down.panels, p + n, kColumnBlocks};
+      k.product_t(now, p + n < wide ? next : first, matrix, w.scratch, w.first, w.c_stride);
+      for (int64_t q = 0; q < n; q++) {
+        const int64_t column = (p + q) * 16 * rows;
+        k.activate_grad(static_cast<int>(e.activation), h + e.parts * column, w.first + q * w.c_stride,
+                        s.weight.data() + b.begin, rows, dh_block + e.parts * column, act_block + column, dweight);
+      }
     }
     if (!g.weights) return;
     for (int64_t i = 0; i < rows; i++) {
@@ -61,116 +67,99 @@ struct Backward {
     }
   }
 
-  // [m] rows' columns [16 p, 16 p + 16), as far as there are any, to [m][16].
-  static void columns(const float* const* rows, int64_t m, int64_t p, int64_t width, float* to) {
-    const int64_t n = width - 16 * p < 16 ? width - 16 * p : 16;
-    for (int64_t i = 0; i < m; i++, to += 16) {
-      if (n == 16) {
-        memcpy(to, rows[i] + 16 * p, 64);
-      } else {
-        memset(to, 0, 64);
-        memcpy(to, rows[i] + 16 * p, n * sizeof(float));
-      }
-    }
-  }
-
-  struct Outer {  // dW [outputs][inputs] += Σ a[m][output]·b[m][input], a in panels of the packed order
-    const float *const *a, *const *b;
-    const float* scale;  // of each row of a, or null
+  struct Outer {  // dW [outputs][inputs] += Σ a[m][output]·b[m][input], both in panels
+    const float *a, *b;
+    const float* scale;  // of each row of a for dbias, or null
     int64_t rows, parts, outputs, inputs;
-    int64_t a_width;
     float *dw, *dbias;
     bool fresh;
   };
 
-  // Output panels [first, end). `room` holds all input panels of a chunk of rows, one panel of outputs, one tile.
-  void outer_task(const Outer& o, int64_t first, int64_t end, float* room) {
-    const int64_t in_panels = divide_up(o.inputs, 16);
-    float *b = room, *a = b + in_panels * kOuterChunk * 16, *c = a + kOuterChunk * 16;
-    for (int64_t m0 = 0; m0 < o.rows; m0 += kOuterChunk) {
-      const int64_t m = o.rows - m0 < kOuterChunk ? o.rows - m0 : kOuterChunk;
-      const bool fresh = o.fresh && m0 == 0;
-      for (int64_t q = 0; o.dw && q < in_panels; q++) columns(o.b + m0, m, q, o.inputs, b + q * m * 16);
-      for (int64_t p = first; p < end; p++) {
-        columns(o.a + m0, m, p, o.a_width, a);
-        for (int64_t i = 0; o.scale && i < m; i++)
-          for (int j = 0; j < 16; j++) a[16 * i + j] *= o.scale[m0 + i];
-        const int64_t row = p / o.parts * 16, place = (p % o.parts) * o.outputs + row;
-        const int64_t rows = o.outputs - row < 16 ? o.outputs - row : 16;
-        if (o.dbias) {
-          float sums[16] = {};
-          for (int64_t i = 0; i < m; i++)
-            for (int j = 0; j < 16; j++) sums[j] += a[16 * i + j];
-          for (int64_t j = 0; j < rows; j++) o.dbias[place + j] = sums[j] + (fresh ? 0 : o.dbias[place + j]);
+  // Output panels [first, end).
+  void outer_task(const Outer& o, int64_t first, int64_t end) {
+    float c[256];
+    for (int64_t p = first; p < end; p++) {
+      const float* a = o.a + p * o.rows * 16;
+      const int64_t row = p / o.parts * 16, to_row = (p % o.parts) * o.outputs + row;
+      const int64_t rows = o.outputs - row < 16 ? o.outputs - row : 16;
+      if (o.dbias) {
+        float sums[16] = {};
+        for (int64_t i = 0; i < o.rows; i++)
+          for (int j = 0; j < 16; j++) sums[j] += (o.scale ? o.scale[i] : 1.0f) * a[16 * i + j];
+        for (int64_t j = 0; j < rows; j++) o.dbias[to_row + j] = sums[j] + (o.fresh ? 0 : o.dbias[to_row + j]);
+      }
+      for (int64_t q = 0; o.dw && 16 * q < o.inputs; q++) {
+        const int64_t n = o.inputs - 16 * q < 16 ? o.inputs - 16 * q : 16;
+        const float* b = o.b + q * o.rows * 16;
+        float* to = o.dw + to_row * o.inputs + 16 * q;
+        if (rows == 16 && n == 16) {
+          k.outer(a, b, o.rows, to, o.inputs, o.fresh);
+          continue;
         }
-        for (int64_t q = 0; o.dw && q < in_panels; q++) {
-          const int64_t n = o.inputs - 16 * q < 16 ? o.inputs - 16 * q : 16;
-          float* to = o.dw + place * o.inputs + 16 * q;
-          if (rows == 16 && n == 16) {
-            k.outer(a, b + q * m * 16, m, to, o.inputs, fresh);
-            continue;
-          }
-          for (int64_t i = 0; !fresh && i < rows; i++) memcpy(c + 16 * i, to + i * o.inputs, n * sizeof(float));
-          k.outer(a, b + q * m * 16, m, c, 16, fresh);
-          for (int64_t i = 0; i < rows; i++) memcpy(to + i * o.inputs, c + 16 * i, n * sizeof(float));
-        }
+        for (int64_t i = 0; !o.fresh && i < rows; i++) memcpy(c + 16 * i, to + i * o.inputs, n * sizeof(float));
+        k.outer(a, b, o.rows, c, 16, o.fresh);
+        for (int64_t i = 0; i < rows; i++) memcpy(to + i * o.inputs, c + 16 * i, n * sizeof(float));
       }
     }
   }
 
+  // One block's share of an expert's dW, up or down.
+  void weights_task(const Block& b, bool up, int64_t piece, int64_t pieces, bool fresh, float* room) {
+    const Matrix& m = up ? e.up : e.down;
+    float *dw = up ? g.up : g.down, *dbias = up ? g.up_bias : g.down_bias;
+    Outer o{};
+    o.rows = b.rows(), o.parts = m.m.parts, o.outputs = m.m.outputs, o.inputs = m.m.inputs, o.fresh = fresh;
+    o.dw = dw ? dw + b.expert * o.parts * o.outputs * o.inputs : nullptr;
+    o.dbias = dbias ? dbias + b.expert * o.parts * o.outputs : nullptr;
+    if (up) {
+      o.a = dh + place(b) * h_stride, o.b = room;
+      if (o.dw) gather(x_rows.data() + b.begin, o.rows, round_up(e.D, 16), room);
+    } else {  // act already carries the router's weight, the bias does not
+      o.a = dyp + place(b) * dy_stride, o.b = act + place(b) * act_stride, o.scale = s.weight.data() + b.begin;
+    }
+    outer_task(o, piece * m.panels / pieces, (piece + 1) * m.panels / pieces);
+  }
+
   void dx_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
+    std::vector<Panel> up = e.up.all_panels(blocks->expert), after;
     for (const Block* b = blocks; b < blocks + count; b++) {
       const int64_t rows = b->rows();
-      const Rows matrix =
-          matrix_rows(dh_rows.data() + (b->begin - begin), rows, h_stride, e.up.m.format, k, w.rounded);
-      const std::vector<Panel> up = e.up.all_panels(b->expert);
-      for (int64_t p = first; p < end; p++) {
-        k.product_t(up.data(), e.up.panels, p, matrix, w.scratch, w.first);
-        k.combine(w.first, rows, e.D - 16 * p < 16 ? e.D - 16 * p : 16, nullptr, nullptr, s.token.data() + b->begin,
-                  dx_stride, dx + 16 * p);
+      const Rows matrix = panel_rows(dh + place(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
+      after = e.up.all_panels(s.after(*b).expert);
+      const Columns begin{after.data(), e.up.panels, first, kColumnBlocks};
+      for (int64_t p = first, n; p < end; p += n) {
+        n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
+        const Columns now{up.data(), e.up.panels, p, n}, next{up.data(), e.up.panels, p + n, kColumnBlocks};
+        k.product_t(now, p + n < end ? next : begin, matrix, w.scratch, w.first, w.c_stride);
+        const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
+        k.combine(w.first, w.c_stride, rows, columns, nullptr, nullptr, s.token.data() + b->begin, dx_stride,
+                  dx + 16 * p);
       }
+      up.swap(after);
     }
   }
 
   void weights(const Block* blocks, size_t count) {
-    struct Part {
-      int64_t expert, begin, end;
+    struct Part {  // an expert's blocks
+      const Block *begin, *end;
     };
     std::vector<Part> parts;
+    int64_t most = 0;
     for (const Block* b = blocks; b < blocks + count; b++) {
-      if (!parts.empty() && parts.back().expert == b->expert)
-        parts.back().end = b->end;
-      else
-        parts.push_back({b->expert, b->begin, b->end});
+      if (parts.empty() || parts.back().begin->expert != b->expert) parts.push_back({b, b});
+      parts.back().end = b + 1;
+      most = b->rows() > most ? b->rows() : most;
     }
-    const int64_t widest = e.D > e.F ? e.D : e.F, room = (divide_up(widest, 16) + 1) * kOuterChunk * 16 + 256;
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(room);
+    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(most * round_up(e.D, 16));
     const int64_t pieces = divide_up(4 * threads, 2 * static_cast<int64_t>(parts.size()));
     parallel(threads, static_cast<int64_t>(parts.size()) * 2 * pieces, [&](int64_t task, int64_t worker) {
       const Part& part = parts[task / (2 * pieces)];
       const bool up = task / pieces % 2 == 0;
-      const Matrix& m = up ? e.up : e.down;
-      const int64_t E = part.expert, local = part.begin - begin;
-      float *dw = up ? g.up : g.down, *dbias = up ? g.up_bias : g.down_bias;
-      if (!dw && !dbias) return;
-      Outer o{};
-      o.a = up ? dh_rows.data() + local : dy_rows.data() + part.begin;
-      o.b = up ? x_rows.data() + part.begin : act_rows.data() + local;
-      o.rows = part.end - part.begin, o.parts = m.m.parts, o.outputs = m.m.outputs, o.inputs = m.m.inputs;
-      o.a_width = m.panels * 16;
-      o.dw = dw ? dw + E * o.parts * o.outputs * o.inputs : nullptr;
-      o.dbias = dbias ? dbias + E * o.parts * o.outputs : nullptr;
-      o.fresh = !seen[E];
-      const int64_t piece = task % pieces, first = piece * m.panels / pieces, end = (piece + 1) * m.panels / pieces;
-      float* room = rooms().worker[worker].floats(0);
-      if (up) return outer_task(o, first, end, room);
-      // act already carries the router's weight; the bias is multiplied with it here.
-      Outer bias = o;
-      bias.dw = nullptr, bias.scale = s.weight.data() + part.begin, o.dbias = nullptr;
-      if (o.dw) outer_task(o, first, end, room);
-      if (bias.dbias) outer_task(bias, first, end, room);
+      if (up ? !g.up && !g.up_bias : !g.down && !g.down_bias) return;
+      for (const Block* b = part.begin; b < part.end; b++)
+        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert], rooms().worker[worker].floats(0));
     });
-    for (const Part& part : parts) seen[part.expert] = 1;
+    for (const Part& part : parts) seen[part.begin->expert] = 1;
   }
 
   void group(const Block* blocks, size_t count) {
@@ -180,9 +169,8 @@ struct Backward {
     for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
     act = rooms().act.floats(rows * act_stride);
     dh = rooms().dh.floats(rows * h_stride);
-    act_rows.resize(static_cast<size_t>(rows)), dh_rows.resize(static_cast<size_t>(rows));
-    for (int64_t i = 0; i < rows; i++) act_rows[i] = act + i * act_stride, dh_rows[i] = dh + i * h_stride;
-    const int64_t depth = h_stride > e.down.panels * 16 ? h_stride : e.down.panels * 16;
+    dyp = rooms().gathered.floats(rows * dy_stride);
+    const int64_t depth = h_stride > dy_stride ? h_stride : dy_stride;
     for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
     parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t worker) {
       rows_task(blocks[task], Worker(rooms().worker[worker], most));
@@ -214,8 +202,9 @@ struct Backward {
   void all(const mh_routing& routing, const mh_rows& in, const mh_rows& grad, const mh_rows* out) {
     zero_idle(routing);
     seen.assign(static_cast<size_t>(e.num_experts), 0);
-    if (g.up) x = as_floats(in, e.D, rooms().x, k, threads);
-    dy = as_floats(grad, e.down.panels * 16, rooms().dact, k, threads);
+    dy_stride = e.down.panels * 16;
+    if (g.up) x = as_floats(in, round_up(e.D, 16), rooms().x, k, threads);
+    dy = as_floats(grad, dy_stride, rooms().dact, k, threads);
     x_rows.resize(static_cast<size_t>(s.rows())), dy_rows.resize(static_cast<size_t>(s.rows()));
     for (int64_t i = 0; i < s.rows(); i++) {
       if (g.up) x_rows[i] = x.row(s.token[i]);
@@ -230,7 +219,7 @@ struct Backward {
     act_stride = round_up(e.F, 16);
     h_stride = e.up.panels * 16;
     size_t first = 0;
-    for (const size_t end : group_blocks(s.blocks, act_stride + h_stride)) {
+    for (const size_t end : group_blocks(s.blocks, act_stride + h_stride + dy_stride)) {
       group(s.blocks.data() + first, end - first);
       first = end;
     }
@@ -251,7 +240,7 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
     const Kernels* k = checked_kernels(run);
     if (!gradients) fail(MH_BAD_ARGUMENT, "no gradients");
     Backward b{*k, checked_experts(packed, stacked), {}, run->threads, hidden, *gradients, {}, {}, nullptr, nullptr, nullptr,
-               0, 0, 0, 0, {}, {}, {}, {}, {}};
+               nullptr, 0, 0, 0, 0, 0, {}, {}, {}};
     b.s = sort_pairs(routing, b.e.num_experts);
     check_rows(x, routing->tokens, b.e.D, "x");
     check_rows(dy, routing->tokens, b.e.D, "dy");

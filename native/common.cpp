@@ -55,7 +55,7 @@ float* Room::floats(int64_t n) {
 }
 
 void Rooms::trim() {
-  for (Room* room : {&x, &y, &act, &dh, &dact})
+  for (Room* room : {&x, &y, &act, &dh, &dact, &gathered})
     if (room->bytes_ > kKept) {
       free(room->data_);
       room->data_ = nullptr, room->bytes_ = 0;
@@ -77,10 +77,10 @@ Panel Matrix::panel(int64_t expert, int64_t p) const {
   const int format = static_cast<int>(m.format);
   if (plain()) {
     const int64_t row = p % m.parts * m.outputs + p / m.parts * 16, size = format == MH_PLAIN_BF16 ? 2 : 4;
-    return {record + row * m.inputs * size, nullptr, depth, 0, format, outputs_of(p), m.inputs};
+    return {record + row * m.inputs * size, nullptr, depth, 0, format, outputs_of(p), m.inputs, nullptr};
   }
   const uint8_t* scales = m.scales < 0 ? record : record + m.scales + p * scale_bytes;
-  return {record + m.weight + p * panel_bytes, scales, depth, m.group, format, 16, depth};
+  return {record + m.weight + p * panel_bytes, scales, depth, m.group, format, 16, depth, nullptr};
 }
 
 std::vector<Panel> Matrix::all_panels(int64_t expert) const {
@@ -163,7 +163,7 @@ Experts stacked_experts(const mh_stacked& s) {
   const int64_t size = s.dtype == MH_PLAIN_BF16 ? 2 : 4;
   const auto matrix = [&](const void* data, const float* bias, int64_t N, int64_t K, int64_t part) {
     return Matrix{static_cast<const uint8_t*>(data), part * N * K * size, {N, K, part, s.dtype, 0, 0, -1, -1},
-                  round_up(K, 64), part * divide_up(N, 16), 0, 0, bias};
+                  round_up(K, 32), part * divide_up(N, 16), 0, 0, bias};
   };
   return {matrix(s.up, s.up_bias, F, D, parts), matrix(s.down, s.down_bias, D, F, 1), E, s.activation, parts, D, F};
 }

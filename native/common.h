@@ -38,7 +38,7 @@ class Room {
 };
 
 struct Rooms {  // used by one call at a time
-  Room x, y, act, dh, dact;
+  Room x, y, act, dh, dact, gathered;
   Room worker[257];
   Room quantized[4];
   void trim();

@@ -21,12 +21,13 @@ struct Forward {
   float *hidden, *y;
   int64_t y_stride;
   Quantized qx, qact;
-  std::vector<const float*> x_rows, act_rows;
+  std::vector<const float*> x_rows;
 
-  // Rows through `count` panel groups (gate and up, or up alone) from `first` on.
+  // Rows through `count` panel groups (gate and up, or up alone) from `first` on. Activations and `hidden` lie block by
+  // block in panels, [panels][rows][16]; activations that the vector path takes next lie in rows.
   void up_task(const Block& b, int64_t group_begin, int64_t first, int64_t count, Worker w) {
-    const int64_t rows = b.rows(), parts = e.parts;
-    const bool vector = few(rows, e.up);
+    const int64_t rows = b.rows(), parts = e.parts, end = parts * (first + count);
+    const bool vector = few(rows, e.up), in_rows = few(rows, e.down);
     const float* const* at = x_rows.data() + b.begin;
     Rows matrix{};
     Row row[kFewIntegers];
@@ -35,42 +36,57 @@ struct Forward {
     else
       matrix = matrix_rows(at, rows, e.up.depth, e.up.m.format, k, w.rounded);
     float* out = act + (b.begin - group_begin) * act_stride;
-    for (int64_t p = first; p < first + count; p++) {
-      for (int64_t part = 0; part < parts; part++) {
-        float* c = part ? w.second : w.first;
-        const Panel panel = e.up.panel(b.expert, parts * p + part);
-        vector ? dot_few(k, panel, row, rows, c) : k.product(panel, matrix, w.scratch, c);
-        if (const float* bias = e.up.bias(b.expert, parts * p + part))
-          k.add_bias(bias, e.up.outputs_of(parts * p + part), rows, c);
-        if (hidden)
-          for (int64_t i = 0; i < rows; i++)
-            memcpy(hidden + ((b.begin + i) * e.up.panels + parts * p + part) * 16, c + 16 * i, 64);
-      }
-      k.activate(static_cast<int>(e.activation), w.first, parts == 2 ? w.second : w.first, rows, out + 16 * p,
-                 act_stride);
+    Panel panel = e.up.panel(b.expert, parts * first);
+    for (int64_t p = parts * first; p < end; p++) {
+      const int64_t part = p % parts;
+      const Panel next = p + 1 < end ? e.up.panel(b.expert, p + 1) : e.up.panel(s.after(b).expert, 0);
+      panel.next = &next;
+      float* c = part ? w.second : w.first;
+      vector ? dot_few(k, panel, row, rows, c) : k.product(panel, matrix, w.scratch, c);
+      if (const float* bias = e.up.bias(b.expert, p)) k.add_bias(bias, e.up.outputs_of(p), rows, c);
+      if (hidden) memcpy(hidden + b.begin * e.up.panels * 16 + p * rows * 16, c, rows * 64);
+      panel = next;
+      if (part + 1 < parts) continue;
+      const float* up = parts == 2 ? w.second : w.first;
+      const int64_t column = p / parts * 16;
+      in_rows ? k.activate(static_cast<int>(e.activation), w.first, up, rows, out + column, act_stride)
+              : k.activate(static_cast<int>(e.activation), w.first, up, rows, out + column * rows, 16);
     }
   }
 
-  void pad_act(int64_t row) {  // an infinite x times the zero padding of a weight is NaN, which must not spread
-    for (int64_t f = e.F; f < act_stride; f++) act[row * act_stride + f] = 0;
+  // Zeros beyond F: an infinite x times the zero padding of a weight is NaN, which must not spread.
+  void pad_act(const Block& b, float* out) {
+    const int64_t rows = b.rows(), wide = e.up.panels / e.parts * 16;
+    if (few(rows, e.down))
+      for (int64_t i = 0; i < rows; i++) memset(out + i * act_stride + wide, 0, (act_stride - wide) * sizeof(float));
+    else
+      memset(out + wide * rows, 0, (act_stride - wide) * rows * sizeof(float));
   }
 
-  void down_task(const Block* blocks, size_t count, int64_t first, int64_t panels, Worker w) {
+  void down_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
     const int64_t group_begin = blocks[0].begin;
     for (const Block* b = blocks; b < blocks + count; b++) {
       const int64_t rows = b->rows();
       const bool vector = few(rows, e.down);
-      const float* const* at = act_rows.data() + (b->begin - group_begin);
+      const float* in = act + (b->begin - group_begin) * act_stride;
       Rows matrix{};
       Row row[kFewIntegers];
       if (vector)
-        for (int64_t i = 0; i < rows; i++) row[i] = qact.view(b->begin - group_begin + i, at[i]);
+        for (int64_t i = 0; i < rows; i++) row[i] = qact.view(b->begin - group_begin + i, in + i * act_stride);
       else
-        matrix = matrix_rows(at, rows, e.down.depth, e.down.m.format, k, w.rounded);
-      for (int64_t p = first; p < first + panels; p++) {
-        const Panel panel = e.down.panel(b->expert, p);
-        vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
-        k.combine(w.first, rows, e.down.outputs_of(p), e.down.bias(b->expert, p), s.weight.data() + b->begin,
+        matrix = panel_rows(in, rows, e.down.depth, e.down.m.format, k, w.rounded);
+      Panel panel = e.down.panel(b->expert, first);
+      for (int64_t p = first, n; p < end; p += n) {
+        n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
+        for (int64_t q = 0; q < n; q++) {
+          const Panel next = p + q + 1 < end ? e.down.panel(b->expert, p + q + 1) : e.down.panel(s.after(*b).expert, first);
+          panel.next = &next;
+          float* c = w.first + q * w.c_stride;
+          vector ? dot_few(k, panel, row, rows, c) : k.product(panel, matrix, w.scratch, c);
+          panel = next;
+        }
+        const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
+        k.combine(w.first, w.c_stride, rows, columns, e.down.bias(b->expert, p), s.weight.data() + b->begin,
                   s.token.data() + b->begin, y_stride, y + 16 * p);
       }
     }
@@ -81,8 +97,7 @@ struct Forward {
     int64_t most = 0;
     for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
     act = rooms().act.floats(rows * act_stride);
-    act_rows.resize(static_cast<size_t>(rows));
-    for (int64_t i = 0; i < rows; i++) act_rows[i] = act + i * act_stride, pad_act(i);
+    for (const Block* b = blocks; b < blocks + count; b++) pad_act(*b, act + (b->begin - begin) * act_stride);
     const int64_t depth = e.up.depth > e.down.depth ? e.up.depth : e.down.depth;
     for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
 
@@ -99,13 +114,14 @@ struct Forward {
       qact.prepare(rows, e.down, rooms().quantized[2], rooms().quantized[3]);
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
-        for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++) qact.set(i - begin, act_rows[i - begin], k);
+        for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++) 
+          qact.set(i - begin, act + (i - begin) * act_stride, k);
       });
     }
     int64_t chunks = 8 * threads < e.down.panels ? 8 * threads : e.down.panels;
     parallel(threads, chunks, [&](int64_t task, int64_t worker) {
       const int64_t first = task * e.down.panels / chunks, end = (task + 1) * e.down.panels / chunks;
-      down_task(blocks, count, first, end - first, Worker(rooms().worker[worker], most));
+      down_task(blocks, count, first, end, Worker(rooms().worker[worker], most));
     });
   }
 
@@ -142,7 +158,7 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    Forward f{*k, checked_experts(packed, stacked), {}, run->threads, {}, nullptr, 0, hidden, nullptr, 0, {}, {}, {}, {}};
+    Forward f{*k, checked_experts(packed, stacked), {}, run->threads, {}, nullptr, 0, hidden, nullptr, 0, {}, {}, {}};
     f.s = sort_pairs(routing, f.e.num_experts);
     check_rows(x, routing->tokens, f.e.D, "x");
     check_rows(y, routing->tokens, f.e.D, "y");

@@ -11,6 +11,12 @@ struct Panel {  // 16 outputs of a matrix
   int64_t depth, group;  // inputs with padding; inputs per scale (int4)
   int format;
   int64_t rows, inputs;  // of plain weights: how many of the 16 outputs exist; inputs, which are also the stride
+  const Panel* next;     // what will be multiplied after it, to be fetched meanwhile; may be null
+};
+
+struct Columns {  // blocks of 16 inputs each, [block, block + blocks), of all outputs of a matrix
+  const Panel* panels;
+  int64_t count, block, blocks;
 };
 
 struct Row {  // one row of activations for the vector path; the integers only where the format has them
@@ -20,8 +26,8 @@ struct Row {  // one row of activations for the vector path; the integers only w
   const float* offset;  // int4: 8 · scale · Σ q of the group, because the nibbles hold q + 8
 };
 
-struct Rows {  // rows of activations for the matrix path; `rounded` only where the level multiplies bf16
-  const float* const* at;
+struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `rounded` where the level multiplies bf16
+  const float* at;
   int64_t count;
   const uint16_t* rounded;
   int64_t rounded_stride;
@@ -30,6 +36,7 @@ struct Rows {  // rows of activations for the matrix path; `rounded` only where 
 constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 columns stay in the first cache
 constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
 constexpr int kDotRows = 4;           // rows a dot takes at a time
+constexpr int64_t kColumnBlocks = 4;  // 16 columns each that product_t and combine take at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
 constexpr int64_t kKeys = 256;  // keys of a stretch: their weights, and what they say, stay in the second cache
@@ -52,20 +59,20 @@ struct Kernels {
   bool rounds_rows;
   void (*dot)(const Panel&, const Row*, int rows, float* c);
   void (*product)(const Panel&, const Rows&, float* scratch, float* c);
-  // Column block `block` of 16 inputs, summed over all outputs of the panels.
-  void (*product_t)(const Panel* panels, int64_t count, int64_t block, const Rows&, float* scratch, float* c);
+  // Rows times columns of the weights; `next` is fetched meanwhile. One block of columns is c_stride after the other.
+  void (*product_t)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c, int64_t c_stride);
   // c[16][16], rows `stride` apart, = or += Σ_m a[m][16]·b[m][16]
   void (*outer)(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first);
   void (*activate)(int activation, const float* gate, const float* up, int64_t rows, float* out, int64_t out_stride);
-  // dh from h and dact, both [rows][16 per part]; act·weight; dweight += Σ act·dact
-  void (*activate_grad)(int activation, const float* h, int64_t h_stride, const float* dact, const float* weight,
-                        int64_t rows, float* dh, float* act, int64_t act_stride, float* dweight);
+  // dh from h and dact, [rows][16] and for each part after the other; act·weight; dweight += Σ act·dact
+  void (*activate_grad)(int activation, const float* h, const float* dact, const float* weight, int64_t rows,
+                        float* dh, float* act, float* dweight);
   void (*widen)(const uint16_t* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   void (*quantize)(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset);
-  // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them; weight and bias may be null
-  void (*combine)(const float* c, int64_t rows, int64_t columns, const float* bias, const float* weight,
-                  const int64_t* places, int64_t stride, float* y);
+  // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them from as many blocks; weight and bias may be null
+  void (*combine)(const float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* bias,
+                  const float* weight, const int64_t* places, int64_t stride, float* y);
   void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
   void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight

@@ -103,21 +103,23 @@ void product_amx(const Panel& p, const Rows& rows, float* scratch, float* c) {
   }
 }
 
-void product_t_amx(const Panel* panels, int64_t all, int64_t block, const Rows& rows, float* scratch, float* c) {
-  if (!rows.rounded) return product_t(panels, all, block, rows, scratch, c);
+void product_t_amx(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
+                   int64_t c_stride) {
+  if (!rows.rounded) return product_t(w, next, rows, scratch, c, c_stride);
   const TileScope scope;
   float *wide = scratch, *turned = scratch + 256;
   uint8_t* lines = reinterpret_cast<uint8_t*>(scratch + kChunk * 16);
   constexpr int64_t step = kChunk / 16;
-  for (int64_t p = 0; p < all; p += step) {
-    const int64_t count = least(step, all - p), even = (count + 1) / 2 * 2;
-    for (int64_t j = 0; j < count; j++) {
-      turned_block(panels[p + j], block, wide, turned);
-      pair_up(turned, 16, lines + 512 * j);
+  for (int64_t q = 0; q < w.blocks; q++)
+    for (int64_t p = 0; p < w.count; p += step) {
+      const int64_t count = least(step, w.count - p), even = (count + 1) / 2 * 2;
+      for (int64_t j = 0; j < count; j++) {
+        turned_block(w.panels[p + j], w.block + q, wide, turned);
+        pair_up(turned, 16, lines + 512 * j);
+      }
+      if (even > count) memset(lines + 512 * count, 0, 512);
+      panel_tiles(rows, p * 16, even * 16, lines, c + q * c_stride, p == 0);
     }
-    if (even > count) memset(lines + 512 * count, 0, 512);
-    panel_tiles(rows, p * 16, even * 16, lines, c, p == 0);
-  }
 }
 
 }  // namespace

@@ -30,28 +30,57 @@ void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, f
 }
 
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k) {
-  const int64_t padded = round_up(rows, 16);
-  return 32 * padded + kScratch + (k.rounds_rows ? divide_up(padded * (depth + kRoundedPad), 2) : 0);
+  const int64_t padded = round_up(rows, 16), tiles = (kColumnBlocks + 1) * 16 * padded + kScratch;
+  return tiles + padded * (round_up(depth, 16) + (k.rounds_rows ? kRoundedPad : 0));
 }
 
 Worker::Worker(Room& room, int64_t rows) {
-  const int64_t padded = round_up(rows, 16);
+  c_stride = 16 * round_up(rows, 16);
   first = room.floats(0);
-  second = first + 16 * padded;
-  scratch = second + 16 * padded;
+  second = first + kColumnBlocks * c_stride;
+  scratch = second + c_stride;
   rounded = reinterpret_cast<uint16_t*>(scratch + kScratch);
 }
 
-Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* rounded) {
-  if (!k.rounds_rows || format == MH_FLOAT32 || format == MH_PLAIN_FLOAT32) return {at, count, nullptr, 0};
-  const int64_t stride = depth + kRoundedPad;
+void gather(const float* const* at, int64_t count, int64_t depth, float* to) {
   for (int64_t i = 0; i < count; i++) {
-    k.narrow(at[i], depth, rounded + i * stride);
-    memset(rounded + i * stride + depth, 0, kRoundedPad * sizeof(uint16_t));
+    const float* next = at[i + 2 < count ? i + 2 : count - 1];
+    for (int64_t q = 0; q < depth; q += 16) {
+      __builtin_prefetch(next + q);
+      memcpy(to + q * count + 16 * i, at[i] + q, 64);
+    }
   }
-  memset(rounded + count * stride, 0, (round_up(count, 16) - count) * stride * sizeof(uint16_t));
-  return {at, count, rounded, stride};
+}
+
+static bool wants_rounded(int64_t format, const Kernels& k) {
+  return k.rounds_rows && format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
+}
+
+static Rows rounded_rows(int64_t count, int64_t depth, uint16_t* room) {  // with zeros where tiles read too far
+  const int64_t stride = depth + kRoundedPad;
+  for (int64_t i = 0; i < count; i++) memset(room + i * stride + depth, 0, kRoundedPad * sizeof(uint16_t));
+  memset(room + count * stride, 0, (round_up(count, 16) - count) * stride * sizeof(uint16_t));
+  return {nullptr, count, room, stride};
+}
+
+Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* room) {
+  if (!wants_rounded(format, k)) return {at, count, nullptr, 0};
+  const Rows rows = rounded_rows(count, depth, room);
+  for (int64_t q = 0; q < depth; q += 16)
+    for (int64_t i = 0; i < count; i++) k.narrow(at + (q * count + 16 * i), 16, room + i * rows.rounded_stride + q);
+  return rows;
+}
+
+Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
+                 uint16_t* room) {
+  if (!wants_rounded(format, k)) {
+    float* to = reinterpret_cast<float*>(room);
+    gather(at, count, depth, to);
+    return {to, count, nullptr, 0};
+  }
+  const Rows rows = rounded_rows(count, depth, room);
+  for (int64_t i = 0; i < count; i++) k.narrow(at[i], depth, room + i * rows.rounded_stride);
+  return rows;
 }
 
 }  // namespace mh

@@ -20,10 +20,11 @@ constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall
 
 inline bool is_integer(const Matrix& m) { return m.m.format == MH_INT8 || m.m.format == MH_INT4; }
 // Whether the vector path takes them. Integer products stay cheaper than widening the weights for some rows more;
-// plain weights do not lie as it reads them.
+// plain bf16 does not lie as it reads weights.
 constexpr int64_t kFewFloats = 4, kFewIntegers = 16;
 inline bool few(int64_t rows, const Matrix& m) {
-  return rows <= (is_integer(m) ? kFewIntegers : kFewFloats) && !m.plain();
+  if (m.plain()) return rows <= kFewFloats && m.m.format == MH_PLAIN_FLOAT32;
+  return rows <= (is_integer(m) ? kFewIntegers : kFewFloats);
 }
 void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c);
 
@@ -31,13 +32,18 @@ void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, f
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
 
 struct Worker {
-  float *first, *second, *scratch;  // [rows][16] twice; kScratch
-  uint16_t* rounded;
+  float *first, *second, *scratch;  // [kColumnBlocks][c_stride]; [c_stride]; kScratch
+  int64_t c_stride;                 // floats of 16 columns of the rows, padded
+  uint16_t* rounded;                // a level's rows, or floats in panels
   Worker(Room& room, int64_t rows);
 };
 
-// The rows as a level wants them for its matrix path.
+// Rows that lie anywhere as a level wants them for its matrix path.
 Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* rounded);
+                 uint16_t* room);
+// The same of rows in panels, [depth / 16][count][16].
+Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* room);
+// Rows to panels.
+void gather(const float* const* at, int64_t count, int64_t depth, float* to);
 
 }  // namespace mh

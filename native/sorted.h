@@ -7,7 +7,7 @@
 
 namespace mh {
 
-constexpr int64_t kBlockRows = 256;
+constexpr int64_t kBlockRows = 192;  // two panels of so many rows fit the first cache
 constexpr int64_t kGroupFloats = int64_t{1} << 21;  // what one group of blocks may write between two phases
 
 struct Block {  // rows [begin, end) of the sorted pairs, all of one expert
@@ -20,6 +20,8 @@ struct Sorted {
   std::vector<float> weight;
   std::vector<Block> blocks;
   int64_t rows() const { return static_cast<int64_t>(pair.size()); }
+  // The block after one of `blocks`, or that one itself: whose weights will be wanted next.
+  const Block& after(const Block& b) const { return &b == &blocks.back() ? b : *(&b + 1); }
 };
 
 // Checks every kept id. Throws MH_BAD_ROUTING.

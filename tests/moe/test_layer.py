@@ -131,5 +131,5 @@ def test_backends_are_switchable_per_layer() -> None:
     for name in ("eager", "grouped_mm", "auto"):
         layer.experts.implementation = name
         outputs.append(layer(x)[0])
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-5, atol=1e-5)
-    assert torch.equal(outputs[1], outputs[2])
+    for other in outputs[1:]:
+        torch.testing.assert_close(other, outputs[0], rtol=1e-5, atol=1e-5)
