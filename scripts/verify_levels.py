@@ -1,7 +1,7 @@
 """The kernels' tests at every level this CPU has, verified before or not: `python scripts/verify_levels.py`.
 
-AVX-512 and AMX were written on a machine without them. Green here, a level belongs into `VERIFIED` in
-`manyhands/kernels/native/library.py`; it is then what runs by default.
+AVX-512 and AMX were written on a machine without them and ran under an emulator only (`scripts/emulate_levels.sh`). What
+fails here does not belong into `VERIFIED` in `manyhands/kernels/native/library.py`, which says what runs by default.
 """
 
 import sys
