@@ -7,14 +7,14 @@ cd "$(dirname "$0")/../native"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 rounds=${1:-300}
-flags=(-std=c++17 -g -fno-omit-frame-pointer -DMH_EMULATE -Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function -Wno-unused-variable)
+flags=(-std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function -Wno-unused-variable)
 avx2=(-mavx2 -mfma -mf16c)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni)
 
 build_and_run() {  # name, what runs the driver or nothing, compiler, its flags
   local name=$1 runner=$2 compiler=$3 made=() x86=()
   shift 3
-  [[ $("$compiler" -dumpmachine) != x86_64* ]] || x86=(-DMH_X86)
+  [[ $("$compiler" -dumpmachine) != x86_64* ]] || x86=(-DMH_X86 -DMH_EMULATE)
   for source in *.cpp test/driver.cpp; do
     level=()
     case $source in
