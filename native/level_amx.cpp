@@ -1,6 +1,6 @@
 // AMX: the matrix path in tiles of 16 rows, 16 outputs and 32 inputs, all bf16 with float32 sums; the rest is AVX-512's.
 // Rows and, where the format is an integer one, weights are rounded to bf16 here: the other levels do not.
-// Compiled and tested against an emulation of the tiles; not yet run on a CPU that has them.
+// Ran against an emulation of the tiles and under an emulator of the machine; never on a CPU that has them.
 #if defined(MH_EMULATE)
 #include "vector_portable.h"
 namespace {

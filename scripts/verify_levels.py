@@ -1,7 +1,7 @@
-"""The kernels' tests at every level this CPU has, verified before or not: `python scripts/verify_levels.py`.
+"""The kernels' tests at every level that this CPU has and that may run by default: `python scripts/verify_levels.py`.
 
-AVX-512 and AMX were written on a machine without them. Green here, a level belongs into `VERIFIED` in
-`manyhands/kernels/native/library.py`; it is then what runs by default.
+AVX-512 was written on a machine without it and ran under an emulator only (`scripts/emulate_levels.sh`). What fails
+here does not belong into `VERIFIED` in `manyhands/kernels/native/library.py`.
 """
 
 import sys
@@ -11,6 +11,5 @@ import pytest
 from manyhands.kernels.native import library
 
 if __name__ == "__main__":
-    print("levels of this CPU:", ", ".join(library.levels()))
-    library.VERIFIED = library.LEVELS  # type: ignore[assignment]
+    print("levels of this CPU:", ", ".join(library.levels()), "- by default:", library.default_level())
     sys.exit(pytest.main(["tests/kernels", "tests/quant", "tests/checkpoint/test_packed.py", *sys.argv[1:]]))

@@ -43,7 +43,7 @@ def choose(x: Tensor, experts: ExpertWeights) -> str:
 
     On a CPU with AVX2 `native`: in float32, from 1 to 16,384 tokens and 8 to 512 experts, 1.07 to 4 times as fast as
     `grouped_mm` forward, and 0.99 (one token, 64 experts) to 2 times forward and backward; in bfloat16 7 times and
-    more. AVX-512 and AMX do the same in wider steps, and were not timed. Elsewhere `grouped_mm`, where its dtype and
+    more. AVX-512 does the same in wider steps, and was not timed. Elsewhere `grouped_mm`, where its dtype and
     alignment rules hold and PyTorch can trace it, which on a CPU is in bfloat16 only; else `eager`.
     """
     if level_here() not in (None, "portable") and supports_native(x, experts):
