@@ -280,10 +280,13 @@ void narrow(const float* from, int64_t n, uint16_t* to) {
 // a NaN scale, so that its rows come out as NaN and not as something plausible.
 void quantize(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset) {
   for (int64_t g = 0; g < n / group; g++, x += group, q += group) {
-    V most = set1(0);
-    for (int64_t k = 0; k < group; k += 16) most = max(most, abs(load(x + k)));
+    V most = set1(0), nothing = set1(0);  // 0 · x: `max` forgets a NaN at the next number, a sum does not
+    for (int64_t k = 0; k < group; k += 16) {
+      const V y = load(x + k);
+      most = max(most, abs(y)), nothing = fma(y, set1(0), nothing);
+    }
     float lanes[16], largest = 0;
-    store(lanes, most);
+    store(lanes, add(most, nothing));
     bool finite = true;
     for (float lane : lanes) {
       finite = finite && lane <= 3.0e38f;
