@@ -114,7 +114,7 @@ struct Forward {
       qact.prepare(rows, e.down, rooms().quantized[2], rooms().quantized[3]);
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
-        for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++) 
+        for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++)
           qact.set(i - begin, act + (i - begin) * act_stride, k);
       });
     }

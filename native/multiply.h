@@ -19,11 +19,10 @@ struct Quantized {  // rows as integers, for the vector path beside integer weig
 constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
 
 inline bool is_integer(const Matrix& m) { return m.m.format == MH_INT8 || m.m.format == MH_INT4; }
-// Whether the vector path takes them. Integer products stay cheaper than widening the weights for some rows more;
-// plain bf16 does not lie as it reads weights.
+// Whether the vector path takes them. Integer products stay cheaper than widening the weights for some rows more.
 constexpr int64_t kFewFloats = 4, kFewIntegers = 16;
 inline bool few(int64_t rows, const Matrix& m) {
-  if (m.plain()) return rows <= kFewFloats && m.m.format == MH_PLAIN_FLOAT32;
+  if (m.m.format == MH_PLAIN_ROUNDED) return false;
   return rows <= (is_integer(m) ? kFewIntegers : kFewFloats);
 }
 void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c);

@@ -47,7 +47,8 @@ inline float from_bits(uint32_t bits) {
   memcpy(&x, &bits, 4);
   return x;
 }
-inline V power2(V n) { MH_LANES(from_bits(static_cast<uint32_t>(static_cast<int32_t>(n.q[i][j]) + 127) << 23)); }
+inline int32_t whole(float x) { return x == x ? static_cast<int32_t>(x) : 0; }  // a NaN has no integer
+inline V power2(V n) { MH_LANES(from_bits(static_cast<uint32_t>(whole(n.q[i][j]) + 127) << 23)); }
 inline float sum(V x) {
   const Quad s = (x.q[0] + x.q[2]) + (x.q[1] + x.q[3]);
   return (s[0] + s[2]) + (s[1] + s[3]);
