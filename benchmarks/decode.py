@@ -73,7 +73,8 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
     peers = peers_here(arguments)
     state = random_state(config)
     write_plain(config, state, directory / "plain")
-    systems["manyhands bfloat16 grouped_mm, not packed"] = directory / "plain"
+    for implementation in ("auto", "grouped_mm"):
+        systems[f"manyhands bfloat16 {implementation}, not packed"] = directory / "plain"
     if peers["transformers"].startswith("measured"):
         systems |= dict.fromkeys(PEERS, directory / "plain")
     if peers["llama_cpp"].startswith("measured"):
@@ -197,7 +198,7 @@ Run = Callable[[Tensor], Tensor]
 
 def our_model(system: str, directory: str) -> tuple[Run, Run]:
     """Prefill, which starts anew, and one step; each takes ids and gives the next token."""
-    implementation = "grouped_mm" if "not packed" in system else system.split()[2]
+    implementation = system.split()[2].rstrip(",")
     model = load_model(directory, experts_implementation="auto" if implementation == "native" else implementation)
     cache = [model.new_cache()]
 

@@ -247,7 +247,7 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
     if (dx) check_rows(dx, routing->tokens, b.e.D, "dx");
     if (b.s.rows() && (!hidden || hidden_count < b.s.rows() * b.e.up.panels * 16))
       fail(MH_BAD_ARGUMENT, "hidden is too small");
-    Call call;
+    Call call(routing->tokens);
     b.all(*routing, *x, *dy, dx);
     rooms().trim();
   });

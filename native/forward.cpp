@@ -163,7 +163,7 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
     check_rows(x, routing->tokens, f.e.D, "x");
     check_rows(y, routing->tokens, f.e.D, "y");
     if (hidden && hidden_count < f.s.rows() * f.e.up.panels * 16) fail(MH_BAD_ARGUMENT, "hidden is too small");
-    Call call;
+    Call call(routing->tokens);
     f.all(*x, *y);
     rooms().trim();
   });

@@ -125,7 +125,7 @@ Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
 
 void run_layers(const Kernels& k, std::vector<Layer> layers, const mh_rows& x, int64_t threads) {
   if (x.count == 0) return;
-  Call call;
+  Call call(x.count);
   Linears{k, std::move(layers), threads, {}, {}}.all(x);
   rooms().trim();
 }

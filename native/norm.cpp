@@ -13,7 +13,7 @@ int mh_rms_norm(const mh_norm* n, const mh_rows* x, const mh_rows* y, const mh_r
     const int64_t width = n->width;
     check_rows(x, x->count, width, "x");
     check_rows(y, x->count, width, "y");
-    Call call;
+    Call call(x->count);
     const float* weight = static_cast<const float*>(n->weight);
     if (n->dtype == MH_BF16) {
       float* wide = rooms().act.floats(width);

@@ -7,6 +7,7 @@
 #include <thread>
 
 #if !defined(_WIN32)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -79,14 +80,45 @@ struct Pool {
 
 Pool* pool = new Pool;  // never destroyed: helpers may outlive static destructors
 
-#if !defined(_WIN32)
-// A forked child has none of the parent's threads.
-const int forked = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);  // f(context) on so many threads; flags
+bool in_openmp = false;  // the current call's threads
+
+#if defined(_WIN32)
+OpenMP openmp() { return nullptr; }
+#else
+bool forked = false;
+// A forked child has none of the parent's threads, and GNU's OpenMP would wait for them.
+const int watched = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, forked = true; });
+
+// GNU's OpenMP, if the process has loaded one; it is never loaded here.
+OpenMP openmp() {
+  static const OpenMP found = [] {
+    void* library = dlopen("libgomp.so.1", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<OpenMP>(library ? dlsym(library, "GOMP_parallel") : nullptr);
+  }();
+  return forked ? nullptr : found;
+}
 #endif
+
+struct Team {
+  void (*f)(void*, int64_t, int64_t);
+  void* context;
+  int64_t tasks;
+  std::atomic<int64_t> next{0}, workers{0};
+};
+
+void join_team(void* p) {
+  Team& t = *static_cast<Team*>(p);
+  const int64_t worker = t.workers.fetch_add(1);
+  for (int64_t task; (task = t.next.fetch_add(1, std::memory_order_relaxed)) < t.tasks;) t.f(t.context, task, worker);
+}
 
 }  // namespace
 
-Call::Call() { pool->one_call.lock(); }
+Call::Call(int64_t rows) {
+  pool->one_call.lock();
+  in_openmp = rows > kOwnRows && openmp();
+}
 Call::~Call() { pool->one_call.unlock(); }
 
 void run_tasks(int64_t threads, int64_t tasks, void (*f)(void*, int64_t, int64_t), void* context) {
@@ -94,6 +126,11 @@ void run_tasks(int64_t threads, int64_t tasks, void (*f)(void*, int64_t, int64_t
   const int64_t helpers = (threads < tasks ? threads : tasks) - 1;
   if (helpers <= 0) {
     for (int64_t i = 0; i < tasks; i++) f(context, i, 0);
+    return;
+  }
+  if (in_openmp) {
+    Team team{f, context, tasks};
+    openmp()(join_team, &team, static_cast<unsigned>(helpers + 1), 0);
     return;
   }
   p.start(helpers);

@@ -18,10 +18,14 @@ void parallel(int64_t threads, int64_t tasks, F&& f) {
 }
 
 // One call at a time: held from a call's first phase to its last. Helpers spin between a call's phases and sleep
-// soon after it.
+// soon after it. With many rows the threads are those of the process's OpenMP, if it has one: PyTorch's operators leave
+// them spinning for milliseconds on the cores that the helpers would need. With few rows, as in decoding, they are our
+// own: calls follow each other, and nobody is waited for.
+constexpr int64_t kOwnRows = 32;
+
 class Call {
  public:
-  Call();
+  explicit Call(int64_t rows = 0);
   ~Call();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;

@@ -4,6 +4,9 @@ test_backends.py and test_extremes.py run on it too, at its best level; here are
 padding make special.
 """
 
+import multiprocessing
+import os
+
 import pytest
 import torch
 
@@ -163,3 +166,26 @@ def test_levels_by_name() -> None:
     for level in {"portable", "avx2", "avx512", "amx"} - set(native.levels()):
         with pytest.raises(native.NativeError, match="cannot run level"):
             native.Native(level)(case.x, case.ids, case.weights, case.kept, case.experts)
+
+
+def _in_a_child(case, results) -> None:  # type: ignore[no-untyped-def]
+    y = run_experts("native", case.x, case.ids, case.weights, case.kept, case.experts)
+    results.put(y.tolist())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # forking a process that has threads: that is the point
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own() -> None:
+    case, threads = make_case(200, 16, 16, 4, 2), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        y = run_experts("native", case.x, case.ids, case.weights, case.kept, case.experts)
+        context = multiprocessing.get_context("fork")
+        results = context.Queue()
+        child = context.Process(target=_in_a_child, args=(case, results))
+        child.start()
+        found = results.get(timeout=30)
+        child.join(timeout=30)
+    finally:
+        torch.set_num_threads(threads)
+    assert child.exitcode == 0 and torch.equal(torch.tensor(found), y)
