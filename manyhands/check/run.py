@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 
@@ -13,6 +12,7 @@ from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
 from manyhands.config import BalanceConfig, ModelConfig, suggest
 from manyhands.errors import ConfigError
+from manyhands.generate.mode import one_thread
 from manyhands.kernels import BACKENDS, check_name
 from manyhands.kernels.experts import GATED
 
@@ -120,18 +120,7 @@ def _runs(backend: str, dtype: str, width: int, expert_width: int, activation: s
     return backend != "grouped_mm" or all(n * bytes_each % 16 == 0 for n in (width, expert_width, up))
 
 
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """These tensors are tiny: on a busy machine, threads that wait for each other cost ten times the work."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@_one_thread()
+@one_thread()  # tiny tensors: on a busy machine, threads that wait for each other cost ten times the work
 def _do(report: CheckReport, jobs: list[Job], progress: Progress | None) -> None:
     for done, (what, backend, dtype, compare) in enumerate(jobs):
         if progress is not None:

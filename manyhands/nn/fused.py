@@ -106,6 +106,10 @@ class FusedStep:
         self._buffer(name, width)
         return self._tensors[name, width].data_ptr()
 
+    def _keep(self, tensor: Tensor) -> None:
+        """Its memory, which the parameter itself would give up for other memory in `model.to(…)`."""
+        self._held.append(tensor.detach())
+
     def _call(self, kind: int, *arguments: Structure | Array[Any] | int | None, n: tuple[int, int] = (0, 0),
               factor: float = 1.0) -> None:  # fmt: skip
         self._held.extend(arguments)
@@ -115,7 +119,7 @@ class FusedStep:
     def _norm(self, norm: nn.Module, source: str, to: str) -> None:
         if type(norm) is not RMSNorm or not _plain(norm.weight):
             raise Unfit
-        self._held.append(norm.weight)
+        self._keep(norm.weight)
         D = norm.weight.shape[0]
         self._call(NORM, norm.prepared(), self._buffer(source, D), self._buffer(to, D))
 
@@ -135,12 +139,13 @@ class FusedStep:
     def _linear(self, layer: nn.Module) -> CLinear | None:
         """A record, or plain weights."""
         if type(layer) is RecordLinear and layer.native and layer.record.device.type == "cpu":
-            self._held.append(layer.record)
+            self._keep(layer.record)
             return layer.prepared()  # type: ignore[no-any-return]
         if type(layer) is not Linear or not _plain(layer.weight) or layer.in_features % 16:
             return None
         bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-        self._held += [layer.weight, bias]
+        self._keep(layer.weight)
+        self._held.append(bias)
         return views.plain_linear(layer.weight, bias)
 
     def _add(self, D: int, factor: float, gate: CRows | None = None, to: str = "x", source: str = "y") -> None:
@@ -171,7 +176,9 @@ class FusedStep:
         norms = [attention.q_norm, attention.k_norm]
         if not all(n is None or _plain(n.weight) for n in norms):
             raise Unfit
-        self._held.extend(norms)
+        for norm in norms:
+            if norm is not None:
+                self._keep(norm.weight)
         tables = (self._cos.data_ptr(), self._sin.data_ptr(), 2 * self._cos.shape[1], self.B)
         structs = [step.NO_NORM if n is None else n.prepared() for n in norms]
         rotation = CRotation(*tables, attention.interleave, *structs, step.NORMS[a.qk_norm])
@@ -205,7 +212,8 @@ class FusedStep:
         logits, scores, weights = (t[number].data_ptr() for t in self._routed)
         ids, kept = self._ids[number], self._kept[number]
         normed, y = self._buffer("normed", D), self._buffer("y", D)
-        self._held.extend(mlp.router.state_dict(keep_vars=True).values())
+        for tensor in mlp.router.state_dict().values():
+            self._keep(tensor)
         self._call(ROUTE, mlp.router.prepared(), normed, logits, scores, ids.data_ptr(), weights)
         routing = CRouting(ids.data_ptr(), weights, kept.data_ptr(), *ids.shape)
         self._call(EXPERTS, packed, stacked, routing, normed, y)
@@ -220,7 +228,7 @@ class FusedStep:
     def _experts(self, experts: nn.Module) -> tuple[CExperts | None, CStacked | None]:
         """Records, or stacked weights."""
         if type(experts) is RecordExperts and experts.native:
-            self._held.append(experts.records)
+            self._keep(experts.records)
             return views.experts(experts.records, experts.layout), None
         if type(experts) is Experts and experts.implementation in ("auto", "native"):
             weights = experts.weights()
