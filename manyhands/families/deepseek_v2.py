@@ -36,6 +36,7 @@ def latent_attention_fields(config: ModelConfig) -> Json:
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(q_lora_rank=1536, n_shared_experts=2)
     f.activation()
     f.only("scoring_func", "softmax")
     f.only("mlp_bias", False)

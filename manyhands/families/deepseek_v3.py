@@ -57,6 +57,8 @@ def biased_sigmoid_fields(config: ModelConfig) -> Json:
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(q_lora_rank=1536, n_shared_experts=1, first_k_dense_replace=3, num_key_value_heads=128)
+    f.absent(n_group=8, topk_group=4, routed_scaling_factor=2.5)
     f.activation()
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")

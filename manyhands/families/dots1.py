@@ -11,6 +11,7 @@ from manyhands.families.fields import Fields, decoder_fields, head_fields, windo
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=32, sliding_window=4096, max_window_layers=62)
     f.activation()
     f.only("scoring_func", "noaux_tc", "sigmoid")
     f.only("topk_method", "noaux_tc")

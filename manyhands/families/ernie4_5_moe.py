@@ -15,6 +15,7 @@ _LAYOUT = Layout(LLAMA_EXPERTS, {"mlp.router.weight": "mlp.gate.weight", "mlp.ro
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=4, moe_num_shared_experts=2)
     f.activation()
     f.only("use_bias", False)
     f.only("use_rmsnorm", True)

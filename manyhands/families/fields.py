@@ -64,6 +64,10 @@ class Fields:
             return default
         return value
 
+    def absent(self, **defaults: Any) -> None:
+        """What the family's reference takes a field to be that is not there (null is there)."""
+        self.values = {**defaults, **self.values}
+
     def integer(self, name: str, default: Any = MISSING) -> Any:
         """A whole number."""
         value = self.take(name, default)
@@ -114,14 +118,17 @@ class Fields:
         """SwiGLU, as nearly everybody writes it."""
         self.only(name, "silu", "swish", "swiglu")
 
-    def rope(self, default_theta: float = 10_000.0, **fixed: Any) -> RopeConfig:
-        """The rotation, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`."""
+    def rope(self, default_theta: float = 10_000.0, *, partial: bool = False, **fixed: Any) -> RopeConfig:
+        """The rotation, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`.
+
+        `partial`: the family's reference can rotate a part of each head; elsewhere asking for that is refused.
+        """
         given = [name for name in ("rope_parameters", "rope_scaling") if self.section(name) and self.values[name]]
         if len(given) == 2 and self.values["rope_parameters"] != self.values["rope_scaling"]:
             raise self.wrong("rope_scaling", "rope_parameters stands beside it and says something else")
         scaling = self.section(given[0]) if given else None
         theta = self.number("rope_theta", None)
-        partial = self.number("partial_rotary_factor", None)
+        share, said = self.number("partial_rotary_factor", None), self
         values: dict[str, Any] = {}
         if scaling is not None:
             rope_type = scaling.take("rope_type", None) or scaling.take("type", "default")
@@ -131,11 +138,13 @@ class Fields:
             values["rope_type"] = rope_type
             own_theta, own_partial = scaling.number("rope_theta", None), scaling.number("partial_rotary_factor", None)
             theta = own_theta if own_theta is not None else theta
-            partial = own_partial if own_partial is not None else partial
+            share, said = (share, said) if own_partial is None else (own_partial, scaling)
             values |= _scaling(scaling, rope_type, self.integer("max_position_embeddings"))
         values["rope_theta"] = default_theta if theta is None else theta
-        if partial is not None:
-            values.setdefault("partial_rotary_factor", partial)
+        if share not in (None, 1.0) and not partial:
+            raise said.wrong("partial_rotary_factor", "this family rotates the whole head")
+        if share is not None:
+            values["partial_rotary_factor"] = share
         return parse(RopeConfig, values | fixed, f"{self.where}: rope")
 
     def ignore(self, *names: str) -> None:
@@ -209,6 +218,8 @@ def windows(f: Fields, *, flag: bool = True, late: bool = True) -> dict[str, Any
         raise f.wrong("use_sliding_window", "which layers have the window differs between versions: give layer_types")
     elif used:
         types = ["sliding_attention" if i >= first else "full_attention" for i in range(min(max(layers, 0), 4096))]
+    if flag and not used and types is not None and "sliding_attention" in types:
+        raise f.wrong("use_sliding_window", "layer_types names layers with a window, so it must be true", False)
     if types is None or all(kind == "full_attention" for kind in types):
         return {}
     return {"sliding_window": window, "layer_types": types}
@@ -245,20 +256,31 @@ _SCALING = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 
+_REQUIRED = {
+    "default": (),
+    "linear": ("factor",),
+    "yarn": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+
 
 def _scaling(scaling: Fields, rope_type: str, max_positions: int) -> dict[str, Any]:
     values = {name: scaling.number(name, None) for name in _SCALING[rope_type]}
     if rope_type in ("yarn", "llama3"):
+        original = scaling.values.get("original_max_position_embeddings")
+        if isinstance(original, float) and original.is_integer():  # some files have 4096.0
+            scaling.values["original_max_position_embeddings"] = int(original)
         original = scaling.integer("original_max_position_embeddings", None)
         values["original_max_position_embeddings"] = original or max_positions
     else:
         scaling.ignore("original_max_position_embeddings")
     if rope_type == "yarn":
         values["truncate"] = scaling.flag("truncate", True)
-        if values["factor"] is None:  # what transformers takes it to be
+        if values["factor"] is None and "factor" in scaling.values:  # null: what transformers takes it to be
             values["factor"] = max_positions / values["original_max_position_embeddings"]
-    elif rope_type != "default" and values["factor"] is None:
-        raise scaling.wrong("factor", "is missing", None)
+    for name in _REQUIRED[rope_type]:
+        if values[name] is None:
+            raise ConfigError(f"{scaling.where}: {name!r} is missing")
     scaling.ignore("max_position_embeddings")  # transformers writes a copy into older files
     scaling.close()
     return {name: value for name, value in values.items() if value is not None}

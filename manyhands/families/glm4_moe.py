@@ -11,12 +11,12 @@ from manyhands.families.fields import Fields, decoder_fields, head_fields, writt
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=8, n_shared_experts=1, first_k_dense_replace=1, partial_rotary_factor=0.5)
     f.activation()
     f.only("scoring_func", "sigmoid")
     f.only("topk_method", "noaux_tc")
     for name in MTP_FIELDS:
         f.integer(name, 0)
-    f.values.setdefault("partial_rotary_factor", 0.5)
     values = decoder_fields(f, eps=1e-5) | {
         "intermediate_size": f.integer("intermediate_size"),
         "attention": head_fields(
@@ -24,7 +24,7 @@ def read(f: Fields) -> ModelConfig:
             qk_norm="head" if f.flag("use_qk_norm", False) else "none",
             attention_bias=f.flag("attention_bias", False),
         ),
-        "rope": f.rope(),
+        "rope": f.rope(partial=True),
         "moe": biased_sigmoid(f, renormalised=True),
     }
     f.close()

@@ -10,8 +10,17 @@ from manyhands.config import ModelConfig, parse
 from manyhands.families.base import Family, Json, Layout, Piece, pooled_over_experts
 from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_top1, written
 
+YARN: Json = {
+    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False,
+    "original_max_position_embeddings": 4096,
+}  # fmt: skip
+"""The rotation where the file has none."""
+
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=8, head_dim=64, sliding_window=128)
+    if f.values.get("rope_parameters") is None and not f.values.get("rope_scaling"):
+        f.values["rope_parameters"] = YARN
     f.activation()
     f.only("swiglu_limit", 7.0)
     f.only("swiglu_alpha", 1.702)

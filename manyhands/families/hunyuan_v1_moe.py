@@ -78,14 +78,16 @@ def _fixed_alpha(f: Fields, head_dim: int) -> None:
     """`dynamic` with an `alpha` is a larger base once and for all: θ·α^(d/(d−2))."""
     for name in ("rope_parameters", "rope_scaling"):
         scaling = f.section(name)
-        kind = None if scaling is None else scaling.take("rope_type", None) or scaling.take("type", None)
-        if scaling is None or kind != "dynamic":
+        if scaling is None:
+            continue
+        kind = scaling.take("rope_type", None) or scaling.take("type", None)
+        if kind != "dynamic":
             continue
         alpha = scaling.number("alpha", 0.0)
         theta = scaling.number("rope_theta", None) or f.number("rope_theta", 10_000.0)
         if not alpha or head_dim <= 2:
             raise scaling.wrong("alpha", "'dynamic' is supported with an alpha only")
-        scaling.ignore("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # not used beside an alpha
+        scaling.ignore("type", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")  # unused
         scaling.close()
         f.values[name] = None
         f.values["rope_theta"] = theta * alpha ** (head_dim / (head_dim - 2))

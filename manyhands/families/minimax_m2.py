@@ -10,6 +10,7 @@ from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=8, head_dim=128)
     f.activation()
     f.only("scoring_func", "sigmoid")
     f.only("use_routing_bias", True)
@@ -34,11 +35,12 @@ def read(f: Fields) -> ModelConfig:
     rotated = f.integer("rotary_dim", None)
     if rotated is not None and not 0 < rotated <= attention["head_dim"]:
         raise f.wrong("rotary_dim", "at most head_dim")
-    partial = {} if rotated is None else {"partial_rotary_factor": rotated / attention["head_dim"]}
+    if rotated is not None:
+        f.absent(partial_rotary_factor=rotated / attention["head_dim"])
     values = decoder_fields(f) | {
         "intermediate_size": width,
         "attention": attention,
-        "rope": f.rope(5e6, **partial),
+        "rope": f.rope(5e6, partial=True),
         "moe": {"router": router, "moe_intermediate_size": width},
     }
     f.close()

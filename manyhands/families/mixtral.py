@@ -9,6 +9,7 @@ from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=8)
     f.activation()
     k, width = f.integer("num_experts_per_tok"), f.integer("intermediate_size")
     router = {"num_experts": f.integer("num_local_experts"), "num_experts_per_tok": k, "norm_top1": norm_top1(k)}

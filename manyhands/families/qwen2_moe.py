@@ -9,6 +9,7 @@ from manyhands.families.fields import Fields, decoder_fields, dense_layers, head
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=16, sliding_window=4096, max_window_layers=28)
     f.activation()
     k, norm = f.integer("num_experts_per_tok"), f.flag("norm_topk_prob", False)
     moe = {

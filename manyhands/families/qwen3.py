@@ -9,6 +9,7 @@ from manyhands.families.fields import Fields, decoder_fields, head_fields, windo
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=32, head_dim=128, sliding_window=4096, max_window_layers=28)
     f.activation()
     bias = f.flag("attention_bias", False)
     values = decoder_fields(f) | {

@@ -9,6 +9,7 @@ from manyhands.families.fields import Fields, decoder_fields, dense_layers, head
 
 
 def read(f: Fields) -> ModelConfig:
+    f.absent(num_key_value_heads=4, sliding_window=4096)
     f.activation()
     f.ignore("max_window_layers")  # every layer has the window, if there is one
     f.only("use_qk_norm", True)  # these three stand in Qwen3-Coder's files
@@ -18,7 +19,7 @@ def read(f: Fields) -> ModelConfig:
     window = f.integer("sliding_window", None)
     moe = {
         "router": {
-            "num_experts": f.integer("num_experts" if "num_experts" in f.values else "num_local_experts"),
+            "num_experts": f.integer("num_local_experts" if "num_local_experts" in f.values else "num_experts"),
             "num_experts_per_tok": k,
             "norm_topk_prob": norm,
             "norm_top1": norm_top1(k, norm),
