@@ -98,6 +98,9 @@ struct mh_router {  // weight [experts][width] float32; biases [experts] float32
 
 MH_API int64_t mh_abi(void);
 MH_API const char* mh_error(void);
+// What a look for neighbours makes of so many nanoseconds of waiting for a core and running on one (native/openmp.cpp):
+// whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.
+MH_API int64_t mh_neighbours(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
 // Experts are packed or stacked: one of the two is null.
 MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* y, float* hidden,

@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "openmp.h"
+
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -7,7 +9,6 @@
 #include <thread>
 
 #if !defined(_WIN32)
-#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -80,24 +81,10 @@ struct Pool {
 
 Pool* pool = new Pool;  // never destroyed: helpers may outlive static destructors
 
-using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);  // f(context) on so many threads; flags
 bool in_openmp = false;  // the current call's threads
 
-#if defined(_WIN32)
-OpenMP openmp() { return nullptr; }
-#else
-bool forked = false;
-// A forked child has none of the parent's threads, and GNU's OpenMP would wait for them.
-const int watched = pthread_atfork(nullptr, nullptr, [] { pool = new Pool, forked = true; });
-
-// GNU's OpenMP, if the process has loaded one; it is never loaded here.
-OpenMP openmp() {
-  static const OpenMP found = [] {
-    void* library = dlopen("libgomp.so.1", RTLD_NOLOAD | RTLD_LAZY);
-    return reinterpret_cast<OpenMP>(library ? dlsym(library, "GOMP_parallel") : nullptr);
-  }();
-  return forked ? nullptr : found;
-}
+#if !defined(_WIN32)
+const int watched = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a child has none of our threads
 #endif
 
 struct Team {
@@ -117,6 +104,7 @@ void join_team(void* p) {
 
 Call::Call(int64_t rows) {
   pool->one_call.lock();
+  look_for_neighbours();
   in_openmp = rows > kOwnRows && openmp();
 }
 Call::~Call() { pool->one_call.unlock(); }

@@ -1,0 +1,126 @@
+// A thread of GNU's OpenMP that waits at a barrier spins for milliseconds. Alone that is the fastest; beside a process
+// that needs the cores it holds the very core that the thread it waits for has been taken off, and a training step
+// takes several times as long. The library spins for an instant only while it manages more threads than there are
+// processors (libgomp's do_spin). So as long as the calling thread is kept waiting for a core, we keep a crowd: a team
+// that does nothing and sleeps. No arithmetic changes: results are the same bits, whoever else is there.
+#include "openmp.h"
+
+#include "manyhands.h"
+
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if !defined(_WIN32)
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <stdio.h>
+#include <unistd.h>
+#endif
+
+namespace mh {
+namespace {
+
+constexpr auto kEvery = std::chrono::milliseconds(100);
+constexpr int64_t kLeast = 10'000'000;  // ns of work and waiting: less says nothing
+constexpr int kCalm = 5;                // looks without waiting until the crowd goes
+
+struct Crowd {
+  std::mutex mutex;
+  std::condition_variable changed;
+  uint64_t now = 0;
+  bool here = false;
+
+  void come() {
+    std::lock_guard<std::mutex> lock(mutex);
+    here = true;
+    std::thread([this, mine = ++now] {
+      openmp()([](void*) {}, nullptr, std::thread::hardware_concurrency() + 1, 0);
+      std::unique_lock<std::mutex> lock(mutex);
+      changed.wait(lock, [&] { return now != mine; });  // the library lets the team go when this thread ends
+    }).detach();
+  }
+
+  void leave() {
+    std::lock_guard<std::mutex> lock(mutex);
+    here = false;
+    now++;
+    changed.notify_all();
+  }
+};
+
+struct Look {
+  Crowd* crowd = new Crowd;  // never destroyed: its thread may outlive static destructors
+  int calm = 0;
+
+  // `waited` and `ran`: nanoseconds since the last look that the thread wanted a core and had one.
+  bool judge(int64_t waited, int64_t ran) {
+    const int64_t all = waited + ran;
+    if (all < kLeast || !openmp()) return crowd->here;
+    calm = waited * 100 > all ? 0 : calm + 1;
+    try {
+      if (!crowd->here && waited * 20 > all) crowd->come();
+      if (crowd->here && calm >= kCalm) crowd->leave();
+    } catch (const std::system_error&) {  // no thread to be had: it stays as slow as it was
+      crowd->leave();
+    }
+    return crowd->here;
+  }
+};
+
+Look* look = new Look;
+
+#if defined(_WIN32)
+bool seen(int64_t*, int64_t*) { return false; }
+#else
+bool forked = false;
+const int watched = pthread_atfork(nullptr, nullptr, [] { look = new Look, forked = true; });
+
+// What the kernel counts for this thread: nanoseconds on a core and waiting for one.
+bool seen(int64_t* ran, int64_t* waited) {
+  const int file = open("/proc/thread-self/schedstat", O_RDONLY | O_CLOEXEC);
+  if (file < 0) return false;
+  char text[96];
+  const ssize_t size = read(file, text, sizeof text - 1);
+  close(file);
+  if (size <= 0) return false;
+  text[size] = 0;
+  long long on, off;
+  if (sscanf(text, "%lld %lld", &on, &off) != 2) return false;
+  *ran = on, *waited = off;
+  return true;
+}
+#endif
+
+}  // namespace
+
+#if defined(_WIN32)
+OpenMP openmp() { return nullptr; }
+#else
+// A forked child has none of the parent's threads, and the library would wait for them.
+OpenMP openmp() {
+  static const OpenMP found = [] {
+    void* library = dlopen("libgomp.so.1", RTLD_NOLOAD | RTLD_LAZY);
+    return reinterpret_cast<OpenMP>(library ? dlsym(library, "GOMP_parallel") : nullptr);
+  }();
+  return forked ? nullptr : found;
+}
+#endif
+
+void look_for_neighbours() {
+  static thread_local std::chrono::steady_clock::time_point last{};
+  static thread_local int64_t ran = 0, waited = 0;
+  const auto now = std::chrono::steady_clock::now();
+  if (now - last < kEvery) return;
+  const bool first = last.time_since_epoch().count() == 0;
+  last = now;
+  const int64_t ran_before = ran, waited_before = waited;
+  if (seen(&ran, &waited) && !first) look->judge(waited - waited_before, ran - ran_before);
+}
+
+}  // namespace mh
+
+int64_t mh_neighbours(int64_t waited, int64_t ran) { return mh::look->judge(waited, ran); }
