@@ -16,17 +16,17 @@ from torch import Tensor
 from manyhands import __version__
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building
-from manyhands.checkpoint.model import TOKENIZER, find, load_model
+from manyhands.checkpoint.model import find, load_model
 from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.receipt import RECEIPT, describe, hash_files, hash_source, tensor_sha256
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import CONFIG, Source, open_source
 from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
-from manyhands.text import Tokenizer
 
 SAMPLE_TOKENS = 48
 Progress = Callable[[str, int, int], None]
@@ -46,8 +46,7 @@ class Conversion:
         self.source, self.family, config = source, family, source.config
         embedding = source.logical[source.pieces["embed_tokens.weight"][0].theirs].header
         self.dtype = DTYPES[embedding.dtype] if dtype is None else dtype
-        tokenizer = source.directory / TOKENIZER
-        self.tokenizer = Tokenizer.from_directory(source.directory) if tokenizer.is_file() else None
+        self.tokenizer, self.unread = tokenizer_of(source.directory)
         self.config = target_config(family, config, self.dtype, source, self.tokenizer)
         self.headers = target_headers(family, config, dtype_rule(family, self.dtype, source))
         self.pieces = target_pieces(family, config)
@@ -141,14 +140,15 @@ def convert(
             return tensor
 
         write_shards(partial, plan.headers, value, max_shard_size)
-        if plan.tokenizer is not None:
-            plan.tokenizer.save_directory(partial)
+        beside = write_beside(partial, plan.tokenizer, source.directory, source.values, plan.unread)
         receipt = {
             "manyhands": __version__,
             "source": {"model_type": source.family.model_type, "files": hash_source(source)},
             "target": {"model_type": family.model_type, "files": hash_files(partial, partial.iterdir())},
             "source_tensors": _fates(plan, written),
             "target_tensors": written,
+            "beside": {"copied": beside.copied, "left": beside.left},
+            "notes": beside.line,
             "agreement": _agreement(plan, partial) if agreement else None,
         }
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")

@@ -6,7 +6,16 @@ from pathlib import Path
 from manyhands.errors import CheckpointError
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
-_FILES = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model"]
+_FILES = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "*.tiktoken",
+    "tiktoken.model",
+    "LICENSE",
+    "NOTICE",
+]
 """Descriptions, weights, templates: no code and no pickle is ever fetched."""
 
 

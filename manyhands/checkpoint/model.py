@@ -23,6 +23,7 @@ from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_pa
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.checkpoint.save import write_directory
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE
+from manyhands.checkpoint.sidecars import write_beside
 from manyhands.checkpoint.source import CONFIG, Source, open_source
 from manyhands.checkpoint.tensor_files import INDEX
 from manyhands.config import ModelConfig
@@ -34,8 +35,7 @@ from manyhands.moe import Router
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
-
-TOKENIZER = "tokenizer.json"
+from manyhands.text.tokenizer_files import TIKTOKEN, TOKENIZER, has_tokenizer, instead
 
 
 class Model(Decoder):
@@ -95,12 +95,13 @@ def load(
     without a tokenizer can be had through `load_model`.
     """
     directory = find(path)
-    if not (directory / TOKENIZER).exists():
+    if not has_tokenizer(directory):
         raise CheckpointError(
-            f"{directory}: there is no {TOKENIZER}; manyhands.checkpoint.model.load_model loads the model without it"
+            f"{directory}: there is no {TOKENIZER}{instead(directory)}; "
+            "manyhands.checkpoint.model.load_model loads the model without it"
         )
-    tokenizer = Tokenizer.from_directory(directory)
     source = open_source(directory)
+    tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
@@ -166,9 +167,9 @@ def save(
                 origin.packed,
                 lambda name: state[name].dtype,
                 lambda name: state[name].cpu(),
-                tokenizer=tokenizer,
                 max_shard_size=max_shard_size,
             )
+            write_beside(partial, tokenizer, origin.directory, origin.values)
         return
     chosen = nearest(model.config) if family is None else family_named(family, "family")
     with building(path) as partial:
@@ -275,6 +276,6 @@ def _check_listed(source: Source) -> None:
             raise CheckpointError(f"{directory}: no {MANIFEST}; an incomplete checkpoint")
         return
     names = {CONFIG, *(stored.file for stored in source.files.stored.values())}
-    names |= {name for name in (INDEX, TOKENIZER) if (directory / name).exists()}
+    names |= {name for name in (INDEX, TOKENIZER, TIKTOKEN) if (directory / name).exists()}
     if missing := names - read_manifest(directory).files.keys():
         raise CheckpointError(f"{directory}: its manifest does not list {min(missing)!r}, which nobody verified")

@@ -33,7 +33,6 @@ from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.packed import unpack_bias
 from manyhands.quant.panels import decode
 from manyhands.quant.record import PAGE
-from manyhands.text import Tokenizer
 
 CONFIG = "config.json"
 
@@ -209,7 +208,6 @@ def write_packed(
     dtype_of: Callable[[str], torch.dtype],
     value: Callable[[str], Tensor],
     *,
-    tokenizer: Tokenizer | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:
     """Fill an existing directory; use it inside `building`. `value` is asked for every record in the order of the
@@ -218,8 +216,6 @@ def write_packed(
     fields: dict[str, Any] = {**MANYHANDS.write(config), "model_type": "manyhands", "packed": packed.model_dump()}
     (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
     write_shards(directory, headers, value, max_shard_size, align=PAGE)
-    if tokenizer is not None:
-        tokenizer.save_directory(directory)
 
 
 def packed_headers(

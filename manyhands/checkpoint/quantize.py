@@ -21,11 +21,11 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.calibrate import Seen, mean_square, watching
 from manyhands.checkpoint.files import building
-from manyhands.checkpoint.model import TOKENIZER
 from manyhands.checkpoint.packed import Record, hold_records, records_of, write_packed
 from manyhands.checkpoint.quantize_receipt import Figures, Sample, receipt_of
 from manyhands.checkpoint.receipt import RECEIPT, hash_files
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE
+from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config import PackedConfig
@@ -39,7 +39,6 @@ from manyhands.nn.cross_entropy import cross_entropy
 from manyhands.nn.decoder import Block, find_positions
 from manyhands.nn.norm import RMSNorm
 from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
-from manyhands.text import Tokenizer
 
 CPU = torch.device("cpu")
 Progress = Callable[[str, int, int], None]
@@ -68,7 +67,7 @@ def quantize(
         raise UserError(f"{source.directory} is packed already; rounding twice costs more: start from the original")
     if source.config.moe is None:
         packed = packed.model_copy(update={"experts": None})
-    tokenizer = Tokenizer.from_directory(source.directory) if (source.directory / TOKENIZER).is_file() else None
+    tokenizer, unread = tokenizer_of(source.directory)
     work = Quantizer(source, packed, random_ids(source) if sample is None else sample, progress)
     with building(target_path) as partial:
         write_packed(
@@ -77,16 +76,18 @@ def quantize(
             packed,
             work.dtype_of,
             work.value,
-            tokenizer=tokenizer,
             max_shard_size=max_shard_size,
         )
         work.finish()
+        beside = write_beside(partial, tokenizer, source.directory, source.values, unread)
         receipt = receipt_of(source, work.records, work.figures, work.sample, work.dtype_of) | {
             "target": {
                 "model_type": "manyhands",
                 "packed": packed.model_dump(),
                 "files": hash_files(partial, partial.iterdir()),
-            }
+            },
+            "beside": {"copied": beside.copied, "left": beside.left},
+            "notes": beside.line,
         }
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt

@@ -11,6 +11,7 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import their_tensor
 from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.sidecars import token_ids, write_beside
 from manyhands.checkpoint.source import CONFIG, Source, header_of
 from manyhands.checkpoint.tensor_files import DTYPES, NAMES
 from manyhands.config import ModelConfig
@@ -78,8 +79,8 @@ def target_config(
         return fields
     name = str(dtype).removeprefix("torch.")
     if origin is None or origin.family.model_type == "manyhands":
-        eos = None if tokenizer is None else tokenizer.eos_token_id
-        return {**fields, "bos_token_id": None, "eos_token_id": eos, "pad_token_id": None, "dtype": name}
+        ids: Json = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        return {**fields, **ids, **token_ids(tokenizer, {}), "dtype": name}
     carried = {
         key: value
         for key, value in text_fields(origin.family, origin.values).items()
@@ -132,5 +133,6 @@ def write_directory(
 
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_shards(directory, headers, value, max_shard_size)
-    if tokenizer is not None:
-        tokenizer.save_directory(directory)
+    write_beside(
+        directory, tokenizer, None if origin is None else origin.directory, None if origin is None else origin.values
+    )

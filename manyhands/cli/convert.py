@@ -67,4 +67,6 @@ def convert(
             f"{found['largest_logit_difference']:.2g} at most (their spread is {found['logits_std']:.2g})"
             + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
         )
+    if receipt["notes"]:
+        print(receipt["notes"])
     print(f"what became of every tensor: {target / RECEIPT}")

@@ -89,15 +89,17 @@ def _sample(
     source: "Source", documents: "list[Document] | None", names: list[str], max_batches: int | None
 ) -> "Sample | None":
     """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
-    from manyhands.checkpoint.model import TOKENIZER
     from manyhands.checkpoint.quantize_receipt import Sample
-    from manyhands.text import Tokenizer, read_documents
+    from manyhands.checkpoint.sidecars import tokenizer_of
+    from manyhands.text import read_documents
+    from manyhands.text.tokenizer_files import TOKENIZER, instead
 
-    if not (source.directory / TOKENIZER).is_file():
+    tokenizer, unread = tokenizer_of(source.directory)
+    if tokenizer is None:
         if documents is not None:
-            raise DataError(f"{source.directory}: there is no {TOKENIZER}, and --data is text")
+            why = unread or f"there is no {TOKENIZER}{instead(source.directory)}"
+            raise DataError(f"{source.directory}: {why}; and --data is text")
         return None
-    tokenizer = Tokenizer.from_directory(source.directory)
     calibrate = documents is not None
     if documents is None:
         try:
@@ -149,6 +151,8 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
         for layer, few in calibration["weighed_by_all_tokens"].items():
             shown = ", ".join(map(str, few[:12])) + (", …" if len(few) > 12 else "")
             print(f"  layer {layer}: experts {shown} saw fewer than {calibration['fewer_than']}; weighed by all tokens")
+    if receipt["notes"]:
+        print(receipt["notes"])
     found = receipt["routing_agreement"]
     if found["overall"] is not None:
         worst = min(found["layers"], key=found["layers"].get)

@@ -65,7 +65,8 @@ class Tokenizer:
         """V: one more than the largest id, so that an embedding of V rows covers every id."""
         self.bos_token: str | None = files.named_tokens.get("bos_token")
         self.eos_token: str | None = files.named_tokens.get("eos_token")
-        """As the files name them; a chat model's `eos_token` often ends a turn, not a document."""
+        """As the files name them. A chat model's `eos_token` often ends a turn, and is another token than the one of
+        `eos_token_id`, which ends a document; both are in `eos_token_ids`."""
         self.chat_template: str | None = files.chat_template
         usual = [name for name in _END_NAMES if name in special] or [name for name in _END_NAMES if name in vocabulary]
         end = next(iter([*usual, *([self.eos_token] if self.eos_token in vocabulary else [])]), None)
@@ -73,7 +74,8 @@ class Tokenizer:
         """Ends a document; None if the vocabulary has no token with a usual name for it, and no file names one."""
         ends = {self.eos_token_id, vocabulary.get(self.eos_token or "")}
         self.eos_token_ids: frozenset[int] = files.end_ids | {token_id for token_id in ends if token_id is not None}
-        """Each of them ends an answer: the document's end, `eos_token`, and those in generation_config.json."""
+        """Each of them ends an answer: the document's end, `eos_token`, and those in generation_config.json, or in
+        config.json where that has none."""
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
@@ -120,6 +122,8 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> Self:
         """Read `tokenizer.json` and what lies beside it (`tokenizer_files.py`): chat template, special tokens.
 
+        Kimi's `tiktoken.model` is read where there is no `tokenizer.json`.
+
         Raises `CheckpointError` naming the file and the field that is missing or wrong.
         """
         files = read_tokenizer_files(path)
@@ -133,19 +137,20 @@ class Tokenizer:
     def save_directory(self, path: str | Path) -> None:
         """Write the files that `from_directory`, and transformers' `AutoTokenizer`, read this tokenizer from.
 
-        Byte for byte the files it was read from, if it came from a directory. Each file is written atomically; a
+        Byte for byte the files it was read from, if it came from a directory, and a `tokenizer_config.json` that names
+        the end of text where there was none. Each file is written atomically; a
         directory that must be complete or absent is the caller's. Raises `StorageError` if the disk refuses.
         """
-        content = dict(self.files.content)
+        content, named = dict(self.files.content), dict(self.files.named_tokens)
+        if self.eos_token_id is not None:
+            named.setdefault("eos_token", self.inner.id_to_token(self.eos_token_id))
         if not content:
-            named = dict(self.files.named_tokens)
-            if self.eos_token_id is not None:
-                named.setdefault("eos_token", self.inner.id_to_token(self.eos_token_id))
-            described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
-            content[CONFIG] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
             content[TOKENIZER] = self.inner.to_str(pretty=True).encode()
             if self.chat_template is not None:
                 content[TEMPLATE] = self.chat_template.encode()
+        if CONFIG not in content:
+            described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
+            content[CONFIG] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
         for name, data in content.items():
             write_atomic(Path(path) / name, data)
 

@@ -5,6 +5,8 @@
     special_tokens_map.json   the named tokens again, where tokenizer_config.json leaves one out
     chat_template.jinja       the chat template; wins over the one in tokenizer_config.json
     generation_config.json    `eos_token_id`: a number or several, each of which ends an answer
+    config.json               `eos_token_id` again (in `text_config` too), where generation_config.json has none
+    tiktoken.model            Kimi's tokenizer where there is no tokenizer.json: made into one (`tiktoken_model.py`)
 
 They come from anywhere: sizes are bounded, and whatever is not as it should be is one line with the file and the field.
 """
@@ -17,14 +19,17 @@ from typing import Any
 
 from manyhands.errors import CheckpointError
 from manyhands.files import within
+from manyhands.text.tiktoken_model import is_kimi, tokenizer_json
 
 TOKENIZER = "tokenizer.json"
 CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
+MODEL = "config.json"
+TIKTOKEN = "tiktoken.model"
 _MB = 1 << 20
-_LARGEST = {
+LARGEST = {
     TOKENIZER: 256 * _MB,
     CONFIG: 32 * _MB,
     MAP: 4 * _MB,
@@ -32,10 +37,11 @@ _LARGEST = {
     GENERATION: _MB,
     "added_tokens.json": 32 * _MB,
     "merges.txt": 64 * _MB,
+    TIKTOKEN: 64 * _MB,
     "tokenizer.model": 64 * _MB,
     "vocab.json": 64 * _MB,
 }
-"""What is read and written along, and the bytes each may have. The last four say the same for other programs."""
+"""What is read and written along, and the bytes each may have. The last five say the same for other programs."""
 _ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -49,18 +55,20 @@ class TokenizerFiles:
     """`bos_token`, `eos_token`, … that are set. Templates see them under these names."""
     chat_template: str | None = None
     end_ids: frozenset[int] = frozenset()
-    """`eos_token_id` of generation_config.json."""
+    """`eos_token_id` of generation_config.json, or of config.json."""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    """generation_config.json."""
 
 
 def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
     """Read what lies in `directory`. Raises `CheckpointError` naming the file and the field."""
     directory = Path(directory)
     content = {}
-    for name, largest in _LARGEST.items():
-        if (data := _read(directory / name, largest)) is not None:
+    for name, largest in LARGEST.items():
+        if (data := read_small(directory / name, largest)) is not None:
             content[name] = data
-    if TOKENIZER not in content:
-        raise CheckpointError(f"{directory / TOKENIZER}: cannot be read: there is no such file")
+    if TOKENIZER not in content and TIKTOKEN not in content:
+        raise CheckpointError(f"{directory / TOKENIZER}: cannot be read: there is no such file{instead(directory)}")
     config, others = (_object(directory / name, content.get(name)) for name in (CONFIG, MAP))
     tokens = {
         **{role: text for role in _ROLES if (text := _token(directory / MAP, others, role)) is not None},
@@ -71,10 +79,51 @@ def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
     else:
         template = _template(directory / CONFIG, config.get("chat_template"))
     generation = _object(directory / GENERATION, content.get(GENERATION))
-    return TokenizerFiles(content, tokens, template, _ids(directory / GENERATION, generation.get("eos_token_id")))
+    model = _object(directory / MODEL, read_small(directory / MODEL, _MB))
+    if TOKENIZER not in content:
+        if not is_kimi(config, model):
+            raise CheckpointError(
+                f"{directory / TIKTOKEN}: how it splits text stands in its publisher's code, which is known for Kimi "
+                f"only; put a {TOKENIZER} beside it"
+            )
+        content[TOKENIZER] = tokenizer_json(directory / TIKTOKEN, content[TIKTOKEN], config)
+    ends = _ids(directory / GENERATION, generation.get("eos_token_id")) or _model_ids(directory / MODEL, model)
+    return TokenizerFiles(content, tokens, template, ends, generation)
 
 
-def _read(path: Path, largest: int) -> bytes | None:
+def has_tokenizer(directory: str | Path) -> bool:
+    """Whether `read_tokenizer_files` finds a tokenizer in `directory`, damaged or not."""
+    directory = Path(directory)
+    if (directory / TOKENIZER).is_file():
+        return True
+    if not (directory / TIKTOKEN).is_file():
+        return False
+    config = _object(directory / CONFIG, read_small(directory / CONFIG, LARGEST[CONFIG]))
+    return is_kimi(config, _object(directory / MODEL, read_small(directory / MODEL, _MB)))
+
+
+def instead(directory: Path) -> str:
+    """What lies there in the place of tokenizer.json, and what to do about it; "" if nothing does."""
+    names = ("tokenizer.model", TIKTOKEN)
+    others = sorted(p.name for p in directory.glob("*") if p.name in names or p.suffix == ".tiktoken")
+    if not others:
+        return ""
+    return (
+        f"; {others[0][:60]} is not read: transformers makes a {TOKENIZER} of it "
+        "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"
+    )
+
+
+def _model_ids(path: Path, model: dict[str, Any]) -> frozenset[int]:
+    """`eos_token_id` of config.json, outside or of the language model inside it."""
+    inner = model.get("text_config")
+    value = model.get("eos_token_id")
+    if value is None and isinstance(inner, dict):
+        value = inner.get("eos_token_id")
+    return _ids(path, None if value == -1 and type(value) is int else value)  # -1: none, in some old files
+
+
+def read_small(path: Path, largest: int) -> bytes | None:
     """None for a file that is not there. A device or a pipe, which might never end, is not a file."""
     try:
         if not path.is_file():
