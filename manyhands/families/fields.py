@@ -39,6 +39,15 @@ TRAINING_ONLY = frozenset(
 )  # fmt: skip
 """Dropouts, losses and noise of training: the reference does not use them in evaluation, nor does the loss here."""
 
+_NOTES = ("_", "unsloth_", "neftune_")
+_TOKENS = ("_token", "_token_id", "_token_ids")
+
+
+def is_harmless(name: Any) -> bool:
+    """Whether a field no family reads changes nothing: a known one, a private note, a fine-tuner's, a token's name."""
+    return name in HARMLESS | TRAINING_ONLY or str(name).startswith(_NOTES) or str(name).endswith(_TOKENS)
+
+
 MISSING: Any = object()
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
@@ -153,7 +162,7 @@ class Fields:
 
     def close(self) -> None:
         """Refuse what is left."""
-        left = sorted(set(self.values) - self._taken - HARMLESS - TRAINING_ONLY)
+        left = sorted(name for name in set(self.values) - self._taken if not is_harmless(name))
         left = [name for name in left if self.values[name] is not None]
         if left:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
@@ -240,6 +249,7 @@ def written(config: ModelConfig, *, head_dim: bool = True) -> dict[str, Any]:
         "initializer_range": config.initializer_range,
         "tie_word_embeddings": config.tie_word_embeddings,
         "rope_parameters": rope_fields(config.rope),
+        "rope_theta": config.rope.rope_theta,  # again, where llama.cpp and mlx-lm look for it
     }
     return fields | {"head_dim": a.head_dim} if head_dim else fields
 

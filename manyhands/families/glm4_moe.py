@@ -36,6 +36,7 @@ def write(config: ModelConfig) -> Json:
     fields = written(config)
     fields["rope_parameters"]["partial_rotary_factor"] = config.rope.partial_rotary_factor
     return fields | {
+        "partial_rotary_factor": config.rope.partial_rotary_factor,  # again, for llama.cpp and mlx-lm
         "intermediate_size": config.intermediate_size,
         "attention_bias": a.attention_bias,
         "use_qk_norm": a.qk_norm == "head",

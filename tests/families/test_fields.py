@@ -57,6 +57,27 @@ def test_a_harmless_field_is_accepted(name: str) -> None:
     assert read_config(values, "config.json")[1] == expected
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_fine_tuning_leaves_behind_is_accepted(name: str) -> None:
+    values, text = values_of(name)
+    expected = read_config(values, "config.json")[1]
+    text |= {"unsloth_version": "2025.9.1", "unsloth_fixed": True, "neftune_noise_alpha": 5, "bos_token": "<s>"}
+    text |= {"_attn_implementation_autoset": True, "_anything": {}, "pad_token": "<pad>", "image_token_id": 7}
+    assert read_config(values, "config.json")[1] == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_base_of_the_rotation_stands_where_other_programs_look(name: str) -> None:
+    family, config = read_config(values_of(name)[0], "config.json")
+    written = export_config(family, config)
+    written = written[family.text_field] if family.text_field else written
+    assert written["rope_theta"] == written["rope_parameters"]["rope_theta"] == config.rope.rope_theta
+    if name == "dots1":
+        assert written["scoring_func"] == "noaux_tc"
+    if name == "glm4_moe":
+        assert written["partial_rotary_factor"] == config.rope.partial_rotary_factor
+
+
 OTHER_MATHS: list[tuple[str, str, Any]] = [
     ("mixtral", "hidden_act", "relu"),
     ("mixtral", "rope_scaling", {"type": "longrope", "factor": 2.0}),
