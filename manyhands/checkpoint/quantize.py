@@ -225,7 +225,9 @@ class Quantizer:
                 importance = (seen.up, seen.down)
             packed = pack_experts(stacked, layout.format, layout.group_size or 32, importance)
         except ConfigError as error:
-            raise CheckpointError(f"{self.source.directory}: {next(iter(record.sections))}: {error}") from None
+            bad = (ours[section] for section, w in weights.items() if not bool(torch.isfinite(w).all()))
+            name = next(bad, next(iter(record.sections)))
+            raise CheckpointError(f"{self.source.directory}: {name}: {error}") from None
         squares = torch.zeros(2, 2, dtype=torch.float64)
         for e in range(packed.num_experts):
             up, down, *_ = PackedExperts(packed.records[e : e + 1], layout).dequantize()

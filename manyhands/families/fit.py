@@ -1,5 +1,6 @@
 """From a `config.json` to our description and back: which family a model fits, and what keeps it from another."""
 
+import re
 from typing import Any
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
@@ -64,13 +65,27 @@ def misfit(family: Family, config: ModelConfig) -> str | None:
 
 
 def nearest(config: ModelConfig) -> Family:
-    """The first family that holds the model exactly. Raises `ConfigError` with the nearest and why not."""
+    """The first family that holds the model exactly.
+
+    Raises `ConfigError` with the nearest and why not, and every family that one other value would make fit.
+    """
     problems = {name: misfit(FAMILIES[name], config) for name in _EXPORTED}
     for name, problem in problems.items():
         if problem is None:
             return FAMILIES[name]
     best = min(problems, key=lambda name: (problems[name] or "").count(";") + 9 * ("fit" not in (problems[name] or "")))
-    raise ConfigError(f"no family holds this model exactly; the nearest: {problems[best]}")
+    close = [f"{name} with {found}" for name, problem in problems.items() if (found := _one_change(problem or ""))]
+    way = f". One change would do: {'; '.join(close)}" if close else ""
+    raise ConfigError(f"no family holds this model exactly; the nearest: {problems[best]}{way}")
+
+
+def _one_change(problem: str) -> str | None:
+    """`field=value` if that alone keeps a model from a family, by the message of `misfit`."""
+    found = re.findall(r"([\w.]+) = [^;]*? here, ([^;]*) there", problem)
+    names = [name for name, _ in found]
+    if "moe.n_shared_experts" in names:  # their width follows from their number
+        found = [pair for pair in found if pair[0] != "moe.shared_expert_intermediate_size"]
+    return f"{found[0][0]}={found[0][1].lower()}" if len(found) == 1 else None
 
 
 def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

@@ -11,6 +11,7 @@ from manyhands.checkpoint.convert import RECEIPT, convert
 from manyhands.checkpoint.model import load_model, save
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckFailed, CheckpointError, ConfigError
+from manyhands.families import nearest
 from manyhands.nn import Decoder, init_weights
 
 MIXTRAL = {
@@ -138,6 +139,31 @@ def test_a_model_that_does_not_agree_is_not_written(mixtral, tmp_path, monkeypat
         convert(mixtral, tmp_path / "x")
     assert not list(tmp_path.iterdir())
     assert convert(mixtral, tmp_path / "x", agreement=False)["agreement"] is None
+
+
+QWEN3 = {"attention": MIXTRAL["attention"] | {"qk_norm": "head"}}
+SHARED = {"moe": MIXTRAL["moe"] | {"n_shared_experts": 1}}
+OLMOE = {"attention": MIXTRAL["attention"] | {"qk_norm": "full"}}
+GATED = {"attention": MIXTRAL["attention"] | {"attention_bias": True}}
+GATED |= {"moe": MIXTRAL["moe"] | {"n_shared_experts": 1, "shared_expert_gate": True}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "family"),
+    [({}, "mixtral"), (QWEN3, "qwen3_moe"), (OLMOE, "olmoe"), (GATED, "qwen2_moe"), (SHARED, "deepseek")],
+)
+def test_a_softmax_router_goes_where_the_docs_say(changes, family):
+    assert nearest(build(**changes).config).model_type == family
+
+
+def test_where_no_family_fits_the_one_value_that_would_is_named():
+    with pytest.raises(ConfigError, match="no family holds this model exactly") as caught:
+        nearest(build(**QWEN3, **SHARED).config)
+    said = str(caught.value).split("One change would do: ")[1]
+    assert "qwen3_moe with moe.n_shared_experts=0" in said
+    assert "deepseek with attention.qk_norm=none" in said
+    for changed, family in ((QWEN3, "qwen3_moe"), (SHARED, "deepseek")):
+        assert nearest(build(**changed).config).model_type == family
 
 
 def test_ours_goes_to_the_nearest_family(tmp_path):

@@ -12,6 +12,7 @@ from manyhands.checkpoint.model import load, load_model, save, save_model
 from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, PackedConfig, Packing
+from manyhands.errors import CheckpointError
 from manyhands.nn import Decoder, init_weights
 from manyhands.text import Tokenizer
 
@@ -90,6 +91,16 @@ def test_ends_in_config_json(ends: object, nested: bool, plain: Path, tmp_path: 
     assert json.loads((tmp_path / "back" / "config.json").read_text())["eos_token_id"] == ends
     (source / "generation_config.json").write_text('{"eos_token_id": 11}')
     assert Tokenizer.from_directory(source).eos_token_ids == {0, 11}, "generation_config.json goes before config.json"
+
+
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_weights_that_are_not_finite_are_named(projection: str, tmp_path: Path) -> None:
+    model = Decoder(ModelConfig(**SHAPE))
+    init_weights(model, seed=1)
+    model.state_dict()[f"layers.0.mlp.experts.{projection}"][2, 3, 4] = float("nan")
+    save(model, tmp_path / "model", family="mixtral")
+    with pytest.raises(CheckpointError, match=rf"experts\.{projection}: int8 cannot hold weights that are not finite"):
+        quantize(open_source(tmp_path / "model"), tmp_path / "packed", PACKED)
 
 
 @pytest.mark.parametrize("verb", ["save", "convert"])
