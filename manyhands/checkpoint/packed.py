@@ -119,6 +119,20 @@ def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
         )
     if stored.start % PAGE:
         raise CheckpointError(f"{where} begins at byte {stored.start}, which is not on a {PAGE}-byte page")
+    records = files.tensor(record.name)
+    first = records if record.num_experts is None else records[0]
+    end = 0
+    for start, size in sorted(layout.sections.values()):
+        if bool(first[end:start].any()):
+            break
+        end = start + size
+    else:
+        if not bool(first[end:].any()):
+            return
+    group = f" in groups of {layout.group_size}" if layout.group_size else ""
+    raise CheckpointError(
+        f"{where} holds bytes where {layout.format}{group}, as {CONFIG} says, has none: it was packed in another format"
+    )
 
 
 def packed_tensors(stored: Mapping[str, Header], records: Mapping[str, Record], where: str = "") -> dict[str, Logical]:

@@ -123,3 +123,13 @@ def test_transformers_knows_the_end(verb: str, tmp_path: Path) -> None:
     theirs = AutoTokenizer.from_pretrained(tmp_path / "theirs")
     assert (theirs.eos_token, theirs.eos_token_id, theirs.chat_template) == ("<|endoftext|>", 0, template)
     assert GenerationConfig.from_pretrained(tmp_path / "theirs").eos_token_id == 0
+
+
+def test_records_of_another_group_size_are_refused(plain: Path, tmp_path: Path) -> None:
+    """Small records of 32 and of 64 are equally long, since a record is whole pages."""
+    packed = PackedConfig(experts=Packing(format="int4", group_size=32))
+    quantize(open_source(plain), tmp_path / "packed", packed)
+    path = tmp_path / "packed" / "config.json"
+    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 64'))
+    with pytest.raises(CheckpointError, match=r"int4 in groups of 64, as config\.json says, has none"):
+        open_source(tmp_path / "packed")
