@@ -18,7 +18,7 @@ setup: $(VENV)/.installed  ## create .venv and install manyhands
 setup-dev: $(VENV)/.installed-dev  ## the same, with what the tests need
 
 test: setup-dev  ## the whole suite: no network, no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/ruff check .

@@ -72,7 +72,8 @@ def _read(name: str) -> dict[str, Any]:
     values["id"] = name
     values["figures"] = values.pop("figure", [])
     if "config" in values:
-        values["config_fields"] = values.pop("config")
+        nulls = dict.fromkeys(values.pop("config_null", ()))  # what config.json sets to null: TOML has no word for it
+        values["config_fields"] = values.pop("config") | nulls
         dtype = values["config_fields"].get("torch_dtype")
         if dtype in _SIXTEEN and "storage" not in values:
             bits = dict.fromkeys(("routed", "linear", "embedding", "rest"), 16)
