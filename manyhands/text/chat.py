@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -77,21 +77,48 @@ class ChatTemplate:
         than 16 MiB; `CheckpointError` if the template is not valid, leaves the sandbox, or takes more than 2 s, 256 MiB
         of memory or 1 MiB of text.
         """
+        return self.render_with_origin(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token,
+            eos_token=eos_token,
+            tools=tools,
+            documents=documents,
+            **variables,
+        )[0]
+
+    def render_with_origin(
+        self,
+        messages: Sequence[Message],
+        *,
+        add_generation_prompt: bool = True,
+        bos_token: str | None = None,
+        eos_token: str | None = None,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        own: Collection[str] = (),
+        **variables: Any,
+    ) -> tuple[str, bytes]:
+        """`render`, and a byte for each character that says where it comes from (`origin.py`).
+
+        `own` names the variables that are the model's (`pad_token`) beside bos and eos; the others are somebody's text.
+        """
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         variables |= {name: token for name, token in tokens.items() if token is not None}
         variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
         variables["messages"] = [_without_none(message) for message in messages]
+        own_names = [name for name in (*own, *tokens) if isinstance(variables.get(name), str)]
         if not messages:
             raise DataError("there are no messages to apply the chat template to")
         try:
-            request = json.dumps({"template": self.source, "variables": variables}).encode()
+            request = json.dumps({"template": self.source, "variables": variables, "own": own_names}).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"the messages are not plain JSON values: {_line(str(error))}") from None
         if len(request) > _INPUT_BYTES:
             raise DataError(f"the conversation is longer than {_INPUT_BYTES >> 20} MiB")
         with self._lock:
             try:
-                kind, text = self._ask(request)
+                kind, text, origin = self._ask(request)
             except BaseException:  # killed, or Ctrl-C in the middle of an answer that nobody will read now
                 self._end()
                 raise
@@ -99,9 +126,9 @@ class ChatTemplate:
             raise DataError(f"the chat template refuses these messages: {_line(text)}")
         if kind == b"?":
             raise CheckpointError(f"the chat template failed: {_line(text)}")
-        return text
+        return text, origin
 
-    def _ask(self, request: bytes) -> tuple[bytes, str]:
+    def _ask(self, request: bytes) -> tuple[bytes, str, bytes]:
         process = self._process
         if process is None or process.poll() is not None:
             process = self._start()
@@ -118,7 +145,16 @@ class ChatTemplate:
         data = process.stdout.read(size)
         if len(head) < 5 or len(data) < size:
             raise _death(process)
-        return kind, data.decode("utf-8", "surrogatepass")
+        text = data.decode("utf-8", "surrogatepass")
+        if kind != b"=":
+            return kind, text, b""
+        if len(count := process.stdout.read(4)) < 4:
+            raise _death(process)
+        if int.from_bytes(count, "big") != len(text):
+            raise CheckpointError("the chat template failed: its process answered nonsense")
+        if len(origin := process.stdout.read(len(text))) < len(text):
+            raise _death(process)
+        return kind, text, origin
 
     def _start(self) -> subprocess.Popen[bytes]:
         """A process of its own, not a fork: ours has threads."""

@@ -6,12 +6,15 @@ A template comes with a checkpoint from anywhere, so it is run as if it were an 
 in a process that has no secrets, cannot open a file or a socket, has little memory, and is killed by the kernel when
 the time is over. `chat.py` is the other end.
 
-Request on stdin: 4 bytes of length, then JSON `{"template": …, "variables": {…}}`. Answer on stdout: one byte of kind
-(`=` the text, `!` the template refused the messages, `?` it failed), 4 bytes of length, UTF-8.
+Request on stdin: 4 bytes of length, then JSON `{"template": …, "variables": {…}, "own": […]}`; the variables named in
+`own` are the template's (`bos_token`), the others came with the messages. Answer on stdout: one byte of kind (`=` the
+text, `!` the template refused the messages, `?` it failed), 4 bytes of length, UTF-8; behind a text 4 bytes of length
+and one byte per character, which say where it comes from (`origin.py`).
 """
 
 import codecs
 import contextlib
+import importlib.util
 import json
 import pprint  # noqa: F401  a filter imports it late, when no file can be opened any more
 import random  # noqa: F401
@@ -23,6 +26,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from functools import lru_cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 SECONDS = 2.0
@@ -33,10 +37,14 @@ OUTPUT = 1 << 20
 if TYPE_CHECKING:
     from jinja2 import Template
 
+    from manyhands.text import origin
+
 
 def main() -> None:
     """Answer requests until stdin ends."""
     sys.path += sys.argv[1:]
+    global origin
+    origin = _origin()
     compiled = lru_cache(maxsize=1)(_environment().from_string)
     _lock_up()
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
@@ -49,18 +57,25 @@ def main() -> None:
         signal.setitimer(signal.ITIMER_REAL, 0)
         data = text.encode("utf-8", "surrogatepass")
         answers.write(kind + len(data).to_bytes(4, "big") + data)
+        if kind == b"=":
+            answers.write(len(text).to_bytes(4, "big") + origin.origin_of(text))
         answers.flush()
 
 
 def _answer(compiled: "Callable[[str], Template]", request: dict[str, Any]) -> tuple[bytes, str]:
     try:
         pieces, size = [], 0
-        for piece in compiled(request["template"]).generate(**request["variables"]):
+        own = set(request["own"])
+        variables = {
+            name: origin.own(value) if name in own else origin.foreign(value)
+            for name, value in request["variables"].items()
+        }
+        for piece in compiled(request["template"]).generate(**variables):
             pieces.append(piece)
             size += len(piece.encode("utf-8", "surrogatepass"))
             if size > OUTPUT:
                 return b"?", f"it wrote more than {OUTPUT >> 20} MiB of text"
-        return b"=", "".join(pieces)
+        return b"=", origin.join("", pieces)
     except MemoryError:
         return b"?", f"it needs more than {MEMORY >> 20} MiB of memory"
     except RecursionError:
@@ -73,14 +88,27 @@ def _answer(compiled: "Callable[[str], Template]", request: dict[str, Any]) -> t
         return b"?", f"{where}{type(error).__name__}: {str(error)[:1000]}"
 
 
+def _origin() -> Any:
+    """The module beside this file, alone: nothing else of the package is loaded."""
+    path = Path(__file__).with_name("origin.py")
+    spec = importlib.util.spec_from_file_location("origin", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def _environment() -> Any:
     """jinja2 as chat templates expect it: transformers' whitespace rules, tags, filters and functions."""
-    import jinja2.debug  # noqa: F401  jinja2 imports it late
-    from jinja2 import TemplateError, nodes
+    import jinja2.debug
+    import jinja2.runtime
+    from jinja2 import TemplateError, nodes, pass_environment
+    from jinja2.compiler import CodeGenerator
     from jinja2.exceptions import SecurityError
     from jinja2.ext import Extension, loopcontrols
+    from jinja2.filters import make_attrgetter
     from jinja2.parser import Parser
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+    from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
     from jinja2.utils import Namespace
 
     class Generation(Extension):
@@ -135,12 +163,52 @@ def _environment() -> Any:
         separators: tuple[str, str] | None = None,
         sort_keys: bool = False,
     ) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        text = json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+        return str(origin.foreign(text))
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    @pass_environment
+    def join(environment: Any, value: Any, d: Any = "", attribute: Any = None) -> str:
+        if attribute is not None:
+            value = map(make_attrgetter(environment, attribute), value)
+        return origin.join(str(d), map(str, value))
+
+    def joined(pieces: Any) -> str:
+        return origin.join("", pieces)
+
+    class Own(CodeGenerator):
+        """What the template writes is known as its own."""
+
+        def visit_Const(self, node: nodes.Const, frame: Any) -> None:
+            value = node.as_const(frame.eval_ctx)
+            if isinstance(value, str):
+                self.write(f"environment.own({str.__str__(value)!r})")
+            else:
+                super().visit_Const(node, frame)
+
+        def visit_TemplateData(self, node: nodes.TemplateData, frame: Any) -> None:
+            self.write(f"environment.own({node.data!r})")
+
+        def _output_const_repr(self, group: Any) -> str:
+            return f"environment.own({''.join(group)!r})"
+
+    class Environment(ImmutableSandboxedEnvironment):
+        code_generator_class = Own
+        concat = staticmethod(joined)
+        own = staticmethod(origin.own)
+
+        def wrap_str_format(self, value: Any) -> Any:
+            wrapped = super().wrap_str_format(value)
+            text = getattr(value, "__self__", None)
+            if wrapped is None or not isinstance(text, origin.Text) or value.__name__ == "format_map":
+                return wrapped
+            vformat = SandboxedFormatter(self).vformat
+            return lambda *args, **kwargs: text.formatted(vformat, args, kwargs)
+
+    vars(jinja2.runtime)["str_join"] = lambda pieces: joined(map(str, pieces))  # `~`, in the code of templates
+    environment = Environment(
+        trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=[Generation, loopcontrols]
     )
-    environment.filters["tojson"] = tojson
+    environment.filters |= {"tojson": tojson, "join": join}
     environment.globals |= {
         "dict": PublicDict(),
         "namespace": PublicNamespace,

@@ -35,8 +35,6 @@ _END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end of text."""
-_FOREIGN = ("tools", "documents")
-"""What goes to a chat template beside the messages and may hold anybody's text."""
 _ENOUGH_CHARACTERS = 6_000_000
 """Text a vocabulary is learned from. Half of the standard library gives the bytes per token of all of it to 1 %."""
 
@@ -200,30 +198,21 @@ class Tokenizer:
 
         The ids of transformers' `apply_chat_template`, but for one trap: there, a special token that is spelled out in
         a message (`<|im_end|>`) becomes that token, so that whoever wrote the message can end the turn and speak as the
-        system. Here it stays the letters it is written with, in any role, in tools and in documents. A role is not
-        protected where a template builds a token from it (`<|{{ role }}|>`): take roles from a list, not from a user.
+        system. Here it stays the letters it is written with, in any role, in tools, documents and `variables`. A word
+        that a template builds a token from is not protected (`<|{{ role }}|>`): take roles from a list, not a user.
         Added tokens that are not special (`<think>`) are tokens, as there. Raises what `render_chat` does.
         """
-        given = {"messages": messages, **{name: variables.pop(name) for name in _FOREIGN if name in variables}}
-        spans: list[tuple[int, int]] = []
-        try:
-            spelled = disarm.holds(list(given.values()), self._special)
-        except RecursionError:
-            raise DataError("the messages are nested too deeply") from None
-        if spelled:
-            text, spans = disarm.unmark(
-                self.render_chat(
-                    add_generation_prompt=add_generation_prompt, **disarm.mark(given, self._special), **variables
-                )
-            )
-        else:
-            text = self.render_chat(add_generation_prompt=add_generation_prompt, **given, **variables)
-        if not spans:
-            return self.encode(text, parse_special=True)
+        named = {"bos_token": None, "eos_token": None, **self.files.named_tokens}
+        own = [name for name in named if name not in variables]
+        text, origin = self._template.render_with_origin(
+            messages, add_generation_prompt=add_generation_prompt, own=own, **{**named, **variables}
+        )
         _check_text(text)
-        special = frozenset(i for i, token in self.inner.get_added_tokens_decoder().items() if token.special)
         encoding = self._parsing.encode(text, add_special_tokens=False)
-        return disarm.spelled_out(encoding, text, spans, special, self._spell)
+        if not any(origin):
+            return list(encoding.ids)
+        origin = disarm.spells(origin, not disarm.holds([messages, list(variables.values())], self._special))
+        return disarm.spelled_out(encoding, text, origin, self._special_names, self._spell)
 
     def _spell(self, text: str) -> list[int]:
         """`text` as it is inside a text: without the space that SentencePiece puts in front of a whole one."""
@@ -237,8 +226,12 @@ class Tokenizer:
         return ChatTemplate(self.chat_template)
 
     @cached_property
+    def _special_names(self) -> dict[int, str]:
+        return {i: token.content for i, token in self.inner.get_added_tokens_decoder().items() if token.special}
+
+    @cached_property
     def _special(self) -> re.Pattern[str]:
-        return disarm.pattern_of(t.content for t in self.inner.get_added_tokens_decoder().values() if t.special)
+        return disarm.pattern_of(self._special_names.values())
 
     @cached_property
     def _parsing(self) -> Any:

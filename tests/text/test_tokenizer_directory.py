@@ -165,7 +165,60 @@ def test_no_template_makes_a_special_token_of_a_message(pair, cutter, spelling):
     more = {"tools": [{"description": spelling}], "documents": [{"text": spelling}]}
     got = ours.apply_chat_template([{"role": "user", "content": spelling}], **more)
     assert end not in got and got[-1] == start
-    assert "\ufdd0" not in ours.decode(got) and "\ufdd1" not in ours.decode(got)
+
+
+OPERATIONS = {
+    "split": "{{ m.split('<|im_end|>', 1)[1] }}",
+    "the last of split": "{{ m.split('<|im_end|>')[-1].lstrip('\\n') }}",
+    "rstrip": "{{ m.split('<|im_end|>')[0].rstrip('x') }}",
+    "in": "{{ 'yes' if '<|im_end|>' in m else 'no' }}",
+    "startswith": "{{ 'yes' if m.startswith('<|im_start|>') else 'no' }}",
+    "replace": "{{ m.replace('<|im_end|>', 'END') }}",
+    "trim": "{{ m | trim }}",
+    "a slice": "{{ m[3:-2] }}",
+    "length": "{{ m | length }}",
+    "sum": "{{ '<|im_start|>' + m + '<|im_end|>' }}",
+    "tilde": "{{ '<|im_start|>' ~ m ~ '<|im_end|>' }}",
+    "a block": "{% set x %}<|im_start|>{{ m }}{% endset %}{{ x }}<|im_end|>",
+    "a macro": "{% macro f(x) %}<|im_start|>{{ x }}{% endmacro %}{{ f(m) }}<|im_end|>",
+    "format": "{{ '<|im_start|>%s<|im_end|>' % m }}{{ '<|im_start|>%s' | format(m) }}{{ '<|im_end|>{}'.format(m) }}",
+    "join": "{{ ['<|im_start|>', m, '<|im_end|>'] | join }}{{ m.split('|') | join('<|im_end|>') }}",
+    "tojson": "{{ m | tojson }}{{ {'a': '<|im_start|>'}.a }}",
+    "a role": "{{ '<|' + messages[0].role + '|>' }}{{ m }}",
+    "characters": "{% for c in m %}{{ c }}{% endfor %}{{ m | first }}{{ m | last }}{{ m | list | join }}",
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_templates_see_messages_as_they_are(pair, operation):
+    """The text is transformers', and the only special tokens are those of the same template with a harmless message."""
+    ours, theirs = pair
+    source = "{% set m = messages[0].content %}" + OPERATIONS[operation] + "<|im_start|><|im_end|>"
+    ours = ours.with_chat_template(source)
+    special = {i for i, token in ours.inner.get_added_tokens_decoder().items() if token.special}
+    for content in ("<|im_start|>x<|im_end|>\n\ny", "x", " <|im_end|>\n", "a<|im_end|>"):
+        messages = [{"role": "user", "content": content}]
+        text = theirs.apply_chat_template(messages, chat_template=source, tokenize=False)
+        assert ours.render_chat(messages, add_generation_prompt=False) == text
+        got = ours.apply_chat_template(messages, add_generation_prompt=False)
+        assert ours.decode(got).strip() == text.strip()
+        own = ours.with_chat_template(source).apply_chat_template(
+            [{"role": "user", "content": content.replace("<|im_", "<|xm_")}], add_generation_prompt=False
+        )
+        if operation not in ("split", "the last of split", "rstrip", "in", "startswith", "replace"):
+            assert [i for i in got if i in special] == [i for i in own if i in special]
+        else:
+            assert [i for i in got if i in special] == ours.encode("<|im_start|><|im_end|>", parse_special=True)[-2:]
+
+
+def test_a_token_is_not_put_together_from_pieces_of_messages(pair):
+    """Neither from neighbouring parts nor from what a template leaves after cutting something out."""
+    source = "{% for p in messages[0].content %}{{ p.text | replace('cut', '') }}{% endfor %}|<|im_start|>"
+    ours = pair[0].with_chat_template(source)
+    end = ours.encode("<|im_end|>", parse_special=True)[-1]
+    for parts in (["<|im_", "end|>"], ["<|im_cutend|>"], ["<", "|im_end|", ">"]):
+        messages = [{"role": "user", "content": [{"text": part} for part in parts]}]
+        assert end not in ours.apply_chat_template(messages)
 
 
 def test_many_spelled_tokens_take_no_longer_than_they_should(pair):
