@@ -1,6 +1,7 @@
 """Checkpoints: writes that are complete or did not happen, state without pickle, run directories."""
 
-from manyhands.checkpoint.files import building, remove, verify
+from manyhands.checkpoint.files import building, remove
+from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.runs import RunDirectory, resolve_checkpoint
 from manyhands.checkpoint.state import (
     flatten,

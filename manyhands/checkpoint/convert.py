@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manyhands import __version__
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.files import building
+from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.model import find, load_model
 from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.receipt import RECEIPT, describe, hash_files, hash_source, tensor_sha256
@@ -23,6 +23,7 @@ from manyhands.checkpoint.save import dtype_rule, target_config, target_headers,
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.target import claim
 from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
@@ -116,19 +117,23 @@ def convert(
     max_shard_size: int = MAX_SHARD_SIZE,
     drop_extras: bool = False,
     agreement: bool = True,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source_path` as family `to` (None: its own; for ours, the nearest) and return the receipt.
 
     With `agreement` both models are run on sample tokens before the new directory appears; without a change of dtype
-    they must agree, else `CheckFailed` is raised and nothing is written. Raises what `Conversion` does, before
+    they must agree, else `CheckFailed` is raised and nothing is written. `overwrite` replaces a target that this
+    program wrote; any other that exists and is not empty is a `UserError`. Raises what `Conversion` does, before
     anything is written, and `StorageError` if the disk refuses.
     """
+    claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
     source = open_source(find(source_path))
+    sources = [source_path, source.directory]
     ours = source.family.model_type == "manyhands"
     family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family
     plan = Conversion(source, family, dtype, drop_extras=drop_extras)
-    with building(target_path) as partial:
+    with building(target_path, overwrite=overwrite, sources=sources) as partial:
         (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         written: dict[str, Any] = {}
 
@@ -144,7 +149,10 @@ def convert(
         receipt = {
             "manyhands": __version__,
             "source": {"model_type": source.family.model_type, "files": hash_source(source)},
-            "target": {"model_type": family.model_type, "files": hash_files(partial, partial.iterdir())},
+            "target": {
+                "model_type": family.model_type,
+                "files": hash_files(partial, written_in(partial)),
+            },
             "source_tensors": _fates(plan, written),
             "target_tensors": written,
             "beside": {"copied": beside.copied, "left": beside.left},

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.files import MANIFEST, building, read_manifest, verify
+from manyhands.checkpoint.files import building
 from manyhands.checkpoint.hub import download, is_hub_name
+from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_packed
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.checkpoint.save import write_directory
@@ -74,11 +75,20 @@ class Model(Decoder):
         family: str | None = None,
         dtype: torch.dtype | None = None,
         max_shard_size: int = MAX_SHARD_SIZE,
+        overwrite: bool = False,
     ) -> None:
         """Write a directory that transformers loads; see the function `save`. Its own family, unless told another."""
         if family is None and self.family != "manyhands":
             family = self.family
-        save(self, path, self.tokenizer, family=family, dtype=dtype, max_shard_size=max_shard_size)
+        save(
+            self,
+            path,
+            self.tokenizer,
+            family=family,
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+        )
 
 
 def load(
@@ -147,20 +157,24 @@ def save(
     family: str | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
 ) -> None:
     """Write `model` as a directory in a family's format (None: the nearest one that holds it exactly).
 
     `dtype` converts (None: that of the embedding); `max_shard_size` is in bytes. The directory appears complete, in
-    one rename. A packed model stays packed, unless a family or a dtype is asked for, which unpacks it. Raises
-    `ConfigError` naming the field that the family cannot express, `StorageError` if the disk
-    refuses.
+    one rename. A packed model stays packed, unless a family or a dtype is asked for, which unpacks it. What exists
+    stays, unless it is an empty folder, or `overwrite` is given and it is whole and unchanged what this program wrote.
+
+    Raises `UserError` for a target that may not be written, `ConfigError` naming the field that the family cannot
+    express, `StorageError` if the disk refuses.
     """
     origin = model.source if isinstance(model, Model) else None
     records = model.records if isinstance(model, Model) else {}
+    sources = [] if origin is None else [origin.directory]
     if records and family in (None, "manyhands") and dtype is None:
         assert origin is not None and origin.packed is not None
         state = model.state_dict()
-        with building(path) as partial:
+        with building(path, overwrite=overwrite, sources=sources) as partial:
             write_packed(
                 partial,
                 model.config,
@@ -172,7 +186,7 @@ def save(
             write_beside(partial, tokenizer, origin.directory, origin.values)
         return
     chosen = nearest(model.config) if family is None else family_named(family, "family")
-    with building(path) as partial:
+    with building(path, overwrite=overwrite, sources=sources) as partial:
         write_directory(
             partial,
             chosen,

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.calibrate import Seen, mean_square, watching
-from manyhands.checkpoint.files import building
+from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.packed import Record, hold_records, records_of, write_packed
 from manyhands.checkpoint.quantize_receipt import Figures, Sample, receipt_of
 from manyhands.checkpoint.receipt import RECEIPT, hash_files
@@ -53,13 +53,15 @@ def quantize(
     sample: Sample | None = None,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a packed copy of a checkpoint (`open_source(find(path))`) and return the receipt.
 
     `sample` None: random ids, on which routing is compared.
 
-    The directory appears complete, in one rename. Raises `UserError` for a model that is packed already and for ids
+    The directory appears complete, in one rename; `overwrite` replaces one that this program wrote. Raises
+    `UserError` for any other target that exists and is not empty, for a model that is packed already and for ids
     that are not in its vocabulary, `CheckpointError` for a damaged one or for weights that are not finite,
     `StorageError` if the disk refuses.
     """
@@ -69,7 +71,7 @@ def quantize(
         packed = packed.model_copy(update={"experts": None})
     tokenizer, unread = tokenizer_of(source.directory)
     work = Quantizer(source, packed, random_ids(source) if sample is None else sample, progress)
-    with building(target_path) as partial:
+    with building(target_path, overwrite=overwrite, sources=[source.directory]) as partial:
         write_packed(
             partial,
             source.config,
@@ -84,7 +86,7 @@ def quantize(
             "target": {
                 "model_type": "manyhands",
                 "packed": packed.model_dump(),
-                "files": hash_files(partial, partial.iterdir()),
+                "files": hash_files(partial, written_in(partial)),
             },
             "beside": {"copied": beside.copied, "left": beside.left},
             "notes": beside.line,

@@ -4,22 +4,29 @@ RUN/run.yaml                     the resolved description of the run
 RUN/journal.jsonl                one line per logged step
 RUN/data/                        tokenizer and token files
 RUN/checkpoints/step-00000300/   complete when its manifest is there
+RUN/.manyhands-run.json          the mark: this directory is a run, and the names above are this program's
 RUN/.lock                        held by the one process that writes here
 """
 
 import fcntl
+import json
 import logging
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from manyhands.checkpoint.files import MANIFEST, remove, sweep, verify
-from manyhands.errors import CheckpointError, RunLocked
-from manyhands.files import cannot_write
+from manyhands.checkpoint.files import remove, sweep
+from manyhands.checkpoint.manifest import MANIFEST, verify
+from manyhands.config.load import load_run
+from manyhands.errors import CheckpointError, ConfigError, RunLocked, UserError
+from manyhands.files import cannot_write, write_atomic
 
 _STEP = re.compile(r"step-(\d{8,})")
+_MARK = {"format": "manyhands run", "version": 1}
+_RUN_FILES = re.compile(r"run\.yaml|report\.html|\.manyhands-run\.json")
+_DATA_FILES = re.compile(r"tokenizer\.json|(train|valid)\.npy(\.json)?|data\.json")
 _log = logging.getLogger(__name__)
 
 
@@ -29,9 +36,42 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config_file = self.path / "run.yaml"
+        self.mark_file = self.path / ".manyhands-run.json"
         self.journal_file = self.path / "journal.jsonl"
         self.data_dir = self.path / "data"
         self.checkpoints_dir = self.path / "checkpoints"
+
+    def check_ours(self) -> None:
+        """Raise `UserError` unless a run may be started or continued here: there is nothing, or a run of ours.
+
+        A run's mark is `.manyhands-run.json`. One made before there was a mark is known by its `run.yaml` beside a
+        journal, prepared data or a complete checkpoint.
+        """
+        if str(self.path).startswith("~"):
+            raise UserError(f"{self.path}: ~ reached the program as it is; write $HOME, or ./{self.path}")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise UserError(f"{self.path}: exists and is not a directory; choose another --out")
+        try:
+            empty = not self.path.is_dir() or all(path.name == ".lock" for path in self.path.iterdir())
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read: {error.strerror}") from None
+        if not empty and not self._is_marked():
+            raise UserError(f"{self.path}: is not empty and holds no run of this program; choose another --out")
+
+    def _is_marked(self) -> bool:
+        try:
+            if self.mark_file.is_file() and not self.mark_file.is_symlink():
+                return bool(json.loads(self.mark_file.read_bytes()[:1024]) == _MARK)
+            if not self.config_file.is_file():
+                return False
+            load_run(self.config_file)
+            with open(self.journal_file, "rb") as journal:
+                return bool(json.loads(journal.readline(1 << 20))["kind"] == "start")
+        except FileNotFoundError:  # no journal yet
+            data = all((self.data_dir / name).is_file() for name in ("data.json", "train.npy", "valid.npy"))
+            return data or bool(self.checkpoints())
+        except (OSError, ValueError, RecursionError, KeyError, TypeError, ConfigError):
+            return False
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -41,6 +81,7 @@ class RunDirectory:
         has it, and `StorageError` if the directory cannot be made or locked.
         """
         try:
+            fresh = not self.path.is_dir() or not any(self.path.iterdir())
             self.path.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -59,10 +100,27 @@ class RunDirectory:
             os.close(descriptor)
             raise cannot_write(self.path / ".lock", error) from error
         try:
+            if not self.config_file.is_file() and not self.mark_file.exists():
+                write_atomic(self.mark_file, json.dumps(_MARK))
             yield
+        except BaseException:
+            if fresh and not self.config_file.exists():
+                self._unmake()
+            raise
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
             os.close(descriptor)
+
+    def _unmake(self) -> None:
+        """Take back what a start that failed made in a directory that was empty or not there."""
+        with suppress(OSError):
+            for name in ("tokenizer.json", "train.npy", "train.npy.json", "valid.npy", "valid.npy.json", "data.json"):
+                (self.data_dir / name).unlink(missing_ok=True)
+            if self.data_dir.is_dir():
+                self.data_dir.rmdir()
+            for path in (self.mark_file, self.path / ".lock"):
+                path.unlink(missing_ok=True)
+            self.path.rmdir()
 
     def checkpoint_path(self, step: int) -> Path:
         """Where the checkpoint of `step` belongs."""
@@ -90,9 +148,13 @@ class RunDirectory:
 
         Call it under `lock()`: whatever is unfinished then has no writer. Failed deletions are logged.
         """
-        for directory in (self.path, self.data_dir, self.checkpoints_dir):
-            if directory.is_dir():
-                sweep(directory)
+        for directory, ours in (
+            (self.path, _RUN_FILES),
+            (self.data_dir, _DATA_FILES),
+            (self.checkpoints_dir, _STEP),
+        ):
+            if directory.is_dir() and not directory.is_symlink():
+                sweep(directory, ours)
         for _, path in self._step_dirs():
             if not (path / MANIFEST).is_file():
                 remove(path)

@@ -88,6 +88,10 @@ class TensorFiles:
         if weight_map is not None:
             self._compare(weight_map)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TensorFiles":
+        """Itself: a copy of a model reads the same files, which never change; its weights are tensors of its own."""
+        return self
+
     @property
     def headers(self) -> dict[str, Header]:
         """Dtype and shape of every tensor."""

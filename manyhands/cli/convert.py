@@ -9,7 +9,7 @@ import typer
 
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
-    target: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    target: Annotated[str, typer.Argument(help="The directory to write: a new one, or an empty folder.")],
     to: Annotated[
         str | None,
         typer.Option(help="The family (model_type) to write. Default: its own; for our own models, the nearest."),
@@ -24,6 +24,9 @@ def convert(
     agreement: Annotated[
         bool, typer.Option(help="Run both models on sample tokens before the new directory appears.")
     ] = True,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a checkpoint in another family's format; receipt.json says what became of every tensor."""
@@ -47,6 +50,7 @@ def convert(
             max_shard_size=int(max_shard_size * 1e9),
             drop_extras=drop_extras,
             agreement=agreement,
+            overwrite=overwrite,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
         )
     if json_output:
@@ -69,4 +73,4 @@ def convert(
         )
     if receipt["notes"]:
         print(receipt["notes"])
-    print(f"what became of every tensor: {target / RECEIPT}")
+    print(f"what became of every tensor: {Path(target) / RECEIPT}")

@@ -19,7 +19,7 @@ BUILT_IN = "the standard library's sources"
 
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
-    target: Annotated[Path, typer.Argument(help="The directory to write; it appears complete or not at all.")],
+    target: Annotated[str, typer.Argument(help="The directory to write: a new one, or an empty folder.")],
     experts: Annotated[Literal["int4", "int8", "bf16"], typer.Option(help="The routed experts.")] = "int4",
     linear: Annotated[
         Literal["int8", "int4", "bf16"], typer.Option(help="Attention, shared experts, dense layers, head.")
@@ -37,6 +37,9 @@ def quantize(
     max_batches: Annotated[
         int | None, typer.Option(min=1, help=f"Of {BATCH} × {SEQUENCE} tokens. Default: 4, without --data 1.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a packed copy of a model; receipt.json says what was rounded, what was not, and what changed.
@@ -51,6 +54,10 @@ def quantize(
         return {"format": format, "group_size": group_size if format == "int4" else 0}
 
     packed = parse(PackedConfig, {"experts": packing(experts), "linear": packing(linear)}, "--experts and --linear")
+
+    from manyhands.checkpoint.target import claim
+
+    claim(target, overwrite=overwrite, sources=[model], hashes=False)  # before any work
     documents = None
     if data:
         from manyhands.text import read_documents
@@ -74,6 +81,7 @@ def quantize(
             target,
             packed,
             sample,
+            overwrite=overwrite,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
         )
     if json_output:
@@ -81,7 +89,7 @@ def quantize(
 
         print(json.dumps(receipt))
     else:
-        _print(receipt, target)
+        _print(receipt, Path(target))
     _warn(receipt["routing_agreement"])
 
 

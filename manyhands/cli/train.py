@@ -37,6 +37,8 @@ def train(
     if sum(source is not None for source in (preset, config, resume)) != 1:
         raise ConfigError("say what to train: one of --preset NAME, --config FILE, --resume DIRECTORY")
     if resume is not None:
+        if out is not None:
+            raise ConfigError("--resume continues in the run's own directory: leave --out away")
         if not (resume / "run.yaml").is_file():
             raise ConfigError(f"--resume {resume}: there is no run.yaml in it, so it is not a run's directory")
         run, directory = load_run(resume / "run.yaml", changes), resume

@@ -154,15 +154,18 @@ class Trainer:
 def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
     """Start or continue the run in directory `path`; returns when it is finished.
 
-    Raises `ConfigError` if the directory holds another run, `RunLocked` if a process is using it, `Interrupted`
-    (after saving) on SIGTERM or SIGINT, `TrainingHalted` from the guards, `StorageError` if the disk is full.
+    Raises `UserError` if the directory holds anything but a run, `ConfigError` if it holds another run, `RunLocked`
+    if a process is using it, `Interrupted` (after saving) on SIGTERM or SIGINT, `TrainingHalted` from the guards,
+    `StorageError` if the disk is full.
     """
     directory = RunDirectory(path)
+    directory.check_ours()
+    pick_device(run.train.device)
     with directory.lock(), StopSignals() as signals:
-        directory.clean_partial()
         _check_same_run(directory, run)
         with Screen(str(path), run.train.max_steps, quiet) as screen:
             data = prepare_data(directory.data_dir, run, screen.note)
+            directory.clean_partial()  # only now: whatever is wrong with the command was said before
             write_atomic(directory.config_file, dump_run(run))
             state = _initial_state(run, data)
             newest = directory.newest_valid()

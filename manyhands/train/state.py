@@ -55,7 +55,7 @@ class TrainState:
             "guard": self.guard.state_dict(),
             "rng": rng_meta,
         }
-        with building(directory) as partial:
+        with building(directory, own=True) as partial:
             save_model(partial, self.model, tokenizer_path)
             save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
             save_tensors(partial / "rng.safetensors", rng_tensors)

@@ -13,7 +13,7 @@ from manyhands.checkpoint import building
 
 
 def save(directory: Path, text: str) -> None:
-    with building(directory) as new:
+    with building(directory, overwrite=True) as new:
         for name in ("a.txt", "sub/b.txt"):
             (new / name).parent.mkdir(exist_ok=True)
             (new / name).write_text(text)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -12,14 +13,14 @@ import pytest
 import torch
 
 from manyhands.checkpoint import building, files, remove, save_tensors, verify
-from manyhands.errors import CheckpointError, StorageError
+from manyhands.errors import CheckpointError, StorageError, UserError
 from manyhands.files import write_atomic
 
 MIB = 1 << 20
 
 
 def save(directory: Path, text: str = "hello") -> None:
-    with building(directory) as new:
+    with building(directory, overwrite=True) as new:
         (new / "sub").mkdir()
         (new / "a.txt").write_text(text)
         (new / "sub" / "b.txt").write_text(text * 2)
@@ -82,7 +83,7 @@ def test_full_disk_keeps_the_old_checkpoint(small_disk, mebibytes):
     save(disk / "ckpt")
     before = tree(disk)
     try:
-        with building(disk / "ckpt") as new:
+        with building(disk / "ckpt", overwrite=True) as new:
             save_tensors(new / "w.safetensors", {"w": torch.ones(mebibytes * MIB // 4)})
     except StorageError as error:
         assert mebibytes == 20
@@ -132,7 +133,7 @@ def test_building_through_a_link_stays_on_the_target_s_file_system(tmp_path):
 def test_an_exception_in_the_block_leaves_everything_as_it_was(tmp_path, error):
     save(tmp_path / "ckpt")
     before = tree(tmp_path)
-    with pytest.raises(type(error)) as caught, building(tmp_path / "ckpt") as new:
+    with pytest.raises(type(error)) as caught, building(tmp_path / "ckpt", overwrite=True) as new:
         (new / "x").write_text("half")
         raise error
     assert caught.value is error
@@ -142,37 +143,36 @@ def test_an_exception_in_the_block_leaves_everything_as_it_was(tmp_path, error):
 
 def test_replacing_a_complete_checkpoint(tmp_path):
     save(tmp_path / "ckpt", "old")
-    with building(tmp_path / "ckpt") as new:
+    with building(tmp_path / "ckpt", overwrite=True) as new:
         (new / "only.txt").write_text("new")
         verify(tmp_path / "ckpt")  # the old one survives until the new one is complete
     assert tree(tmp_path) == ["ckpt", "ckpt/manifest.json", "ckpt/only.txt"]
 
 
-def test_replacing_left_over_partial_directories(tmp_path):
+def test_another_s_directory_under_our_temporary_name_stays(tmp_path):
     save(tmp_path / "ckpt", "old")
-    (tmp_path / "ckpt" / "manifest.json").unlink()
-    ours = tmp_path / f".ckpt.partial-{os.getpid()}"
-    ours.mkdir()
-    (ours / "junk").write_text("junk")
+    theirs = tmp_path / f".ckpt.partial-{os.getpid()}"
+    theirs.mkdir()
+    (theirs / "junk").write_text("junk")
+    (tmp_path / ".ckpt.replaced-5").mkdir()
+    (tmp_path / ".ckpt.replaced-5" / "thesis").write_text("years")
     save(tmp_path / "ckpt", "new")
-    verify(tmp_path / "ckpt")
     assert (tmp_path / "ckpt" / "a.txt").read_text() == "new"
-    assert not (tmp_path / "ckpt" / "junk").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt"]
+    assert (theirs / "junk").is_file() and (tmp_path / ".ckpt.replaced-5" / "thesis").is_file()
+    assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_person_s_files_survive_a_checkpoint_in_their_place(tmp_path, caplog):
+def test_a_person_s_files_survive_a_run_s_checkpoint_in_their_place(tmp_path, caplog):
     (tmp_path / "documents").mkdir()
     (tmp_path / "documents" / "thesis.tex").write_text("years")
-    save(tmp_path / "documents")
+    with pytest.raises(UserError, match="is not all this program's"):
+        save(tmp_path / "documents")
+    with building(tmp_path / "documents", own=True) as new:
+        (new / "a.txt").write_text("x")
     verify(tmp_path / "documents")
     (kept,) = tmp_path.glob("documents.before-*")
     assert (kept / "thesis.tex").read_text() == "years"
     assert "thesis.tex" in caplog.text
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(StorageError, match="not a directory"):
-        save(tmp_path / "file")
-    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_failed_rename_puts_the_old_one_back(tmp_path, monkeypatch):
@@ -224,7 +224,7 @@ def test_killed_at_every_step_of_a_save(tmp_path):
         seen.add("bare" if bare else (here / "ckpt" / "a.txt").read_text())
         if not bare:
             verify(here / "ckpt")
-        files.sweep(here)
+        files.sweep(here, re.compile("ckpt"))
         assert [path.name for path in here.iterdir()] == ["ckpt"]
         verify(here / "ckpt")
         texts = {(here / "ckpt" / name).read_text() for name in ("a.txt", "sub/b.txt")}
@@ -347,13 +347,17 @@ def test_remove_takes_the_manifest_first_and_survives_failure(tmp_path, monkeypa
     save(tmp_path / "two")
 
     def fail(path, *args, **kwargs):
-        assert not (path / "manifest.json").exists()
+        assert not (tmp_path / "two" / "manifest.json").exists()
         raise OSError(errno.EBUSY, "Device or resource busy")
 
-    monkeypatch.setattr(files.shutil, "rmtree", fail)
-    remove(tmp_path / "two")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", fail)
+        remove(tmp_path / "two")
     assert "Device or resource busy" in caplog.text and "two" in caplog.text
-    assert tree(tmp_path / "two") == ["a.txt", "sub", "sub/b.txt"]
+    assert tree(tmp_path / "two") == [".deleting", "a.txt", "sub", "sub/b.txt"]
+    (tmp_path / "two" / "notes").write_text("mine")
+    remove(tmp_path / "two")
+    assert tree(tmp_path / "two") == ["notes"] and "notes" in caplog.text
     remove(tmp_path / "nowhere")
     assert "nowhere" in caplog.text
 

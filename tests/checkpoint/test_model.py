@@ -62,7 +62,7 @@ def change(directory, tensors=None, config=None):
     tensors = load_file(directory / "model.safetensors") if tensors is None else tensors
     text = (directory / "config.json").read_text() if config is None else config
     tokenizer = (directory / "tokenizer.json").read_bytes()
-    with building(directory) as new:
+    with building(directory, own=True) as new:
         save_file(tensors, new / "model.safetensors")
         (new / "config.json").write_text(text)
         (new / "tokenizer.json").write_bytes(tokenizer)
@@ -188,7 +188,7 @@ def test_damage_is_seen(directory, name):
 def test_a_file_the_manifest_does_not_vouch_for_is_not_loaded(directory, name):
     data = (directory / name).read_bytes()
     others = {p.name: p.read_bytes() for p in directory.iterdir() if p.name not in (name, "manifest.json")}
-    with building(directory) as new:
+    with building(directory, own=True) as new:
         for other, content in others.items():
             (new / other).write_bytes(content)
     (directory / name).write_bytes(data)

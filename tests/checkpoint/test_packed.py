@@ -300,7 +300,9 @@ def test_calibration_sees_each_input():
 def test_importance_lowers_the_error_that_matters(sources, tmp_path):
     ids = torch.randint(0, 270, (4, 65), generator=torch.Generator().manual_seed(1))
     receipts = [
-        quantize(open_source(sources["mixtral"]), tmp_path / "q", FORMATS["int4+int8"], Sample(ids, "words", rows))
+        quantize(
+            open_source(sources["mixtral"]), tmp_path / f"q{rows}", FORMATS["int4+int8"], Sample(ids, "words", rows)
+        )
         for rows in (0, 3)
     ]
     assert receipts[0]["calibration"] is None

@@ -2,15 +2,15 @@
 
 import errno
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from manyhands.checkpoint import RunDirectory, building, files, resolve_checkpoint
+from manyhands.checkpoint import RunDirectory, building, resolve_checkpoint
 from manyhands.errors import CheckpointError, RunLocked, StorageError
 from manyhands.files import write_atomic
 
@@ -30,12 +30,12 @@ def run(tmp_path):
 
 def save(run, *steps):
     for step in steps:
-        with building(run.checkpoint_path(step)) as new:
-            (new / "w").write_text(f"weights {step}")
+        with building(run.checkpoint_path(step), own=True) as new:
+            (new / "state.json").write_text(f"weights {step}")
 
 
 def damage(run, step):
-    path = run.checkpoint_path(step) / "w"
+    path = run.checkpoint_path(step) / "state.json"
     path.write_bytes(path.read_bytes().replace(b"weights", b"weightz"))
 
 
@@ -102,7 +102,7 @@ def test_newest_valid_passes_over_damage_and_says_so(run, caplog):
     assert caplog.text == ""
     damage(run, 3)
     assert run.newest_valid() == (2, run.checkpoint_path(2))
-    assert "step-00000003" in caplog.text and "'w'" in caplog.text
+    assert "step-00000003" in caplog.text and "'state.json'" in caplog.text
     damage(run, 2)
     damage(run, 1)
     with pytest.raises(CheckpointError, match="all 3 checkpoints are damaged"):
@@ -132,15 +132,15 @@ def test_retain_never_deletes_the_newest_valid_one(run):
 
 def test_retain_goes_on_after_a_failed_deletion(run, monkeypatch, caplog):
     save(run, 1, 2, 3, 4)
-    rmtree = shutil.rmtree
+    rmdir = Path.rmdir
 
-    def fail_first(path, *args, **kwargs):
+    def fail_first(path):
         if path == run.checkpoint_path(1):
             raise OSError(errno.EBUSY, "Device or resource busy")
-        rmtree(path, *args, **kwargs)
+        rmdir(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files.shutil, "rmtree", fail_first)
+        patch.setattr(Path, "rmdir", fail_first)
         run.retain(2)
     assert "step-00000001" in caplog.text and "busy" in caplog.text
     assert run.checkpoint_path(1).exists()  # but without its manifest, so nobody takes it for a checkpoint
@@ -153,14 +153,14 @@ def test_retain_goes_on_after_a_failed_deletion(run, monkeypatch, caplog):
 def test_clean_partial_clears_what_the_dead_left_and_nothing_else(run):
     save(run, 1, 2)
     write_atomic(run.journal_file, "{}\n")
-    write_atomic(run.data_dir / "tokens.bin", b"1")
+    write_atomic(run.data_dir / "train.npy", b"1")
     (run.path / "notes.partial-1").write_text("mine")
     before = sorted(run.path.rglob("*"))
     (run.checkpoints_dir / ".step-00000003.partial-12345").mkdir()
-    (run.checkpoints_dir / ".step-00000003.partial-12345" / "w").write_text("half")
+    (run.checkpoints_dir / ".step-00000003.partial-12345" / "state.json").write_text("half")
     run.checkpoint_path(4).mkdir()
-    (run.checkpoint_path(4) / "w").write_text("half deleted")
-    (run.data_dir / ".tokens.bin.partial-77").write_text("half")
+    (run.checkpoint_path(4) / "state.json").write_text("half deleted")
+    (run.data_dir / ".train.npy.partial-77").write_text("half")
     (run.path / ".run.yaml.partial-78").write_text("half")
     run.checkpoint_path(2).rename(run.checkpoints_dir / ".step-00000002.replaced-79")
     run.clean_partial()
@@ -196,7 +196,7 @@ def test_what_a_person_may_not_pass(run, tmp_path):
         tmp_path / "file": "not a directory",
         tmp_path / "empty": "an empty directory",
         run.path: "a run without a complete checkpoint",
-        run.checkpoint_path(1): "not a checkpoint, or an incomplete one; it holds w;",
+        run.checkpoint_path(1): "not a checkpoint, or an incomplete one; it holds state.json;",
     }
     for path, what in wrong.items():
         with pytest.raises(CheckpointError) as caught:
