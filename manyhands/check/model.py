@@ -67,7 +67,7 @@ class ModelCheck:
 
         p = float64_copy(self.model)
         oracle = decode(
-            self.model,
+            self.config,
             p,
             self.batch[:, :-1],
             self.mask,
@@ -144,7 +144,7 @@ class ModelCheck:
 
         p = float64_copy(model)
         oracle = decode(
-            model,
+            model.config,
             p,
             ids,
             mask,
@@ -156,7 +156,7 @@ class ModelCheck:
         oracle_task = _cross_entropy(oracle.logits, self.batch[:, 1:], mask)
         with torch.no_grad():  # by its own routing: that of `keep_outputs` may have been rounded otherwise
             expected_logits = decode(
-                model,
+                model.config,
                 p,
                 ids,
                 mask,

@@ -2,30 +2,24 @@
 
     y_t = Σ_e G_te · Expert_e(x_t),  G [T, E] dense, 0 where an expert was not chosen or had no room
 
-Nothing is sorted, gathered or skipped. Feed-forward networks, norms, routing (`oracle_routing.py`), losses
-(`oracle_balance.py`) and the order of the blocks are written here again; only attention is the model's own module,
-run in float64: the object of the check is the mixture.
+Nothing is sorted, gathered or skipped. Feed-forward networks, norms, attention (`oracle_attention.py`), routing
+(`oracle_routing.py`), losses (`oracle_balance.py`) and the order of the blocks are written here again: nothing is
+shared with what is checked but its description and its weights.
 
 B batch, S sequence, T = B·S tokens, D width, E experts, V vocabulary, M micro-batches.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
+from manyhands.check.oracle_attention import Params, attention, rms_norm
 from manyhands.check.oracle_routing import DenseRouting, RouterWeights, route
 from manyhands.config import ModelConfig, MoEConfig
 from manyhands.moe import Routing
-from manyhands.nn import Decoder
-from manyhands.nn.attention import Positions, causal_mask
-from manyhands.nn.decoder import Block
-from manyhands.nn.rope import rope_tables
 
-Params = Mapping[str, Tensor]
 GATED = ("swiglu", "swiglu_oai", "geglu", "geglu_tanh")
 
 
@@ -120,17 +114,14 @@ class OracleOutput:
 
     logits: Tensor
     """[B, S, V]"""
+    states: Tensor
+    """[B, S, D]: what the head is multiplied with."""
     routings: list[dict[int, DenseRouting]]
     """Per micro-batch, by layer."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / √(mean(x²) + eps) · weight."""
-    return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
-
-
 def decode(
-    model: Decoder,
+    config: ModelConfig,
     p: Params,
     ids_BS: Tensor,
     mask_BS: Tensor,
@@ -144,8 +135,7 @@ def decode(
 
     `seeds` [M] start each micro-batch's random draws and `tested` [M] are the routings under test.
     """
-    config, (B, S), M = model.config, ids_BS.shape, len(seeds)
-    positions = _positions(config, mask_BS)
+    (B, S), M = ids_BS.shape, len(seeds)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     routings: list[dict[int, DenseRouting]] = [{} for _ in seeds]
     x = p["embed_tokens.weight"][ids_BS] * config.embedding_multiplier
@@ -154,12 +144,10 @@ def decode(
         y = rms_norm(y, p[norm], config.rms_norm_eps) if config.output_norms else y
         return x + config.residual_multiplier * y
 
-    for layer, block in enumerate(model.layers):
-        assert isinstance(block, Block)
+    for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}."
-        attention = {n: p[f"{prefix}self_attn.{n}"] for n, _ in block.self_attn.named_parameters()}
         normed = rms_norm(x, p[prefix + "input_layernorm.weight"], config.rms_norm_eps)
-        attended = functional_call(block.self_attn, attention, (normed, positions))[0]
+        attended = attention(p, prefix + "self_attn.", normed, config, layer, mask_BS)
         x = add(x, attended, prefix + "attention_output_norm.weight")
         normed = rms_norm(x, p[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
         if not config.is_sparse(layer):
@@ -186,12 +174,4 @@ def decode(
         x = add(x, torch.cat(outputs).view(B, S, -1), prefix + "mlp_output_norm.weight")
     x = rms_norm(x, p["norm.weight"], config.rms_norm_eps) * config.output_multiplier
     head = p["embed_tokens.weight"] if config.tie_word_embeddings else p["lm_head.weight"]
-    return OracleOutput(x @ head.T, routings)
-
-
-def _positions(config: ModelConfig, mask_BS: Tensor) -> Positions:
-    position_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
-    a = config.attention
-    S = mask_BS.shape[1]
-    mask, sliding = (causal_mask(mask_BS, S, window, plain=False) for window in (None, a.sliding_window))
-    return Positions(rope_tables(config.rope, config.rope_dim, position_BS), mask, causal=True, sliding_mask=sliding)
+    return OracleOutput(x @ head.T, x, routings)
