@@ -75,20 +75,31 @@ def gradient_row(situation: Situation, tested: Named, oracle: Named, activation:
 
 def largest_norm(dtype: str, named: Named) -> float:
     """The size of the largest tensor, as `close` measures it."""
-    return max((float(_norm(t, TOLERANCES[dtype])) for t in named.values() if t is not None), default=0.0)
+    return _largest(TOLERANCES[dtype], named)
+
+
+def _largest(tolerance: Tolerance, named: Named) -> float:
+    return max((float(_norm(t, tolerance)) for t in named.values() if t is not None), default=0.0)
 
 
 def close(
-    situation: Situation, quantity: str, tested: Named, oracle: Named, *, at_least: float = 0.0, widen: float = 1.0
+    situation: Situation,
+    quantity: str,
+    tested: Named,
+    oracle: Named,
+    *,
+    at_least: float = 0.0,
+    widen: float = 1.0,
+    tolerance: Tolerance | None = None,
 ) -> Row:
     """One row for real-valued tensors. A tensor that is absent in one and not zero in the other fails.
 
     `at_least` is the size of the largest tensor of the kind where it may not be among these; `widen` multiplies the
-    limit.
+    limit; `tolerance` is that of the dtype unless another is given.
     """
-    tolerance = TOLERANCES[situation.dtype]
+    tolerance = tolerance or TOLERANCES[situation.dtype]
     tolerance = replace(tolerance, error=tolerance.error * widen, cosine=1.0 - (1.0 - tolerance.cosine) * widen)
-    largest = max(largest_norm(situation.dtype, oracle), at_least)
+    largest = max(_largest(tolerance, oracle), at_least)
     worst, worst_error, worst_ratio, failing = "", -1.0, 1.0, []
     for name, o in oracle.items():
         error, ratio = _difference(tested.get(name), o, tolerance, largest, ".experts." in f".{name}")

@@ -14,19 +14,14 @@ from manyhands.config import BalanceConfig, RouterConfig
 from manyhands.moe import Routing
 from manyhands.moe.objective import balance_terms
 
-EVERY = BalanceConfig(
-    aux_loss_coef=1.0,
-    z_loss_coef=1.0,
-    importance_coef=1.0,
-    load_coef=1.0,
-    sequence_loss_coef=1.0,
-    orthogonality_coef=1.0,
-    variance_coef=1.0,
-)
+COEFFICIENTS = [name for name in BalanceConfig.model_fields if name.endswith("_coef")]
+"""What there is to compare: the product's own list, so that a loss that the oracle lacks is found missing."""
+EVERY = BalanceConfig(**dict.fromkeys(COEFFICIENTS, 1.0))  # type: ignore[arg-type]
+ALONE = BalanceConfig(**(dict.fromkeys(COEFFICIENTS, 0.0) | {"aux_loss_coef": 1.0}))  # type: ignore[arg-type]
 SCOPES = (
     EVERY.model_copy(update={"aux_scope": "micro"}),
-    BalanceConfig(aux_loss_coef=1.0, aux_scope="sequence"),
-    BalanceConfig(aux_loss_coef=1.0, aux_scope="global"),
+    ALONE.model_copy(update={"aux_scope": "sequence"}),
+    ALONE.model_copy(update={"aux_scope": "global"}),
 )
 
 Terms = dict[str, dict[int, Tensor]]  # loss name -> layer -> value
@@ -65,10 +60,13 @@ def oracle_terms(routings: Mapping[int, DenseRouting], router: RouterConfig, num
         step = routings[layer].counts() + earlier_counts(router.num_experts)
         return oracle_balance.terms(routings[layer], router, config, num_sequences, step)
 
-    found = _collect(routings, one)
-    if router.select == "expert_choice":  # no token chooses K experts, which is what this loss is about
-        found.pop("sequence_loss")
-    return found
+    return _collect(routings, one)
+
+
+def meaningless(router: RouterConfig) -> set[str]:
+    """Losses that are about something this router does not do, and are not compared."""
+    # no token chooses K experts
+    return {"sequence_loss"} if router.select == "expert_choice" else set()
 
 
 def values(terms: Terms, name: str, prefix: str) -> dict[str, Tensor | None]:

@@ -4,17 +4,28 @@ B sequences, S tokens, T = B·S, V vocabulary.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from math import inf
 
 import torch
 from torch import Tensor
 
 from manyhands.check import cases, losses, oracle_balance
-from manyhands.check.compare import KINKED, TOLERANCES, Named, close, exact, gradient_row, largest_norm, parts
+from manyhands.check.compare import (
+    KINKED,
+    TOLERANCES,
+    Named,
+    Tolerance,
+    close,
+    exact,
+    gradient_row,
+    largest_norm,
+    parts,
+)
 from manyhands.check.oracle import decode, float64_copy
 from manyhands.check.oracle_routing import DenseRouting
 from manyhands.check.report import Row, Situation
 from manyhands.check.subject import Subject, dense_kept, dense_weights, gradients, train
-from manyhands.config import BalanceConfig, ModelConfig, OptimConfig, RunConfig, TrainConfig
+from manyhands.config import BalanceConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig, TrainConfig
 from manyhands.moe import Routing
 from manyhands.nn.cross_entropy import linear_cross_entropy
 
@@ -88,6 +99,7 @@ class ModelCheck:
         if terms:
             tested = {name: torch.tensor(value) for name, value in trained.terms.items()}
             rows += [close(at, "balance terms", {n: tested.get(n)}, {n: terms[n]}) for n in terms]
+        rows += [Row(at, "balance terms", n, inf, 0.0, 1.0, (n,)) for n in trained.terms if n not in terms]
         rows.append(gradient_row(at, trained.gradients, expected, self.activation))
         if self.router is None:
             return rows, ([], [])
@@ -173,7 +185,14 @@ class ModelCheck:
             oracle_terms = losses.oracle_terms(oracle.routings[0], self.router, B)
             weights = {name: p[name] for name in routers}
             rows += loss_rows(
-                at, tested_terms, tested_gradients, oracle_terms, weights, "layers.{layer}.", self.activation
+                at,
+                tested_terms,
+                tested_gradients,
+                oracle_terms,
+                weights,
+                "layers.{layer}.",
+                self.activation,
+                self.router,
             )
             rows += routing_rows(at, [hidden.routings], oracle.routings, "layers.{layer}.mlp.router.")
             counts = {f"layers.{n}.mlp.expert_counts": r.counts() for n, r in oracle.routings[0].items()}
@@ -198,16 +217,34 @@ def loss_rows(
     parameters: Mapping[str, Tensor],
     prefix: str,
     activation: str,
+    router: RouterConfig,
 ) -> list[Row]:
-    """A row for the value of each balance loss and one for its gradient.
+    """A row for the value of each balance loss and one for its gradient; one that either side lacks fails.
 
     Some gradients are zero but for rounding (f·P of tied experts); all are measured against the z-loss's, which never
     is. Orthogonality squares inner products that nearly cancel: rounding counts √D times as much, twice.
     """
     expected = {name: losses.gradients(oracle, name, parameters) for name in oracle}
     scale = largest_norm(at.dtype, expected["z_loss"])
-    rows = []
+    promised = {name.removesuffix("_coef") for name in losses.COEFFICIENTS}
+    met = {name.partition("/")[0] for name in tested.keys() & oracle.keys()}
+    lacking = sorted((tested.keys() ^ oracle.keys()) | (promised - met))
+    missing = [name for name in lacking if name not in losses.meaningless(router)]
+    rows = [
+        Row(
+            at,
+            f"{name} value",
+            f"{name} ({'checked model' if name in tested else 'oracle'} only)",
+            inf,
+            0.0,
+            1.0,
+            (name,),
+        )
+        for name in missing
+    ]
     for name in oracle:
+        if name not in tested or name in losses.meaningless(router):
+            continue
         widen = 1.0
         if name == "orthogonality" and at.dtype == "bfloat16":
             widen = 10.0 if activation in KINKED else 3.0
@@ -219,9 +256,17 @@ def loss_rows(
 
 
 def routing_rows(
-    at: Situation, tested: Sequence[dict[int, Routing]], oracle: Sequence[dict[int, DenseRouting]], prefix: str
+    at: Situation,
+    tested: Sequence[dict[int, Routing]],
+    oracle: Sequence[dict[int, DenseRouting]],
+    prefix: str,
+    part: str = "",
+    tolerance: Tolerance | None = None,
 ) -> list[Row]:
-    """Scores, weights, the choice of experts and which pairs found room, layer by layer over real tokens."""
+    """Scores, weights, the choice of experts and which pairs found room, layer by layer over real tokens.
+
+    `part` begins the names of the quantities.
+    """
     scores: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     weights: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
     room: tuple[dict[str, Tensor], dict[str, Tensor]] = ({}, {})
@@ -237,10 +282,10 @@ def routing_rows(
         room[1][name + "kept"] = torch.cat([o[layer].kept for o in oracle])[real]
         wrong[name + "expert_ids"] = torch.tensor(sum(o[layer].wrong for o in oracle))
     return [
-        close(at, "router scores", *scores),
-        close(at, "router weights", *weights),
-        exact(at, "expert choice", wrong, {name: torch.zeros_like(count) for name, count in wrong.items()}),
-        exact(at, "kept pairs", *room),
+        close(at, f"{part}router scores", *scores, tolerance=tolerance),
+        close(at, f"{part}router weights", *weights, tolerance=tolerance),
+        exact(at, f"{part}expert choice", wrong, {name: torch.zeros_like(count) for name, count in wrong.items()}),
+        exact(at, f"{part}kept pairs", *room),
     ]
 
 

@@ -97,9 +97,12 @@ def mix(
     """q, k [B, S, H, d], v [B, S, H, w] -> [B, S, H, w]; a sink takes its share of the softmax and gives nothing."""
     logits = scale * torch.einsum("bqhd,bkhd->bhqk", q, k)
     logits = logits if cap is None else cap * (logits / cap).tanh()
-    powers = torch.where(seen_BSS[:, None], logits, -math.inf).exp()
+    logits = torch.where(seen_BSS[:, None], logits, -math.inf)
+    top = logits.detach().amax(-1, keepdim=True)  # the same on both sides of the fraction: large logits stay finite
+    top = top if sinks_H is None else torch.maximum(top, sinks_H.detach()[:, None, None])
+    powers = (logits - top).exp()
     total = powers.sum(-1, keepdim=True)
-    total = total if sinks_H is None else total + sinks_H.exp()[:, None, None]
+    total = total if sinks_H is None else total + (sinks_H[:, None, None] - top).exp()
     return torch.einsum("bhqk,bkhw->bqhw", powers / total, v)
 
 

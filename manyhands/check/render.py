@@ -1,58 +1,72 @@
-"""The report as a table for a terminal: one line per quantity, one column per backend and dtype."""
+"""The report as lines of at most 80 columns, the same on a terminal and in a pipe: one line per quantity."""
+
+from collections.abc import Callable
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from manyhands.check.report import CheckReport, Row
 
 MAX_FAILURES = 12
+WIDTH = 38
+DTYPES = ("float32", "bfloat16")
 
 
 def render(report: CheckReport, console: Console) -> None:
-    """Print the largest error of every quantity, then every failing row by name, then the verdict."""
-    columns = list(dict.fromkeys((row.situation.backend, row.situation.dtype) for row in report.rows))
-    table = Table(title="largest error against the float64 dense oracle (0 where it must be exact)")
-    table.add_column("quantity")
-    for backend, dtype in columns:
-        table.add_column(f"{backend}\n{dtype}", justify="right")
-    table.add_column("compared", justify="right")
-    for scopes, label in ((("model",), "model"), (None, "single layer, every router")):
-        rows = [row for row in report.rows if (row.situation.scope == "model") == (scopes is not None)]
-        if rows:
-            table.add_section()
-            table.add_row(f"[bold]{label}[/]")
-            _section(table, rows, columns)
-    console.print(table)
+    """Print the largest error of every quantity, what ran, every failing row by name, then the verdict."""
 
+    def line(text: str, style: str = "") -> None:
+        console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+
+    line("largest error against the float64 oracle (0 where it must be exact)")
+    line(f"{'':{WIDTH}} {'float32':>10} {'bfloat16':>10} {'compared':>9}")
+    for section in dict.fromkeys(_section(row) for row in report.rows):
+        line(section, "bold")
+        rows = [row for row in report.rows if _section(row) == section]
+        for quantity in dict.fromkeys(row.quantity for row in rows):
+            _line(line, quantity, [row for row in rows if row.quantity == quantity])
+    line("")
+    line("ran: " + ", ".join(dict.fromkeys(row.situation.backend for row in report.rows)))
+    if report.calls:
+        line(f"native calls: {', '.join(f'{n} {c}' for n, c in sorted(report.calls.items()) if ':' not in n)}")
+    for note in report.read:
+        line(note)
     if worst := report.worst_gradient():
-        console.print(f"worst gradient: {escape(worst.line().removeprefix('gradients: '))}")
+        line(f"worst gradient: {worst.line().removeprefix('gradients: ')}")
     for dtype, routed in report.routed.items():
-        flips = report.flips.get(dtype, 0)
-        console.print(f"{dtype}: {flips} of {routed} tokens chose another expert within rounding")
+        line(f"{dtype}: {report.flips.get(dtype, 0)} of {routed} tokens chose another expert within rounding")
     for note in dict.fromkeys(report.skipped):
-        console.print(f"skipped: {escape(note)}")
+        line(f"not covered: {note}")
     for row in report.failures[:MAX_FAILURES]:
-        console.print(f"[red]FAILED[/] {escape(row.line())}")
+        line(f"FAILED {row.line()}", "red")
     if len(report.failures) > MAX_FAILURES:
-        console.print(f"[red]FAILED[/] and {len(report.failures) - MAX_FAILURES} more rows (--json has all)")
-    verdict = "[green]ok[/]" if report.ok else f"[red]{len(report.failures)} failed[/]"
-    console.print(f"{verdict}: {len(report.rows)} comparisons in {report.seconds:.1f} s")
+        line(f"FAILED and {len(report.failures) - MAX_FAILURES} more rows (--json has all)", "red")
+    verdict = "ok" if report.ok else f"{len(report.failures)} failed"
+    line(f"{verdict}: {len(report.rows)} comparisons in {report.seconds:.1f} s", "green" if report.ok else "red")
 
 
-def _section(table: Table, rows: list[Row], columns: list[tuple[str, str]]) -> None:
-    for quantity in dict.fromkeys(row.quantity for row in rows):
-        mine = [row for row in rows if row.quantity == quantity]
-        cells = []
-        for column in columns:
-            here = [row for row in mine if (row.situation.backend, row.situation.dtype) == column]
-            cells.append(_cell(here))
-        table.add_row(quantity, *cells, str(len(mine)))
+def _section(row: Row) -> str:
+    s = row.situation
+    if s.scope == "checkpoint":
+        return "this checkpoint's own weights"
+    if row.quantity.startswith("decoding: "):
+        return "this model, generating" if s.scope == "model" else "every router and attention, generating"
+    if s.scope == "model":
+        return "this model, training"
+    if s.backend == "attention":
+        return "every kind of attention"
+    if s.scope in ("parts", "loss head", "sizes", "coverage") or s.backend == "router":
+        return "parts and sizes"
+    return "every router, in one layer"
 
 
-def _cell(rows: list[Row]) -> str:
-    if not rows:
-        return "–"
-    error = max(row.error for row in rows)
-    shown = "0" if error == 0.0 else f"{error:.1e}"
-    return shown if all(row.ok for row in rows) else f"[red]{shown} ✗[/]"
+def _line(line: Callable[[str, str], None], quantity: str, rows: list[Row]) -> None:
+    cells = []
+    for dtype in DTYPES:
+        here = [row for row in rows if row.situation.dtype == dtype]
+        cells.append(f"{max(row.error for row in here):.1e}" if here else "–")
+    cells = ["0" if cell == "0.0e+00" else cell for cell in cells]
+    failed = sum(not row.ok for row in rows)
+    name = quantity.removeprefix("decoding: ")
+    text = f"  {name:{WIDTH - 2}} {cells[0]:>10} {cells[1]:>10} {len(rows):>9}"
+    line(text + (f"  {failed} ✗" if failed else ""), "red" if failed else "")

@@ -69,9 +69,13 @@ class CheckReport:
     """Per dtype: tokens whose experts differ from the oracle's by no more than rounding."""
     routed: dict[str, int] = field(default_factory=dict)
     """Per dtype: tokens routed, over all rows."""
+    read: list[str] = field(default_factory=list)
+    """What of a checkpoint was read: layers, experts, share of the bytes."""
     skipped: list[str] = field(default_factory=list)
     """What could not be checked, and why."""
     seconds: float = 0.0
+    calls: dict[str, int] = field(default_factory=dict)
+    """How often each function of the native library ran; `mh_steps: …` are the parts of fused steps."""
 
     @property
     def failures(self) -> list[Row]:
@@ -114,7 +118,9 @@ class CheckReport:
             "failed": len(self.failures),
             "flips": self.flips,
             "routed": self.routed,
+            "read": self.read,
             "skipped": self.skipped,
+            "native_calls": self.calls,
             "seconds": self.seconds,
             "rows": rows,
         }

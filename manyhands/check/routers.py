@@ -16,6 +16,7 @@ from manyhands.check.subject import gradients
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.moe import LoadCounter, MoELayer
 
+RouterRows = tuple[list[Row], Routings]
 B, S, D, F, VOCAB = 4, 11, 32, 16, 97  # T = 44: no multiple of a vector width, so that tails are covered
 
 ROUTERS: dict[str, RouterConfig] = {
@@ -75,29 +76,32 @@ def layer_config(name: str) -> MoEConfig:
 class RouterCheck:
     """One layer with the router `name` in one case; `rows` compares it in every backend, dtype and mode."""
 
-    def __init__(self, name: str, case: str, seed: int) -> None:
-        self.name, self.case, self.seed = name, case, seed
+    def __init__(self, name: str, case: str, seed: int, shape: tuple[int, int] = (B, S)) -> None:
+        self.name, self.case, self.seed, self.shape = name, case, seed, shape
         self.config = layer_config(name)
         generator = torch.Generator().manual_seed(seed)
         self.layer = MoELayer(self.config, D)
         cases.fill(self.layer, case, torch.Generator().manual_seed(seed + 1))
         along_first = torch.Generator().manual_seed(seed + 1)  # the same direction as `fill`
-        self.x = cases.tokens(B * S, D, case, along_first).bfloat16().float()  # the same input in every dtype
-        self.probe = torch.randn(B * S, D, generator=generator).bfloat16().float()
-        self.ids = cases.token_ids((B, S), VOCAB, case, self.config.router.select == "hash", generator).flatten()
-        padded = cases.padding_mask((B, S)) if case == "padding" else torch.ones(B, S, dtype=torch.bool)
+        x = cases.tokens(shape[0] * shape[1], D, case, along_first)
+        self.x = x.bfloat16().float()  # the same input in every dtype
+        self.probe = torch.randn(len(self.x), D, generator=generator).bfloat16().float()
+        self.ids = cases.token_ids(shape, VOCAB, case, self.config.router.select == "hash", generator).flatten()
+        padded = cases.padding_mask(shape) if case == "padding" else torch.ones(shape, dtype=torch.bool)
         self.mask = padded.flatten()
 
-    def rows(self, backend: str, dtype: str) -> Iterator[tuple[list[Row], Routings]]:
+    def rows(self, backend: str, dtype: str) -> Iterator[RouterRows]:
         """The rows of training, and of evaluation where that differs."""
         r = self.config.router
         self.layer.experts.implementation = backend
         differs = r.noisy or r.jitter or r.random_second or r.capacity_factor != r.eval_capacity_factor
+        size = "" if self.shape == (B, S) else f", {len(self.x)} tokens"
         for mode in ("train", "eval") if differs else ("train",):
-            yield self._compare(Situation(self.name, self.case, backend, dtype, mode))
+            yield self._compare(Situation(self.name, self.case, backend, dtype, mode + size))
 
     def _compare(self, at: Situation) -> tuple[list[Row], Routings]:
-        layer, router, training = self.layer.train(at.mode == "train"), self.config.router, at.mode == "train"
+        router, training = self.config.router, at.mode.startswith("train")
+        layer = self.layer.train(training)
         layer.zero_grad(set_to_none=True)
         x = self.x.clone().to(DTYPES[at.dtype]).requires_grad_()
         with torch.random.fork_rng(devices=[]):
@@ -106,7 +110,7 @@ class RouterCheck:
             torch.manual_seed(self.seed)
             _, with_outputs = layer(x, self.mask, self.ids, keep_outputs=True)
         parameters = dict(layer.named_parameters())
-        tested = losses.tested_terms({0: with_outputs}, router, B)
+        tested = losses.tested_terms({0: with_outputs}, router, self.shape[0])
         tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
         (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()
         counter = LoadCounter.empty(router.num_experts)
@@ -126,10 +130,12 @@ class RouterCheck:
             tested=routing,
             slack=TOLERANCES[at.dtype].slack,
         )
-        oracle_terms = losses.oracle_terms({0: oracle}, router, B)
+        oracle_terms = losses.oracle_terms({0: oracle}, router, self.shape[0])
         rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]
         act = self.config.hidden_act
-        rows += loss_rows(at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "", act)
+        rows += loss_rows(
+            at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "", act, router
+        )
         rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
         rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
         rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))

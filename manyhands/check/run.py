@@ -1,19 +1,25 @@
-"""The whole check: the model in every case, backend, dtype and mode, then every router by itself."""
+"""The whole check: the model in every case, backend, dtype and mode, then everything else by itself."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from math import inf
 
 import torch
 
+from manyhands.check.attentions import ATTENTIONS, AttentionCheck
 from manyhands.check.cases import CASES, possible
+from manyhands.check.coverage import NOT_IN_USE, counting, coverage_row, expected
+from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
 from manyhands.check.model import DTYPES, ModelCheck, Routings
-from manyhands.check.report import CheckReport, Row
+from manyhands.check.parts import part_jobs
+from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
+from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.config import BalanceConfig, ModelConfig, suggest
 from manyhands.errors import ConfigError
 from manyhands.generate.mode import one_thread
-from manyhands.kernels import BACKENDS, check_name
+from manyhands.kernels import BACKENDS, check_name, native
 from manyhands.kernels.experts import GATED
 
 Progress = Callable[[str, int, int], None]
@@ -28,23 +34,44 @@ def run_check(
     backends: Sequence[str] | None = None,
     dtypes: Sequence[str] | None = None,
     cases: Sequence[str] = CASES,
+    decoding: bool = True,
     routers: bool = True,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Hold the shrunk `config` (and, with `routers`, every router in `ROUTERS`) against the float64 oracle.
+    """Hold the shrunk `config` against the float64 oracle, in training and, with `decoding`, in generation.
 
-    `backends` and `dtypes` default to all there are; `cases` are routing cases for the model (`cases.py`).
-    `progress(what, done, total)` is called before each part and at the end. Weights and data are random, from `seed`.
-    Raises `ConfigError` for an unknown backend or dtype; a failed comparison is in the report, not raised.
+    With `routers` also everything that is not this model: every router, attention, packed format and size at which
+    something else runs; it then fails too if a native fast path never ran. `backends` and `dtypes` default to all
+    there are; `cases` are routing cases for the model (`cases.py`). `progress(what, done, total)` is called before
+    each part and at the end. Weights and data are random, from `seed`. Raises `ConfigError` for an unknown backend or
+    dtype; a failed comparison is in the report, not raised.
     """
     started = time.perf_counter()
     small = shrink(config)
     report = CheckReport(small, shrunk=small != config)
+    everything = backends is None and dtypes is None and decoding and routers
     backends, dtypes = _names(backends, dtypes)
     jobs = list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
+    if decoding:
+        jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
     if routers:
         jobs += _router_jobs(report, seed, backends, dtypes)
-    _do(report, jobs, progress)
+        jobs += layer_jobs(seed, backends, dtypes)
+        jobs += _part_jobs(seed, backends, dtypes)
+        if decoding:
+            for number, (name, model) in enumerate(small_models().items()):
+                formats = ["plain", list(FORMATS)[1 + number % (len(FORMATS) - 1)]]
+                jobs += _decoding_jobs(report, {name: model}, seed, dtypes, formats, (ROWS[number % len(ROWS)],))
+    with counting() as calls:
+        _do(report, jobs, progress)
+    report.calls = dict(calls)
+    if not native.available():
+        report.skipped.append(f"the native library: {native.missing()}")
+    elif everything:
+        report.rows.append(coverage_row(calls))
+        report.skipped += [f"{name}: {why}" for name, why in NOT_IN_USE.items()]
+    elif idle := [name for name in expected() if not calls[name]]:
+        report.skipped.append(f"fast paths that this part of the check does not run: {', '.join(idle)}")
     report.seconds = time.perf_counter() - started
     return report
 
@@ -113,6 +140,46 @@ def _router_jobs(report: CheckReport, seed: int, backends: list[str], dtypes: li
     return jobs
 
 
+def _decoding_jobs(
+    report: CheckReport,
+    models: dict[str, ModelConfig],
+    seed: int,
+    dtypes: list[str],
+    formats: list[str],
+    batches: Sequence[int] = ROWS,
+) -> Iterator[Job]:
+    for scope, config in models.items():
+        if config.moe is not None and not config.moe.router.causal_safe:
+            report.skipped.append(f"decoding of {scope}: its router is not causal, so it cannot generate")
+            continue
+        for format in formats:
+            for dtype in dtypes:
+                if format != "plain" and dtype != dtypes[0]:  # the parts by themselves are checked in every dtype
+                    continue
+                check = DecodingCheck(scope, config, format, dtype, seed)
+                yield f"decoding, {scope}", format, dtype, lambda c=check: c.rows(batches)  # type: ignore[misc]
+
+
+def _part_jobs(seed: int, backends: list[str], dtypes: list[str]) -> Iterator[Job]:
+    """What needs no model around it."""
+    for name in ATTENTIONS:
+        attention = AttentionCheck(name, seed)
+        for dtype in dtypes:
+            yield name, "attention", dtype, lambda c=attention, d=dtype: _only(c.rows(d))  # type: ignore[misc]
+    for what, dtype, rows in part_jobs(seed, dtypes):
+        yield what, "decoding", dtype, lambda r=rows: _only(r())  # type: ignore[misc]
+    for dtype in dtypes:
+        yield "loss head", "chunks", dtype, lambda d=dtype: _only(loss_head(seed, d))  # type: ignore[misc]
+    if "float32" in dtypes:
+        for backend in backends:
+            yield "a wide expert", backend, "float32", lambda b=backend: _only(wide_expert(seed, b))  # type: ignore[misc]
+
+
+def _only(rows: Iterable[Row]) -> Iterator[tuple[list[Row], Routings]]:
+    """Rows that no routing goes with."""
+    yield list(rows), ([], [])
+
+
 def _runs(backend: str, dtype: str, width: int, expert_width: int, activation: str) -> bool:
     """Whether the backend takes these sizes (`supports_grouped_mm` says the same of tensors)."""
     bytes_each = torch.empty(0, dtype=DTYPES[dtype]).element_size()
@@ -125,7 +192,7 @@ def _do(report: CheckReport, jobs: list[Job], progress: Progress | None) -> None
     for done, (what, backend, dtype, compare) in enumerate(jobs):
         if progress is not None:
             progress(f"{what}, {backend}, {dtype}", done, len(jobs))
-        for rows, (_, oracle) in compare():
+        for rows, (_, oracle) in _caught(compare, what, backend, dtype):
             report.rows += rows
             for micro in oracle:
                 for routing in micro.values():
@@ -133,3 +200,15 @@ def _do(report: CheckReport, jobs: list[Job], progress: Progress | None) -> None
                     report.routed[dtype] = report.routed.get(dtype, 0) + len(routing.mask)
     if progress is not None:
         progress("done", len(jobs), len(jobs))
+
+
+def _caught(
+    compare: Callable[[], Iterator[tuple[list[Row], Routings]]], what: str, backend: str, dtype: str
+) -> Iterator[tuple[list[Row], Routings]]:
+    """What cannot even be computed is a failed row, and the rest goes on."""
+    try:
+        yield from compare()
+    except Exception as error:  # of any kind: it is the object of the check
+        at = Situation(what, "–", backend, dtype, "–")
+        message = f"{type(error).__name__}: {str(error)[:200]}"
+        yield [Row(at, "ran without an error", message, inf, 0.0, 1.0, (message,))], ([], [])

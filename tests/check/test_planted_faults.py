@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import manyhands.check.losses
 import manyhands.moe.balance
 import manyhands.moe.router
 from manyhands.check import CheckReport, run_check
@@ -18,7 +19,7 @@ LAYERS = (1, 2)  # DEEPSEEK's sparse layers, after shrinking
 
 def _check(config=DEEPSEEK, **options) -> CheckReport:
     options = {"backends": ["eager"], "dtypes": ["float32"], "cases": ["random"]} | options
-    return run_check(config, BALANCE, routers=False, **options)
+    return run_check(config, BALANCE, routers=False, decoding=False, **options)
 
 
 def _failing(report: CheckReport) -> dict[str, set[str]]:
@@ -150,3 +151,30 @@ def test_one_experts_gradient_dropped(monkeypatch, backend, dtype):
     report = _check(backends=[backend], dtypes=[dtype])
     assert not report.ok
     assert _failing(report)["gradients"] == {f"layers.{n}.mlp.experts.down_proj[3]" for n in LAYERS}
+
+
+def test_a_loss_that_the_oracle_lacks_is_not_silent(monkeypatch):
+    terms = manyhands.check.losses.balance_terms
+
+    def more(routing, config, *rest):
+        return terms(routing, config, *rest) | {"novel": routing.scores.square().mean()}
+
+    monkeypatch.setattr(manyhands.check.losses, "balance_terms", more)
+    report = _check(MIXTRAL)
+    assert _failing(report) == {"novel value": {"novel"}}
+
+
+def test_a_loss_that_the_model_lacks_is_not_silent(monkeypatch):
+    terms = manyhands.check.losses.balance_terms
+    without = {"variance"}
+
+    def fewer(*arguments):
+        return {name: value for name, value in terms(*arguments).items() if name not in without}
+
+    monkeypatch.setattr(manyhands.check.losses, "balance_terms", fewer)
+    assert _failing(_check(MIXTRAL)) == {"variance value": {"variance"}}
+
+
+def test_a_coefficient_that_nobody_computes_is_not_silent(monkeypatch):
+    monkeypatch.setattr(manyhands.check.losses, "COEFFICIENTS", [*manyhands.check.losses.COEFFICIENTS, "novel_coef"])
+    assert _failing(_check(MIXTRAL)) == {"novel value": {"novel"}}

@@ -1,0 +1,372 @@
+"""Faults planted in what only decoding runs, or one kind of attention: the check must be red and name the place."""
+
+import ctypes
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+import torch
+
+import manyhands.check.run
+import manyhands.moe.packed
+import manyhands.moe.router
+import manyhands.moe.routing
+import manyhands.nn.attention
+import manyhands.nn.cross_entropy
+import manyhands.nn.decoder
+import manyhands.nn.mla
+import manyhands.nn.rope
+import manyhands.quant.packed
+from manyhands.check import ROUTERS, Row, run_check
+from manyhands.check.attentions import ATTENTIONS, AttentionCheck
+from manyhands.check.coverage import counting, coverage_row, expected
+from manyhands.check.decoding import FORMATS, DecodingCheck, small_models
+from manyhands.check.parts import part_jobs
+from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
+from manyhands.kernels import native
+from manyhands.kernels.native import library, step
+from manyhands.moe import Router
+from manyhands.nn.norm import RMSNorm
+from tests.check.configs import BALANCE, MIXTRAL
+
+needs_native = pytest.mark.skipif(not native.available(), reason="no native kernels")
+MODELS = small_models()
+
+
+def attention_rows(*names: str, dtype: str = "float32") -> list[Row]:
+    return [row for name in names or ATTENTIONS for row in AttentionCheck(name, 0).rows(dtype)]
+
+
+def part_rows(*parts: str) -> list[Row]:
+    found = list(part_jobs(0, ["float32"]))
+    assert not set(parts) - {what for what, _, _ in found}
+    return [row for what, _, rows in found if not parts or what in parts for row in rows()]
+
+
+def decoding_rows(name: str = "", format: str = "plain", rows: int = 3) -> list[Row]:
+    name = name or next(iter(MODELS))
+    check = DecodingCheck(name, MODELS[name], format, "float32", 0)
+    ran = manyhands.check.run._caught(lambda: check.rows((rows,)), "decoding", format, "float32")
+    return [row for found, _ in ran for row in found]
+
+
+def red(rows: Iterable[Row]) -> set[str]:
+    """The quantities that failed."""
+    return {row.quantity for row in rows if not row.ok}
+
+
+def scopes(rows: Iterable[Row]) -> set[str]:
+    return {row.situation.scope for row in rows if not row.ok}
+
+
+def test_green():
+    rows = attention_rows() + attention_rows("multi-head", dtype="bfloat16") + part_rows()
+    assert not red(rows), [row.line() for row in rows if not row.ok]
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_green_decoding(format):
+    for name in list(MODELS)[1::6]:
+        rows = decoding_rows(name, format)
+        assert not red(rows), [row.line() for row in rows if not row.ok]
+
+
+def test_every_router_and_attention_is_decoded():
+    names = " ".join(MODELS)
+    assert all(name in names for name in ATTENTIONS)
+    assert all(name in names for name, router in ROUTERS.items() if router.causal_safe)
+
+
+def test_everything_is_a_job(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(manyhands.check.run, "_do", lambda report, todo, progress: jobs.extend(todo))
+    report = run_check(MIXTRAL, BALANCE)
+    what = {job[0] for job in jobs}
+    assert what >= {
+        *ATTENTIONS,
+        "norms and linears",
+        "routing of few tokens",
+        "int4 records",
+        "loss head",
+        "a wide expert",
+    }
+    assert what >= {f"decoding, {name}" for name in ("model", *MODELS)}
+    assert {job[1] for job in jobs if job[0].startswith("decoding, ")} >= set(FORMATS)
+    if native.available():  # nothing ran, and that is said
+        assert red(report.rows) == {"fast paths that ran"}
+        assert set(report.failures[0].failing) == set(expected())
+
+
+@needs_native
+def test_what_ran_is_counted():
+    with counting() as calls:
+        decoding_rows()
+    assert calls["mh_steps"] and calls["mh_steps: route"] and calls["mh_attend"]
+    assert "mh_backward" in coverage_row(calls).failing
+
+
+# ---- fast paths of decoding ----
+
+
+@needs_native
+def test_wrong_experts_for_few_tokens(monkeypatch):
+    right = step.route
+
+    def wrong(router, x, *rest):
+        logits, scores, ids, weights = right(router, x, *rest)
+        return logits, scores, (ids + 1) % router.experts, weights
+
+    monkeypatch.setattr(step, "route", wrong)
+    assert red(part_rows("routing of few tokens")) >= {"routing of few tokens: expert choice"}
+
+
+@needs_native
+@pytest.mark.parametrize(("name", "part", "quantity"), [
+    ("linears", "norms and linears", "linears"),
+    ("rms_norm", "norms and linears", "norm"),
+])  # fmt: skip
+def test_doubled_for_few_rows(monkeypatch, name, part, quantity):
+    right = getattr(step, name)
+
+    def twice(*arguments):
+        y = right(*arguments)
+        return [2 * t for t in y] if isinstance(y, list) else 2 * y
+
+    monkeypatch.setattr(step, name, twice)
+    assert red(part_rows(part)) == {quantity}
+
+
+@needs_native
+@pytest.mark.parametrize("name", ["attend", "place"])
+def test_attention_to_a_cache_doubled(monkeypatch, name):
+    right = getattr(step, name)
+    monkeypatch.setattr(step, name, lambda *a, **k: 2 * right(*a, **k))
+    assert red(attention_rows("multi-head", "latent (Moonlight)")) == {"attention to a cache"}
+
+
+@needs_native
+@pytest.mark.parametrize("fault", ["raises", "states", "route", "place"])
+def test_fused_step(monkeypatch, fault):
+    call = library.call
+
+    def broken(name, *arguments):
+        if name == "mh_steps":
+            steps = ctypes.cast(arguments[0], ctypes.POINTER(library.CStep))
+            if fault == "raises":
+                raise RuntimeError("broken on purpose")
+            for i in range(arguments[1]):
+                if fault == "states" and steps[i].kind == 6:  # what is added is doubled
+                    steps[i].factor = 2.0
+                if fault == "place" and steps[i].kind == 2:  # keys and values one place too early
+                    steps[i].n[1] -= 1
+                if fault == "route" and steps[i].kind == 4:
+                    router = ctypes.cast(steps[i].a[0], ctypes.POINTER(library.CRouter))
+                    router[0].renormalise = not router[0].renormalise
+        return call(name, *arguments)
+
+    monkeypatch.setattr(library, "call", broken)
+    if fault == "raises":
+        report = run_check(MIXTRAL, BALANCE, backends=["eager"], dtypes=["float32"], cases=[], routers=False)
+        assert "ran without an error" in red(report.rows)
+        return
+    places = {"decoding: states", "decoding: logits", "decoding: router weights", "ran without an error"}
+    assert red(decoding_rows()) & places
+
+
+def test_a_mask_that_forgets_padding(monkeypatch):
+    right = manyhands.nn.decoder.causal_mask
+
+    def forgetful(real, *rest):
+        return right(torch.ones_like(real), *rest)
+
+    monkeypatch.setattr(manyhands.nn.decoder, "causal_mask", forgetful)
+    assert "decoding: states" in red(decoding_rows())
+
+
+def test_positions_that_count_padding(monkeypatch):
+    right = manyhands.nn.decoder.rope_tables
+    monkeypatch.setattr(manyhands.nn.decoder, "rope_tables", lambda c, d, p: right(c, d, p * 2))
+    assert {"attention", "attention to a cache"} <= red(attention_rows("multi-head"))
+
+
+# ---- packed records ----
+
+
+def _scaled(right, at):
+    def wrong(*arguments):
+        values, scales = right(*arguments)
+        if scales is not None:
+            scales = scales.clone()
+            scales.view(-1)[at] = 0
+        return values, scales
+
+    return wrong
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_scales_written_wrong(monkeypatch, format):
+    monkeypatch.setattr(manyhands.quant.packed, "encode", _scaled(manyhands.quant.packed.encode, slice(0, 4)))
+    assert "rounding of records, to plain rounding's" in red(part_rows(f"{format} records"))
+
+
+@pytest.mark.parametrize("format", ["int8", "int4"])
+def test_scales_read_wrong(monkeypatch, format):
+    right = manyhands.quant.packed.decode
+
+    def wrong(weight, scales, matrix):
+        return 1.5 * right(weight, scales, matrix)
+
+    monkeypatch.setattr(manyhands.quant.packed, "decode", wrong)
+    assert "packed records" in red(part_rows(f"{format} records"))
+
+
+@needs_native
+@pytest.mark.parametrize("format", ["int8", "int4", "bf16", "float32"])
+def test_kernels_of_packed_experts(monkeypatch, format):
+    right = manyhands.moe.packed.packed_experts
+    monkeypatch.setattr(manyhands.moe.packed, "packed_experts", lambda *a: 1.2 * right(*a))
+    assert red(part_rows(f"{format} records")) == {"packed experts"}
+
+
+# ---- kinds of attention ----
+
+
+def test_rotation_without_interleave(monkeypatch):
+    for module in (manyhands.nn.attention, manyhands.nn.mla):
+        right = module.apply_rope
+        monkeypatch.setattr(module, "apply_rope", lambda x, tables, _, f=right: f(x, tables, False))
+    assert {"neighbouring pairs", "latent (Moonlight)"} <= scopes(attention_rows())
+
+
+def test_norm_of_the_wrong_width(monkeypatch):
+    forward = RMSNorm.forward
+
+    def by_halves(self, x):
+        if x.shape[-1] < 32:
+            return forward(self, x)
+        one, two = x.chunk(2, -1)
+        both = torch.cat([t / (t.float().square().mean(-1, keepdim=True) + self.eps).sqrt() for t in (one, two)], -1)
+        return both * self.weight
+
+    monkeypatch.setattr(RMSNorm, "forward", by_halves)
+    found = scopes(attention_rows())
+    assert {"norm of the full width (OLMoE)", "latent (Moonlight)"} <= found
+    assert "norm of each head (Qwen3)" not in found
+
+
+def test_latent_without_its_norm(monkeypatch):
+    init = manyhands.nn.mla.LatentAttention.__init__
+
+    def without(self, *arguments):
+        init(self, *arguments)
+        self.kv_a_layernorm.forward = lambda x: x * self.kv_a_layernorm.weight
+
+    monkeypatch.setattr(manyhands.nn.mla.LatentAttention, "__init__", without)
+    assert scopes(attention_rows()) == {name for name in ATTENTIONS if name.startswith("latent")}
+
+
+@pytest.mark.parametrize("off_by", [-1, 1])
+def test_window(monkeypatch, off_by):
+    right = manyhands.nn.decoder.causal_mask
+
+    def wrong(real, n, window, plain):
+        return right(real, n, None if window is None else window + off_by, plain)
+
+    monkeypatch.setattr(manyhands.nn.decoder, "causal_mask", wrong)
+    windows = {name for name, config in ATTENTIONS.items() if config.attention.sliding_window}
+    assert scopes(attention_rows()) == windows
+
+
+@pytest.mark.parametrize("kind", ["yarn", "llama3", "linear"])
+def test_rotation_of_long_contexts(monkeypatch, kind):
+    right = manyhands.nn.rope.inverse_frequencies
+
+    def plain(config, *rest):
+        return right(config.model_copy(update={"rope_type": "default"}) if config.rope_type == kind else config, *rest)
+
+    monkeypatch.setattr(manyhands.nn.rope, "inverse_frequencies", plain)
+    assert scopes(attention_rows()) == {name for name, c in ATTENTIONS.items() if c.rope.rope_type == kind}
+
+
+def test_temperature_of_yarn(monkeypatch):
+    right = manyhands.nn.rope.inverse_frequencies
+    monkeypatch.setattr(manyhands.nn.rope, "inverse_frequencies", lambda *a: (right(*a)[0], 1.0))
+    assert {"YaRN", "sinks, window, YaRN (gpt-oss)"} <= scopes(attention_rows())
+    monkeypatch.undo()
+    monkeypatch.setattr(manyhands.nn.mla, "yarn_mscale", lambda factor, mscale=1.0: 1.0)
+    assert scopes(attention_rows()) == {"latent, low-rank queries, YaRN (DeepSeek-V3)"}
+
+
+def test_sinks_and_cap_forgotten(monkeypatch):
+    right = manyhands.nn.attention.attend
+
+    def without(q, k, v, mask, scale, cap, sinks):
+        return right(q, k, v, mask, scale, None, torch.full_like(sinks, -torch.inf))
+
+    monkeypatch.setattr(manyhands.nn.attention, "attend", without)
+    assert scopes(attention_rows()) == {"sinks, window, YaRN (gpt-oss)", "soft cap (Grok-1)"}
+
+
+# ---- sizes ----
+
+
+def test_second_chunk_of_the_loss_head(monkeypatch):
+    assert not red(loss_head(0, "float32"))
+    mm = torch.mm
+
+    def wrong(a, b, **out):
+        return mm(a, b, **out) * (3.0 if len(a) == 37 and not out else 1.0)
+
+    monkeypatch.setattr(torch, "mm", wrong)
+    rows = list(loss_head(0, "float32"))
+    assert red(rows) == {"loss", "loss head gradients"}
+    assert "states of chunk 1" not in rows[1].failing and "states of chunk 2" in rows[1].failing
+
+
+def _layer_rows(what: str) -> list[Row]:
+    ((_, _, _, rows),) = [job for job in layer_jobs(0, ["eager"], ["float32"]) if job[0] == what]
+    return [row for found, _ in rows() for row in found]
+
+
+def test_large_top_k(monkeypatch):
+    what = "5000 tokens, tied"
+    assert not red(_layer_rows(what))
+    keys = torch.arange
+
+    def backwards(*arguments, **more):  # the low bits of the keys, which break ties
+        return keys(*arguments, **more) if len(arguments) < 3 else keys(*arguments, **more).flip(0)
+
+    monkeypatch.setattr(torch, "arange", backwards)
+    assert red(_layer_rows(what)) & {"expert choice", "router weights", "output"}
+
+
+@needs_native
+def test_expert_whose_rows_span_two_groups(monkeypatch):
+    assert not red(wide_expert(0, "native"))
+    call = library.call
+
+    def last_rows_lost(name, *arguments):
+        if name == "mh_backward":
+            rows = ctypes.cast(arguments[4], ctypes.POINTER(library.CRows))[0]
+            tail = (rows.count - 200) * rows.stride * 4
+            ctypes.memset(rows.data + tail, 0, 200 * rows.stride * 4)
+        return call(name, *arguments)
+
+    monkeypatch.setattr(library, "call", last_rows_lost)
+    assert red(wide_expert(0, "native")) == {"wide expert gradients"}
+
+
+def test_bias_of_selection_forgotten_for_few(monkeypatch):
+    forward = Router.forward
+
+    def few(self, x, *rest):
+        if x.shape[0] > 16 or self.e_score_correction_bias is None:
+            return forward(self, x, *rest)
+        routing = forward(self, x, *rest)
+        ids = manyhands.moe.routing.top_k_stable(routing.scores, self.config.num_experts_per_tok)
+        return replace(routing, expert_ids=ids)
+
+    monkeypatch.setattr(Router, "forward", few)
+    rows = [row for row in part_rows("routing of few tokens") if not row.ok]
+    assert {row.situation.scope for row in rows} == {name for name, r in ROUTERS.items() if r.bias}
+    assert all(int(row.situation.mode.split()[1]) <= 16 for row in rows)
