@@ -73,6 +73,7 @@ FLAGS = {
         "drop_extras",
         "agreement",
         "json_output",
+        "overwrite",
     },
     "chat": {
         "checkpoint",
@@ -98,6 +99,7 @@ FLAGS = {
         "text_field",
         "max_batches",
         "json_output",
+        "overwrite",
     },
     "check": {"model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
 }
