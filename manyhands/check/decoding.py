@@ -137,16 +137,25 @@ def pack(model: Recorder, packed: PackedConfig | None) -> Recorder:
 class DecodingCheck:
     """One model in one format and dtype; `rows` generates with it."""
 
-    def __init__(self, scope: str, config: ModelConfig, format: str, dtype: str, seed: int) -> None:
+    def __init__(
+        self,
+        scope: str,
+        config: ModelConfig,
+        format: str,
+        dtype: str,
+        seed: int,
+        model: Recorder | None = None,
+        packed: PackedConfig | None = None,
+    ) -> None:
+        """`model` None: random weights, packed as `format` says. One that is given is packed as `packed` says."""
         self.scope, self.format, self.dtype, self.seed, self.config = scope, format, dtype, seed, config
-        moe = config.moe
-        self.packed = FORMATS[format]
-        if self.packed is not None and moe is None:
+        self.given, self.packed = model, FORMATS[format] if model is None else packed
+        if self.packed is not None and config.moe is None:
             self.packed = self.packed.model_copy(update={"experts": None})
 
     def rows(self, batches: Sequence[int] = ROWS) -> Iterator[tuple[list[Row], Routings]]:
         """Several sequences at once, padded on the left and ending at different lengths; then one conversation."""
-        self.model = build(self.config, self.packed, DTYPES[self.dtype], self.seed)
+        self.model = self.given or build(self.config, self.packed, DTYPES[self.dtype], self.seed)
         generator = torch.Generator().manual_seed(self.seed)
         for B in batches:
             longest = 7 + B % 3

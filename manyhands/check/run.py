@@ -11,11 +11,13 @@ from manyhands.check.cases import CASES, possible
 from manyhands.check.coverage import NOT_IN_USE, counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
 from manyhands.check.model import DTYPES, ModelCheck, Routings
+from manyhands.check.own import own_rows
 from manyhands.check.parts import part_jobs
 from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
+from manyhands.checkpoint.source import Source
 from manyhands.config import BalanceConfig, ModelConfig, suggest
 from manyhands.errors import ConfigError
 from manyhands.generate.mode import one_thread
@@ -36,12 +38,14 @@ def run_check(
     cases: Sequence[str] = CASES,
     decoding: bool = True,
     routers: bool = True,
+    source: Source | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
     """Hold the shrunk `config` against the float64 oracle, in training and, with `decoding`, in generation.
 
     With `routers` also everything that is not this model: every router, attention, packed format and size at which
-    something else runs; it then fails too if a native fast path never ran. `backends` and `dtypes` default to all
+    something else runs; it then fails too if a native fast path never ran. `source` is an opened checkpoint whose own
+    weights are held against the oracle too (`own.py`). `backends` and `dtypes` default to all
     there are; `cases` are routing cases for the model (`cases.py`). `progress(what, done, total)` is called before
     each part and at the end. Weights and data are random, from `seed`. Raises `ConfigError` for an unknown backend or
     dtype; a failed comparison is in the report, not raised.
@@ -51,7 +55,10 @@ def run_check(
     report = CheckReport(small, shrunk=small != config)
     everything = backends is None and dtypes is None and decoding and routers
     backends, dtypes = _names(backends, dtypes)
-    jobs = list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
+    jobs: list[Job] = []
+    if source is not None:
+        jobs.append(("own weights", "checkpoint", "–", lambda: own_rows(source, report, seed)))
+    jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
     if decoding:
         jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
     if routers:

@@ -8,6 +8,7 @@ import typer
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
+    from manyhands.checkpoint.source import Source
     from manyhands.config import BalanceConfig, ModelConfig
 
 
@@ -18,15 +19,19 @@ def check(
     ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Only this expert backend. Repeatable.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="Only float32 or bfloat16. Repeatable.")] = None,
-    routers: Annotated[bool, typer.Option(help="Check every kind of router as well, each in one layer.")] = True,
+    routers: Annotated[
+        bool, typer.Option(help="Check all else as well: every router, attention, packed format and size.")
+    ] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
-    """Forward, every gradient, every balance loss, backend by backend, against an oracle that runs all experts.
+    """Training and generation against a float64 oracle that runs all experts and has no cache.
 
-    A large model is shrunk first. Exit code 4 if anything disagrees.
+    Forward, gradients and balance losses by every backend; generation, plain and packed; every router, attention,
+    packed format and size at which something else runs. A large model is shrunk first. Of a checkpoint the weights
+    themselves are read too, as many as two gigabytes. Exit code 4 if anything disagrees or a fast path never ran.
     """
-    config, balance = _describe(model, overrides or [])
+    config, balance, source = _describe(model, overrides or [])
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -44,6 +49,7 @@ def check(
             backends=backend,
             dtypes=dtype,
             routers=routers,
+            source=source,
             progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
         )
     if json_output:
@@ -55,7 +61,7 @@ def check(
     report.raise_if_failed()
 
 
-def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceConfig]":
+def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceConfig, Source | None]":
     from manyhands.config import BalanceConfig
     from manyhands.config.load import load_preset, load_run, preset_names
 
@@ -63,9 +69,11 @@ def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceCo
     if path.is_dir():
         if overrides:
             raise ConfigError(f"{model} is a checkpoint: it is checked as it is, without {overrides[0]!r}")
-        from manyhands.checkpoint.model import find, read_config
+        from manyhands.checkpoint.model import find
+        from manyhands.checkpoint.source import open_source
 
-        return read_config(find(path)), BalanceConfig()
+        source = open_source(find(path))
+        return source.config, BalanceConfig(), source
     if path.suffix in (".yaml", ".yml") or path.is_file():
         run = load_run(path, overrides)
     elif model in preset_names():
@@ -74,4 +82,4 @@ def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceCo
         raise ConfigError(
             f"{model!r} is neither a preset ({', '.join(preset_names())}), nor a run file, nor a checkpoint directory"
         )
-    return run.model, run.balance
+    return run.model, run.balance, None
