@@ -1,5 +1,6 @@
 """transformers' routed families: what `watch` reports is what they did; our expert backends compute what theirs do."""
 
+import copy
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -234,6 +235,15 @@ def gradients(model: nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_as_near(ours: Tensor, theirs: Tensor, exact: Tensor, what: str) -> None:
+    """Ours is as near to float64 as theirs, within a factor of 8; 1e-6 of the scale where theirs is exact by luck.
+
+    How far float32 is from float64 depends on the processor's products, so no fixed distance holds everywhere.
+    """
+    allowed = 8 * (theirs - exact).abs().max() + 1e-6 * (1 + exact.abs().max())
+    assert (ours - exact).abs().max() <= allowed, f"{what}: {(ours - exact).abs().max():.2e}, allowed {allowed:.2e}"
+
+
 @pytest.mark.parametrize("name", OURS)
 def test_experts_equal_theirs(name: str) -> None:
     """Logits and every parameter's gradient, against transformers' eager loop."""
@@ -243,12 +253,13 @@ def test_experts_equal_theirs(name: str) -> None:
             if t.dim() == 2 and ("gate." in key or "router." in key) and 6 <= t.shape[0] <= 9:
                 t[1] *= -0.7
     logits, grads = gradients(model)
+    exact, exactly = gradients(copy.deepcopy(model).double())
     use_experts(model)
     assert all(m.config._experts_implementation == "manyhands" for m in model.modules() if hasattr(m, "is_transposed"))
     ours, mine = gradients(model)
-    torch.testing.assert_close(ours, logits, rtol=0, atol=1e-5)
+    assert_as_near(ours, logits, exact, "logits")
     for key, grad in grads.items():
-        torch.testing.assert_close(mine[key], grad, rtol=1e-5, atol=1e-5, msg=lambda m, k=key: f"{k}: {m}")
+        assert_as_near(mine[key], grad, exactly[key], key)
     model.set_experts_implementation("eager")
     assert torch.equal(gradients(model)[0], logits)
 

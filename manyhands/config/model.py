@@ -17,6 +17,8 @@ Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
 Multiplier = Annotated[float, Field(gt=0.0, le=1e6)]
 Activation = Literal["swiglu", "swiglu_oai", "geglu", "geglu_tanh", "gelu", "relu"]
 """swiglu_oai is gpt-oss's: clamped, with a steeper sigmoid; geglu_tanh uses the tanh form of GELU (Grok-1)."""
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of a fresh matrix (GPT-2, Radford et al. 2019), where nobody asks for another."""
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
@@ -250,7 +252,7 @@ class ModelConfig(Strict):
     hidden_act: Activation = "swiglu"
     max_position_embeddings: Size = 2048
     rms_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
-    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = 0.02
+    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = INITIALIZER_RANGE
     tie_word_embeddings: bool = False
     output_norms: bool = False
     """Also normalise what attention and feed-forward give, before it is added (Grok-1's four norms)."""

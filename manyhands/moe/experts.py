@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
+from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.kernels import ExpertWeights, check_name, run_experts
 from manyhands.kernels.experts import GATED
 from manyhands.moe.routing import Routing
@@ -17,7 +18,7 @@ class Experts(nn.Module):
     no gate) and `down_proj` [E, D, F], with optional `…_bias`.
 
     `implementation` names the backend (`auto`, `eager`, `grouped_mm`); it can be changed at any time and given
-    per call.
+    per call. Fresh weights are N(0, 0.02²), biases 0; see `reset_parameters`.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
@@ -32,6 +33,25 @@ class Experts(nn.Module):
         bias = config.expert_bias
         self.register_parameter(self._up_name + "_bias", nn.Parameter(torch.empty(E, rows)) if bias else None)
         self.down_proj_bias = nn.Parameter(torch.empty(E, D)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(
+        self,
+        std: float = INITIALIZER_RANGE,
+        residual_std: float | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        """Fresh weights: N(0, std²), std 0.02 as in GPT-2, and biases 0.
+
+        `residual_std` is for `down_proj`, which writes into the residual stream: a model of L layers gives
+        std / √(2L) (Radford et al. 2019). None: std, since a layer alone has no depth.
+        """
+        with torch.no_grad():
+            self.get_parameter(self._up_name).normal_(0.0, std, generator=generator)
+            self.down_proj.normal_(0.0, std if residual_std is None else residual_std, generator=generator)
+            for bias in (getattr(self, self._up_name + "_bias"), self.down_proj_bias):
+                if bias is not None:
+                    bias.zero_()
 
     def weights(self) -> ExpertWeights:
         """The stacked weights as backends take them."""

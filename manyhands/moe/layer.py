@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
+from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.kernels.experts import GATED, activate
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CLinear
@@ -22,11 +23,21 @@ ROUND_ROWS = 8192
 
 
 class Linear(nn.Linear):
-    """A linear layer that computes in its input's dtype: float32 master weights serve a bfloat16 forward."""
+    """A linear layer that computes in its input's dtype: float32 master weights serve a bfloat16 forward.
+
+    Fresh weights are N(0, 0.02²), biases 0: not torch's, which depend on the width.
+    """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
         self._prepared = step.Prepared()
+
+    def reset_parameters(self, std: float = INITIALIZER_RANGE, generator: torch.Generator | None = None) -> None:
+        """Fresh weights: N(0, std²), std 0.02 as in GPT-2 (Radford et al. 2019), and bias 0."""
+        with torch.no_grad():
+            self.weight.normal_(0.0, std, generator=generator)
+            if self.bias is not None:
+                self.bias.zero_()
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
@@ -63,6 +74,10 @@ class FeedForward(nn.Module):
         self.up_proj = Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = Linear(intermediate_size, hidden_size, bias=False)
 
+    def reset_parameters(self) -> None:
+        """Fresh weights everywhere in here, as `Linear` gives them."""
+        reset_parts(self)
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""
         up = self.up_proj(x)
@@ -70,8 +85,18 @@ class FeedForward(nn.Module):
         return self.down_proj(activate(h, self.activation))  # type: ignore[no-any-return]
 
 
+def reset_parts(module: nn.Module) -> None:
+    """`reset_parameters` of everything that `module` is made of."""
+    for part in module.children():
+        part.reset_parameters()  # type: ignore[operator]  # every part of ours has it
+
+
 class MoELayer(nn.Module):
-    """y, routing = moe(x). The routing is returned, never remembered: no hooks, no module state."""
+    """y, routing = moe(x). The routing is returned, never remembered: no hooks, no module state.
+
+    Fresh weights are N(0, 0.02²) and biases 0, the router's as its `init` says; what a model initialises besides
+    depends on its depth: `init_weights`.
+    """
 
     def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
         super().__init__()
@@ -83,6 +108,10 @@ class MoELayer(nn.Module):
             self.shared_experts = FeedForward(hidden_size, config.shared_width, config.hidden_act)
         if config.shared_expert_gate:
             self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Fresh weights everywhere in here: router, experts, shared experts."""
+        reset_parts(self)
 
     def forward(
         self,

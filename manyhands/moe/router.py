@@ -3,6 +3,7 @@
 T tokens, D model width, E experts, K experts per token, G groups.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import RouterConfig
+from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
 from manyhands.kernels.native.library import CRouter
@@ -19,13 +21,15 @@ from manyhands.moe.routing import Routing, top_k_stable
 FEW_TOKENS = 16
 """Up to so many the native kernels route; the operators below cost more than the work."""
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
+SWITCH_SCALE = 0.1  # Fedus et al. 2021, table 3: a tenth of the usual variance keeps a sparse model stable
 
 
 class Router(nn.Module):
     """Chooses K of E experts for every token. Returns a `Routing`; keeps no state but its parameters.
 
     `e_score_correction_bias` [E] (when `config.bias`) steers selection only and is moved by the balance
-    controller, never by a gradient. `.to(bfloat16)` leaves everything in here float32.
+    controller, never by a gradient. `.to(bfloat16)` leaves everything in here float32. Fresh weights follow
+    `config.init`; see `reset_parameters`.
     """
 
     weight: nn.Parameter
@@ -41,6 +45,25 @@ class Router(nn.Module):
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
         self._prepared = step.Prepared()
+        self.reset_parameters()
+
+    def reset_parameters(self, std: float = INITIALIZER_RANGE, generator: torch.Generator | None = None) -> None:
+        """Fresh weights as `config.init` says; biases and the noise's weights are 0.
+
+        `normal`: N(0, std²), std 0.02 as in GPT-2; `zeros` (Shazeer et al. 2017); `switch`: a normal with
+        σ = √(0.1 / hidden_size), cut at 2σ (Fedus et al. 2021).
+        """
+        with torch.no_grad():
+            if self.config.init == "zeros":
+                self.weight.zero_()
+            elif self.config.init == "switch":
+                sigma = math.sqrt(SWITCH_SCALE / self.weight.shape[1])
+                nn.init.trunc_normal_(self.weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+            else:
+                self.weight.normal_(0.0, std, generator=generator)
+            for zero in (self.bias, self.noise_weight, self.e_score_correction_bias):
+                if zero is not None:
+                    zero.zero_()
 
     def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None) -> Routing:
         """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing."""

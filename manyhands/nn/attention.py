@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
 from manyhands.kernels.native import step
-from manyhands.moe.layer import Linear
+from manyhands.moe.layer import Linear, reset_parts
 from manyhands.moe.packed import linears
 from manyhands.nn.cache import LayerCache
 from manyhands.nn.norm import RMSNorm
@@ -124,7 +124,13 @@ class Attention(nn.Module):
             full = a.qk_norm == "full"
             self.q_norm = RMSNorm(H * d if full else d, config.rms_norm_eps)
             self.k_norm = RMSNorm(G * d if full else d, config.rms_norm_eps)
-        self.sinks = nn.Parameter(torch.empty(H)) if a.sinks else None
+        self.sinks = nn.Parameter(torch.zeros(H)) if a.sinks else None
+
+    def reset_parameters(self) -> None:
+        """Fresh weights everywhere in here; sinks 0."""
+        reset_parts(self)
+        if self.sinks is not None:
+            nn.init.zeros_(self.sinks)
 
     def _takes_step(self, q: Tensor, positions: Positions, cache: LayerCache) -> bool:
         """Whether the native kernels do the rest: a few queries and a cache of their dtype that is not empty."""

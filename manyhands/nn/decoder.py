@@ -17,6 +17,7 @@ from manyhands.moe.layer import FeedForward, Linear
 from manyhands.nn.attention import Attention, Positions, causal_mask
 from manyhands.nn.cache import Cache, LayerCache
 from manyhands.nn.fused import MOST_SEQUENCES, FusedStep, fused_step
+from manyhands.nn.init import fill
 from manyhands.nn.mla import LatentAttention
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import rope_tables
@@ -120,7 +121,7 @@ def find_positions(
 
 
 class Decoder(nn.Module):
-    """A causal language model. Parameters are uninitialised until `init_weights` or a checkpoint fills them."""
+    """A causal language model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
         super().__init__()
@@ -131,6 +132,11 @@ class Decoder(nn.Module):
         )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Fresh weights, scaled as the config and the depth say: `init.fill` with torch's global generator."""
+        fill(self, None)
 
     def sparse_layers(self) -> dict[int, MoELayer]:
         """The mixture-of-experts layers by layer number."""

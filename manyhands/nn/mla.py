@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
 from manyhands.kernels.native import step
-from manyhands.moe.layer import Linear
+from manyhands.moe.layer import Linear, reset_parts
 from manyhands.nn.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
 from manyhands.nn.cache import LayerCache
 from manyhands.nn.norm import RMSNorm
@@ -53,6 +53,10 @@ class LatentAttention(nn.Module):
         rope = config.rope
         if rope.rope_type == "yarn" and rope.mscale_all_dim:
             self.scale *= yarn_mscale(rope.factor, rope.mscale_all_dim) ** 2
+
+    def reset_parameters(self) -> None:
+        """Fresh weights everywhere in here."""
+        reset_parts(self)
 
     def forward(
         self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None

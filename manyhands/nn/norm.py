@@ -18,6 +18,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
         self._prepared = step.Prepared()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1: what is normalised stays as it is."""
+        with torch.no_grad():
+            self.weight.fill_(1.0)
 
     def prepared(self) -> Any:
         """The weight for the native kernels."""

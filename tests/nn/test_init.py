@@ -1,12 +1,18 @@
 """All initialisation: scales, seeds, the routers' own rules."""
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from manyhands.moe import Experts, MoELayer, Router
+from manyhands.moe.layer import FeedForward, Linear
 from manyhands.nn import Decoder, init_weights
+from manyhands.nn.norm import RMSNorm
 
 
 def model(router: dict | None = None, **moe) -> Decoder:
@@ -72,3 +78,56 @@ def test_tied_head_is_the_embedding() -> None:
     assert tied.head_weight is tied.embed_tokens.weight and "lm_head.weight" not in tied.state_dict()
     out = tied(torch.tensor([[1, 2, 3]]))
     torch.testing.assert_close(out.logits, tied.hidden(torch.tensor([[1, 2, 3]])).states @ tied.embed_tokens.weight.T)
+
+
+MOE = MoEConfig(
+    moe_intermediate_size=32,
+    n_shared_experts=1,
+    shared_expert_gate=True,
+    expert_bias=True,
+    router=RouterConfig(num_experts=8, num_experts_per_tok=2, bias=True, logit_bias=True, noisy=True),
+)
+PARTS: dict[str, Callable[[], nn.Module]] = {
+    "layer": lambda: MoELayer(MOE, 64),
+    "router": lambda: Router(MOE.router, 64),
+    "experts": lambda: Experts(MOE, 64),
+    "linear": lambda: Linear(64, 64),
+    "feed-forward": lambda: FeedForward(64, 96, "swiglu"),
+    "norm": lambda: RMSNorm(64, 1e-6),
+    "decoder": lambda: Decoder(ModelConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, moe=MOE)),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_module_alone_is_initialised(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = torch.empty  # memory as it may come: full of what was there before
+
+    def dirty(*shape: Any, **options: Any) -> Tensor:
+        t = empty(*shape, **options)
+        return t.fill_(1e9) if t.is_floating_point() and t.device.type != "meta" else t
+
+    monkeypatch.setattr(torch, "empty", dirty)
+    module = PARTS[name]()
+    for _, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        assert tensor.abs().max() <= 5.0
+        assert tensor.ndim < 2 or not tensor.any() or 0.005 < tensor.std() < 0.03
+    monkeypatch.undo()  # it would not hear of the device below
+    with torch.device("meta"):
+        assert all(p.device.type == "meta" for p in PARTS[name]().parameters())
+
+
+def test_reset_parameters_draws_anew() -> None:
+    layer = MoELayer(MOE, 64)
+    before = {name: p.clone() for name, p in layer.named_parameters()}
+    layer.reset_parameters()
+    for name, p in layer.named_parameters():
+        if p.ndim > 1 and not name.endswith(("bias", "noise_weight")):
+            assert (p != before[name]).any(), name
+
+
+def test_the_readmes_layer_computes() -> None:
+    moe = MoELayer(MoEConfig(router=RouterConfig(num_experts=8, num_experts_per_tok=2)), hidden_size=512)
+    y, routing = moe(torch.randn(4, 10, 512))
+    assert y.isfinite().all() and y.std() > 1e-4
+    assert moe.router.weight.std().item() == pytest.approx(0.02, rel=0.1)
+    assert routing.expert_ids.unique().numel() > 4
