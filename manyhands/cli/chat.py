@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.turns import command, turns
 from manyhands.errors import ManyhandsError, UserError
+from manyhands.terminal import clean, shown
 
 if TYPE_CHECKING:
     from manyhands.generate import Conversation, Step
     from manyhands.text import Tokenizer
 
+_COMMANDS = {
+    "/reset": "forget the conversation, but not the system's message",
+    "/exit": "leave (also Ctrl-D)",
+    "/help": "this",
+}
 _HELP = """\
-/reset  forget the conversation, but not the system's message
-/exit   leave (also Ctrl-D)
-/help   this
+\"\"\"     begins and ends a text of several lines; a pasted text is one turn as it is
+//…     says something that begins with a slash
 Ctrl-C stops an answer."""
-_UNPRINTABLE = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
-"""All control characters but tab and line break: a model must not steer the terminal."""
 _TEMPLATE_BYTES = 1 << 20
 
 
@@ -32,10 +36,12 @@ def chat(
         Path | None, typer.Option(help="A chat template (jinja2) to use instead of the model's own.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.8,
+    temperature: Annotated[
+        float | None, typer.Option(min=0.0, help="0: greedy. Default: the model's, else 0.8.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Only the k most probable tokens.")] = None,
-    top_p: Annotated[float, typer.Option(help="Only the most probable tokens that together reach p.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Only tokens at least this probable relative to the best.")] = 0.0,
+    top_p: Annotated[float | None, typer.Option(help="Only the most probable tokens that together reach p.")] = None,
+    min_p: Annotated[float | None, typer.Option(help="Only tokens this probable relative to the best.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer. Repeatable.")] = None,
     show_routing: Annotated[
@@ -44,23 +50,15 @@ def chat(
 ) -> None:
     """Talk with a model, in its chat template: a line is a turn, /help shows the commands.
 
-    From a pipe each line is a turn as well, and only the answers are printed.
+    A text of several lines goes between lines of three quotes, or is pasted. From a pipe each line is a turn as well,
+    and only the answers are printed. What a reasoning model thinks is shown dimmed on a terminal, and nowhere else.
+    Sampling is the model's own (generation_config.json) where a flag does not say otherwise.
     """
-    from manyhands.config import parse
-    from manyhands.generate.sampling import SamplingConfig
+    from manyhands.generate.defaults import sampling_from
 
-    sampling = parse(
-        SamplingConfig,
-        {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_k": top_k,
-            "top_p": top_p,
-            "min_p": min_p,
-            "seed": seed,
-            "stop": tuple(stop or ()),
-        },
-    )
+    asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
+    sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
     other = None if template is None else _read(template)
 
     from manyhands.checkpoint.model import load
@@ -74,56 +72,47 @@ def chat(
             f"{checkpoint} has no chat template: `manyhands generate` continues text with it; "
             "to chat all the same, say how with --template FILE"
         )
+    sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
+    if line is not None:
+        print(shown(line), file=sys.stderr)
     conversation = Conversation(model, tokenizer, sampling, system)
     interactive = sys.stdin.isatty()
     if interactive:
         print("/help shows the commands, Ctrl-D ends.", file=sys.stderr)
-    for line in _lines(interactive):
+    for text in turns(interactive):
         try:
-            if line == "/exit":
+            if not _turn(conversation, text, show_routing, interactive):
                 return
-            _turn(conversation, line, show_routing, interactive)
         except ManyhandsError as error:
             if not interactive:
                 raise
-            print(f"manyhands: {error}", file=sys.stderr)
+            print(f"manyhands: {shown(error)}", file=sys.stderr)
         except KeyboardInterrupt:
             if not interactive:
                 raise
             print("\n[stopped]", file=sys.stderr)
 
 
-def _lines(interactive: bool) -> Iterator[str]:
-    """What the user says, line by line, without empty ones."""
-    if not interactive:
-        yield from filter(None, map(str.strip, sys.stdin))
-        return
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  gives input() a history and an editor
-    while True:
-        try:
-            line = input("> ").strip()
-        except EOFError:
-            print()
-            return
-        except KeyboardInterrupt:
-            print("\n[Ctrl-D or /exit ends]", file=sys.stderr)
-            continue
-        if line:
-            yield line
-
-
-def _turn(conversation: "Conversation", line: str, show_routing: bool, interactive: bool) -> None:
-    if line == "/help":
-        print(_HELP, file=sys.stderr)
-    elif line == "/reset":
+def _turn(conversation: "Conversation", text: str, show_routing: bool, interactive: bool) -> bool:
+    """Act on one turn. False: it was /exit."""
+    try:
+        asked = command(text, _COMMANDS)
+    except ValueError as error:
+        print(f"manyhands: {shown(error)}", file=sys.stderr)
+        return True
+    if asked == "/exit":
+        return False
+    if asked == "/help":
+        print("\n".join(f"{name:7} {what}" for name, what in _COMMANDS.items()), _HELP, sep="\n", file=sys.stderr)
+    elif asked == "/reset":
         conversation.reset()
-    elif line.startswith("/") and line[1:].isalpha():
-        print(f"manyhands: there is no command {line}; /help shows them", file=sys.stderr)
     else:
-        steps = conversation.ask(line)
+        steps = conversation.ask(text.removeprefix("/") if text.startswith("//") else text)
+        if conversation.left_out:
+            print(f"[the context is full: {conversation.left_out} of the oldest turns left out]", file=sys.stderr)
         with contextlib.closing(steps), _ctrl_c(interactive) as pressed:  # the answer so far is the turn
             _print_answer(conversation, _until(steps, pressed), show_routing)
+    return True
 
 
 @contextlib.contextmanager
@@ -159,18 +148,42 @@ def _until(steps: "Iterator[Step]", pressed: list[int]) -> "Iterator[Step]":
 
 def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_routing: bool) -> None:
     number, reason = 0, None
+    answer, screen = conversation.reader(), _Screen()
     for step in steps:
         number, reason = number + 1, step.finish_reasons[0]
         if show_routing:
             _print_routing(conversation.tokenizer, step)
         else:
-            print(step.texts[0].translate(_UNPRINTABLE), end="", flush=True)
+            screen.show(answer.push(step.texts[0]))
     if not show_routing:
+        screen.show(answer.finish())
         print(flush=True)
     if reason == "length":
         full = number < conversation.sampling.max_new_tokens
-        why = "the context is full: /reset starts a new conversation" if full else f"--max-new-tokens {number}"
+        why = (
+            "the context is full: /reset starts anew, or the next turn leaves out the oldest"
+            if full
+            else f"--max-new-tokens {number}"
+        )
         print(f"[cut off: {why}]", file=sys.stderr)
+
+
+class _Screen:
+    """An answer as it comes: its words, and on a terminal its thoughts before them, dimmed."""
+
+    def __init__(self) -> None:
+        self._thinking = False
+        self._terminal = sys.stdout.isatty()
+
+    def show(self, pieces: list[tuple[bool, str]]) -> None:
+        for thought, text in pieces:
+            if thought and not self._terminal:
+                continue
+            text = clean(text)
+            if not thought and self._thinking:
+                print()
+            self._thinking = thought
+            print(f"\x1b[2m{text}\x1b[0m" if thought else text, end="", flush=True)
 
 
 def _print_routing(tokenizer: "Tokenizer", step: "Step") -> None:

@@ -19,9 +19,8 @@ def evaluate(
 ) -> None:
     """How well a model predicts a text, and how evenly its experts work on it.
 
-    The text is read as in training: documents one after the other, the end-of-text token behind each. No
-    beginning-of-text token is put in front; a model that was trained with one (Llama, Mixtral) scores a little worse at
-    the beginning of each document than it could.
+    The text is read as in training: documents one after the other, the model's beginning-of-text token (if it has one)
+    in front of each, the end-of-text token behind. The beginning is given, not predicted.
     """
     from manyhands.text import read_documents
 
@@ -34,6 +33,7 @@ def evaluate(
 
     from manyhands.checkpoint.model import load
     from manyhands.generate.evaluate import evaluate as measure
+    from manyhands.terminal import shown
     from manyhands.text import encode_documents, evaluation_batches
 
     model, tokenizer = load(checkpoint)
@@ -41,10 +41,23 @@ def evaluate(
     length = sequence_length or min(1024, model.config.max_position_embeddings)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
-    result = measure(model, evaluation_batches(ids, length, batch_size, max_batches), num_bytes)
+    front = tokenizer.front_ids
+    batches = evaluation_batches(ids, length, batch_size, max_batches)
+    result = measure(model, batches, num_bytes, given=front[0] if front else None)
+    front_text = tokenizer.decode(front) if front else None
     if json_output:
-        print(json.dumps(asdict(result)))
+        about = {
+            "model": str(checkpoint),
+            "data": list(data),
+            "documents": len(documents),
+            "bytes": num_bytes,
+            "sequence_length": length,
+            "in_front_of_each_document": front_text,
+        }
+        print(json.dumps({**asdict(result), **about}))
         return
+    if front_text is not None:
+        print(f"{shown(front_text)} in front of each document")
     print(f"{result.tokens:,} tokens, {num_bytes:,} bytes in {len(documents):,} documents")
     print(f"perplexity {result.perplexity:.3f}, bits per byte {result.bits_per_byte:.4f}, loss {result.loss:.4f}")
     for layer, load_of in result.load.items():

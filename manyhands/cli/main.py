@@ -9,6 +9,7 @@ import typer
 import manyhands
 from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
 from manyhands.errors import ManyhandsError
+from manyhands.terminal import shown
 
 app = typer.Typer(
     name="manyhands",
@@ -57,7 +58,7 @@ def main() -> None:
     except ManyhandsError as error:
         if debug:
             traceback.print_exc()
-        print(f"manyhands: {error}", file=sys.stderr)
+        print(f"manyhands: {shown(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()

@@ -1,6 +1,7 @@
 """Turns with a chat model: the messages so far, in its template, and what of them it has already computed."""
 
 from collections.abc import Generator, Iterator
+from typing import Any
 
 from manyhands.errors import UserError
 from manyhands.generate.engine import Step, generate
@@ -8,6 +9,7 @@ from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig
 from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
+from manyhands.text.answer import Answer
 
 
 class Conversation:
@@ -18,15 +20,18 @@ class Conversation:
     ) -> None:
         """Raises `CheckpointError` if there is no chat template or it fails, `DataError` if it takes no `system`."""
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self._start = [] if system is None else [{"role": "system", "content": system}]
+        self._start: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
         self._prefix = Prefix()
+        self._prompt_end = ""
         self.reset()
         tokenizer.apply_chat_template([*self._start, {"role": "user", "content": "Hello"}])
 
     def reset(self) -> None:
         """Forget everything but the system's message."""
-        self.messages = list(self._start)
+        self.messages: list[dict[str, Any]] = list(self._start)
         self.turns = 0
+        self.left_out = 0
+        """Turns, the oldest, that the last question's answer does not see: the context was full."""
 
     def ask(self, text: str) -> Generator[Step, None, None]:
         """The answer to `text`, token by token.
@@ -34,29 +39,49 @@ class Conversation:
         The whole conversation goes through the template each time; through the model go only the first token that
         differs from the last turn's and those behind it.
 
-        What was answered when the iterator ends or is closed is the model's turn; without a word of answer, neither
-        turn took place. The turn's number is added to the seed.
+        What was answered when the iterator ends or is closed is the model's turn, parted into thought and word as its
+        template wants it; without a word of answer, neither turn took place. The turn's number is added to the seed.
+        Where the context is too full for it, the oldest turns are left out, for good (`left_out`).
 
-        Raises, on the call, `UserError` if the context is full, and what `apply_chat_template` and `generate` do.
+        Raises, on the call, `UserError` if the message alone is too long, and what `apply_chat_template` and `generate`
+        do.
         """
-        messages = [*self.messages, {"role": "user", "content": text}]
-        ids = self.tokenizer.apply_chat_template(messages)
-        limit = self.model.config.max_position_embeddings
+        user = {"role": "user", "content": text}
+        limit, left_out = self.model.config.max_position_embeddings, 0
+        room = min(self.sampling.max_new_tokens, limit // 4)
+        past = self.messages[len(self._start) :]
+        while True:
+            messages = [*self._start, *past, user]
+            ids = self.tokenizer.apply_chat_template(messages)
+            if not past or len(ids) + room <= limit:
+                break
+            past, left_out = past[2:], left_out + 1
         if len(ids) >= limit:
             raise UserError(
-                f"the conversation has {len(ids)} tokens with this message, and the model's context holds {limit}: "
-                "say less, or start a new conversation (/reset)"
+                f"the conversation has {len(ids)} tokens with this message alone, and the model's context holds "
+                f"{limit}: say less"
             )
         sampling = self.sampling.model_copy(update={"seed": (self.sampling.seed + self.turns) % (1 << 63)})
-        return self._answer(messages, generate(self.model, [ids], sampling, self.tokenizer, self._prefix))
+        steps = generate(self.model, [ids], sampling, self.tokenizer, self._prefix)
+        self.left_out = left_out
+        self._prompt_end = self.tokenizer.decode(ids[-8:])
+        return self._answer(messages, steps, self.reader())
 
-    def _answer(self, messages: list[dict[str, str]], steps: Iterator[Step]) -> Generator[Step, None, None]:
-        pieces: list[str] = []
+    def reader(self) -> Answer:
+        """What parts the text of the last question's answer, as it comes, into thought and word."""
+        return Answer(self.tokenizer.chat_template or "", self._prompt_end)
+
+    def _answer(
+        self, messages: list[dict[str, Any]], steps: Iterator[Step], answer: Answer
+    ) -> Generator[Step, None, None]:
+        said = False
         try:
             for step in steps:
-                pieces.append(step.texts[0])
+                said |= bool(step.texts[0])
+                answer.push(step.texts[0])
                 yield step
         finally:
-            if answer := "".join(pieces):
-                self.messages = [*messages, {"role": "assistant", "content": answer}]
+            if said:
+                answer.finish()
+                self.messages = [*messages, answer.message()]
                 self.turns += 1

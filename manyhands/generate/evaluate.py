@@ -40,6 +40,7 @@ def evaluate(
     num_bytes: int | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
+    given: int | None = None,
 ) -> Evaluation:
     """Predict every target of `batches`, pairs of ids [B, S+1] and target mask [B, S] (`text.evaluation_batches`).
 
@@ -47,6 +48,8 @@ def evaluate(
     count (a few of millions); separators between documents are no bytes, yet their nats count. If the batches are
     only a part of the text, the bytes of that part's targets are `tokenizer.byte_lengths()[targets].sum()`.
     `dtype` is the compute dtype (None: that of the weights); `progress` is called with the tokens predicted so far.
+    `given` is a token that stands in front of every text and is no part of it (`<s>`): where it is the target, nothing
+    is to be predicted.
 
     A non-causal router (expert choice) looks at later tokens, so that its loss flatters it. Nothing about the
     model changes, and no random number is drawn. Raises `DataError` if there is no target, or a token id or a
@@ -60,11 +63,14 @@ def evaluate(
     with evaluating(list(model.modules())):
         for ids_BS1, mask_BS in batches:
             _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
-            count, full = int(mask_BS.sum()), bool(mask_BS.all())
-            ids_BS1, mask_BS = ids_BS1.to(device), mask_BS.to(device)
+            scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
+            count, full = int(scored_BS.sum()), bool(mask_BS.all())
+            if not count:
+                continue
+            ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
             hidden = model.hidden(ids_BS1[:, :-1], None if full else mask_BS, dtype=dtype)
             states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
-            loss = cross_entropy(model.head, states_TD, targets_T, mask_BS.flatten(), config.vocab_size)
+            loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
             nats += loss.double() * count
             for layer, routing in hidden.routings.items():
                 load[layer].add(routing)

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -25,6 +25,7 @@ from manyhands.text.chat_worker import OUTPUT, SECONDS
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}`, and whatever else the template reads; JSON values only."""
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
 _TEMPLATE_BYTES = 1 << 20
 _INPUT_BYTES = 16 << 20
 _KEPT_VARIABLES = ("LANG", "LC_ALL", "LD_LIBRARY_PATH", "TZ")
@@ -71,7 +72,9 @@ class ChatTemplate:
         """The text of `messages`, ending where the answer begins if `add_generation_prompt`.
 
         Equal to transformers' `apply_chat_template(…, tokenize=False)`: a message's None values are left out, tokens
-        that are None are undefined, further `variables` are the template's own switches.
+        that are None are undefined, a message's reasoning has both names (`thinking`, `reasoning_content`), further
+        `variables` are the template's own switches. Where a template fails on the arguments of tool calls as they are,
+        an object or JSON text, it is given the other.
 
         Raises `DataError` if the template refuses the messages (`raise_exception`) or they are not JSON or longer
         than 16 MiB; `CheckpointError` if the template is not valid, leaves the sandbox, or takes more than 2 s, 256 MiB
@@ -106,27 +109,38 @@ class ChatTemplate:
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         variables |= {name: token for name, token in tokens.items() if token is not None}
         variables |= {"tools": tools, "documents": documents, "add_generation_prompt": add_generation_prompt}
-        variables["messages"] = [_without_none(message) for message in messages]
+        variables["messages"] = [_as_templates_read_it(message) for message in messages]
         own_names = [name for name in (*own, *tokens) if isinstance(variables.get(name), str)]
         if not messages:
             raise DataError("there are no messages to apply the chat template to")
+        kind, text, origin = self._render(variables, own_names)
+        for convert in (_parsed, _written):  # tool calls have arguments as an object or as JSON; a template knows one
+            if kind != b"?" or "TypeError" not in text:
+                break
+            other = {**variables, "messages": _with_arguments(variables["messages"], convert)}
+            if other["messages"] != variables["messages"]:
+                again = self._render(other, own_names)
+                kind, text, origin = again if again[0] != b"?" else (kind, text, origin)
+        if kind == b"!":
+            raise DataError(f"the chat template refuses these messages: {_line(text)}")
+        if kind == b"?":
+            raise CheckpointError(f"the chat template failed: {_line(text)}")
+        return text, origin
+
+    def _render(self, variables: dict[str, Any], own: list[str]) -> tuple[bytes, str, bytes]:
+        """The worker's answer."""
         try:
-            request = json.dumps({"template": self.source, "variables": variables, "own": own_names}).encode()
+            request = json.dumps({"template": self.source, "variables": variables, "own": own}).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"the messages are not plain JSON values: {_line(str(error))}") from None
         if len(request) > _INPUT_BYTES:
             raise DataError(f"the conversation is longer than {_INPUT_BYTES >> 20} MiB")
         with self._lock:
             try:
-                kind, text, origin = self._ask(request)
+                return self._ask(request)
             except BaseException:  # killed, or Ctrl-C in the middle of an answer that nobody will read now
                 self._end()
                 raise
-        if kind == b"!":
-            raise DataError(f"the chat template refuses these messages: {_line(text)}")
-        if kind == b"?":
-            raise CheckpointError(f"the chat template failed: {_line(text)}")
-        return text, origin
 
     def _ask(self, request: bytes) -> tuple[bytes, str, bytes]:
         process = self._process
@@ -204,10 +218,49 @@ def render(
         )
 
 
-def _without_none(message: Message) -> dict[str, Any]:
+def _as_templates_read_it(message: Message) -> dict[str, Any]:
+    """Without None, and its reasoning under both names that templates know, as transformers does."""
     if not isinstance(message, Mapping):
         raise DataError(f"a message is an object with role and content, not {type(message).__name__}")
-    return {name: value for name, value in message.items() if value is not None}
+    values = {name: value for name, value in message.items() if value is not None}
+    reasoning = next((values[name] for name in _REASONING if name in values), None)
+    return values if reasoning is None else {"thinking": reasoning, **values, "reasoning_content": reasoning}
+
+
+def _with_arguments(messages: list[dict[str, Any]], convert: Callable[[Any], Any]) -> list[dict[str, Any]]:
+    """The messages, with the arguments of their tool calls in another form."""
+
+    def call(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        value = dict(value)
+        if isinstance(value.get("function"), Mapping):
+            value["function"] = call(value["function"])
+        if "arguments" in value:
+            value["arguments"] = convert(value["arguments"])
+        return value
+
+    calls = [message.get("tool_calls") for message in messages]
+    return [
+        {**message, "tool_calls": list(map(call, own))} if isinstance(own, list | tuple) else message
+        for message, own in zip(messages, calls, strict=True)
+    ]
+
+
+def _parsed(arguments: Any) -> Any:
+    """JSON text, as APIs send it, as the object that templates look into."""
+    if not isinstance(arguments, str):
+        return arguments
+    try:
+        value = json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+    return value if isinstance(value, dict) else arguments
+
+
+def _written(arguments: Any) -> Any:
+    """An object as the JSON text that some templates paste."""
+    return json.dumps(arguments, ensure_ascii=False) if isinstance(arguments, dict) else arguments
 
 
 def _homes(*packages: str) -> list[str]:

@@ -63,7 +63,9 @@ class TokenFile:
 
 
 def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> npt.NDArray[Any]:
-    """Ids `[N]` of each document followed by the end of text, uint16 where the vocabulary allows, else uint32.
+    """Ids `[N]` of each document, uint16 where the vocabulary allows, else uint32.
+
+    In front of each what the tokenizer puts there (`<s>`, or nothing), behind it the end of text.
 
     Raises `DataError` if the tokenizer has no end of text.
     """
@@ -71,9 +73,10 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> npt
     if eos is None:
         raise DataError("the tokenizer has no token that ends a text (<|endoftext|>, </s>, …)")
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
+    front = tokenizer.front_ids
     rows = [np.empty(0, dtype)]
     for texts in _chunks(documents):
-        rows += [np.asarray([*ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
+        rows += [np.asarray([*front, *ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
     return np.concatenate(rows)
 
 

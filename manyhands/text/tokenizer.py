@@ -31,10 +31,24 @@ from manyhands.text.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, Tokenize
 from manyhands.text.vocabulary import bytes_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
-_END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>")
+_DEEPSEEK = "<｜end▁of▁sentence｜>"
+_END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", _DEEPSEEK)
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end of text."""
+_NOT_HERE = {
+    "continue_final_message": False,
+    "max_length": None,
+    "padding": False,
+    "processor_kwargs": None,
+    "return_assistant_tokens_mask": False,
+    "return_dict": False,
+    "return_tensors": None,
+    "sanitize_control_tokens": True,
+    "tokenizer_kwargs": None,
+    "truncation": False,
+}
+"""Arguments of transformers' `apply_chat_template` that are not for the template, at the value that is so here."""
 _ENOUGH_CHARACTERS = 6_000_000
 """Text a vocabulary is learned from. Half of the standard library gives the bytes per token of all of it to 1 %."""
 
@@ -109,8 +123,10 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path) -> Self:
-        """Read a `tokenizer.json`. Raises `CheckpointError` if it is missing or is not one."""
+        """Read a `tokenizer.json`, or the directory it lies in. Raises `CheckpointError` if it is missing or wrong."""
         path = Path(path)
+        if path.is_dir():
+            return cls.from_directory(path)
         try:
             return cls(_parse(path, path.read_bytes()))
         except OSError as error:
@@ -182,6 +198,15 @@ class Tokenizer:
                 _check_text(text)
             raise
 
+    @cached_property
+    def front_ids(self) -> list[int]:
+        """What stands in front of every text that the model sees: `<s>` for Llama and Mixtral, nothing for many."""
+        plain, around = self.encode("a"), self.encode("a", add_special_tokens=True)
+        for at in range(len(around) - len(plain) + 1):
+            if around[at : at + len(plain)] == plain:
+                return around[:at]
+        return []
+
     def render_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **variables: Any) -> str:
         """`messages` in the model's chat template, as text.
 
@@ -192,16 +217,35 @@ class Tokenizer:
         return self._template.render(messages, add_generation_prompt=add_generation_prompt, **{**named, **variables})
 
     def apply_chat_template(
-        self, messages: Sequence[Message], add_generation_prompt: bool = True, **variables: Any
-    ) -> list[int]:
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Any] | None = None,
+        documents: Sequence[Any] | None = None,
+        chat_template: str | None = None,
+        tokenize: bool = True,
+        **variables: Any,
+    ) -> Any:
         """`render_chat` as token ids, special tokens and all: what the model is to continue.
 
         The ids of transformers' `apply_chat_template`, but for one trap: there, a special token that is spelled out in
         a message (`<|im_end|>`) becomes that token, so that whoever wrote the message can end the turn and speak as the
         system. Here it stays the letters it is written with, in any role, in tools, documents and `variables`. A word
         that a template builds a token from is not protected (`<|{{ role }}|>`): take roles from a list, not a user.
-        Added tokens that are not special (`<think>`) are tokens, as there. Raises what `render_chat` does.
+        Added tokens that are not special (`<think>`) are tokens, as there.
+
+        Arguments mean what they mean there; `tokenize=False` gives the text. Raises what `render_chat` does, and
+        `DataError` for those of transformers' arguments that are not here (`return_tensors`, `padding`, …).
         """
+        for name, usual in _NOT_HERE.items():
+            if variables.pop(name, usual) not in (usual, None):
+                raise DataError(f"apply_chat_template: {name} is not supported: it returns a list of ids, or the text")
+        if chat_template is not None:
+            self = self.with_chat_template(chat_template)
+        variables |= {"tools": tools, "documents": documents}
+        if not tokenize:
+            return self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
         named = {"bos_token": None, "eos_token": None, **self.files.named_tokens}
         own = [name for name in named if name not in variables]
         text, origin = self._template.render_with_origin(

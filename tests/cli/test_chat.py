@@ -1,5 +1,7 @@
 """`manyhands chat` as a person uses it, from a pipe and on a terminal."""
 
+import io
+import json
 import os
 import pty
 import select
@@ -10,6 +12,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from manyhands.cli.turns import turns
 
 from ..small_runs import SMALL, manyhands, write_text
 
@@ -62,6 +66,27 @@ def test_commands(run: Path) -> None:
     code, out, err = chat(run, stdin="/help\n/rest\n/exit\n")
     assert code == 0 and out == ""
     assert "/reset" in err and "no command /rest" in err
+
+
+def test_what_is_mistyped_does_not_go_to_the_model(run: Path) -> None:
+    code, out, err = chat(run, stdin="/sistem be brief\n/hepl\n/reset now\n/save x\n")
+    assert code == 0 and out == "" and "[" not in err and len(err.splitlines()) == 4
+    assert "no command /sistem" in err and "did you mean /help?" in err and "/reset takes nothing" in err
+
+
+def test_a_block_is_one_turn(run: Path) -> None:
+    arguments = ("--max-new-tokens", "3")
+    code, _, err = chat(run, *arguments, stdin='"""line 3\n\n  line 4\n"""\n//help\n/etc/passwd?\n')
+    assert code == 0 and err.count("[cut off") == 3
+    assert list(said('a\n"""b"""\n"""\n\n c\n/exit\n"""\n"""open\n')) == ["a", "b", " c\n/exit", "open"]
+
+
+def said(text: str) -> list[str]:
+    before, sys.stdin = sys.stdin, io.StringIO(text)
+    try:
+        return list(turns(interactive=False))
+    finally:
+        sys.stdin = before
 
 
 def test_the_experts_are_shown(run: Path) -> None:
@@ -137,6 +162,32 @@ def test_a_terminal(run: Path) -> None:
         os.close(ours)
 
 
+@pytest.mark.parametrize("brackets", [("\x1b[200~", "\x1b[201~"), ("", "")], ids=["bracketed", "plain"])
+def test_a_pasted_text_is_one_turn(brackets: tuple[str, str]) -> None:
+    program = "from manyhands.cli.turns import turns\nfor text in turns(True): print('TURN', repr(text), flush=True)"
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        env={**os.environ, "TERM": "xterm"},
+        start_new_session=True,
+    )
+    os.close(theirs)
+    try:
+        wait_for(ours, "> ")
+        os.write(ours, (brackets[0] + "one\n  two\n\nthree" + brackets[1] + "\n").encode())
+        wait_for(ours, "TURN 'one\\n  two\\n\\nthree'")
+        wait_for(ours, "> ")
+        os.write(ours, b"four\n")
+        wait_for(ours, "TURN 'four'")
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+
+
 def wait_for(terminal: int, text: str, seconds: float = 30) -> None:
     """Read until `text` has come."""
     got, until = b"", time.monotonic() + seconds
@@ -147,3 +198,40 @@ def wait_for(terminal: int, text: str, seconds: float = 30) -> None:
             got += os.read(terminal, 1)
         except OSError:
             raise AssertionError(f"it ended after {got!r}") from None
+
+
+def test_generate_and_chat_sample_as_the_publisher_does(run: Path) -> None:
+    folder = run / "published"
+    if not folder.exists():
+        assert manyhands("convert", "run", "published", cwd=run).returncode == 0
+    (folder / "generation_config.json").write_text('{"do_sample": false, "repetition_penalty": 1.05}')
+    (folder / "manifest.json").unlink()  # as a publisher has it
+    greedy = manyhands("generate", "run", "--prompt", "line", "--temperature", "0", "--max-new-tokens", "5", cwd=run)
+    done = manyhands("generate", "published", "--prompt", "line", "--max-new-tokens", "5", cwd=run)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == greedy.stdout
+    assert "greedy from generation_config.json" in done.stderr and "repetition_penalty 1.05" in done.stderr
+
+
+def test_json_has_the_routing(run: Path) -> None:
+    arguments = ("generate", "run", "--prompt", "line", "--max-new-tokens", "3", "--json")
+    plain, routed = (json.loads(manyhands(*arguments, *more, cwd=run).stdout) for more in ((), ("--show-routing",)))
+    assert "routing" not in plain and len(routed["routing"]) == len(routed["token_ids"]) == 3
+    for token in routed["routing"]:
+        for layer in token.values():
+            assert len(layer["experts"]) == len(layer["weights"]) >= 1
+    del routed["routing"]
+    assert plain == routed and plain["sampling"]["temperature"] == 0.8
+
+
+def test_eval_as_json_has_what_the_table_shows(run: Path) -> None:
+    found = json.loads(manyhands("eval", "run", "--data", "text.txt", "--max-batches", "1", "--json", cwd=run).stdout)
+    assert found["model"] == "run" and found["documents"] == 1 and found["bytes"] > 0 and found["sequence_length"] > 0
+    assert found["in_front_of_each_document"] is None
+
+
+def test_control_characters_are_not_printed(run: Path) -> None:
+    done = manyhands("generate", "run", "--prompt", "line\x1b[2J\x07", "--max-new-tokens", "1", cwd=run)
+    assert done.stdout.startswith("line[2J")
+    done = manyhands("generate", "no\x1b[2Jwhere", "--prompt", "x", cwd=run)
+    assert "\x1b" not in done.stderr and "no\\x1b[2Jwhere" in done.stderr

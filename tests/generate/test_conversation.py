@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhands.errors import CheckpointError, DataError, UserError
-from manyhands.generate import Conversation, Prefix, SamplingConfig, generate
+from manyhands.generate import Conversation, Prefix, SamplingConfig, Step, conversation, generate
 from manyhands.nn import Decoder
 
 from .conftest import GQA
@@ -136,11 +136,49 @@ def test_a_full_context_is_said_and_the_turn_forgotten(make, chatty):
     talk = Conversation(make(max_position_embeddings=48), chatty, GREEDY)
     list(talk.ask("one"))
     before = list(talk.messages)
-    with pytest.raises(UserError, match=r"conversation has \d+ tokens.*context holds 48.*/reset"):
+    with pytest.raises(UserError, match=r"conversation has \d+ tokens.*context holds 48: say less"):
         talk.ask("two " * 40)
     assert talk.messages == before
     (*_, last) = talk.ask("2")
     assert last.finish_reasons == ["length"]
+
+
+def test_a_full_context_leaves_out_the_oldest_turns_and_goes_on(make, chatty):
+    talk = Conversation(make(max_position_embeddings=96), chatty, GREEDY, system="Be many.")
+    left_out = []
+    for text in ("one", "two", "three", "four", "five", "six"):
+        assert list(talk.ask(text))
+        left_out.append(talk.left_out)
+        assert talk.messages[0] == {"role": "system", "content": "Be many."} and talk.messages[-2]["content"] == text
+    assert left_out[0] == 0 and sum(left_out) > 0
+    assert len(talk.messages) == 1 + 2 * (6 - sum(left_out))
+
+
+HARMONY = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}{% if '<|channel|>' in m.content %}"
+    "{{ raise_exception('channel tags in content') }}{% endif %}"
+    "<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>"
+    "{% else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant{% endif %}"
+)
+
+
+def test_a_model_that_answers_in_channels_has_a_second_turn(make, chatty, monkeypatch):
+    raw = "<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>Hi!"
+    chatty = chatty.with_chat_template(HARMONY)
+    talk = Conversation(make(max_position_embeddings=512), chatty, GREEDY)
+
+    def scripted(*_args):
+        return iter([Step([1], [raw[:30]], [None], {}), Step([1], [raw[30:]], ["stop"], {})])
+
+    monkeypatch.setattr(conversation, "generate", scripted)
+    list(talk.ask("hello"))
+    assert talk.messages[-1] == {"role": "assistant", "content": "Hi!", "thinking": "x"}
+    list(talk.ask("again"))
+    text = chatty.render_chat(talk.messages[:3])
+    assert "<|start|>assistant<|channel|>final<|message|>Hi!<|end|>" in text and "analysis" not in text
+    with pytest.raises(DataError, match="channel tags in content"):
+        chatty.apply_chat_template([{"role": "assistant", "content": raw}])
 
 
 def test_any_of_the_ends_ends(make, chatty):

@@ -41,6 +41,16 @@ def test_figures_equal_plain_cross_entropy(model, batch_size):
         torch.testing.assert_close(torch.tensor(summary.load), counts[layer] / counts[layer].sum())
 
 
+def test_what_is_given_is_seen_and_not_predicted(model):
+    tokens = TOKENS.copy()
+    tokens[[0, 50, 51, 120]] = 7
+    nats, _ = naive(model, tokens, 16)
+    scored = torch.from_numpy(tokens[1:] != 7)
+    result = evaluate(model, evaluation_batches(tokens, 16, 3), given=7)
+    assert result.tokens == int(scored.sum()) < 202
+    assert result.loss == pytest.approx(float(nats[scored].mean()), rel=1e-5)
+
+
 def test_nothing_about_the_model_changes(make):
     router = {"num_experts": 4, "num_experts_per_tok": 2, "jitter": 0.9, "noisy": True, "bias": True}
     model = make(moe={"router": router})

@@ -10,7 +10,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Inner
 
 from manyhands.errors import CheckpointError, DataError, StorageError
-from manyhands.text import Tokenizer
+from manyhands.text import Document, Tokenizer, encode_documents
 
 from .chat_templates import CHATML, CONVERSATIONS, SPECIAL, TEMPLATES, TOOLS
 
@@ -414,3 +414,50 @@ def test_a_post_processor_that_cannot_run_is_found_on_loading(tmp_path):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: not a tokenizer\.json"):
         Tokenizer.from_directory(folder)
+
+
+def test_arguments_of_transformers_mean_what_they_mean_there(pair):
+    ours, theirs = pair[0].with_chat_template(CHATML), pair[1]
+    messages = CONVERSATIONS["three turns"]
+    text = theirs.apply_chat_template(messages, chat_template=CHATML, tokenize=False, add_generation_prompt=True)
+    assert ours.apply_chat_template(messages, tokenize=False) == text
+    assert pair[0].apply_chat_template(messages, chat_template=CHATML, tokenize=False, return_dict=False) == text
+    assert ours.apply_chat_template(messages, padding=False, max_length=None) == ours.apply_chat_template(messages)
+    assert ours.with_chat_template("{{ switch }}").apply_chat_template(messages, tokenize=False, switch=3) == "3"
+    for name, value in {"return_tensors": "pt", "padding": True, "truncation": True, "max_length": 3}.items():
+        with pytest.raises(DataError, match=name):
+            ours.apply_chat_template(messages, **{name: value})
+    with pytest.raises(DataError, match="continue_final_message"):
+        ours.apply_chat_template(messages, False, continue_final_message=True)
+
+
+def test_reasoning_and_the_arguments_of_calls_in_either_form(pair):
+    def text(template, **message):
+        return pair[0].with_chat_template(template).render_chat([{"role": "assistant", **message}])
+
+    for name in ("thinking", "reasoning_content", "reasoning"):
+        both = "{{ messages[0].thinking }}|{{ messages[0].reasoning_content }}"
+        assert text(both, **{name: "x", "content": None}) == "x|x"
+    looks = "{% for k, v in messages[0].tool_calls[0].function.arguments | items %}{{ k }}={{ v }}{% endfor %}"
+    pastes = "{{ '<' + messages[0].tool_calls[0].function.arguments + '>' }}"
+    for arguments in ({"a": 1}, '{"a": 1}'):
+        call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
+        assert text(looks, tool_calls=[call]) == "a=1"
+        assert text(pastes, tool_calls=[call]) == '<{"a": 1}>'
+    with pytest.raises(CheckpointError, match="TypeError"):
+        text(looks, tool_calls=[{"function": {"name": "f", "arguments": "{"}}])
+
+
+def test_documents_begin_as_the_model_saw_them(pair):
+    tokenizer = pair[0]
+    ids = encode_documents([Document("x", "ab"), Document("y", "c")], tokenizer).tolist()
+    begin = tokenizer.encode("ab", add_special_tokens=True)
+    assert tokenizer.front_ids == begin[:1] and len(tokenizer.front_ids) == 1
+    end = [tokenizer.eos_token_id]
+    assert ids == [*begin, *end, *tokenizer.encode("c", add_special_tokens=True), *end]
+    assert Tokenizer.train(["ab"], 257).front_ids == []
+
+
+def test_from_file_takes_a_directory(tmp_path):
+    folder = write(tmp_path / "a", byte_level())
+    assert Tokenizer.from_file(folder).encode("ab") == Tokenizer.from_file(folder / "tokenizer.json").encode("ab")
