@@ -9,6 +9,7 @@ import yaml
 
 from manyhands.config.base import parse, suggest
 from manyhands.config.run import RunConfig
+from manyhands.config.strict_yaml import read_yaml
 from manyhands.errors import ConfigError
 
 _PRESETS = resources.files("manyhands.config") / "presets"
@@ -38,8 +39,6 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_run(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run from YAML text; `where` names its origin in errors."""
-    if len(text) > 1 << 20:
-        raise ConfigError(f"{where}: {len(text)} characters is too long for a run description")
     values = _read_yaml(text, f"{where}: not valid YAML")
     values = {} if values is None else values
     if not isinstance(values, dict):
@@ -55,11 +54,11 @@ def dump_run(run: RunConfig) -> str:
 
 
 def _read_yaml(text: str, complaint: str) -> Any:
-    """Plain values from YAML text. PyYAML lets impossible dates and endless integers escape as ValueError."""
+    """Plain values from YAML text."""
     try:
-        return yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{complaint}: {' '.join(str(error).split())[:200]}") from None
+        return read_yaml(text)
+    except ValueError as error:
+        raise ConfigError(f"{complaint}: {error}") from None
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
