@@ -1,5 +1,7 @@
 """The expert kernels, compiled if a C++ compiler is there; without one the install goes on and says so once.
 
+MANYHANDS_REQUIRE_NATIVE=1 makes a failure the install's own, with what the compiler said.
+
 One object file per CPU level, each with its own flags: which one runs is decided at run time, on the user's machine.
 """
 
@@ -46,6 +48,8 @@ class BuildKernels(build_ext):
             fresh.replace(target)
         except (OSError, subprocess.CalledProcessError) as error:
             output = getattr(error, "stderr", "") or ""
+            if os.environ.get("MANYHANDS_REQUIRE_NATIVE"):
+                raise SystemExit(f"manyhands: the native expert kernels were not built ({error})\n{output}") from None
             print(f"manyhands: the native expert kernels were not built ({error}); the other backends do not need "
                   f"them\n{output}", file=sys.stderr)  # fmt: skip
 

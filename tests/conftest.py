@@ -1,5 +1,35 @@
-"""Shared by every test: one thread, so that the suite's speed does not hang on what else the machine does."""
+"""Shared by every test: one thread, so that the suite's speed does not hang on what else the machine does; and the
+level at which the native kernels run, `--level avx2`, for the machines that this one is not."""
 
+import pytest
 import torch
 
+import manyhands.kernels
+from manyhands.kernels.native import library, views
+
 torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--level NAME`: the native kernels' default in this process (processes that tests start take their own)."""
+    parser.addoption("--level", choices=library.LEVELS, help="run the native kernels at this level")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the level the default one."""
+    name = config.getoption("level")
+    if name is None:
+        return
+    if name not in library.levels():
+        raise pytest.UsageError(f"--level {name}: this processor has {', '.join(library.levels())}")
+    library.VERIFIED = (name,)
+    library.default_level.cache_clear()
+    views._run.cache_clear()
+    manyhands.kernels._LEVEL = library.default_level()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say what ran, above all where it is less than there could be."""
+    missing = library.missing()
+    level = f"native kernels: {library.default_level()}" if missing is None else f"NO NATIVE KERNELS ({missing})"
+    terminalreporter.write_line(level + ("" if missing is None else ": whatever tests them was skipped"))
