@@ -90,7 +90,7 @@ def quantize(
         print(json.dumps(receipt))
     else:
         _print(receipt, Path(target))
-    _warn(receipt["routing_agreement"])
+    _warn(receipt["routing_agreement"], linear, experts)
 
 
 def _sample(
@@ -173,10 +173,24 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
     print(f"what became of every tensor: {target / 'receipt.json'}")
 
 
-def _warn(found: dict[str, Any]) -> None:
+MORE = {"int4": "int8", "int8": "bf16"}
+
+
+def _warn(found: dict[str, Any], linear: str, experts: str) -> None:
     if found["overall"] is not None and found["overall"] < found["asked"]:
         print(
             f"WARNING: the packed model chooses {found['overall']:.2%} of the original's experts; {found['asked']:.0%} "
-            "is asked. More bits agree better: --linear int8 first, then --experts int8",
+            f"is asked. {advice(linear, experts)}",
             file=sys.stderr,
         )
+
+
+def advice(linear: str, experts: str) -> str:
+    """What would agree better than these formats: one step up for each that has one, the coarser first."""
+    steps = [
+        (now, f"{name} {MORE[now]}") for name, now in (("--linear", linear), ("--experts", experts)) if now in MORE
+    ]
+    steps.sort(key=lambda step: step[0] != "int4")  # where both are alike, linear layers: they are fewer
+    if not steps:
+        return "Nothing is rounded to fewer than 16 bits: the original is in more."
+    return f"More bits agree better: {', then '.join(flag for _, flag in steps)}"

@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from manyhands.checkpoint.model import load, load_model, save
 from manyhands.cli.main import app
+from manyhands.cli.quantize import advice
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckpointError, ConfigError, DataError, UserError
 from manyhands.generate.evaluate import evaluate
@@ -146,7 +147,7 @@ def test_without_a_tokenizer(mixtral, tmp_path, text, capsys):
     assert model.embed_tokens.weight.dtype == torch.bfloat16
     assert all(layer.router.weight.dtype == torch.float32 for layer in model.sparse_layers().values())
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
-    with pytest.raises(DataError, match=r"no tokenizer\.json, and --data is text"):
+    with pytest.raises(DataError, match=r"no tokenizer\.json; and --data is text"):
         run(capsys, "quantize", mixtral, target, "--data", text, "--overwrite")
 
 
@@ -191,3 +192,18 @@ def test_mistakes_are_one_line(mixtral, tmp_path, capsys):
     shutil.rmtree(target)
     with pytest.raises(CheckpointError):
         load_model(target)
+
+
+@pytest.mark.parametrize(
+    ("linear", "experts", "said"),
+    [
+        ("int8", "int4", "--experts int8, then --linear bf16"),
+        ("int8", "int8", "--linear bf16, then --experts bf16"),
+        ("int4", "int4", "--linear int8, then --experts int8"),
+        ("bf16", "int8", "--experts bf16"),
+        ("bf16", "bf16", "Nothing is rounded"),
+    ],
+)
+def test_the_advice_is_never_what_is_in_use(linear: str, experts: str, said: str) -> None:
+    assert said in advice(linear, experts)
+    assert f"--linear {linear}" not in advice(linear, experts) and f"--experts {experts}" not in advice(linear, experts)
