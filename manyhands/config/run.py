@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
+from manyhands.config.history import SAME, Change, settings_at
 from manyhands.config.model import Count, ModelConfig, Rate, Size
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -17,7 +18,7 @@ class DataConfig(Strict):
     """Files, folders, globs (.txt .md .py .jsonl .jsonl.gz .parquet), or `hf:NAME` for a Hugging Face data set."""
     text_field: str = "text"
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
-    """Share of the documents kept for validation, chosen by file with `seed`."""
+    """Share of the text's bytes kept for validation: whole documents, chosen by a hash of their names and `seed`."""
     seed: int = 0
     tokenizer: str | None = None
     """A `tokenizer.json` to use; without one a byte-level BPE of `model.vocab_size` is trained on the text."""
@@ -86,10 +87,11 @@ class GuardConfig(Strict):
 class TrainConfig(Strict):
     """The loop."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 0
     max_steps: Size = 300
     max_seconds: Annotated[float, Field(gt=0.0)] | None = None
-    """A time budget: after a few measured steps, max_steps is lowered or raised to what fits, then fixed."""
+    """A time budget for steps, validation and saving: max_steps becomes what fits, after a few measured steps, and
+    again whenever the machine turns out a tenth of the budget faster or slower."""
     sequence_length: Size = 256
     batch_size: Size = 16
     """Sequences per optimiser step."""
@@ -106,7 +108,10 @@ class TrainConfig(Strict):
     eval_every: Count = 0
     """Validate every n steps; 0: at the end only."""
     save_every: Count = 0
-    """Checkpoint every n steps; 0: at the end only."""
+    """Checkpoint every n steps; 0: by time and at the end only."""
+    save_seconds: Annotated[float, Field(ge=0.0)] = 120.0
+    """Checkpoint when this much time has passed since the last one, but spend a twentieth of the time on it at most;
+    0: never. A killed run loses no more than this."""
     keep_checkpoints: Size = 2
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
@@ -121,6 +126,8 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     guard: GuardConfig = GuardConfig()
     train: TrainConfig = TrainConfig()
+    history: tuple[Change, ...] = ()
+    """Settings that changed while the run went on (`train --resume` writes it); `history=[]` starts without."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunConfig":
@@ -134,6 +141,12 @@ class RunConfig(Strict):
                 f"train.sequence_length = {self.train.sequence_length} exceeds "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}"
             )
+        for change in self.history:
+            for path in change.set:
+                section, _, name = path.partition(".")
+                if path.startswith(SAME) or name not in getattr(type(getattr(self, section, None)), "model_fields", {}):
+                    raise ValueError(f"history: {path!r} is not a setting that may change while a run goes on")
+            settings_at(self, change.step)
         moe = self.model.moe
         if self.balance.load_coef and (moe is None or not moe.router.noisy):
             raise ValueError("balance.load_coef needs a noisy router: model.moe.router.noisy = true")

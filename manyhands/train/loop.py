@@ -15,28 +15,26 @@ import torch
 import manyhands
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
+from manyhands.config.history import go_on, record, repeat, settings_at
 from manyhands.config.load import dump_run, load_run
-from manyhands.errors import ConfigError, Interrupted
+from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.nn import Decoder, init_weights
 from manyhands.text import PackedBatches, evaluation_batches
+from manyhands.train.budget import Budget, planned, with_plan
 from manyhands.train.data import RunData, prepare_data
 from manyhands.train.finish import Summary, finish
 from manyhands.train.guard import SpikeGuard, StopSignals
 from manyhands.train.journal import Journal
 from manyhands.train.optim import build_optimizers
-from manyhands.train.schedule import learning_rate
+from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
 from manyhands.train.step import StepResult, train_step
 
-MAY_CHANGE = {  # between sessions of a run: how long and how it runs, not what it computes
-    *("train." + name for name in ("max_steps", "log_every", "eval_every", "save_every", "keep_checkpoints")),
-    *("train." + name for name in ("trackers", "device", "experts_implementation")),
-}
-PLAN_AFTER = 12  # steps measured before a time budget becomes a number of steps
-PLAN_WARMUP = 4  # of which the first are slower: allocations, caches
+_TRACED = 200_000  # tokens that the report looks at after the last validation
+_SAVING_SHARE = 20  # saving by time takes one part in so many of the time at most
 
 
 @dataclass(slots=True)
@@ -50,29 +48,99 @@ class Trainer:
     journal: Journal
     screen: Screen
     dtype: torch.dtype
+    now: RunConfig
+    """`run` as it is at this step."""
+    budget: Budget | None = None
+    saved_at: float = 0.0
+    saving_took: float = 0.0
 
     def fit(self, signals: StopSignals) -> None:
         """Step until the end or a signal. Raises `Interrupted` after saving, `TrainingHalted` from the guard."""
-        run, progress = self.run, self.state.progress
-        started = time.perf_counter() - progress.elapsed
-        times: list[float] = []
+        progress, guard = self.state.progress, self.state.guard
+        started = self.saved_at = time.perf_counter()
+        wall_before = progress.wall
+        if self.run.train.max_seconds is not None:
+            self.budget = Budget(self.run.train.max_seconds, planned(self.run), self.closing_steps())
+            self.plan_again()
         while progress.step < progress.max_steps:
             step_started = time.perf_counter()
-            lr = learning_rate(progress.step, progress.max_steps, run.optim.lr, run.schedule)
+            run = self.now
+            rate = learning_rate(progress.step, progress.max_steps, run.optim.lr, run.schedule)
+            lr = no_faster_than_warmup(rate, progress.lr, run.optim.lr, progress.max_steps, run.schedule)
             batch = next(self.state.batches).to(self.state.model.embed_tokens.weight.device)
+            levels = guard.num_levels
             result = train_step(
-                self.state.model, self.state.optimizers, self.state.guard, batch, run, progress.step + 1, lr, self.dtype
+                self.state.model, self.state.optimizers, guard, batch, run, progress.step + 1, lr, self.dtype
             )
+            seconds = time.perf_counter() - step_started
             progress.step += 1
+            progress.lr = lr
             progress.tokens += batch[:, 1:].numel()
-            progress.elapsed = time.perf_counter() - started
-            times.append(time.perf_counter() - step_started)
-            if progress.step % run.train.log_every == 0 or progress.step == progress.max_steps:
-                record = self.record(result, lr, batch[:, 1:].numel() / times[-1])
+            progress.elapsed += seconds
+            progress.wall = wall_before + time.perf_counter() - started
+            last = progress.step == progress.max_steps
+            if progress.step % run.train.log_every == 0 or last or result.skipped:
+                record = self.record(result, lr, batch[:, 1:].numel() / seconds)
                 self.screen.step(self.journal.write("step", step=progress.step, **record))
-            if run.train.max_seconds and not progress.planned and len(times) == PLAN_AFTER:
-                self.plan(times, run.train.max_seconds)
+            if guard.num_levels > levels:
+                self.screen.note(f"step {progress.step}: loss or gradient norm is at a new level; going on from there")
+            self.settle(seconds)
             self.between_steps(signals)
+            progress.wall = wall_before + time.perf_counter() - started
+
+    def settle(self, seconds: float) -> None:
+        """Take in what changes at this step: the run's history, and what the time budget says."""
+        progress = self.state.progress
+        if any(change.step == progress.step for change in self.run.history):
+            self.apply(settings_at(self.run, progress.step))
+        if self.budget is None or any(change.step > progress.step for change in self.run.history):
+            return
+        total = self.budget.steps(
+            seconds, step=progress.step, max_steps=progress.max_steps, trained=progress.elapsed, wall=progress.wall
+        )
+        if total is not None:
+            self.set_steps(total)
+
+    def plan_again(self) -> None:
+        """Plan from the speed so far, if the budget was changed in a run that is under way."""
+        progress = self.state.progress
+        assert self.budget is not None
+        if progress.step and progress.elapsed > 0 and not self.budget.planned:
+            typical = progress.elapsed / progress.step
+            self.set_steps(self.budget.end(progress.step, typical, progress.elapsed, progress.wall))
+
+    def set_steps(self, total: int) -> None:
+        """From here on the run has `total` steps: in its history, in the journal, on the screen."""
+        progress, budget = self.state.progress, self.budget
+        assert budget is not None
+        progress.planned = True
+        changes = {"train.max_steps": (progress.max_steps, total)}
+        self.run = self.run.model_copy(update={"history": record(self.run.history, progress.step, changes)})
+        write_atomic(self.directory.config_file, dump_run(self.run))
+        self.apply(settings_at(self.run, progress.step))
+        self.journal.write("plan", step=progress.step, max_steps=total, max_seconds=budget.seconds, wall=progress.wall)
+        self.screen.note(f"step {progress.step}: {total} steps fit into {budget.seconds:.0f} s")
+
+    def apply(self, now: RunConfig) -> None:
+        """Go on under these settings."""
+        if now.optim != self.now.optim:
+            state = self.state.optimizers.state_dict()
+            self.state.optimizers = build_optimizers(self.state.model, now.optim)
+            self.state.optimizers.load_state_dict(state)
+        if now.guard != self.now.guard:
+            self.state.guard.configure(now.guard)
+        self.now = now
+        self.state.progress.max_steps = now.train.max_steps
+        self.screen.set_max_steps(now.train.max_steps)
+
+    def may_extend(self) -> bool:
+        """Whether a changed time budget has yet to be turned into steps."""
+        return self.run.train.max_seconds is not None and not planned(self.run)
+
+    def closing_steps(self) -> float:
+        """What comes after the last step, in steps: a forward pass is a third of one."""
+        tokens = self.data.valid.info.num_tokens
+        return (tokens + min(tokens, _TRACED)) / 3 / (self.run.train.sequence_length * self.run.train.batch_size)
 
     def between_steps(self, signals: StopSignals) -> None:
         """Save and validate when it is time; save and leave when a signal asked for it."""
@@ -88,17 +156,10 @@ class Trainer:
             return
         if run.train.eval_every and progress.step % run.train.eval_every == 0:
             self.validate()
-        if run.train.save_every and progress.step % run.train.save_every == 0:
+        by_steps = run.train.save_every and progress.step % run.train.save_every == 0
+        wait = max(run.train.save_seconds, _SAVING_SHARE * self.saving_took)
+        if by_steps or (run.train.save_seconds and time.perf_counter() - self.saved_at >= wait):
             self.save()
-
-    def plan(self, times: list[float], budget: float) -> None:
-        """Turn the time budget into a number of steps, once; from here on the run is deterministic again."""
-        progress = self.state.progress
-        typical = sorted(times[PLAN_WARMUP:])[len(times[PLAN_WARMUP:]) // 2]
-        progress.max_steps = progress.step + max(1, int((budget - progress.elapsed) / typical))
-        progress.planned = True
-        self.screen.set_max_steps(progress.max_steps)
-        self.screen.note(f"{typical * 1e3:.0f} ms a step: {progress.max_steps} steps fit in {budget:.0f} s")
 
     def validate(self) -> Evaluation:
         """Validation loss on the whole validation text; recorded and shown."""
@@ -118,17 +179,25 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint and delete those that are too old."""
+        began = time.perf_counter()
         path = self.directory.checkpoint_path(self.state.progress.step)
         self.state.save(path, self.data.tokenizer_path)
         self.journal.write("checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path)))
         self.directory.retain(self.run.train.keep_checkpoints)
+        self.saved_at = time.perf_counter()
+        self.saving_took = self.saved_at - began
         return path
 
     def end(self, reason: str) -> None:
         """Say in the journal why the session ended."""
         progress = self.state.progress
         self.journal.write(
-            "end", step=progress.step, reason=reason, elapsed=progress.elapsed, max_steps=progress.max_steps
+            "end",
+            step=progress.step,
+            reason=reason,
+            elapsed=progress.elapsed,
+            wall=progress.wall,
+            max_steps=progress.max_steps,
         )
 
     def record(self, result: StepResult, lr: float, tokens_per_s: float) -> dict[str, Any]:
@@ -146,6 +215,7 @@ class Trainer:
             "tokens": progress.tokens,
             "tokens_per_s": tokens_per_s,
             "elapsed": progress.elapsed,
+            "wall": progress.wall,
             "skipped": result.skipped,
             "moe": layers,
         }
@@ -162,51 +232,74 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
     directory.check_ours()
     pick_device(run.train.device)
     with directory.lock(), StopSignals() as signals:
-        _check_same_run(directory, run)
+        newest = directory.newest_valid()
+        changes: dict[str, Any] = {}
+        before = load_run(directory.config_file) if directory.config_file.is_file() else None
+        if before is None:
+            run = repeat(run)
+        else:
+            before = with_plan(before, newest[1] if newest else None)
+            run, changes = go_on(before, run, newest[0] if newest else 0, str(directory.path))
         with Screen(str(path), run.train.max_steps, quiet) as screen:
             data = prepare_data(directory.data_dir, run, screen.note)
             directory.clean_partial()  # only now: whatever is wrong with the command was said before
             write_atomic(directory.config_file, dump_run(run))
-            state = _initial_state(run, data)
-            newest = directory.newest_valid()
+            now = settings_at(run, newest[0] if newest else 0)
+            state = _initial_state(now, data)
             if newest is not None:
                 state.load(newest[1])
-                if not state.progress.planned:
-                    state.progress.max_steps = run.train.max_steps
-                screen.note(_where(state.progress))
-            screen.set_max_steps(state.progress.max_steps)
+            progress = state.progress
+            progress.max_steps = now.train.max_steps
+            screen.set_max_steps(progress.max_steps)
             with Journal(directory.journal_file, run.train.trackers) as journal:
                 dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
-                trainer = Trainer(run, directory, data, state, journal, screen, dtype)
+                trainer = Trainer(run, directory, data, state, journal, screen, dtype, now)
                 _announce(trainer)
-                finished = state.progress.step >= state.progress.max_steps
+                if newest is not None:
+                    _say_changes(trainer, before or run, changes)
+                    screen.note(_where(progress, run))
+                finished = progress.step >= progress.max_steps and not trainer.may_extend()
                 if not finished:
                     trainer.fit(signals)
                     trainer.save()
                 evaluation = trainer.validate()
                 if not finished:
                     trainer.end("finished")
-        return finish(directory, run, data, state.model, evaluation, dtype)
+        return finish(directory, trainer.run, data, state.model, evaluation, dtype)
 
 
-def _where(progress: Progress) -> str:
+def _where(progress: Progress, run: RunConfig) -> str:
     if progress.step < progress.max_steps:
         return f"continuing from step {progress.step}"
-    return f"finished at step {progress.step}: nothing left to train"
+    longer = "a larger train.max_steps"
+    if run.train.max_seconds is not None:
+        longer = f"train.max_seconds above {run.train.max_seconds:g}, its time budget, or {longer}"
+    return f"finished at step {progress.step}: nothing left to train; {longer} goes on"
 
 
-def _check_same_run(directory: RunDirectory, run: RunConfig) -> None:
-    if not directory.config_file.is_file():
+def _say_changes(trainer: Trainer, before: RunConfig, changes: dict[str, Any]) -> None:
+    """Each changed setting, and how the learning rate goes on, on the screen and in the journal."""
+    progress, now = trainer.state.progress, trainer.now
+    if progress.lr is None and progress.step:  # saved by a version that did not keep it
+        old = settings_at(before, progress.step)
+        progress.lr = learning_rate(progress.step - 1, old.train.max_steps, old.optim.lr, old.schedule)
+    if not changes or not progress.step:
         return
-    before = load_run(directory.config_file)
-    for section in type(run).model_fields:
-        old, new = getattr(before, section), getattr(run, section)
-        for name in type(old).model_fields:
-            if getattr(old, name) != getattr(new, name) and f"{section}.{name}" not in MAY_CHANGE:
-                raise ConfigError(
-                    f"{directory.path} holds another run: its {section}.{name} is {getattr(old, name)!r}, yours is "
-                    f"{getattr(new, name)!r}; choose another --out, or remove it"
-                )
+    for path, (old, new) in changes.items():
+        trainer.screen.note(f"from step {progress.step} on: {path} {old} -> {new}")
+    trainer.journal.write(
+        "change",
+        step=progress.step,
+        changes={path: {"before": old, "after": new} for path, (old, new) in changes.items()},
+    )
+    if progress.step >= progress.max_steps or progress.lr is None:
+        return
+    rate = learning_rate(progress.step, progress.max_steps, now.optim.lr, now.schedule)
+    reached = no_faster_than_warmup(rate, progress.lr, now.optim.lr, progress.max_steps, now.schedule)
+    how = (
+        "" if reached == rate else f", rising by {now.optim.lr / max(1, now.schedule.warmup_steps):.2e} a step at most"
+    )
+    trainer.screen.note(f"the learning rate goes from {progress.lr:.2e} to its schedule's {rate:.2e}{how}")
 
 
 def _initial_state(run: RunConfig, data: RunData) -> TrainState:

@@ -26,3 +26,16 @@ def learning_rate(step: int, max_steps: int, lr: float, config: ScheduleConfig) 
         done = max(0, step - start) / max(1, max_steps - start)
     left = 0.5 * (1 + math.cos(math.pi * done)) if config.kind == "cosine" else 1 - done
     return lr * (config.min_ratio + (1 - config.min_ratio) * left)
+
+
+def no_faster_than_warmup(
+    rate: float, before: float | None, lr: float, max_steps: int, config: ScheduleConfig
+) -> float:
+    """`rate`, but above the last step's rate, `before`, by no more than the warm-up rises in one step.
+
+    The schedule itself never rises faster. A run that goes on with more steps, or another `lr`, would jump.
+    """
+    warmup = min(config.warmup_steps, max_steps)
+    if before is None or warmup == 0:
+        return rate
+    return min(rate, before + (1 + 1e-9) * lr / warmup)  # the margin: rounding must not touch a warm-up

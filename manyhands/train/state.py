@@ -24,11 +24,15 @@ class Progress:
     step: int = 0
     tokens: int = 0
     elapsed: float = 0.0
-    """Seconds of training, over all sessions of the run."""
+    """Seconds in training steps, over all sessions of the run."""
+    wall: float = 0.0
+    """Seconds from the first step on with validation and saving, over all sessions."""
+    lr: float | None = None
+    """The learning rate of the last step."""
     max_steps: int = 0
-    """Fixed when the run starts, or when `train.max_seconds` has been turned into steps."""
+    """Steps of the whole run as it is described now; the run's history holds how that came about."""
     planned: bool = False
-    """Whether `train.max_seconds` has been turned into steps."""
+    """Whether a time budget gave them."""
 
 
 @dataclass(slots=True)
@@ -49,6 +53,8 @@ class TrainState:
             "step": progress.step,
             "tokens": progress.tokens,
             "elapsed": progress.elapsed,
+            "wall": progress.wall,
+            "lr": progress.lr,
             "max_steps": progress.max_steps,
             "planned": progress.planned,
             "batches": self.batches.state_dict(),
@@ -65,7 +71,10 @@ class TrainState:
         """Continue from a verified checkpoint. Raises `CheckpointError` if it is not this run's."""
         try:
             document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
-            progress = Progress(*(document[name] for name in ("step", "tokens", "elapsed", "max_steps", "planned")))
+            progress = Progress(*(document[name] for name in ("step", "tokens", "elapsed")))
+            progress.wall = document.get("wall", progress.elapsed)  # older checkpoints had one clock, and no rate
+            progress.lr = document.get("lr")
+            progress.max_steps, progress.planned = document["max_steps"], document["planned"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
         device = str(next(self.model.parameters()).device)
