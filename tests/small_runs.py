@@ -6,10 +6,15 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from manyhands.cli.main import main
 from manyhands.config import RunConfig
 from manyhands.config.load import load_preset
+from manyhands.train import loop
+from manyhands.train.step import StepResult
 
 SMALL = [
     "model.vocab_size=300",
@@ -62,3 +67,16 @@ def manyhands(*arguments: str, stdin: str = "", cwd: Path | None = None) -> Done
         sys.argv, sys.stdin = before[:2]
         os.chdir(before[2])
     return Done(code, out.getvalue(), err.getvalue())
+
+
+def steps_of_a_second(monkeypatch: pytest.MonkeyPatch, seconds: float = 1.0) -> list[float]:
+    """A clock that only training steps move."""
+    clock, real = [0.0], loop.train_step
+
+    def timed(*args: Any) -> StepResult:
+        clock[0] += seconds
+        return real(*args)
+
+    monkeypatch.setattr(loop, "train_step", timed)
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+    return clock

@@ -15,7 +15,17 @@ from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.format import compact, duration, number
-from manyhands.trace.series import Floats, Record, bin_mean, column, envelope, layer_column, layer_load, smooth
+from manyhands.trace.series import (
+    Floats,
+    Record,
+    bin_mean,
+    column,
+    envelope,
+    last_steps,
+    layer_column,
+    layer_load,
+    smooth,
+)
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import what_experts_take
 
@@ -102,7 +112,7 @@ def render_report(
         balance=_balance_charts(steps, layers),
         rows=rows,
         fair=100 / len(steps[-1]["moe"][layers[0]]["load"]) if layers else None,
-        last_steps=min(LAST_STEPS, len(steps)),
+        last_steps=min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
         taken=what_experts_take(tokens, decode, tokens.layers) if tokens else [],
         skipped=[step for step in steps if step.get("skipped")],
         most_skipped=_MOST_SKIPPED,
@@ -135,7 +145,7 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
         tiles += [
             Tile("tokens/s", compact(float(np.median(speed))) if len(speed) else "–", "median over the steps"),
             Tile("tokens seen", compact(steps[-1].get("tokens") or 0), f"in {steps[-1]['step']} steps"),
-            Tile("training time", duration(steps[-1].get("elapsed") or 0), "without validation"),
+            Tile("training time", duration(steps[-1].get("elapsed") or 0), "in steps: without validation and saving"),
         ]
     if "parameters" in start:
         sparse = bool(start.get("sparse_layers"))
@@ -229,9 +239,9 @@ def _layer_rows(steps: Sequence[Record], layers: Sequence[str]) -> list[LayerRow
     rows = []
     for layer in layers:
         here = [step for step in steps if layer in (step.get("moe") or {})]
-        last = here[-LAST_STEPS:]
+        last = last_steps(here, LAST_STEPS)
         load_nE = layer_load(here, layer)
-        final_E = load_nE[-LAST_STEPS:].mean(axis=0)
+        final_E = layer_load(last, layer).mean(axis=0)
         num_experts = len(final_E)
         columns = int(np.clip(_CELLS // (min(num_experts, _MOST_ROWS) * len(layers)), 24, 160))
         map_CE = bin_mean(bin_mean(load_nE, columns).T, _MOST_ROWS).T

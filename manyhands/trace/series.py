@@ -4,13 +4,19 @@ n steps   E experts   C columns (points or heat-map cells along the steps)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
+R = TypeVar("R", bound=Record)
+
+
+def last_steps(steps: Sequence[R], count: int) -> list[R]:
+    """The `step` records of the last `count` steps: fewer records where not every step was logged, but one at least."""
+    return [step for step in steps if step["step"] > steps[-1]["step"] - count]
 
 
 def column(records: Sequence[Record], name: str) -> Floats:
@@ -61,8 +67,32 @@ def envelope(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
 
 
 def smooth(y: Floats, width: int) -> Floats:
-    """[n]: means over a centred window of about `width` steps, narrower at both ends; NaN carries no weight."""
+    """[n]: means over a centred window of about `width` steps; NaN carries no weight.
+
+    At both ends the window keeps half its width and the value is that of a line through it: a window that shrank to
+    one step would end the curve in that step's noise, and a one-sided mean would lag behind a slope.
+    """
     half = width // 2
+    if half and len(y) > 2 * half:
+        return _line_at_ends(y, _centred(y, half), half)
+    return _centred(y, half)
+
+
+def _line_at_ends(y: Floats, means: Floats, half: int) -> Floats:
+    """`means` with the first and last `half` values replaced by a line fitted to the first and last 2·`half` of `y`."""
+    means = means.copy()
+    for near in (slice(0, 2 * half), slice(len(y) - 2 * half, len(y))):
+        at = np.arange(len(y), dtype=np.float64)[near]
+        real = np.isfinite(y[near])
+        if real.sum() < 2:
+            continue
+        slope, start = np.polyfit(at[real], y[near][real], 1)
+        ends = at[:half] if near.start == 0 else at[half:]
+        means[ends.astype(int)] = slope * ends + start
+    return means
+
+
+def _centred(y: Floats, half: int) -> Floats:
     at = np.arange(len(y))
     reach = np.minimum(half, np.minimum(at, len(y) - 1 - at))
     real = np.isfinite(y)

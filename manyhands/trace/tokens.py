@@ -96,6 +96,11 @@ class TokenShare:
         load_E = self._layers[layer].pairs_EV.sum(1).double()
         return [float(share) for share in load_E / load_E.sum()]
 
+    def experts_per_token(self, layer: int) -> float:
+        """Experts per token that chose any: K, unless a router leaves places empty."""
+        counts = self._layers[layer]
+        return float(counts.pairs_V.sum()) / max(1.0, float(counts.first_V.sum()))
+
     def top_tokens(self, layer: int, expert: int, n: int = 8, min_count: int = 10) -> list[TopToken]:
         """The up to `n` tokens, among those seen `min_count` times or more, of which `expert` takes most.
 

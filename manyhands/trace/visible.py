@@ -23,11 +23,8 @@ class Chip:
     percent: float
     """Its share of the token's visits, of 100."""
     visits: int
-
-    @property
-    def strength(self) -> float:
-        """How deep its background is, of 100: full at eight times chance."""
-        return max(6.0, min(100.0, (self.ratio - 1) / 7 * 100))
+    strength: float
+    """How deep its background is, of 100: 0 at chance, full where the expert takes the token every time."""
 
 
 @dataclass(frozen=True)
@@ -81,13 +78,19 @@ def what_experts_take(
 
 
 def _experts(tokens: TokenShare, decode: Callable[[int], str] | None, layer: int, per_expert: int) -> list[Expert]:
+    most = 1 / tokens.experts_per_token(layer)
+
+    def strength(share: float, load: float) -> float:
+        # Not the ratio: a token that always comes here has (1/K) / load, which is largest where the load is least.
+        return max(6.0, min(100.0, 100 * (share - load) / max(most - load, 1e-9)))
+
     def text(token_id: int) -> str:
         return visible(decode(token_id)) if decode else f"#{token_id}"
 
     experts = []
     for number, load in enumerate(tokens.load(layer)):
         chips = [
-            Chip(text(top.token_id), top.ratio, 100 * top.share, top.visits)
+            Chip(text(top.token_id), top.ratio, 100 * top.share, top.visits, strength(top.share, load))
             for top in tokens.top_tokens(layer, number, per_expert)
             if top.ratio > 1
         ]

@@ -1,5 +1,6 @@
 """The end of a run: what it reached, on one screen and in `report.html`."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from manyhands.generate.evaluate import Evaluation
 from manyhands.nn import Decoder
 from manyhands.text import evaluation_batches
 from manyhands.trace.report import write_report
+from manyhands.trace.series import last_steps
 from manyhands.trace.tokens import TokenShare
 from manyhands.train.data import RunData
 from manyhands.train.journal import read_journal
@@ -25,11 +27,11 @@ class LayerBalance:
     """One layer's balance over the last steps of training."""
 
     max_vio: float
-    """Mean over the last 50 steps of each batch's MaxVio."""
+    """Mean over those of the last 50 steps that were logged of each batch's MaxVio."""
     max_vio_worst: float
     """The largest of them."""
     dead: int
-    """Experts that no token of the last 50 steps chose."""
+    """Experts that no token of these steps chose."""
     dropped: float
 
 
@@ -50,6 +52,10 @@ class Summary:
     skipped: int
     checkpoint: Path
     report: Path
+    budget: str | None = None
+    """With a time budget: the steps it was turned into, and when."""
+    warnings: tuple[str, ...] = ()
+    """What a person should not overlook."""
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -66,6 +72,9 @@ class Summary:
                 f"layer {layer}: MaxVio {b.max_vio:.2f} (mean of the last {LAST_STEPS} steps; worst "
                 f"{b.max_vio_worst:.2f}), dead experts {b.dead}{dropped}"
             )
+        if self.budget:
+            lines.append(self.budget)
+        lines += [f"warning: {warning}" for warning in self.warnings]
         return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}"]
 
 
@@ -78,6 +87,8 @@ def finish(
     checkpoint = directory.checkpoints()[-1][1]
     last = steps[-1]
     report = directory.path / "report.html"
+    recent = last_steps(steps, LAST_STEPS)
+    balance = {layer: final_balance(recent, str(layer)) for layer in run.model.sparse_layers}
     summary = Summary(
         steps=last["step"],
         tokens=last["tokens"],
@@ -87,15 +98,54 @@ def finish(
         valid_bits_per_byte=evaluation.bits_per_byte or float("nan"),
         valid_perplexity=evaluation.perplexity,
         compressors=data.compressors,
-        balance={layer: final_balance(steps[-LAST_STEPS:], str(layer)) for layer in run.model.sparse_layers},
+        balance=balance,
         skipped=sum(bool(record["skipped"]) for record in steps),
         checkpoint=checkpoint,
         report=report,
+        budget=_budget(records, last["step"]),
+        warnings=tuple(_warnings(run, evaluation, balance)),
     )
     shares = token_shares(model, data, run, dtype) if run.model.sparse_layers else None
     decode = _decoder(data)
     write_report(report, records, run, shares, decode, {"compressors": data.compressors})
     return summary
+
+
+def _budget(records: list[dict[str, Any]], steps: int) -> str | None:
+    plans = [record for record in records if record["kind"] == "plan"]
+    if not plans:
+        return None
+    first, *later = plans
+    said = (
+        f"time budget of {plans[-1]['max_seconds']:g} s: {first['max_steps']:,} steps planned at step {first['step']}"
+    )
+    for plan in later:
+        said += f", {plan['max_steps']:,} at step {plan['step']}"
+    why = "; the machine's speed changed, or the budget" if later else ""
+    ends = [record for record in records if record["kind"] == "end"]
+    took = f" after {ends[-1]['wall']:.0f} s" if ends and ends[-1].get("wall") else ""
+    return f"{said}; ended at step {steps:,}{took}{why}"
+
+
+def _warnings(run: RunConfig, evaluation: Evaluation, balance: dict[int, LayerBalance]) -> list[str]:
+    """What is wrong with a run that ended well."""
+    warnings = []
+    vocab = run.model.vocab_size
+    if evaluation.loss >= math.log(vocab):
+        warnings.append(
+            f"the model predicts worse than no model at all: perplexity {evaluation.perplexity:.4g}, and guessing each "
+            f"of {vocab} tokens alike has {vocab}; lower optim.lr, or train for longer"
+        )
+    router = run.model.moe.router if run.model.moe else None
+    if router is not None and router.num_experts > router.num_experts_per_tok:
+        most = router.num_experts / router.num_experts_per_tok - 1
+        for layer, found in balance.items():
+            if found.max_vio >= 0.9 * most:
+                warnings.append(
+                    f"layer {layer}: nearly every token takes the same {router.num_experts_per_tok} experts (MaxVio "
+                    f"{found.max_vio:.2f} of at most {most:.2f}); raise balance.aux_loss_coef or bias_update_rate"
+                )
+    return warnings
 
 
 def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:

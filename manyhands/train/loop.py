@@ -51,14 +51,16 @@ class Trainer:
     now: RunConfig
     """`run` as it is at this step."""
     budget: Budget | None = None
+    origin: float = 0.0
+    """When the run would have begun, had it been done in one go."""
     saved_at: float = 0.0
     saving_took: float = 0.0
 
     def fit(self, signals: StopSignals) -> None:
         """Step until the end or a signal. Raises `Interrupted` after saving, `TrainingHalted` from the guard."""
         progress, guard = self.state.progress, self.state.guard
-        started = self.saved_at = time.perf_counter()
-        wall_before = progress.wall
+        self.saved_at = time.perf_counter()
+        self.origin = self.saved_at - progress.wall
         if self.run.train.max_seconds is not None:
             self.budget = Budget(self.run.train.max_seconds, planned(self.run), self.closing_steps())
             self.plan_again()
@@ -77,7 +79,7 @@ class Trainer:
             progress.lr = lr
             progress.tokens += batch[:, 1:].numel()
             progress.elapsed += seconds
-            progress.wall = wall_before + time.perf_counter() - started
+            self.look_at_clock()
             last = progress.step == progress.max_steps
             if progress.step % run.train.log_every == 0 or last or result.skipped:
                 record = self.record(result, lr, batch[:, 1:].numel() / seconds)
@@ -86,7 +88,11 @@ class Trainer:
                 self.screen.note(f"step {progress.step}: loss or gradient norm is at a new level; going on from there")
             self.settle(seconds)
             self.between_steps(signals)
-            progress.wall = wall_before + time.perf_counter() - started
+            self.look_at_clock()
+
+    def look_at_clock(self) -> None:
+        """Take in the time since the run began, saving and validation with it."""
+        self.state.progress.wall = time.perf_counter() - self.origin
 
     def settle(self, seconds: float) -> None:
         """Take in what changes at this step: the run's history, and what the time budget says."""
@@ -264,6 +270,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
                     trainer.save()
                 evaluation = trainer.validate()
                 if not finished:
+                    trainer.look_at_clock()
                     trainer.end("finished")
         return finish(directory, trainer.run, data, state.model, evaluation, dtype)
 

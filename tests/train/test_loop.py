@@ -1,13 +1,17 @@
 """A run: resume is bit-equal, a signal saves, NaN and spikes change nothing, a second process is refused."""
 
+import itertools
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,11 +19,12 @@ from manyhands.checkpoint.runs import RunDirectory
 from manyhands.checkpoint.state import load_tensors
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
+from manyhands.text import Tokenizer
 from manyhands.train import loop, step
 from manyhands.train.guard import StopSignals
 from manyhands.train.journal import read_journal
 
-from ..small_runs import SMALL, small_run, write_text
+from ..small_runs import SMALL, small_run, steps_of_a_second, write_text
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +37,16 @@ def weights_of(directory: Path) -> dict[str, torch.Tensor]:
     assert newest is not None
     files = [newest[1] / f"{name}.safetensors" for name in ("model", "optimizer", "rng")]
     return {f"{file.stem}.{name}": tensor for file in files for name, tensor in load_tensors(file).items()}
+
+
+TIMES = ("elapsed", "wall")
+
+
+def state_of(directory: Path) -> dict[str, Any]:
+    newest = RunDirectory(directory).newest_valid()
+    assert newest is not None
+    state: dict[str, Any] = json.loads((newest[1] / "state.json").read_text())
+    return state
 
 
 class StopAfter(StopSignals):
@@ -90,6 +105,15 @@ def test_resume_is_bit_equal(variant: str, text: Path, tmp_path: Path, monkeypat
     journals = [read_journal(tmp_path / name / "journal.jsonl") for name in ("whole", "parts")]
     losses = [[r["loss"] for r in records if r["kind"] == "step"] for records in journals]
     assert len(losses[0]) == 40 and losses[0] == losses[1]
+    one_state, other_state = state_of(tmp_path / "whole"), state_of(tmp_path / "parts")
+    assert {k: v for k, v in one_state.items() if k not in TIMES} == {
+        k: v for k, v in other_state.items() if k not in TIMES
+    }
+    assert len(one_state["guard"]["losses"]) == 40
+    for clock in TIMES:  # a resumed run's time goes on
+        seconds = [r[clock] for r in journals[1] if r["kind"] == "step"]
+        assert all(after > before for before, after in itertools.pairwise(seconds))
+        assert other_state[clock] >= seconds[-1] > seconds[16] > 0
 
 
 def test_another_run_is_refused_but_more_steps_are_not(text: Path, tmp_path: Path) -> None:
@@ -205,16 +229,17 @@ def test_one_spike_skips_one_update(text: Path, tmp_path: Path, monkeypatch: pyt
 def test_a_time_budget_becomes_a_number_of_steps_once(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = small_run(text, "train.max_seconds=3", "train.max_steps=50000", "train.save_every=5")
+    run = small_run(text, "train.max_seconds=6", "train.max_steps=50000", "train.save_every=5")
+    clock = steps_of_a_second(monkeypatch, 0.1)
     with monkeypatch.context() as patch:
         StopAfter(patch, 20)
         with pytest.raises(Interrupted):
             loop.train(tmp_path / "run", run, quiet=True)
-    newest = RunDirectory(tmp_path / "run").newest_valid()
-    assert newest is not None
-    state = json.loads((newest[1] / "state.json").read_text())
-    assert state["planned"] and 13 <= state["max_steps"] < 50000
-    assert loop.train(tmp_path / "run", run, quiet=True).steps == max(20, state["max_steps"])
+    state = state_of(tmp_path / "run")
+    assert state["planned"] and 40 <= state["max_steps"] < 60  # what is left is for validation
+    done = loop.train(tmp_path / "run", run, quiet=True)
+    assert done.steps == state["max_steps"] and clock[0] == pytest.approx(done.steps / 10)
+    assert f"time budget of 6 s: {done.steps} steps planned at step 7; ended at step" in "\n".join(done.lines())
 
 
 def test_evaluation_changes_nothing(text: Path, tmp_path: Path) -> None:
@@ -268,3 +293,69 @@ def test_a_tokenizer_that_does_not_fit_the_vocabulary(text: Path, tmp_path: Path
     with pytest.raises(ConfigError, match=r"model\.vocab_size = 280"):
         run = small_run(text, f"data.tokenizer={tokenizer}", "model.vocab_size=280")
         loop.train(tmp_path / "second", run, quiet=True)
+
+
+def test_bits_per_byte_are_those_of_the_text(text: Path, tmp_path: Path) -> None:
+    """Counted from the token files and the text itself: half of it is validation text, at most one byte a token."""
+    run = small_run(text, "train.max_steps=3", "train.eval_every=2", "data.valid_fraction=0.3")
+    loop.train(tmp_path / "run", run, quiet=True)
+    tokenizer = Tokenizer.from_file(tmp_path / "run" / "data" / "tokenizer.json")
+    ids = {side: np.load(tmp_path / "run" / "data" / f"{side}.npy") for side in ("train", "valid")}
+    texts = {side: tokenizer.decode([i for i in ids[side].tolist() if i != tokenizer.eos_token_id]) for side in ids}
+    assert sum(len(t) for t in texts.values()) == len(text.read_text())
+    for record in read_journal(tmp_path / "run" / "journal.jsonl"):
+        if record["kind"] == "step":
+            nats = record["loss"] * len(ids["train"])
+            assert record["bits_per_byte"] == pytest.approx(nats / math.log(2) / len(texts["train"].encode()))
+        if record["kind"] == "eval":
+            nats = record["valid_loss"] * (len(ids["valid"]) - 1)
+            assert record["valid_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(texts["valid"].encode()))
+
+
+def test_a_run_saves_by_time_keeps_few_and_computes_the_same(text: Path, tmp_path: Path) -> None:
+    """A kill loses what was done since the last checkpoint: the first process is not even told."""
+    changes = ["train.max_steps=30", "train.save_seconds=1e-9"]
+    loop.train(tmp_path / "run", small_run(text, *changes), quiet=True)
+    saved = [r["step"] for r in read_journal(tmp_path / "run" / "journal.jsonl") if r["kind"] == "checkpoint"]
+    assert len(saved) >= 2 and saved[0] < 30 and len(RunDirectory(tmp_path / "run").checkpoints()) <= 2
+    loop.train(tmp_path / "never", small_run(text, "train.max_steps=30", "train.save_seconds=0"), quiet=True)
+    one, other = weights_of(tmp_path / "run"), weights_of(tmp_path / "never")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert small_run(text).train.save_seconds == 120  # by default
+
+
+def test_time_is_that_of_steps_and_validation_is_told_apart(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, real_evaluate = steps_of_a_second(monkeypatch), loop.evaluate
+
+    def ten_seconds(*args: Any, **kwargs: Any) -> Any:
+        clock[0] += 10.0
+        return real_evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "evaluate", ten_seconds)
+    summary = loop.train(tmp_path / "run", small_run(text, "train.max_steps=4", "train.eval_every=1"), quiet=True)
+    assert summary.seconds == 4 and summary.tokens_per_s == 32 * 4
+    end = read_journal(tmp_path / "run" / "journal.jsonl")[-1]
+    assert (end["elapsed"], end["wall"]) == (4, 44)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_the_summary_counts_what_was_not_logged(
+    every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop.SpikeGuard, "observe", lambda self, *pair: next(steps) in (3, 5, 8))
+    steps = iter(range(1, 100))
+    summary = loop.train(
+        tmp_path / "run", small_run(text, "train.max_steps=20", f"train.log_every={every}"), quiet=True
+    )
+    assert summary.skipped == 3 and summary.steps == 20
+
+
+def test_it_says_what_is_wrong_with_a_run_that_ended(text: Path, tmp_path: Path) -> None:
+    bad = ["model.moe.router.init=zeros", "model.moe.router.bias=false", "balance.aux_loss_coef=0", "train.max_steps=1"]
+    summary = loop.train(tmp_path / "run", small_run(text, *bad, "optim.lr=9"), quiet=True)
+    said = "\n".join(summary.lines())
+    assert "worse than no model at all" in said and "nearly every token takes the same 2 experts" in said
+    fine = loop.train(tmp_path / "fine", small_run(text, "train.max_steps=40"), quiet=True)
+    assert fine.warnings == ()
