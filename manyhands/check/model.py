@@ -245,11 +245,13 @@ def loss_rows(
     for name in oracle:
         if name not in tested or name in losses.meaningless(router):
             continue
-        widen = 1.0
-        if name == "orthogonality" and at.dtype == "bfloat16":
-            widen = 10.0 if activation in KINKED else 3.0
+        kinked = activation in KINKED and at.dtype == "bfloat16"
+        widen = 3.0 if name == "orthogonality" and at.dtype == "bfloat16" else 1.0
+        widen = 10.0 if name == "orthogonality" and kinked else widen
         mine, right = losses.values(tested, name, prefix), losses.values(oracle, name, prefix)
         rows.append(close(at, f"{name} value", mine, right, at_least=1e-3, widen=widen))
+        if name == "orthogonality" and kinked:  # one entry that rounds across the kink may be all of it
+            continue
         mine, right = (parts(g[name], at.dtype, activation) for g in (tested_gradients, expected))
         rows.append(close(at, f"{name} gradient", mine, right, at_least=4.0 * scale, widen=widen))
     return rows

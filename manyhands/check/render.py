@@ -1,6 +1,7 @@
 """The report as lines of at most 80 columns, the same on a terminal and in a pipe: one line per quantity."""
 
 from collections.abc import Callable
+from textwrap import fill
 
 from rich.console import Console
 from rich.markup import escape
@@ -9,14 +10,14 @@ from manyhands.check.report import CheckReport, Row
 
 MAX_FAILURES = 12
 WIDTH = 38
-DTYPES = ("float32", "bfloat16")
 
 
 def render(report: CheckReport, console: Console) -> None:
     """Print the largest error of every quantity, what ran, every failing row by name, then the verdict."""
 
     def line(text: str, style: str = "") -> None:
-        console.print(escape(text), style=style, soft_wrap=True, highlight=False)
+        wrapped = text if text[:1] in ("", " ") else fill(text, 80, subsequent_indent="    ", break_long_words=False)
+        console.print(escape(wrapped), style=style, soft_wrap=True, highlight=False)
 
     line("largest error against the float64 oracle (0 where it must be exact)")
     line(f"{'':{WIDTH}} {'float32':>10} {'bfloat16':>10} {'compared':>9}")
@@ -62,10 +63,10 @@ def _section(row: Row) -> str:
 
 def _line(line: Callable[[str, str], None], quantity: str, rows: list[Row]) -> None:
     cells = []
-    for dtype in DTYPES:
-        here = [row for row in rows if row.situation.dtype == dtype]
-        cells.append(f"{max(row.error for row in here):.1e}" if here else "–")
-    cells = ["0" if cell == "0.0e+00" else cell for cell in cells]
+    for column in (("float32", "–"), ("bfloat16",)):  # what has no dtype stands first
+        here = [row for row in rows if row.situation.dtype in column]
+        error = max((row.error for row in here), default=None)
+        cells.append("–" if error is None else "0" if error == 0.0 else f"{error:.1e}")
     failed = sum(not row.ok for row in rows)
     name = quantity.removeprefix("decoding: ")
     text = f"  {name:{WIDTH - 2}} {cells[0]:>10} {cells[1]:>10} {len(rows):>9}"

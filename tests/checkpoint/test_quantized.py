@@ -210,6 +210,17 @@ def test_fp8_ragged_over_chunks() -> None:
     assert same(out, weight.to(torch.float32) * expanded)
 
 
+def test_fp8_scales_of_every_chunk() -> None:
+    """DeepSeek-V3's width: a chunk is 146 rows, so the second begins inside a block of 128, the third in another."""
+    n, k = 300, 7168
+    assert decode_module._CHUNK // k == 146
+    weight = torch.ones(n, k).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 1.0 + 3 * 56).view(3, 56)  # no two alike
+    out = decoded({"w": weight, "w_scale_inv": scale}, FP8, "w")
+    row, column = torch.arange(n) // 128, torch.arange(k) // 128
+    assert same(out, (row[:, None] * 56 + column[None] + 1).float())
+
+
 def test_fp8_one_scale() -> None:
     config = FP8 | {"weight_block_size": None}
     weight = random_bytes(5, 6).view(torch.float8_e4m3fn)
