@@ -38,7 +38,7 @@ ROUNDED = Tolerance(error=3e-2, floor=2e-2, by_norm=True, cosine=0.999, slack=5e
 max/127, max ≈ 2.5 standard deviations, so an error of 2.5/127/√12 = 0.57 % of the input, and of the output; twice in
 an expert, whose activation at most doubles it: 1.7 %, and as much again for single rows with one large input."""
 SLOPE = 1e-2
-"""Rounding has no direction: along the oracle's output its error averages out over inputs and rows, to 0.6 %/√48 per row
+"""Rounding has no direction. Along the oracle's output it averages out over inputs and rows, to 0.6 %/√48 per row
 (three and more are looked at). So a factor on some or all of it shows where the error by itself would hide it."""
 ONCE = Tolerance(error=1e-2, floor=2e-2, by_norm=True, cosine=0.999, slack=5e-2)
 """One product or norm in bfloat16: the result is rounded to 8 bits, at most 2⁻⁹ = 0.2 %, and a bias before it."""
