@@ -53,6 +53,11 @@ class Experts(nn.Module):
                 if bias is not None:
                     bias.zero_()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parameters, those that are None too."""
+        return tuple(name + suffix for name in (self._up_name, "down_proj") for suffix in ("", "_bias"))
+
     def weights(self) -> ExpertWeights:
         """The stacked weights as backends take them."""
         up, up_bias = getattr(self, self._up_name), getattr(self, self._up_name + "_bias")

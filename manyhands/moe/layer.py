@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from manyhands.config import MoEConfig
 from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.kernels.experts import GATED, activate
+from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CLinear
 from manyhands.moe.experts import Experts
@@ -28,10 +29,6 @@ class Linear(nn.Linear):
     Fresh weights are N(0, 0.02²), biases 0: not torch's, which depend on the width.
     """
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
-        super().__init__(in_features, out_features, bias)
-        self._prepared = step.Prepared()
-
     def reset_parameters(self, std: float = INITIALIZER_RANGE, generator: torch.Generator | None = None) -> None:
         """Fresh weights: N(0, std²), std 0.02 as in GPT-2 (Radford et al. 2019), and bias 0."""
         with torch.no_grad():
@@ -42,16 +39,29 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype and step.direct(x):
-            if x.numel() <= FEW_ROWS * self.in_features and self.in_features % 16 == 0 and self.weight.is_contiguous():
-                return step.linears(x, [self._prepared.get(self._struct, self.weight, self.bias)[0]])[0]
+            if x.numel() <= FEW_ROWS * x.shape[-1] and (native := self.for_native(x.shape[-1])):
+                return step.linears(x, [native[0]])[0]
             if SLOW_BF16 and x.dtype == torch.bfloat16:
                 return self._in_float32(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
 
-    def _struct(self) -> tuple[CLinear, Tensor | None]:
-        bias = None if self.bias is None else self.bias.detach().float().contiguous()
-        return views.plain_linear(self.weight, bias), bias  # the bias must live as long
+    def for_native(self, width: int) -> tuple[CLinear, Tensor | None] | None:
+        """The layer as the native kernels take it for x [..., width], where they do, and its bias.
+
+        It points into the weight and into the bias, which may be a copy and must live as long: kept by nobody.
+        """
+        if not held(self, "weight", "bias"):
+            return None
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not views.plain(weight, 2) or weight.shape[1] != width or width % 16:
+            return None
+        if bias is not None:
+            if not views.plain(bias, 1) or bias.shape[0] != weight.shape[0]:
+                return None
+            bias = bias.detach().float()
+        return views.plain_linear(weight, bias), bias
 
     def _in_float32(self, x: Tensor) -> Tensor:
         """The same products, summed in float32 and rounded once."""

@@ -3,8 +3,6 @@
 E experts, D model width, F expert width, T tokens, K experts per token.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,9 +11,13 @@ from manyhands.config import suggest
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, run_experts
 from manyhands.kernels.experts import activate
+from manyhands.kernels.moment import held, in_autocast, unheard
 from manyhands.kernels.native import available, linear, missing, packed_experts, step, views
+from manyhands.kernels.native.library import CLinear
 from manyhands.moe.routing import Routing
 from manyhands.quant import Layout, PackedExperts, PackedLinear
+
+BYTES = (torch.uint8,)
 
 
 class RecordLinear(nn.Module):
@@ -28,23 +30,36 @@ class RecordLinear(nn.Module):
         super().__init__()
         self.layout = layout
         self.implementation = _check_name(implementation)
-        self.native = implementation in ("auto", "native") and available()
-        self._prepared = step.Prepared()
         self.register_buffer("record", torch.empty(layout.record_bytes, dtype=torch.uint8))
+
+    @property
+    def native(self) -> bool:
+        """Whether the native kernels run this layer, where they take the rows."""
+        return self.implementation in ("auto", "native") and available()
 
     @property
     def packed(self) -> PackedLinear:
         """The record and its layout."""
         return PackedLinear(self.record, self.layout)
 
-    def prepared(self) -> Any:
-        """The record for the native kernels."""
-        return self._prepared.get(lambda: views.linear(self.record, self.layout), self.record)
+    def for_native(self, width: int) -> CLinear | None:
+        """The record as the native kernels take it, where they do for x [..., width]. It is not to be kept."""
+        record, layout = self.record, self.layout
+        if (
+            not self.native
+            or not held(self, "record")
+            or not views.plain(record, 1, BYTES)
+            or record.numel() != layout.record_bytes
+        ):
+            return None
+        found = views.linear(record, layout)
+        return found if found.weight.inputs == width else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        if self.native and step.direct(x) and self.record.device.type == "cpu":
-            return linears(x, self)[0]
+        x = in_autocast(x)
+        if step.direct(x) and (native := self.for_native(x.shape[-1])) is not None:
+            return step.linears(x, [native])[0]
         if self.native and _fits(x, self.record) and not (x.requires_grad and torch.is_grad_enabled()):
             return linear(x, self.packed)  # which has no gradient
         if self.implementation == "native":
@@ -55,10 +70,10 @@ class RecordLinear(nn.Module):
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Each layer's output for the same x [..., in]; packed layers share one call where they can."""
-    packed = [layer for layer in layers if isinstance(layer, RecordLinear) and layer.native]
-    here = all(layer.record.device.type == "cpu" for layer in packed)
-    if len(packed) == len(layers) and here and step.direct(x):
-        return step.linears(x, [layer.prepared() for layer in packed])
+    if all(type(layer) is RecordLinear and unheard(layer) for layer in layers) and step.direct(x):
+        native = [layer.for_native(x.shape[-1]) for layer in layers]  # type: ignore[operator]
+        if None not in native:
+            return step.linears(x, native)
     return [layer(x) for layer in layers]
 
 

@@ -10,16 +10,33 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyhands.config import RouterConfig
+from manyhands.config import RouterConfig, suggest
 from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
-from manyhands.kernels.native import step
+from manyhands.kernels.coverage import Coverage
+from manyhands.kernels.moment import held
+from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CRouter
 from manyhands.moe.dispatch import apply_capacity
 from manyhands.moe.routing import Routing, top_k_stable
 
 FEW_TOKENS = 16
 """Up to so many the native kernels route; the operators below cost more than the work."""
+SCORES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
+ROUTE = Coverage(
+    {
+        **dict.fromkeys(("num_experts", "num_experts_per_tok", "norm_topk_prob", "norm_top1", "logit_bias", "bias")),
+        **dict.fromkeys(("routed_scaling_factor", "n_group", "topk_group")),
+        "select": ("topk",),
+        "score": tuple(SCORES),
+        "group_score": tuple(GROUP_SCORES),
+        # these act in training only, where the kernels do not route
+        **dict.fromkeys(("noisy", "jitter", "random_second", "init", "capacity_factor")),
+        **dict.fromkeys(("min_capacity", "drop_policy")),  # these only with a capacity
+    },
+    RouterConfig,
+)
+"""What the native kernels route; `eval_capacity_factor` they do not."""
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
 SWITCH_SCALE = 0.1  # Fedus et al. 2021, table 3: a tenth of the usual variance keeps a sparse model stable
 
@@ -44,7 +61,6 @@ class Router(nn.Module):
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
-        self._prepared = step.Prepared()
         self.reset_parameters()
 
     def reset_parameters(self, std: float = INITIALIZER_RANGE, generator: torch.Generator | None = None) -> None:
@@ -70,8 +86,8 @@ class Router(nn.Module):
         config, K = self.config, self.config.num_experts_per_tok
         if token_mask_T is None:
             token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
-        if x_TD.shape[0] <= FEW_TOKENS and self.takes_few(x_TD.shape[1]) and step.direct(x_TD):
-            logits_TE, scores_TE, ids_TK, weights_TK = step.route(self.prepared(), x_TD)
+        if x_TD.shape[0] <= FEW_TOKENS and step.direct(x_TD) and self.takes_few(x_TD.shape[1]):
+            logits_TE, scores_TE, ids_TK, weights_TK = step.route(self.for_native(), x_TD)
             kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
             return Routing(ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T)
         x_TD = x_TD.float()
@@ -106,25 +122,27 @@ class Router(nn.Module):
         )
 
     def takes_few(self, D: int) -> bool:
-        """Whether the native kernels can route a few tokens: what is asked for is top-k alone."""
-        c = self.config
-        simple = not self.training and c.select == "topk" and c.eval_capacity_factor is None
-        return simple and D % 16 == 0 and self.weight.is_contiguous()
+        """Whether the native kernels can route a few tokens: the config is covered, the numbers lie as they read."""
+        c, weight = self.config, self.weight
+        if self.training or D % 16 or type(self) is not Router or not ROUTE.covers(c):
+            return False
+        if not held(self, "weight", "bias", "e_score_correction_bias"):
+            return False
+        for bias in (self.bias, self.e_score_correction_bias):
+            if bias is not None and not (views.plain(bias, 1, FLOAT32) and bias.numel() == c.num_experts):
+                return False
+        return views.plain(weight, 2, FLOAT32) and weight.shape == (c.num_experts, D)
 
-    def prepared(self) -> CRouter:
-        """The router for the native kernels."""
+    def for_native(self) -> CRouter:
+        """The router as the native kernels take it, where `takes_few`. It points into the weights: not to be kept."""
         c, tensors = self.config, (self.weight, self.bias, self.e_score_correction_bias)
-
-        def make() -> CRouter:
-            return CRouter(
-                *(None if t is None else t.data_ptr() for t in tensors),
-                *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, c.score == "sigmoid"),
-                *(c.n_group, c.topk_group, 1 if c.group_score == "max" else 2),
-                c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.norm_top1),
-                c.routed_scaling_factor,
-            )
-
-        return self._prepared.get(make, *tensors)  # type: ignore[no-any-return]
+        return CRouter(
+            *(None if t is None else t.data_ptr() for t in tensors),
+            *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, SCORES[c.score]),
+            *(c.n_group, c.topk_group, GROUP_SCORES[c.group_score]),
+            c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.norm_top1),
+            c.routed_scaling_factor,
+        )
 
     def select(self, scores_TE: Tensor) -> Tensor:
         """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it."""
@@ -162,7 +180,11 @@ def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None
 
 def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
     """[T, E] float32: softmax over the experts, or a sigmoid for each."""
-    return logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
+    if config.score == "softmax":
+        return logits_TE.softmax(-1)
+    if config.score == "sigmoid":
+        return logits_TE.sigmoid()
+    raise ConfigError(f"score = {config.score!r}: there is no such score; " + suggest(config.score, list(SCORES)))
 
 
 def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:

@@ -10,10 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
 from manyhands.moe.layer import Linear, reset_parts
 from manyhands.moe.packed import linears
 from manyhands.nn.cache import LayerCache
+from manyhands.nn.covered import ATTENTION
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import apply_rope
 
@@ -135,12 +137,16 @@ class Attention(nn.Module):
     def _takes_step(self, q: Tensor, positions: Positions, cache: LayerCache) -> bool:
         """Whether the native kernels do the rest: a few queries and a cache of their dtype that is not empty."""
         few = q.shape[1] <= FEW_QUERIES and self.config.head_dim % 16 == 0 and positions.clip_above is None
-        return few and cache.dtype == q.dtype and step.direct(q)
+        if not few or cache.dtype != q.dtype or not step.direct(q) or not ATTENTION.covers(self.config):
+            return False
+        norms = [n for n in (self.q_norm, self.k_norm) if n is not None]
+        plain = all(type(n) is RMSNorm and unheard(n) and n.for_native() is not None for n in norms)
+        return plain and (self.sinks is None or self.sinks.shape == (self.config.num_attention_heads,))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
         """Projections [B, S, ·] -> what the heads say, [B, S, H·d], with norms, rotation and cache as in `forward`."""
         B, S, _ = q.shape
-        norms = [step.NO_NORM if n is None else n.prepared() for n in (self.q_norm, self.k_norm)]
+        norms = [step.NO_NORM if n is None else n.for_native() or step.NO_NORM for n in (self.q_norm, self.k_norm)]
         rotation = step.Rotation(*positions.rope, self.interleave, self.config.qk_norm, *norms)
         held = step.cache_of(*cache.grow(S))
         placed = step.place(q, k, v, cache.length - S, rotation, held)

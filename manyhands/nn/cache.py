@@ -20,7 +20,8 @@ class LayerCache:
         """Add [..., S, d] tensors at the end; returns views of everything so far, [..., length, d]."""
         added = new[0].shape[-2]
         if not self._buffers:
-            self._buffers = [t.new_empty(*t.shape[:-2], max(added, 64), t.shape[-1]) for t in new]
+            with torch.inference_mode(False):  # the cache may be continued outside of it
+                self._buffers = [t.new_empty(*t.shape[:-2], max(added, 64), t.shape[-1]) for t in new]
         for buffer, t in zip(self.grow(added), new, strict=True):
             buffer.narrow(-2, self.length - added, added).copy_(t)
         return [buffer.narrow(-2, 0, self.length) for buffer in self._buffers]
@@ -29,7 +30,8 @@ class LayerCache:
         """Take `added` positions more, which the caller fills; the buffers, [..., room, d]. Not for an empty cache."""
         needed = self.length + added
         if needed > self._buffers[0].shape[-2]:
-            grown = [b.new_empty(*b.shape[:-2], 2 * needed, b.shape[-1]) for b in self._buffers]
+            with torch.inference_mode(False):
+                grown = [b.new_empty(*b.shape[:-2], 2 * needed, b.shape[-1]) for b in self._buffers]
             for old, big in zip(self._buffers, grown, strict=True):
                 big[..., : self.length, :] = old[..., : self.length, :]
             self._buffers = grown
@@ -62,6 +64,10 @@ class Cache:
         """`FusedStep` by number of sequences, None where there can be none: made for this cache's first step."""
         self.mask_BS: Tensor | None = None
         """[B, length] bool; None while there is no padding."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy prepares its own calls."""
+        return {**self.__dict__, "fused": {}}
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions, in every layer."""

@@ -224,9 +224,11 @@ class Decoder(nn.Module):
         decoding = S == 1 and cache.layers[0].dtype == x_BSD.dtype and not self.training
         if not decoding or B > MOST_SEQUENCES or not step.direct(x_BSD):
             return None
-        if B not in cache.fused:
-            cache.fused[B] = fused_step(self, B)
-        return cache.fused[B]  # type: ignore[no-any-return]
+        found: FusedStep | None = cache.fused.get(B)
+        if B not in cache.fused or (found is not None and not found.current(self)):
+            ours = all(type(block) is Block for block in self.layers)
+            found = cache.fused[B] = fused_step(self, B) if ours else None
+        return found
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""

@@ -7,12 +7,16 @@ else goes block by block. Between the layers everything is float32, whatever the
 B sequences of one token each, D model width, L sparse layers, E experts, K experts per token.
 """
 
+from collections.abc import Mapping
 from ctypes import Array, Structure, addressof, c_void_p
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from manyhands.kernels.experts import GATED
+from manyhands.kernels.moment import held
 from manyhands.kernels.native import library, step, views
 from manyhands.kernels.native.library import (
     ACTIVATION_CODES,
@@ -20,18 +24,21 @@ from manyhands.kernels.native.library import (
     CCache,
     CExperts,
     CLinear,
+    CNorm,
     CRotation,
     CRouting,
     CRows,
     CStacked,
     CStep,
 )
-from manyhands.moe import Experts, MoELayer, Routing
+from manyhands.moe import Experts, MoELayer, Router, Routing
 from manyhands.moe.layer import FeedForward, Linear
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.nn.attention import Attention, Positions
 from manyhands.nn.cache import Cache
+from manyhands.nn.covered import ATTENTION, MIXTURE, MODEL, ROPE
 from manyhands.nn.norm import RMSNorm
+from manyhands.nn.snapshot import Snapshot
 
 MOST_SEQUENCES = 8
 NORM, LINEARS, PLACE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
@@ -42,12 +49,26 @@ class Unfit(Exception):
 
 
 class FusedStep:
-    """The calls, prepared once for a cache. Weights that are replaced later, not changed in place, are not seen."""
+    """The calls, prepared once for a cache, and good for as long as `current`.
 
+    They read the weights where they lie, so that a change in place is seen; what is a copy is made again in each step.
+    """
+
+    @torch.inference_mode(False)  # a cache may be continued outside of the mode it was begun in
     def __init__(self, model: Any, B: int) -> None:
         """Raises `Unfit`."""
         config = model.config
+        if not MODEL.covers(config) or not ROPE.covers(config.rope):
+            raise Unfit
+        if config.moe is not None and not MIXTURE.covers(config.moe):
+            raise Unfit
+        self._config, self._layers, self._last = config, model.layers, model.norm
+        self._snapshot = Snapshot((model.layers, model.norm))
+        if self._snapshot.heard:
+            raise Unfit
         self.B = B
+        self._copies: list[Tensor] = []
+        self._sources: list[Tensor] = []
         self._held: list[Any] = []  # what the calls point to must live as long
         self._rows: dict[tuple[str, int], CRows] = {}
         self._tensors: dict[tuple[str, int], Tensor] = {}
@@ -68,21 +89,32 @@ class FusedStep:
         self._calls: Array[CStep] = (CStep * len(self._steps))(*self._steps)
         self._seen: list[Any] = [None] * len(self._attentions)
 
+    def current(self, model: Any) -> bool:
+        """Whether the model is still what the calls were made from, and nobody began to listen."""
+        return (
+            model.config is self._config
+            and model.layers is self._layers
+            and model.norm is self._last
+            and self._snapshot.holds()
+        )
+
     def run(self, x_B1D: Tensor, positions: Positions, cache: Cache, mask_B: Tensor) -> tuple[Tensor, list[Routing]]:
         """[B, 1, D] after the embedding -> [B, 1, D] after the final norm, and the routing of each sparse layer."""
         D = x_B1D.shape[-1]
         self._tensors["x", D].copy_(x_B1D[:, 0])
         for table, now in zip((self._cos, self._sin), positions.rope, strict=True):
             table.copy_(now[:, 0, 0])
-        for i, (place, held, attention, sliding) in enumerate(self._attentions):
+        for i, (place, struct, attention, sliding) in enumerate(self._attentions):
             layer = cache.layers[i]
-            buffers = layer.grow(1)
-            if buffers is not self._seen[i]:
-                step.point_to(held, *buffers)
+            buffers = tuple(layer.grow(1))
+            if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
+                step.point_to(struct, *buffers)
                 self._seen[i] = buffers
             self._calls[place].n[1] = layer.length - 1
             attention.length = layer.length
             step.look_through(attention, positions.mask_of(sliding))
+        if self._copies:
+            torch._foreach_copy_(self._copies, self._sources)
         library.call("mh_steps", self._calls, len(self._calls), views.run(-1, 0))
         states = self._tensors["states", D].to(x_B1D.dtype, copy=True)[:, None]
         if not self._sparse:
@@ -106,9 +138,18 @@ class FusedStep:
         self._buffer(name, width)
         return self._tensors[name, width].data_ptr()
 
-    def _keep(self, tensor: Tensor) -> None:
-        """Its memory, which the parameter itself would give up for other memory in `model.to(…)`."""
-        self._held.append(tensor.detach())
+    def _float32(self, tensor: Tensor | None, width: int) -> int | None:
+        """Where `tensor` [width] lies as float32: itself, or a copy that every step makes again."""
+        if tensor is None:
+            return None
+        if not views.plain(tensor, 1) or tensor.shape[0] != width:
+            raise Unfit
+        source = tensor.detach()
+        if source.dtype != torch.float32:
+            self._sources.append(source)
+            self._copies.append(source.float())
+            source = self._copies[-1]
+        return source.data_ptr()
 
     def _call(self, kind: int, *arguments: Structure | Array[Any] | int | None, n: tuple[int, int] = (0, 0),
               factor: float = 1.0) -> None:  # fmt: skip
@@ -117,42 +158,44 @@ class FusedStep:
         self._steps.append(CStep(kind, (c_void_p * 6)(*places), n, factor))
 
     def _norm(self, norm: nn.Module, source: str, to: str) -> None:
-        if type(norm) is not RMSNorm or not _plain(norm.weight):
+        struct, D = self._norm_of(norm), self._config.hidden_size
+        if struct.width != D:
             raise Unfit
-        self._keep(norm.weight)
-        D = norm.weight.shape[0]
-        self._call(NORM, norm.prepared(), self._buffer(source, D), self._buffer(to, D))
+        self._call(NORM, struct, self._buffer(source, D), self._buffer(to, D))
 
-    def _linears(self, source: str, layers: dict[str, nn.Module | None]) -> None:
-        """`layers` by the name of the buffer they write."""
-        structs, outputs, width = [], [], 0
-        for name, layer in layers.items():
-            if layer is None or (struct := self._linear(layer)) is None:
+    def _norm_of(self, norm: nn.Module) -> CNorm:
+        if type(norm) is not RMSNorm or (struct := norm.for_native()) is None:
+            raise Unfit
+        return struct
+
+    def _linears(self, source: str, width: int, layers: Mapping[str, tuple[nn.Module | None, int]]) -> None:
+        """Layers and their widths by the name of the buffer they write."""
+        structs, outputs = [], []
+        for name, (layer, outs) in layers.items():
+            struct = self._linear(layer, width)
+            if struct.weight.outputs != outs:
                 raise Unfit
             structs.append(struct)
-            outputs.append(self._pointer(name, struct.weight.outputs))
-            width = struct.weight.inputs
+            outputs.append(self._pointer(name, outs))
         self._held.extend(structs)
         pointers, to = (c_void_p * len(structs))(*map(addressof, structs)), (c_void_p * len(structs))(*outputs)
         self._call(LINEARS, pointers, self._buffer(source, width), to, n=(len(structs), 0))
 
-    def _linear(self, layer: nn.Module) -> CLinear | None:
+    def _linear(self, layer: nn.Module | None, width: int) -> CLinear:
         """A record, or plain weights."""
-        if type(layer) is RecordLinear and layer.native and layer.record.device.type == "cpu":
-            self._keep(layer.record)
-            return layer.prepared()  # type: ignore[no-any-return]
-        if type(layer) is not Linear or not _plain(layer.weight) or layer.in_features % 16:
-            return None
-        bias = None if layer.bias is None else layer.bias.detach().float().contiguous()
-        self._keep(layer.weight)
-        self._held.append(bias)
-        return views.plain_linear(layer.weight, bias)
+        if type(layer) is RecordLinear and (record := layer.for_native(width)) is not None:
+            return record
+        if type(layer) is not Linear or layer.for_native(width) is None:
+            raise Unfit
+        struct = views.plain_linear(layer.weight, None)
+        struct.bias = self._float32(layer.bias, struct.weight.outputs)
+        return struct
 
     def _add(self, D: int, factor: float, gate: CRows | None = None, to: str = "x", source: str = "y") -> None:
         self._call(ADD, self._buffer(to, D), self._buffer(source, D), gate, factor=factor)
 
     def _block(self, block: Any, sparse: int | None) -> None:
-        D = block.input_layernorm.weight.shape[0]
+        D = self._config.hidden_size
         self._norm(block.input_layernorm, "x", "normed")
         self._attention(block.self_attn)
         if block.attention_output_norm is not None:
@@ -168,85 +211,90 @@ class FusedStep:
         self._add(D, block.residual_multiplier)
 
     def _attention(self, attention: nn.Module) -> None:
-        if type(attention) is not Attention or attention.config.head_dim % 16:
+        if type(attention) is not Attention or not held(attention, "sinks") or not ATTENTION.covers(attention.config):
             raise Unfit
-        a, d = attention.config, attention.config.head_dim
+        a, d, D = attention.config, attention.config.head_dim, self._config.hidden_size
         H, G = a.num_attention_heads, a.kv_heads
-        self._linears("normed", {"q": attention.q_proj, "k": attention.k_proj, "v": attention.v_proj})
-        norms = [attention.q_norm, attention.k_norm]
-        if not all(n is None or _plain(n.weight) for n in norms):
+        if d % 16 or (attention.q_norm is None) != (a.qk_norm == "none"):
             raise Unfit
-        for norm in norms:
-            if norm is not None:
-                self._keep(norm.weight)
+        projections = {"q": (attention.q_proj, H * d), "k": (attention.k_proj, G * d), "v": (attention.v_proj, G * d)}
+        self._linears("normed", D, projections)
+        norms = [attention.q_norm, attention.k_norm]
         tables = (self._cos.data_ptr(), self._sin.data_ptr(), 2 * self._cos.shape[1], self.B)
-        structs = [step.NO_NORM if n is None else n.prepared() for n in norms]
+        structs = [step.NO_NORM if n is None else self._norm_of(n) for n in norms]
         rotation = CRotation(*tables, attention.interleave, *structs, step.NORMS[a.qk_norm])
-        sinks = None if attention.sinks is None else attention.sinks.detach().float().contiguous()
-        self._held.append(sinks)
+        sinks = self._float32(attention.sinks, H)
         cache, placed, heads = CCache(), self._pointer("placed", H * d), self._pointer("heads", H * d)
-        how = CAttention(self.B, 1, H, 0, None, 0, 0, None if sinks is None else sinks.data_ptr(), attention.scale,
-                         a.attn_logit_softcap or 0.0)  # fmt: skip
+        how = CAttention(self.B, 1, H, 0, None, 0, 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
         self._attentions.append((len(self._steps), cache, how, attention.sliding))
         projected = self._buffer("q", H * d), self._buffer("k", G * d), self._buffer("v", G * d)
         self._call(PLACE, *projected, rotation, cache, placed, n=(self.B, 0))
         self._call(ATTEND, how, placed, cache, heads)
-        self._linears("heads", {"y": attention.o_proj})
+        self._linears("heads", H * d, {"y": (attention.o_proj, D)})
 
     def _feed_forward(self, mlp: nn.Module, to: str) -> None:
-        if type(mlp) is not FeedForward or (struct := self._linear(mlp.up_proj)) is None:
+        if type(mlp) is not FeedForward or mlp.activation not in ACTIVATION_CODES:
             raise Unfit
-        up_proj, F = mlp.up_proj, struct.weight.outputs
+        D = self._config.hidden_size
+        up_proj, F = mlp.up_proj, self._linear(mlp.up_proj, D).weight.outputs
         if F % 16:
             raise Unfit
         gated = mlp.gate_proj is not None
-        self._linears("normed", {"gate": mlp.gate_proj, "up": up_proj} if gated else {"gate": up_proj})
+        if gated != (mlp.activation in GATED):
+            raise Unfit
+        layers = {"gate": (mlp.gate_proj, F), "up": (up_proj, F)} if gated else {"gate": (up_proj, F)}
+        self._linears("normed", D, layers)
         up, kind = self._buffer("up", F) if gated else None, ACTIVATION_CODES[mlp.activation]
         self._call(ACTIVATE, self._buffer("gate", F), up, self._buffer("act", F), n=(kind, 0))
-        self._linears("act", {to: mlp.down_proj})
+        self._linears("act", F, {to: (mlp.down_proj, D)})
 
     def _mixture(self, mlp: nn.Module, number: int, D: int) -> None:
-        if type(mlp) is not MoELayer or not mlp.router.takes_few(D):
+        if type(mlp) is not MoELayer or type(mlp.router) is not Router or not mlp.router.takes_few(D):
             raise Unfit
-        packed, stacked = self._experts(mlp.experts)
+        E, K = self._routed[0].shape[-1], self._ids.shape[-1]
+        if (mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok) != (E, K):
+            raise Unfit
+        packed, stacked = self._experts(mlp.experts, E, D)
         logits, scores, weights = (t[number].data_ptr() for t in self._routed)
         ids, kept = self._ids[number], self._kept[number]
         normed, y = self._buffer("normed", D), self._buffer("y", D)
-        for tensor in mlp.router.state_dict().values():
-            self._keep(tensor)
-        self._call(ROUTE, mlp.router.prepared(), normed, logits, scores, ids.data_ptr(), weights)
+        self._call(ROUTE, mlp.router.for_native(), normed, logits, scores, ids.data_ptr(), weights)
         routing = CRouting(ids.data_ptr(), weights, kept.data_ptr(), *ids.shape)
         self._call(EXPERTS, packed, stacked, routing, normed, y)
         if mlp.shared_experts is not None:
             self._feed_forward(mlp.shared_experts, "shared")
             gate = None
             if mlp.shared_expert_gate is not None:
-                self._linears("normed", {"shared_gate": mlp.shared_expert_gate})
+                self._linears("normed", D, {"shared_gate": (mlp.shared_expert_gate, 1)})
                 gate = self._buffer("shared_gate", 1)
             self._add(D, 1.0, gate, to="y", source="shared")
 
-    def _experts(self, experts: nn.Module) -> tuple[CExperts | None, CStacked | None]:
+    def _experts(self, experts: nn.Module, E: int, D: int) -> tuple[CExperts | None, CStacked | None]:
         """Records, or stacked weights."""
         if type(experts) is RecordExperts and experts.native:
-            self._keep(experts.records)
-            return views.experts(experts.records, experts.layout), None
-        if type(experts) is Experts and experts.implementation in ("auto", "native"):
+            records, layout = experts.records, experts.layout
+            if not views.plain(records, 2, (torch.uint8,)) or records.shape != (E, layout.record_bytes):
+                raise Unfit
+            return views.experts(records, layout), None
+        if type(experts) is Experts and experts.implementation in ("auto", "native") and held(experts, *experts.names):
             weights = experts.weights()
-            if _plain(weights.up) and _plain(weights.down) and weights.up.dtype == weights.down.dtype:
-                stacked, alive = views.stacked(weights, weights.up.dtype)
-                self._held.append(alive)
-                return None, stacked
+            up, down, up_bias, down_bias, activation = weights
+            plain = views.plain(up, 3) and views.plain(down, 3) and up.dtype == down.dtype
+            if not plain or activation not in ACTIVATION_CODES:
+                raise Unfit
+            F = down.shape[2]
+            rows = 2 * F if activation in GATED else F
+            if up.shape != (E, rows, D) or down.shape != (E, D, F):
+                raise Unfit
+            stacked, _ = views.stacked(weights._replace(up_bias=None, down_bias=None), up.dtype)
+            stacked.up_bias = self._float32(None if up_bias is None else up_bias.view(-1), E * rows)
+            stacked.down_bias = self._float32(None if down_bias is None else down_bias.view(-1), E * D)
+            return None, stacked
         raise Unfit
-
-
-def _plain(weight: Tensor) -> bool:
-    return weight.dtype in views.DTYPES and weight.device.type == "cpu" and weight.is_contiguous()
 
 
 def fused_step(model: Any, B: int) -> FusedStep | None:
     """The calls for `model`, or None where a part does not fit or somebody listens to one (forward hooks)."""
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.layers.modules()) or model.norm._forward_hooks:
-        return None
     try:
         return FusedStep(model, B)
     except Unfit:

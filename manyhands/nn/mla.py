@@ -9,10 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
 from manyhands.moe.layer import Linear, reset_parts
 from manyhands.nn.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
 from manyhands.nn.cache import LayerCache
+from manyhands.nn.covered import LATENT
 from manyhands.nn.norm import RMSNorm
 from manyhands.nn.rope import apply_rope, yarn_mscale
 
@@ -71,7 +73,7 @@ class LatentAttention(nn.Module):
             return self._materialised(q_nope, q_rope, latent_BSR, k_rope_B1Sr, positions)
         decoding = cache.length > 0
         (keys_B1Ld,) = cache.append(torch.cat((latent_BSR[:, None], k_rope_B1Sr), dim=-1))
-        if decoding:
+        if decoding and type(self.kv_b_proj) is Linear and unheard(self.kv_b_proj):  # whose weight alone is read
             return self._absorbed(q_nope, q_rope, keys_B1Ld, positions), None
         R = self.config.kv_lora_rank
         return self._materialised(q_nope, q_rope, keys_B1Ld[:, 0, :, :R], keys_B1Ld[..., R:], positions)
@@ -113,7 +115,7 @@ class LatentAttention(nn.Module):
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
         R, L = a.kv_lora_rank, keys_B1Ld.shape[2]
-        if q.shape[2] <= FEW_QUERIES and R % 16 == 0 and keys_B1Ld.shape[3] % 16 == 0 and step.direct(q):
+        if q.shape[2] <= FEW_QUERIES and R % 16 == 0 and keys_B1Ld.shape[3] % 16 == 0 and self._covers(q):
             held, mask = step.cache_of(keys_B1Ld, keys_B1Ld[..., :R]), positions.mask_of(self.sliding)
             y_BSHR = step.attend(q.transpose(1, 2).float(), held, L, self.scale, mask)
             y_BHSR = y_BSHR.transpose(1, 2).to(q.dtype)
@@ -123,6 +125,9 @@ class LatentAttention(nn.Module):
             k = keys_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
             y_BHSR = self._attend(q, k, k[..., :R], positions).to(q_nope.dtype)
         return self._output(torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2)))
+
+    def _covers(self, q: Tensor) -> bool:
+        return step.direct(q) and LATENT.covers(self.config)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         mask = positions.mask_of(self.sliding)

@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from manyhands.kernels.native import step
+from manyhands.kernels.moment import held
+from manyhands.kernels.native import step, views
+from manyhands.kernels.native.library import CNorm
 
 
 class RMSNorm(nn.Module):
@@ -17,7 +19,6 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width))
         self.eps = eps
-        self._prepared = step.Prepared()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -25,15 +26,15 @@ class RMSNorm(nn.Module):
         with torch.no_grad():
             self.weight.fill_(1.0)
 
-    def prepared(self) -> Any:
-        """The weight for the native kernels."""
-        return self._prepared.get(lambda: step.norm_of(self.weight, self.eps), self.weight)
+    def for_native(self) -> CNorm | None:
+        """The weight as the native kernels take it, where they do; it points into the weight and is not to be kept."""
+        return step.norm_of(self.weight, self.eps) if held(self, "weight") and views.plain(self.weight, 1) else None
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
-            if step.direct(x):
-                return step.rms_norm(x, self.prepared())
+            if step.direct(x) and (norm := self.for_native()) is not None and norm.width == x.shape[-1]:
+                return step.rms_norm(x, norm)
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in a third of the time
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from manyhands.config import RopeConfig
+from manyhands.kernels.moment import ordinary
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -19,10 +20,23 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
+def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
+    """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by. Not to be written to.
+
+    Kept on a CPU, in an ordinary moment: what a trace, a mode or another device made is its own.
+    """
+    if device.type == "cpu" and ordinary():
+        return _kept(config, dim)
+    return _frequencies(config, dim, device)
+
+
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept may meet a gradient later
-def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
-    """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by. Kept: not to be written to."""
+def _kept(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
+    return _frequencies(config, dim, torch.device("cpu"))
+
+
+def _frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     plain = 1.0 / config.rope_theta**exponent
     if config.rope_type == "default":

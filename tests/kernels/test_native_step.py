@@ -1,6 +1,5 @@
 """The parts of a decoding step, level by level, against PyTorch."""
 
-import copy
 from ctypes import byref
 
 import pytest
@@ -13,7 +12,6 @@ from manyhands.kernels.native import NativeError, library, step, views
 from manyhands.kernels.native.library import VERIFIED, CAttention, CStep
 from manyhands.moe.router import Router
 from manyhands.nn.attention import attend
-from manyhands.nn.norm import RMSNorm
 from manyhands.quant import pack_linear
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
@@ -65,7 +63,7 @@ def test_route(level: int, tokens: int, fields: dict) -> None:
         tensor.copy_(draw(*tensor.shape, seed=3))
     x = draw(tokens, 48)
     expected = router(x)  # with a gradient: by the operators
-    logits, scores, ids, weights = step.route(router.prepared(), x, level, 2)
+    logits, scores, ids, weights = step.route(router.for_native(), x, level, 2)
     torch.testing.assert_close(logits, expected.logits, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(scores, expected.scores, atol=1e-6, rtol=1e-5)
     assert torch.equal(ids, expected.expert_ids)
@@ -166,7 +164,7 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NativeError, match="x is"):
         step.rms_norm(draw(2, 16), step.norm_of(draw(8), 1e-5))
     with pytest.raises(NativeError, match="router of"):
-        step.route(Router(RouterConfig(num_experts=4), 8).prepared(), draw(1, 8))
+        step.route(Router(RouterConfig(num_experts=4), 8).for_native(), draw(1, 8))
     x = views.rows(draw(1, 16))
     with pytest.raises(NativeError, match="step 99"):
         library.call("mh_steps", (CStep * 1)(CStep(99)), 1, views.run(-1, 0))
@@ -180,14 +178,3 @@ def add(x: object, y: object) -> CStep:
     s = CStep(6)
     s.a[0] = step.addressof(x)  # type: ignore[arg-type]
     return s
-
-
-def test_what_is_prepared_follows_its_weight_and_is_not_copied() -> None:
-    norm = RMSNorm(16, 1e-5)
-    torch.nn.init.ones_(norm.weight)
-    first = norm.prepared()
-    assert norm.prepared() is first
-    other = copy.deepcopy(norm)
-    assert other.prepared().weight == other.weight.data_ptr() != first.weight
-    norm.to(torch.bfloat16)
-    assert norm.prepared().dtype == 1 and norm.prepared().weight == norm.weight.data_ptr()

@@ -5,14 +5,14 @@ gradient and nothing can be traced: ask `direct` first. T tokens, D model width,
 H heads, G key/value heads, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from ctypes import addressof, byref, c_void_p
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from manyhands.kernels.moment import ordinary
 from manyhands.kernels.native import library, views
 from manyhands.kernels.native.library import CAttention, CCache, CLinear, CNorm, CRotation, CRouter, available
 
@@ -20,33 +20,15 @@ NO_NORM = CNorm()
 
 
 def direct(x: Tensor) -> bool:
-    """Whether the functions below take `x` here: float32 or bfloat16 on the CPU, no gradient, nothing traced."""
+    """Whether the functions below take `x` here: float32 or bfloat16 on the CPU, no gradient, an ordinary moment."""
     return (
-        not torch.compiler.is_compiling()  # first: the rest cannot be traced
+        ordinary()
         and not torch.is_grad_enabled()
         and x.dtype in views.DTYPES
         and type(x) is Tensor
         and x.device.type == "cpu"
         and available()
     )
-
-
-class Prepared:
-    """A structure for the calls, kept between them; made again when what it points to has moved."""
-
-    def __init__(self) -> None:
-        self._key: list[tuple[int, torch.dtype]] = []
-        self._made: Any = None
-
-    def get(self, make: Callable[[], Any], *pointed_to: Tensor | None) -> Any:
-        """What `make` gave, which must depend on nothing that changes but where these lie and what they are."""
-        key = [(t.data_ptr(), t.dtype) for t in pointed_to if t is not None]
-        if key != self._key:
-            self._key, self._made = key, make()
-        return self._made
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Prepared, ()  # a copy of the module prepares its own
 
 
 def norm_of(weight: Tensor, eps: float) -> CNorm:

@@ -3,6 +3,7 @@
 T tokens, K experts per token, N rows of a matrix.
 """
 
+from collections.abc import Container
 from ctypes import byref
 from functools import lru_cache
 from typing import Any
@@ -37,6 +38,15 @@ def rows(t: Tensor) -> CRows:
     """[N, width] float32 or bfloat16 with unit stride along the width."""
     count, width = t.shape
     return CRows(t.data_ptr(), DTYPES[t.dtype], count, width, max(t.stride(0), width))
+
+
+def plain(t: Tensor, dims: int, dtypes: Container[torch.dtype] = DTYPES) -> bool:
+    """Whether the kernels can read `t` where it lies: contiguous on the CPU, of this many dimensions, nothing special.
+
+    A subclass of Tensor (DTensor, a quantised weight) holds its numbers in a way of its own.
+    """
+    kind = type(t) is Tensor or type(t) is torch.nn.Parameter
+    return kind and t.dim() == dims and t.dtype in dtypes and t.device.type == "cpu" and t.is_contiguous()
 
 
 def at(t: Tensor) -> Any:
