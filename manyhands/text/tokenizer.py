@@ -28,6 +28,7 @@ from manyhands.text.chat import ChatTemplate, Message
 from manyhands.text.pieces import PIECES
 from manyhands.text.stream import StreamDecoder
 from manyhands.text.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, TokenizerFiles, read_tokenizer_files
+from manyhands.text.vet import vet
 from manyhands.text.vocabulary import bytes_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
@@ -197,6 +198,11 @@ class Tokenizer:
             for text in texts:
                 _check_text(text)
             raise
+        except BaseException as error:
+            if not _is_panic(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            raise CheckpointError(f"this tokenizer.json cannot encode the text: {reason}") from None
 
     @cached_property
     def front_ids(self) -> list[int]:
@@ -252,9 +258,9 @@ class Tokenizer:
             messages, add_generation_prompt=add_generation_prompt, own=own, **{**named, **variables}
         )
         _check_text(text)
-        encoding = self._parsing.encode(text, add_special_tokens=False)
         if not any(origin):
-            return list(encoding.ids)
+            return self.encode(text, parse_special=True)
+        encoding = self._parsing.encode(text, add_special_tokens=False)
         origin = disarm.spells(origin, not disarm.holds([messages, list(variables.values())], self._special))
         return disarm.spelled_out(encoding, text, origin, self._special_names, self._spell)
 
@@ -313,14 +319,22 @@ class Tokenizer:
 
 def _parse(path: Path, data: bytes) -> Any:
     try:
+        vet(data)
         inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
+        inner.no_truncation()
+        inner.no_padding()
         inner.encode("a")  # a post-processor that names tokens it does not have
         return inner
-    except BaseException as error:  # tokenizers raises nothing narrower, and its panics are no Exception
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+    except BaseException as error:  # tokenizers raises nothing narrower
+        if not isinstance(error, Exception) and not _is_panic(error):
             raise
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: not a tokenizer.json: {reason}") from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    """The tokenizers library's panics are no `Exception`."""
+    return type(error).__name__ == "PanicException"
 
 
 def _check_text(text: str) -> None:
