@@ -31,8 +31,10 @@ class PackedBatches:
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        sha256: str | None = None,
     ) -> None:
-        """`tokens [N]` of any integer type. Raises `DataError` for N < S + 1, `ConfigError` for B % world_size."""
+        """`tokens [N]` of any integer type; `sha256` of their file says which tokens they are, and a position is one in
+        those alone. Raises `DataError` for N < S + 1, `ConfigError` for B % world_size."""
         if len(tokens) < sequence_length + 1:
             raise DataError(
                 f"{len(tokens)} tokens are too few for one sequence: sequence_length = {sequence_length} "
@@ -42,6 +44,7 @@ class PackedBatches:
             raise ConfigError(f"batch_size = {batch_size} is not divisible by the {world_size} processes")
         assert 0 <= rank < world_size
         self.tokens, self.sequence_length, self.batch_size, self.seed = tokens, sequence_length, batch_size, seed
+        self.sha256 = sha256
         self._mine = slice(rank * (batch_size // world_size), (rank + 1) * (batch_size // world_size))
         self._enter(epoch=0, index=0)
 
@@ -62,14 +65,14 @@ class PackedBatches:
         ids_BS = self.tokens[starts_B[:, None] + np.arange(self.sequence_length + 1)]
         return torch.from_numpy(ids_BS.astype(np.int64))
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, int | str]:
         """The position, and what it is a position in."""
         return {"epoch": self.epoch, "index": self.index, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position. Raises `CheckpointError` if it is one in other data or other batches."""
         for name, value in self._identity().items():
-            if state.get(name) != value:
+            if state.get(name) != value and not (name == "sha256" and name not in state):  # older ones are without
                 raise CheckpointError(
                     f"data position: saved with {name} = {state.get(name)}, this run has {value}; "
                     "a run resumes only on the same data and batches"
@@ -82,8 +85,9 @@ class PackedBatches:
             raise CheckpointError(f"data position: index = {index} of {len(starts)} sequences is not a position")
         self.epoch, self.index, self._starts = epoch, index, starts
 
-    def _identity(self) -> dict[str, int]:
+    def _identity(self) -> dict[str, int | str]:
         return {
+            **({} if self.sha256 is None else {"sha256": self.sha256}),
             "sequence_length": self.sequence_length,
             "batch_size": self.batch_size,
             "num_tokens": len(self.tokens),

@@ -1,6 +1,11 @@
-"""From sources to token files in the run directory, once; a resumed run never reads the sources again."""
+"""From sources to token files in the run directory, once; a resumed run never reads the sources again.
+
+`data.json` is written last and says what was prepared: the SHA-256 of each file, and what compressors reach. A run
+whose files are no longer those is refused, because it would go on with other tokens.
+"""
 
 import bz2
+import hashlib
 import json
 import lzma
 import zlib
@@ -14,6 +19,7 @@ from manyhands.files import write_atomic
 from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split_documents, write_tokens
 
 MIN_BYTES = 1024
+FILES = ("tokenizer.json", "train.npy", "valid.npy")
 _COMPRESS_AT_MOST = 4_000_000  # bytes: xz -9e takes about a second per megabyte
 
 
@@ -27,13 +33,15 @@ class RunData:
     valid: TokenFile
     compressors: dict[str, float]
     """Bits per byte general compressors reach on the validation text."""
+    sha256: dict[str, str]
+    """Of each of `FILES`."""
 
 
 def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) -> RunData:
     """Read, split, tokenise and store the text under `directory`, or open what is already there.
 
-    Raises `DataError` for text that cannot be read or is too little, `ConfigError` for a tokenizer that does not
-    fit the model's vocabulary.
+    Raises `DataError` for text that cannot be read or is too little, and for files that are not what was prepared;
+    `ConfigError` for a tokenizer that does not fit the model's vocabulary.
     """
     tokenizer_path = directory / "tokenizer.json"
     done = directory / "data.json"
@@ -49,7 +57,8 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
         tokenizer.save(tokenizer_path)
         write_tokens(directory / "train.npy", train, tokenizer)
         write_tokens(directory / "valid.npy", valid, tokenizer)
-        write_atomic(done, json.dumps({"compressors": compressors(valid)}))
+        _finish(done, compressors(valid))
+    reached, digests = _checked(done, say)
     tokenizer = Tokenizer.from_file(tokenizer_path)
     vocab = run.model.vocab_size
     return RunData(
@@ -57,8 +66,49 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
         tokenizer_path,
         TokenFile.open(directory / "train.npy", vocab),
         TokenFile.open(directory / "valid.npy", vocab),
-        json.loads(done.read_text(encoding="utf-8"))["compressors"],
+        reached,
+        digests,
     )
+
+
+def _finish(done: Path, reached: dict[str, float]) -> None:
+    """Write `data.json`: from now on the files beside it are the run's."""
+    write_atomic(done, json.dumps({"compressors": reached, "sha256": _digests(done.parent)}))
+
+
+def _digests(directory: Path) -> dict[str, str]:
+    """The SHA-256 of each file."""
+    digests = {}
+    for name in FILES:
+        try:
+            with open(directory / name, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DataError(f"{directory / name}: cannot be read: {error.strerror}") from None
+    return digests
+
+
+def _checked(done: Path, say: Callable[[str], None]) -> tuple[dict[str, float], dict[str, str]]:
+    """What compressors reach, and the digests of unchanged files, from `data.json`. An older one is given digests."""
+    again = "put back what was there, or start a new run"
+    try:
+        with open(done, "rb") as file:
+            values = json.loads(file.read(1 << 20))
+        reached = {str(name): float(value) for name, value in values["compressors"].items()}
+        written = values.get("sha256")
+        if written is not None and set(written) != set(FILES):
+            raise ValueError("sha256 names other files")
+    except OSError as error:
+        raise DataError(f"{done}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise DataError(f"{done}: damaged: it does not say what was prepared; {again}") from None
+    digests = _digests(done.parent)
+    if written is None:
+        say(f"{done.parent}: prepared before files were hashed; what is there now is taken as right")
+        _finish(done, reached)
+    elif changed := [name for name in FILES if digests[name] != written[name]]:
+        raise DataError(f"{done.parent / changed[0]}: not what was prepared for this run: its SHA-256 differs; {again}")
+    return reached, digests
 
 
 def _tokenizer(run: RunConfig, train: list[Document], say: Callable[[str], None]) -> Tokenizer:

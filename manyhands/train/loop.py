@@ -315,7 +315,8 @@ def _initial_state(run: RunConfig, data: RunData) -> TrainState:
     model = Decoder(run.model, run.train.experts_implementation).to(device)
     init_weights(model, run.train.seed)
     model.train()
-    batches = PackedBatches(data.train.ids, run.train.sequence_length, run.train.batch_size, run.train.seed)
+    sizes = run.train.sequence_length, run.train.batch_size
+    batches = PackedBatches(data.train.ids, *sizes, run.train.seed, sha256=data.sha256["train.npy"])
     optimizers = build_optimizers(model, run.optim)
     return TrainState(model, optimizers, batches, SpikeGuard(run.guard), Progress(max_steps=run.train.max_steps))
 
