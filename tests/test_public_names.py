@@ -23,6 +23,7 @@ NAMES = {
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "generate": {
+        "ignore_field",
         "checkpoint",
         "prompt",
         "max_new_tokens",
@@ -37,7 +38,7 @@ FLAGS = {
     },
     "models": {"sparse", "dense", "sort", "check", "json_output"},
     "doctor": {"again", "json_output"},
-    "bench": {"model", "prompt", "new", "backend", "json_output"},
+    "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},
     "plan": {
         "batch",
         "bits",
@@ -65,6 +66,7 @@ FLAGS = {
         "versus",
     },
     "convert": {
+        "ignore_field",
         "source",
         "target",
         "to",
@@ -76,6 +78,7 @@ FLAGS = {
         "overwrite",
     },
     "chat": {
+        "ignore_field",
         "checkpoint",
         "system",
         "template",
@@ -88,8 +91,18 @@ FLAGS = {
         "stop",
         "show_routing",
     },
-    "eval": {"checkpoint", "data", "text_field", "sequence_length", "batch_size", "max_batches", "json_output"},
+    "eval": {
+        "ignore_field",
+        "checkpoint",
+        "data",
+        "text_field",
+        "sequence_length",
+        "batch_size",
+        "max_batches",
+        "json_output",
+    },
     "quantize": {
+        "ignore_field",
         "model",
         "target",
         "experts",
@@ -101,7 +114,7 @@ FLAGS = {
         "json_output",
         "overwrite",
     },
-    "check": {"model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
+    "check": {"ignore_field", "model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
 }
 
 

@@ -18,7 +18,7 @@ from manyhands.check.oracle_records import tensors
 from manyhands.check.parts import tolerance_of
 from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.shrink import shrink
-from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.model import from_source
 from manyhands.checkpoint.packed import hold_records
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
@@ -36,6 +36,8 @@ ROWS = (3, 17)
 
 def own_rows(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     """All of it; what was read goes into `report.read`."""
+    if source.ignored:
+        report.read.append(f"config.json without {', '.join(source.ignored)}, as asked")
     yield [_finite(source, report)], ([], [])
     yield list(_records(source, report)), ([], [])
     if own_read.values(source) <= WHOLE_VALUES:
@@ -92,7 +94,7 @@ def _records(source: Source, report: CheckReport) -> Iterator[Row]:
 
 
 def _whole(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
-    loaded = load_model(source.directory)
+    loaded = from_source(source)
     with torch.device("meta"):
         model = Recorder(source.config)
         hold_records(model, source.records, "auto")

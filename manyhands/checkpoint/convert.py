@@ -6,7 +6,7 @@ every target tensor, the files on both sides, and how far the two models agree o
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,9 @@ from torch import Tensor
 from manyhands import __version__
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
-from manyhands.checkpoint.model import find, load_model
+from manyhands.checkpoint.model import find, from_source, load_model
 from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.receipt import RECEIPT, describe, hash_files, hash_source, tensor_sha256
+from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
@@ -118,17 +118,19 @@ def convert(
     drop_extras: bool = False,
     agreement: bool = True,
     overwrite: bool = False,
+    ignore_fields: Collection[str] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source_path` as family `to` (None: its own; for ours, the nearest) and return the receipt.
 
     With `agreement` both models are run on sample tokens before the new directory appears; without a change of dtype
     they must agree, else `CheckFailed` is raised and nothing is written. `overwrite` replaces a target that this
-    program wrote; any other that exists and is not empty is a `UserError`. Raises what `Conversion` does, before
-    anything is written, and `StorageError` if the disk refuses.
+    program wrote; any other that exists and is not empty is a `UserError`. `ignore_fields` are `load_model`'s, and
+    stand in the receipt. Raises what `Conversion` does, before anything is written, and `StorageError` if the disk
+    refuses.
     """
     claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
-    source = open_source(find(source_path))
+    source = open_source(find(source_path), ignore_fields)
     sources = [source_path, source.directory]
     ours = source.family.model_type == "manyhands"
     family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family
@@ -148,7 +150,7 @@ def convert(
         beside = write_beside(partial, plan.tokenizer, source.directory, source.values, plan.unread)
         receipt = {
             "manyhands": __version__,
-            "source": {"model_type": source.family.model_type, "files": hash_source(source)},
+            "source": describe_source(source),
             "target": {
                 "model_type": family.model_type,
                 "files": hash_files(partial, written_in(partial)),
@@ -197,7 +199,7 @@ def _agreement(plan: Conversion, directory: Path) -> dict[str, Any]:
     config = plan.source.config
     length = min(SAMPLE_TOKENS, config.max_position_embeddings)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    before = load_model(plan.source.directory, decode=True)(ids, dtype=torch.float32)
+    before = from_source(plan.source, decode=True)(ids, dtype=torch.float32)
     after = load_model(directory, verified=True, decode=True)(ids, dtype=torch.float32)
     difference = float((before.logits - after.logits).abs().max())
     pairs = [(r.expert_ids, after.routings[layer].expert_ids) for layer, r in before.routings.items()]

@@ -11,6 +11,7 @@ manifest.json       in what manyhands wrote: SHA-256 of every file, verified on 
 """
 
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -98,6 +99,7 @@ def load(
     device: torch.device | str = "cpu",
     experts_implementation: str = "auto",
     decode: bool = False,
+    ignore_fields: Collection[str] = (),
 ) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
@@ -110,14 +112,14 @@ def load(
             f"{directory}: there is no {TOKENIZER}{instead(directory)}; "
             "manyhands.checkpoint.model.load_model loads the model without it"
         )
-    source = open_source(directory)
+    source = open_source(directory, ignore_fields)
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
             f"{source.config.vocab_size}; they do not belong together"
         )
-    model = _load(source, dtype, device, experts_implementation, decode=decode)
+    model = from_source(source, dtype, device, experts_implementation, decode=decode)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -130,6 +132,7 @@ def load_model(
     experts_implementation: str = "auto",
     verified: bool = False,
     decode: bool = False,
+    ignore_fields: Collection[str] = (),
 ) -> Model:
     """The model of a checkpoint directory, in evaluation mode; `model.train()` to go on training it.
 
@@ -138,7 +141,8 @@ def load_model(
     Tensors that a publisher quantised are decoded; packed records of our own are not, unless `decode` says so (to
     float32, exactly). `verified` says that the caller answers for the files. `dtype` converts the weights (None: as
     stored), except records and the routers' weights, which are float32. NaN and infinite weights are loaded as they
-    are.
+    are. `ignore_fields` names fields of `config.json` that nobody knows and that are to be read past: that they change
+    nothing is the caller's word.
 
     Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit; all names,
     shapes and dtypes are checked before any weight is allocated.
@@ -146,7 +150,8 @@ def load_model(
     directory = Path(directory)
     if not verified and ((directory / MANIFEST).is_file() or not (directory / CONFIG).is_file()):
         verify(directory)
-    return _load(open_source(directory), dtype, device, experts_implementation, verified, decode)
+    source = open_source(directory, ignore_fields)
+    return from_source(source, dtype, device, experts_implementation, verified, decode)
 
 
 def save(
@@ -230,14 +235,15 @@ def read_config(path: str | Path) -> ModelConfig:
     return open_source(path).config
 
 
-def _load(
+def from_source(
     source: Source,
-    dtype: torch.dtype | None,
-    device: torch.device | str,
-    implementation: str,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    implementation: str = "auto",
     verified: bool = False,
     decode: bool = False,
 ) -> Model:
+    """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
     if not verified:
         _check_listed(source)
     device = torch.device(device)

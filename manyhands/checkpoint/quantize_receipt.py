@@ -11,7 +11,7 @@ from torch import Tensor
 from manyhands import __version__
 from manyhands.checkpoint.calibrate import MIN_TOKENS
 from manyhands.checkpoint.packed import Record, is_packable
-from manyhands.checkpoint.receipt import describe, hash_source, tensor_sha256
+from manyhands.checkpoint.receipt import describe, describe_source, tensor_sha256
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
 
@@ -81,7 +81,7 @@ def receipt_of(
         perplexity = {"before": before, "after": after, "change": after / before - 1, "text": sample.text}
     return {
         "manyhands": __version__,
-        "source": {"model_type": source.family.model_type, "files": hash_source(source)},
+        "source": describe_source(source),
         **tensors_of_the_receipt(source, records, figures.relative_error, dtype_of),
         "calibration": calibration,
         "routing_agreement": {

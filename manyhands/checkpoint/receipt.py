@@ -26,10 +26,11 @@ def tensor_sha256(tensor: Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def hash_source(source: Source) -> dict[str, Any]:
-    """The files of a checkpoint."""
+def describe_source(source: Source) -> dict[str, Any]:
+    """A checkpoint: its family, its files, the unknown fields that were read past."""
     names = {CONFIG, *(stored.file for stored in source.files.stored.values())}
-    return hash_files(source.directory, [source.directory / name for name in names])
+    files = hash_files(source.directory, [source.directory / name for name in names])
+    return {"model_type": source.family.model_type, "files": files, "ignored_fields": list(source.ignored)}
 
 
 def hash_files(directory: Path, paths: Iterable[Path]) -> dict[str, Any]:

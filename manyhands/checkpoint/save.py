@@ -18,7 +18,7 @@ from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families import Family, Piece, export_config, text_fields
 from manyhands.families.base import Json
-from manyhands.families.fields import HARMLESS, TRAINING_ONLY
+from manyhands.families.harmless import HARMLESS, TRAINING_ONLY
 from manyhands.text import Tokenizer
 
 _NOT_CARRIED = {"quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map"}

@@ -4,8 +4,9 @@ Everything is decided from `config.json` and the tensors' headers: what is missi
 dtype is an error before any weight is read or any memory is allocated.
 """
 
+import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,12 +18,13 @@ from manyhands.checkpoint.tensor_files import DTYPES, FLOATS, TensorFiles, read_
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.families import Family, Piece, read_config, text_fields
+from manyhands.families import Family, Piece, UnknownField, read_config, text_fields
 from manyhands.families.base import Index, Json
 from manyhands.families.manyhands import packed_section
 
 CONFIG = "config.json"
 _CONFIG_LIMIT = 1 << 20
+_log = logging.getLogger(__name__)
 _TIED = ("lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight")
 
 
@@ -48,6 +50,8 @@ class Source:
     """Of a quantised model of our own."""
     records: Mapping[str, Record] = field(default_factory=dict)
     """Its records, by their names in the files; `logical` has what they stand for."""
+    ignored: tuple[str, ...] = ()
+    """The unknown fields of `config.json` that were read past, as asked."""
 
     def value(self, theirs: str, out: Tensor | None = None) -> Tensor:
         """A logical tensor: mapped as it is stored, or decoded (into `out` if given)."""
@@ -66,20 +70,27 @@ class Source:
             self.files.release(part)
 
 
-def open_source(directory: str | Path) -> Source:
+def open_source(directory: str | Path, ignore_fields: Collection[str] = ()) -> Source:
     """Read `config.json` and every header of a checkpoint directory, and match them.
 
+    `ignore_fields` names unknown fields of `config.json` to read past; which they were is logged in a line.
     Raises `CheckpointError` naming the file and the field or tensor that is wrong.
     """
     directory = Path(directory)
     path = directory / CONFIG
     values = read_json(path, _CONFIG_LIMIT)
     try:
-        family, config = read_config(values, str(path))
+        family, config = read_config(values, str(path), ignore_fields)
+    except UnknownField as error:
+        remedy = f"if it changes nothing: --ignore-field {error.name}, in Python ignore_fields=[{error.name!r}]"
+        raise CheckpointError(f"{error}; {remedy}") from None
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     except RecursionError:  # lists in lists, which are compared or shown
         raise CheckpointError(f"{path}: too deeply nested") from None
+    ignored = tuple(sorted(set(ignore_fields)))
+    if ignored:
+        _log.warning("%s: ignored, as asked: %s", path, ", ".join(ignored))
     files = TensorFiles(directory)
     text = text_fields(family, values)
     quantization = text.get("quantization_config") or values.get("quantization_config")
@@ -108,7 +119,18 @@ def open_source(directory: str | Path) -> Source:
                 f"{files.where(logical[name].parts[0])} is not one of this model's, as {CONFIG} describes it"
             )
     return Source(
-        directory, family, values, config, files, logical, pieces, tuple(kept), tuple(dropped), packed, records
+        directory,
+        family,
+        values,
+        config,
+        files,
+        logical,
+        pieces,
+        tuple(kept),
+        tuple(dropped),
+        packed,
+        records,
+        ignored,
     )
 
 

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from manyhands.cli.options import IgnoreField
+
 
 def bench(
     model: Annotated[
@@ -14,6 +16,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
     new: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 32,
     backend: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all that are here.")] = None,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Prefill and decoding speed per expert backend, and the share of the read-bandwidth roof."""
@@ -42,7 +45,7 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        decoder = load_model(find(model))
+        decoder = load_model(find(model), ignore_fields=ignore_field or ())
     if prompt + new > decoder.config.max_position_embeddings:
         raise ConfigError(
             f"--prompt {prompt} and --new {new} do not fit max_position_embeddings = "

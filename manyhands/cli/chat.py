@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.options import IgnoreField
 from manyhands.cli.turns import command, turns
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.terminal import clean, shown
@@ -47,6 +48,7 @@ def chat(
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Print each new token with the experts that made it.")
     ] = False,
+    ignore_field: IgnoreField = None,
 ) -> None:
     """Talk with a model, in its chat template: a line is a turn, /help shows the commands.
 
@@ -64,7 +66,7 @@ def chat(
     from manyhands.checkpoint.model import load
     from manyhands.generate import Conversation
 
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)
     if tokenizer.chat_template is None:

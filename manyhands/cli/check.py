@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.options import IgnoreField
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -23,6 +24,7 @@ def check(
         bool, typer.Option(help="Check all else as well: every router, attention, packed format and size.")
     ] = True,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Training and generation against a float64 oracle that runs all experts and has no cache.
@@ -31,7 +33,7 @@ def check(
     packed format and size at which something else runs. A large model is shrunk first. Of a checkpoint the weights
     themselves are read too, as many as two gigabytes. Exit code 4 if anything disagrees or a fast path never ran.
     """
-    config, balance, source = _describe(model, overrides or [])
+    config, balance, source = _describe(model, overrides or [], ignore_field or [])
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -61,7 +63,9 @@ def check(
     report.raise_if_failed()
 
 
-def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceConfig, Source | None]":
+def _describe(
+    model: str, overrides: list[str], ignore_fields: list[str]
+) -> "tuple[ModelConfig, BalanceConfig, Source | None]":
     from manyhands.config import BalanceConfig
     from manyhands.config.load import load_preset, load_run, preset_names
 
@@ -72,8 +76,10 @@ def _describe(model: str, overrides: list[str]) -> "tuple[ModelConfig, BalanceCo
         from manyhands.checkpoint.model import find
         from manyhands.checkpoint.source import open_source
 
-        source = open_source(find(path))
+        source = open_source(find(path), ignore_fields)
         return source.config, BalanceConfig(), source
+    if ignore_fields:
+        raise ConfigError(f"{model} is not a checkpoint: --ignore-field {ignore_fields[0]} is for its config.json")
     if path.suffix in (".yaml", ".yml") or path.is_file():
         run = load_run(path, overrides)
     elif model in preset_names():

@@ -6,6 +6,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from manyhands.cli.options import IgnoreField
+
 
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
@@ -27,6 +29,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
     ] = False,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a checkpoint in another family's format; receipt.json says what became of every tensor."""
@@ -51,6 +54,7 @@ def convert(
             drop_extras=drop_extras,
             agreement=agreement,
             overwrite=overwrite,
+            ignore_fields=ignore_field or (),
             progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
         )
     if json_output:

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from manyhands.cli.options import IgnoreField
+
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
@@ -15,6 +17,7 @@ def evaluate(
     sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: as trained, at most 1024.")] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """How well a model predicts a text, and how evenly its experts work on it.
@@ -36,7 +39,7 @@ def evaluate(
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, evaluation_batches
 
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     ids = encode_documents(documents, tokenizer)
     length = sequence_length or min(1024, model.config.max_position_embeddings)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.options import IgnoreField
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def generate(
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Print each new token with the experts that made it.")
     ] = False,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
     """Continue a prompt; the text appears as it is made.
@@ -52,7 +54,7 @@ def generate(
     from manyhands.generate.engine import generate as steps
     from manyhands.terminal import clean, shown
 
-    model, tokenizer = load(checkpoint)
+    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)

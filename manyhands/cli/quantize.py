@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from manyhands.cli.options import IgnoreField
 from manyhands.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def quantize(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
     ] = False,
+    ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a packed copy of a model; receipt.json says what was rounded, what was not, and what changed.
@@ -71,7 +73,7 @@ def quantize(
     from manyhands.checkpoint.quantize import quantize as run
     from manyhands.checkpoint.source import open_source
 
-    source = open_source(find(model))
+    source = open_source(find(model), ignore_field or ())
     sample = _sample(source, documents, data or [], max_batches)
     columns = (TextColumn("{task.fields[tensor]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:

@@ -5,6 +5,7 @@ family.model_type, config.moe.router.num_experts
 """
 
 from manyhands.families.base import Family, Piece
+from manyhands.families.fields import UnknownField
 from manyhands.families.fit import canonical, export_config, misfit, nearest, read_config, text_fields
 from manyhands.families.registry import FAMILIES, family_named
 
@@ -12,6 +13,7 @@ __all__ = [
     "FAMILIES",
     "Family",
     "Piece",
+    "UnknownField",
     "canonical",
     "export_config",
     "family_named",

@@ -1,67 +1,37 @@
 """A `config.json` being read. Every field is taken, known to be harmless, or refused by name: never ignored."""
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from manyhands.config import ModelConfig, RopeConfig, parse, suggest
 from manyhands.errors import ConfigError
-
-HARMLESS = frozenset(
-    {
-        "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_experts_implementation",
-        "_name_or_path", "add_bos_token", "add_cross_attention", "architectures", "attn_implementation", "auto_map",
-        "bad_words_ids", "begin_suppress_tokens", "bos_token_id", "chunk_size_feed_forward", "cls_token_id",
-        "cross_attention_hidden_size", "decoder_start_token_id", "diversity_penalty", "do_sample", "dtype",
-        "early_stopping", "encoder_no_repeat_ngram_size", "eod_token_id", "eos_token_id", "ep_size",
-        "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
-        "gradient_checkpointing", "id2label", "is_decoder", "is_encoder_decoder", "is_llama_config",
-        "keys_to_ignore_at_inference", "label2id", "length_penalty", "mask_token_id", "max_length", "min_length",
-        "model_name", "model_type", "name", "no_repeat_ngram_size", "num_beam_groups", "num_beams",
-        "num_return_sequences", "output_attentions", "output_hidden_states", "output_router_logits", "output_scores",
-        "pad_token_id", "prefix", "problem_type", "pruned_heads", "quantization_config", "remove_invalid_values",
-        "repetition_penalty", "return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens",
-        "task_specific_params", "temperature", "tf_legacy_loss", "tie_encoder_decoder", "tokenizer_class", "top_k",
-        "top_p", "torch_dtype", "torchscript", "transformers_version", "typical_p", "unk_token_id", "use_bfloat16",
-        "use_cache", "use_return_dict"
-    }
-)  # fmt: skip
-"""Bookkeeping, token ids and generation settings: nothing here changes what the model computes."""
-
-TRAINING_ONLY = frozenset(
-    {
-        "attention_dropout", "attn_pdrop", "aux_loss_alpha", "aux_loss_coef", "embd_pdrop", "embedding_dropout",
-        "expert_dropout", "hidden_dropout", "hidden_dropout_prob", "initial_context_length", "initializer_factor",
-        "moe_dropout_prob", "output_router_logits", "pretraining_tp", "resid_pdrop", "router_aux_loss_coef",
-        "router_bias_update_rate", "router_dropout", "router_jitter_noise", "router_z_loss_coef", "seq_aux",
-        "z_loss_coeff"
-    }
-)  # fmt: skip
-"""Dropouts, losses and noise of training: the reference does not use them in evaluation, nor does the loss here."""
-
-_NOTES = ("_", "unsloth_", "neftune_")
-_TOKENS = ("_token", "_token_id", "_token_ids")
-
-
-def is_harmless(name: Any) -> bool:
-    """Whether a field no family reads changes nothing: a known one, a private note, a fine-tuner's, a token's name."""
-    return name in HARMLESS | TRAINING_ONLY or str(name).startswith(_NOTES) or str(name).endswith(_TOKENS)
-
+from manyhands.families.harmless import is_harmless
 
 MISSING: Any = object()
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
+class UnknownField(ConfigError):
+    """A field that no reader knows. `name` is what `ignore_fields` takes: `rope_scaling.boost` for one inside."""
+
+    def __init__(self, message: str, name: str) -> None:
+        super().__init__(message)
+        self.name = name
+
+
 class Fields:
-    """`config.json`'s fields, taken one by one; `close` refuses what nobody took.
+    """`config.json`'s fields, taken one by one; `close` refuses what nobody took and nobody said to ignore.
 
     Every method raises `ConfigError` naming the field, its value and what would be right.
     """
 
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
+    def __init__(self, values: Mapping[str, Any], where: str, ignored: Collection[str] = (), inside: str = "") -> None:
         self.values, self.where = dict(values), where
         self._taken: set[str] = set()
+        self.ignored, self._inside = ignored, inside
+        """Unknown fields to be read past, by their whole names, and what ours begin with (`rope_scaling.`)."""
 
     def take(self, name: str, default: Any = MISSING) -> Any:
         """The field as it stands; null counts as absent where there is a default."""
@@ -107,7 +77,7 @@ class Fields:
             return None
         if not isinstance(value, dict):
             raise self.wrong(name, "expected an object")
-        return Fields(value, f"{self.where}: {name}")
+        return Fields(value, f"{self.where}: {name}", self.ignored, f"{self._inside}{name}.")
 
     def only(self, name: str, *allowed: Any) -> Any:
         """A field that may be absent or have one of these values: another would be another model."""
@@ -161,15 +131,19 @@ class Fields:
         self._taken |= set(names)
 
     def close(self) -> None:
-        """Refuse what is left."""
-        left = sorted(name for name in set(self.values) - self._taken if not is_harmless(name))
-        left = [name for name in left if self.values[name] is not None]
+        """Refuse what is left: `UnknownField`. A known field cannot be ignored."""
+        for name, value in self.values.items():
+            if self._inside + name in self.ignored and (name in self._taken or is_harmless(name, value)):
+                raise self.wrong(name, "only an unknown field can be ignored, and this one is known")
+        left = [name for name in sorted(set(self.values) - self._taken) if not is_harmless(name, self.values[name])]
+        left = [name for name in left if self._inside + name not in self.ignored]
         if left:
             more = f" (and {len(left) - 1} more)" if len(left) > 1 else ""
-            known = sorted(self._taken)
-            raise ConfigError(
+            near = suggest(left[0], sorted(self._taken))
+            raise UnknownField(
                 f"{self.where}: unknown field {left[0]!r} may change what the model computes, so it is not "
-                f"ignored{more}; {suggest(left[0], known)}"
+                f"ignored{more}; {near}",
+                self._inside + left[0],
             )
 
     def wrong(self, name: str, right: str, value: Any = MISSING) -> ConfigError:

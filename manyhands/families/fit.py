@@ -1,22 +1,25 @@
 """From a `config.json` to our description and back: which family a model fits, and what keeps it from another."""
 
 import re
+from collections.abc import Collection
 from typing import Any
 
-from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, suggest
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json
-from manyhands.families.fields import Fields
+from manyhands.families.fields import MISSING, Fields
 from manyhands.families.registry import FAMILIES, family_named
 
 _EXPORTED = [name for name in FAMILIES if name not in ("manyhands", "kimi_k2", "kimi_k25", "grok-1")]
 """Where `nearest` looks: families that transformers loads, each layout once."""
 
 
-def read_config(values: Any, where: str) -> tuple[Family, ModelConfig]:
+def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple[Family, ModelConfig]:
     """The family and the model that a parsed `config.json` describes; `where` begins the message of an error.
 
-    Raises `ConfigError` for an unknown family, a field that is wrong, and a field that nobody knows.
+    `ignored` names fields that nobody knows and that are read past all the same (`rope_scaling.boost` for one inside).
+    Raises `ConfigError` for an unknown family and a field that is wrong, `UnknownField` for one that nobody knows, and
+    `ConfigError` again for one to be ignored that is not there or is known.
     """
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected an object, found {type(values).__name__}")
@@ -24,7 +27,15 @@ def read_config(values: Any, where: str) -> tuple[Family, ModelConfig]:
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: 'model_type' is missing; known: {', '.join(sorted(FAMILIES))}")
     family = family_named(model_type[:80], where)
-    return family, family.read(Fields(text_fields(family, values, where), where))
+    fields = text_fields(family, values, where)
+    for name in ignored:
+        found: Any = fields
+        for part in name.split("."):
+            found = found.get(part, MISSING) if isinstance(found, dict) else MISSING
+        if found is MISSING:
+            near = suggest(name, sorted(map(str, fields)))
+            raise ConfigError(f"{where}: there is no field {name[:80]!r} to ignore; {near}")
+    return family, family.read(Fields(fields, where, ignored))
 
 
 def text_fields(family: Family, values: Json, where: str = "config.json") -> Json:

@@ -4,6 +4,7 @@ from typing import Any, Literal
 
 from manyhands.config import ModelConfig, PackedConfig, Strict, parse
 from manyhands.config.shapes import tensor_shapes
+from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json, Piece
 from manyhands.families.fields import Fields
 
@@ -19,6 +20,8 @@ class Description(Strict):
 
 
 def read(f: Fields) -> ModelConfig:
+    if f.ignored:
+        raise ConfigError(f"{f.where}: every field of manyhands' own files is known: none can be ignored")
     return parse(Description, f.values, f.where).model
 
 

@@ -1,12 +1,14 @@
 """A published family's directory through every verb, as a user has it: no manifest, a tokenizer, a chat template."""
 
 import json
+import shutil
 
 import pytest
 
 from manyhands.checkpoint.model import load, save
 from manyhands.cli.main import app
 from manyhands.config import ModelConfig
+from manyhands.errors import CheckpointError
 from manyhands.nn import Decoder, init_weights
 from manyhands.text import Tokenizer
 
@@ -87,3 +89,28 @@ def test_convert_and_load(directory, capsys, tmp_path):
     run(capsys, "convert", tmp_path / "ours", tmp_path / "back", "--to", directory.name)
     model, tokenizer = load(tmp_path / "back")
     assert model.family == directory.name and tokenizer.chat_template == TEMPLATE
+
+
+def test_an_unknown_field_can_be_read_past(directory, capsys, caplog, tmp_path):
+    """Refused with the remedy; with it every verb works, says so in a line and leaves it in the receipt."""
+    shutil.copytree(directory, tmp_path / "odd")
+    odd = tmp_path / "odd"
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"merge_notes": {"a": 1}}))
+    with pytest.raises(
+        CheckpointError, match="if it changes nothing: --ignore-field merge_notes, in Python ignore_fie"
+    ):
+        load(odd)
+    asked = ("--ignore-field", "merge_notes")
+    run(capsys, "generate", odd, "--prompt", "the", "--max-new-tokens", "1", *asked)
+    assert caplog.messages == [f"{odd / 'config.json'}: ignored, as asked: merge_notes"]
+    (tmp_path / "text.txt").write_text("the lazy dog jumps over the quick brown fox\n" * 10)
+    run(capsys, "eval", odd, "--data", tmp_path / "text.txt", "--json", *asked)
+    for verb in ("convert", "quantize"):
+        run(capsys, verb, odd, tmp_path / verb, *asked)
+        assert json.loads((tmp_path / verb / "receipt.json").read_text())["source"]["ignored_fields"] == ["merge_notes"]
+        load(tmp_path / verb)
+    assert len(caplog.messages) == 4, "each verb says it once"
+    model, _ = load(odd, ignore_fields=["merge_notes"])
+    model.save(tmp_path / "saved")
+    load(tmp_path / "saved")

@@ -8,7 +8,8 @@ import pytest
 
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import ConfigError
-from manyhands.families import FAMILIES, canonical, export_config, read_config
+from manyhands.families import FAMILIES, UnknownField, canonical, export_config, read_config
+from manyhands.families.harmless import _NEUTRAL
 
 from .published import PUBLISHED, Json
 
@@ -57,13 +58,85 @@ def test_a_harmless_field_is_accepted(name: str) -> None:
     assert read_config(values, "config.json")[1] == expected
 
 
+LEFT_BEHIND: Json = {
+    "unsloth_version": "2025.9.1", "unsloth_fixed": True, "neftune_noise_alpha": 5, "bos_token": "<s>",
+    "_attn_implementation_autoset": True, "_anything": {}, "pad_token": {"content": "<pad>"}, "image_token_id": 7,
+    "image_token_index": 7, "auto_map": {"AutoConfig": "x.Y"}, "dtype": "bfloat16", "torch_dtype": None,
+    "transformers_version": "5.0.0", "quantization_config": None, "problem_type": None, "task_specific_params": {},
+    "label2id": {"x": 0}, "num_labels": 2, "loss_type": "ForCausalLM", "model_max_length": 4096, "max_seq_length": 2048,
+    "tokenizer_padding_side": "left", "transformers.js_config": {"kv_cache_dtype": "fp16"}, "classifier_dropout": 0.1,
+    "use_flash_attention_2": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "summary_type": "mean",
+    "pretraining_tp": 2, "bf16": True, "license": "mit",
+}  # fmt: skip
+"""What tools leave in published files, besides transformers' own fields."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_what_fine_tuning_leaves_behind_is_accepted(name: str) -> None:
     values, text = values_of(name)
     expected = read_config(values, "config.json")[1]
-    text |= {"unsloth_version": "2025.9.1", "unsloth_fixed": True, "neftune_noise_alpha": 5, "bos_token": "<s>"}
-    text |= {"_attn_implementation_autoset": True, "_anything": {}, "pad_token": "<pad>", "image_token_id": 7}
+    text |= LEFT_BEHIND
+    text |= {off: value for off, value in _NEUTRAL.items() if off not in text and name in ("mixtral", "llama")}
     assert read_config(values, "config.json")[1] == expected
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deepseek", "grok-1", "kimi_k2", "kimi_k25")])
+@pytest.mark.parametrize("whole", [False, True])
+def test_all_that_transformers_writes_is_known(name: str, whole: bool) -> None:
+    """Its configuration with every default, generation settings of any version among them, is the same model."""
+    from transformers import GenerationConfig, PretrainedConfig
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values, text = values_of(name)
+    expected = canonical(read_config(values, "config.json")[1])
+    theirs = CONFIG_MAPPING[name].from_dict(text)
+    saved = theirs.to_dict() if whole else theirs.to_diff_dict()
+    saved = PretrainedConfig().to_dict() | vars(GenerationConfig()) | saved | {"model_type": name}
+    saved |= {field: 1 for field in vars(GenerationConfig()) if saved[field] is None}
+    saved["quantization_config"] = None
+    assert canonical(read_config(saved, "config.json")[1]) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_unknown_field_is_ignored_by_name(name: str) -> None:
+    values, text = values_of(name)
+    expected = read_config(values, "config.json")[1]
+    text |= {"hyper_connections": 4, "other": [1]}
+    with pytest.raises(UnknownField, match=r"unknown field 'other' may change") as caught:
+        read_config(values, "config.json", ["hyper_connections"])
+    assert caught.value.name == "other"
+    assert read_config(values, "config.json", ["hyper_connections", "other"])[1] == expected
+
+
+@pytest.mark.parametrize(
+    ("ignored", "said"),
+    [
+        ("hyper_conections", "there is no field 'hyper_conections' to ignore; did you mean 'hyper_connections'"),
+        ("hidden_size", "hidden_size = 4096: only an unknown field can be ignored"),
+        ("quantization_config", "quantization_config = None: only an unknown field can be ignored"),
+        ("rope_scaling", "rope_scaling = .*: only an unknown field can be ignored"),
+        ("rope_scaling.factor", "factor = 2.0: only an unknown field can be ignored"),
+        ("rope_scaling.boost.deeper", "there is no field 'rope_scaling.boost.deeper'"),
+    ],
+)
+def test_what_cannot_be_ignored(ignored: str, said: str) -> None:
+    values = values_of("mixtral")[0] | {"hyper_connections": 4, "quantization_config": None}
+    values["rope_scaling"] = {"type": "linear", "factor": 2.0, "boost": 3}
+    good = ["hyper_connections", "rope_scaling.boost"]
+    assert read_config(copy.deepcopy(values), "config.json", good)[1].rope.factor == 2.0
+    with pytest.raises(UnknownField, match="rope_scaling: unknown field 'boost'") as caught:
+        read_config(copy.deepcopy(values), "config.json", good[:1])
+    assert caught.value.name == "rope_scaling.boost"
+    with pytest.raises(ConfigError, match=said):
+        read_config(values, "config.json", [*good, ignored])
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_experts_per_token", 4), ("attention_bias", True), ("n_group", True), ("n_group", 2)]
+)
+def test_a_field_that_only_looks_harmless_is_refused(field: str, value: Any) -> None:
+    with pytest.raises(UnknownField, match=f"unknown field '{field}'"):
+        read_config(values_of("mixtral")[0] | {field: value}, "config.json")
 
 
 @pytest.mark.parametrize("name", NAMES)
