@@ -14,7 +14,7 @@ from pathlib import Path
 
 from manyhands.errors import DataError
 from manyhands.text.document import Document
-from manyhands.text.formats import SUFFIXES, known_suffix, read_file
+from manyhands.text.formats import SUFFIXES, known_suffix, memory_for_text, read_file
 from manyhands.text.hub import read_hub
 
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
@@ -28,11 +28,13 @@ def read_documents(sources: Sequence[str], text_field: str = "text") -> list[Doc
     and .py file; one per row of .jsonl, .jsonl.gz and .parquet, from `text_field`. A path called `stdlib` is
     written `./stdlib`.
 
-    Raises `DataError` naming the source, or the file and the line.
+    Raises `DataError` naming the source, or the file and the line; also for more text than half of this machine's
+    memory, and for a file that holds far more of it than it has bytes on the disk.
     """
     if not sources:
         raise DataError("no data sources given; name files, folders, globs, 'stdlib' or hf:NAME")
     documents: list[Document] = []
+    room = most = memory_for_text()
     seen: set[Path] = set()
     for source in sources:
         before, repeated = len(documents), False
@@ -44,20 +46,26 @@ def read_documents(sources: Sequence[str], text_field: str = "text") -> list[Doc
                 repeated |= real in seen
                 if real not in seen:
                     seen.add(real)
-                    documents += _read(path, name, text_field, skip_undecodable=source == "stdlib")
+                    for document in _read(path, name, text_field, skip_undecodable=source == "stdlib"):
+                        documents.append(document)
+                        room -= len(document.text)
+                        if room < 0:
+                            raise DataError(
+                                f"{path}: up to here the texts are longer than half of the memory ({most >> 20:,} MiB)"
+                            )
         documents[before:] = [document for document in documents[before:] if document.text.strip()]
         if len(documents) == before and not repeated:
             raise DataError(f"{source}: there is no text in it")
     return documents
 
 
-def _read(path: Path, name: str, text_field: str, skip_undecodable: bool) -> list[Document]:
+def _read(path: Path, name: str, text_field: str, skip_undecodable: bool) -> Iterator[Document]:
     if skip_undecodable:
         try:
             path.read_bytes().decode("utf-8")
         except UnicodeDecodeError:
-            return []
-    return list(read_file(path, name, text_field))
+            return
+    yield from read_file(path, name, text_field)
 
 
 def _files(source: str) -> list[tuple[Path, str]]:

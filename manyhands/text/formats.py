@@ -2,10 +2,11 @@
 
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 from manyhands.errors import DataError
 from manyhands.text.document import Document
@@ -13,6 +14,38 @@ from manyhands.text.document import Document
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
 MAX_LINE_BYTES = 1 << 26
 """Longest line of a .jsonl file. Without a limit, a small .gz of one endless line fills the memory."""
+
+_ROWS = 256
+"""Of a parquet file, read at once."""
+_EXPANSION = 64
+_ALWAYS = 64 << 20
+"""A file may hold 64 MiB of text, and more if it has a 64th of that on the disk. Text seldom shrinks to a tenth."""
+
+
+def memory_for_text() -> int:
+    """The bytes that all texts together may have: half of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+class _Budget:
+    """The bytes of text that one file may hold: by its size on the disk, and by this machine's memory."""
+
+    def __init__(self, path: Path) -> None:
+        status = path.stat()
+        stored = min(status.st_size, getattr(status, "st_blocks", status.st_size) * 512)  # less where it has holes
+        memory = memory_for_text()
+        self.path, self.left = path, min(max(_ALWAYS, _EXPANSION * stored), memory)
+        self.why = (
+            f"half of this machine's memory ({memory >> 20:,} MiB)"
+            if self.left == memory
+            else f"{_EXPANSION} times its {stored:,} bytes on the disk"
+        )
+
+    def spend(self, count: int) -> None:
+        """Raises `DataError` when it is more than is left."""
+        self.left -= count
+        if self.left < 0:
+            raise DataError(f"{self.path}: holds more text than {self.why}")
 
 
 def known_suffix(path: Path) -> bool:
@@ -27,15 +60,17 @@ def read_file(path: Path, name: str, text_field: str) -> Iterator[Document]:
     """
     lower = path.name.lower()
     try:
+        budget = _Budget(path)
         if lower.endswith(".parquet"):
-            yield from _read_parquet(path, name, text_field)
+            yield from _read_parquet(path, name, text_field, budget)
         elif lower.endswith(".jsonl"):
             with path.open("rb") as file:
-                yield from _read_jsonl(file, path, name, text_field)
+                yield from _read_jsonl(file, path, name, text_field, budget)
         elif lower.endswith(".jsonl.gz"):
             with gzip.open(path, "rb") as file:
-                yield from _read_jsonl(cast(BinaryIO, file), path, name, text_field)
+                yield from _read_jsonl(cast(BinaryIO, file), path, name, text_field, budget)
         else:
+            budget.spend(path.stat().st_size)
             yield Document(name, path.read_bytes().decode("utf-8"))
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: not UTF-8 text: byte {error.start} is 0x{error.object[error.start]:02x}") from None
@@ -56,10 +91,11 @@ def text_of(value: object, field: str, where: str) -> str:
     return value
 
 
-def _read_jsonl(file: BinaryIO, path: Path, name: str, field: str) -> Iterator[Document]:
+def _read_jsonl(file: BinaryIO, path: Path, name: str, field: str, budget: _Budget) -> Iterator[Document]:
     row = 0
     while line := file.readline(MAX_LINE_BYTES + 1):
         row += 1
+        budget.spend(len(line))
         where = f"{path}:{row}"
         if len(line) > MAX_LINE_BYTES:
             raise DataError(f"{where}: the line is longer than {MAX_LINE_BYTES >> 20} MiB")
@@ -78,7 +114,7 @@ def _read_jsonl(file: BinaryIO, path: Path, name: str, field: str) -> Iterator[D
         yield Document(f"{name}:{row}", text_of(record[field], field, where))
 
 
-def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
+def _read_parquet(path: Path, name: str, field: str, budget: _Budget) -> Iterator[Document]:
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -90,9 +126,35 @@ def _read_parquet(path: Path, name: str, field: str) -> Iterator[Document]:
             columns = table.schema_arrow.names
             if field not in columns:
                 raise DataError(f"{path}: no column {field!r}; there are: {', '.join(columns[:20]) or 'none'}")
-            for batch in table.iter_batches(batch_size=1024, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            is_text = table.schema_arrow.field(field).type in (pa.string(), pa.large_string())
+        # A column's dictionary is read as one: rows that repeat a long text would take its memory again for each.
+        with pq.ParquetFile(path, read_dictionary=[field] if is_text else None) as table:
+            declared = sum(_column_bytes(table.metadata, group, field) for group in range(table.num_row_groups))
+            if declared > budget.left:
+                raise DataError(f"{path}: holds more text than {budget.why}")
+            for batch in table.iter_batches(batch_size=_ROWS, columns=[field]):
+                for value in _values(batch.column(0)):
                     row += 1
-                    yield Document(f"{name}:{row}", text_of(value, field, f"{path}:{row}"))
+                    text = text_of(value, field, f"{path}:{row}")
+                    budget.spend(len(text))
+                    yield Document(f"{name}:{row}", text)
     except pa.ArrowException as error:
         raise DataError(f"{path}: not a readable parquet file: {' '.join(str(error).split())[:200]}") from None
+
+
+def _column_bytes(metadata: Any, group: int, field: str) -> int:
+    """What the column's pages take before compression, as the file says."""
+    columns = [metadata.row_group(group).column(i) for i in range(metadata.num_columns)]
+    return sum(int(column.total_uncompressed_size) for column in columns if column.path_in_schema == field)
+
+
+def _values(column: Any) -> Iterator[object]:
+    """The rows of an Arrow array; those of a dictionary share its texts."""
+    if not hasattr(column, "dictionary"):
+        yield from column.to_pylist()
+        return
+    texts: dict[int | None, object] = {None: None}
+    for index in column.indices.to_pylist():
+        if index not in texts:
+            texts[index] = column.dictionary[index].as_py()
+        yield texts[index]

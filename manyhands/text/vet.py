@@ -7,6 +7,7 @@ every bound. It costs one `json.loads`.
 """
 
 import base64
+import gc
 import importlib.util
 import json
 import re
@@ -35,10 +36,15 @@ _QUANTIFIER = re.compile(r"[*+?]|\{(\d*,?\d*)\}")
 
 def vet(data: bytes) -> None:
     """Raises `ValueError` with the reason in a few words."""
+    collecting = gc.isenabled()
+    gc.disable()  # it would look through a million fresh merges again and again, which takes half of the time
     try:
         content = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    finally:
+        if collecting:
+            gc.enable()
     if not isinstance(content, dict):
         raise ValueError(f"expected an object, found {type(content).__name__}")
     parts = [content.get(name) for name in ("normalizer", "pre_tokenizer", "decoder", "post_processor")]

@@ -10,6 +10,7 @@ import pytest
 
 from manyhands.errors import DataError
 from manyhands.text import Document, read_documents
+from manyhands.text import corpus as corpus_module
 from manyhands.text import formats as formats_module
 
 
@@ -179,3 +180,36 @@ def test_hugging_face_data_sets(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_hugging_face_without_datasets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     fails(["hf:name"], "hf:name", 'pip install "manyhands[hub]"')
+
+
+def test_text_that_grows_out_of_a_small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compressed lines, a dictionary of one long text, a file of holes: one line, before the memory is taken."""
+    monkeypatch.setattr(formats_module, "_ALWAYS", 1 << 20)
+    path = tmp_path / "a.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        for _ in range(100):
+            file.write(json.dumps({"text": "x" * 30_000}) + "\n")
+    fails([str(path)], str(path), "more text than 64 times")
+    holes = tmp_path / "holes.txt"
+    with holes.open("wb") as file:
+        file.truncate(1 << 42)
+    fails([str(holes)], str(holes), "more text than")
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array(["x" * 10_000] * 2_000)}), path)
+    fails([str(path)], str(path), "more text than 64 times")
+
+
+def test_rows_of_a_dictionary_share_their_text(tmp_path: Path) -> None:
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    pq.write_table(pa.table({"text": pa.array(["one text", "another"] * 300 + ["last"])}), tmp_path / "a.parquet")
+    documents = read_documents([str(tmp_path / "a.parquet")])
+    assert [document.text for document in documents] == ["one text", "another"] * 300 + ["last"]
+    assert len({id(document.text) for document in documents[:200]}) == 2
+
+
+def test_texts_together_fit_the_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        write(tmp_path / f"{name}.txt", "x" * 1000)
+    monkeypatch.setattr(corpus_module, "memory_for_text", lambda: 2500)
+    fails([str(tmp_path)], "c.txt", "half of the memory")
