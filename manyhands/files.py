@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from manyhands.errors import StorageError
+from manyhands.errors import StorageError, UserError
 
 
 @contextlib.contextmanager
@@ -51,6 +51,27 @@ def write_atomic(path: str | Path, data: bytes | str) -> None:
     """Put `data` (text as UTF-8) at `path`, whole or not at all. Raises `StorageError` as `writing` does."""
     with writing(path) as file:
         file.write(data.encode() if isinstance(data, str) else data)
+
+
+def check_replaceable(path: str | Path, mark: bytes) -> None:
+    """Let a file that a person named be written: it is not there, or bears the `mark` of what this program writes.
+
+    Looks into the first and the last 64 kB. Raises `UserError` for somebody else's file.
+    """
+    path = Path(path)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise UserError(f"{path}: exists and is not a regular file; choose another name")
+    try:
+        with open(path, "rb") as file:
+            seen = file.read(1 << 16)
+            file.seek(max(0, path.stat().st_size - (1 << 16)))
+            seen += file.read(1 << 16)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be looked into: {error.strerror}; choose another name") from None
+    if mark not in seen:
+        raise UserError(f"{path}: exists and was not made by this program, so it stays; choose another name")
 
 
 def cannot_write(path: str | Path, error: Exception) -> StorageError:

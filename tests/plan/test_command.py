@@ -207,3 +207,17 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     done = manyhands("plan", "olmoe-1b-7b", "--plot", str(tmp_path / "a.png"))
     assert done.returncode == 2 and done.stderr.startswith("manyhands: --plot needs matplotlib")
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
+def test_a_plot_replaces_plots_only(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / name
+    arguments = ("plan", "olmoe-1b-7b", "--plot", str(path))
+    path.write_bytes(b"\x89PNG somebody's holiday " * 20_000)
+    done = manyhands(*arguments)
+    assert done.returncode == 2 and "was not made by this program, so it stays" in done.stderr
+    assert path.read_bytes().startswith(b"\x89PNG somebody")
+    path.unlink()
+    assert manyhands(*arguments).returncode == 0
+    assert manyhands(*arguments).returncode == 0  # its own is drawn again

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from manyhands.errors import ConfigError
-from manyhands.files import writing
+from manyhands.files import check_replaceable, writing
 from manyhands.plan.compute import forward_flops
 from manyhands.plan.count import Counts, count_model
 from manyhands.plan.offload import offload_seconds
@@ -35,10 +35,19 @@ _NAMED = (
 )
 
 
+_MADE_BY: dict[str, dict[str, str | None]] = {
+    "png": {"Software": "manyhands plan"},
+    "svg": {"Creator": "manyhands plan", "Date": None},
+    "pdf": {"Creator": "manyhands plan"},
+}
+"""The mark by which a plot of ours is known, and may be drawn again."""
+
+
 def draw(path: Path, subjects: list[Subject], asks: list[Ask]) -> None:
     """Write the picture. Raises `ConfigError` without matplotlib or for a format it does not write."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
+    check_replaceable(path, b"manyhands plan")
     try:
         import matplotlib
 
@@ -58,10 +67,9 @@ def draw(path: Path, subjects: list[Subject], asks: list[Ask]) -> None:
         ax.grid(True, which="major", color="#eceef1", linewidth=0.8)
         ax.set_axisbelow(True)
     figure.tight_layout(pad=1.6, w_pad=2.6)
+    kind = path.suffix[1:].lower()
     with writing(path) as file:
-        figure.savefig(
-            file, format=path.suffix[1:].lower(), dpi=160, metadata={"Date": None} if path.suffix == ".svg" else None
-        )
+        figure.savefig(file, format=kind, dpi=160, metadata=_MADE_BY[kind])
     pyplot.close(figure)
 
 
