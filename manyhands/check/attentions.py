@@ -64,6 +64,8 @@ ATTENTIONS: dict[str, ModelConfig] = {
         MLA | {"q_lora_rank": 32, "latent_norm_eps": 1e-2},
         YARN | {"interleave": True, "mscale": 1.0, "mscale_all_dim": 0.8},
     ),
+    "head width without a kernel": _of({"head_dim": 24, "qk_norm": "head"}),
+    "latent width without a kernel": _of(MLA | {"kv_lora_rank": 24, "qk_rope_head_dim": 8}),
     "latent, window, biases": _of(MLA | {"q_lora_rank": 32, "sliding_window": 5, "attention_bias": True}),
 }
 """One of each published kind, in small."""

@@ -29,14 +29,17 @@ SmallJob = tuple[str, str, str, Callable[[], Iterator[RouterRows]]]
 
 def layer_jobs(seed: int, backends: list[str], dtypes: list[str]) -> Iterator[SmallJob]:
     """(what, backend, dtype, rows): whole layers, forward and backward, at token counts around every threshold."""
-    name = LARGE[1][0]
-    for backend in backends:
-        for T in COUNTS:
-            check = RouterCheck(name, "random", seed, (1, T))
-            yield f"{T} tokens", backend, "float32", lambda c=check, b=backend: c.rows(b, "float32")  # type: ignore[misc]
-        for name_, case in LARGE:
-            check = RouterCheck(name_, case, seed, (4, MANY // 4))
-            yield f"{MANY} tokens, {case}", backend, "float32", lambda c=check, b=backend: c.rows(b, "float32")  # type: ignore[misc]
+    sizes = [(LARGE[1][0], "random", (1, T), dtypes) for T in COUNTS]
+    sizes += [(name, case, (4, MANY // 4), dtypes[:1]) for name, case in LARGE]
+    for name, case, shape, of in sizes:
+        for backend in backends:
+            check = RouterCheck(name, case, seed, shape)
+            for dtype in of:
+                what = f"{shape[0] * shape[1]} tokens, {case}"
+                yield what, backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+    if "native" in backends and "bfloat16" in dtypes:  # many rows have a kernel of their own in this dtype
+        check = RouterCheck(LARGE[1][0], "random", seed, (4, MANY // 4))
+        yield f"{MANY} tokens, random", "native", "bfloat16", lambda: check.rows("native", "bfloat16")
 
 
 def loss_head(seed: int, dtype: str) -> Iterator[Row]:

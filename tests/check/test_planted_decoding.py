@@ -173,6 +173,54 @@ def test_fused_step(monkeypatch, fault):
     assert red(decoding_rows()) & places
 
 
+def _told(monkeypatch, function: str, place: int, struct: type, **wrong) -> None:
+    """Change what a native function is told, as if it read the field wrongly. `zero` fields only where they are set."""
+    call = library.call
+
+    def changed(name, *arguments):
+        if name == function:
+            pointer = ctypes.cast(arguments[place], ctypes.POINTER(struct))
+            for field, value in wrong.items():
+                if getattr(pointer[0], field):
+                    setattr(pointer[0], field, value)
+        return call(name, *arguments)
+
+    monkeypatch.setattr(library, "call", changed)
+
+
+@needs_native
+@pytest.mark.parametrize(("function", "place", "struct", "field", "value", "kinds"), [
+    ("mh_place", 5, library.CRotation, "neighbours", 0, {"neighbouring pairs"}),
+    ("mh_place", 5, library.CRotation, "norms", 2, {"norm of each head (Qwen3)", "half rotated (GLM-4.5)"}),
+    ("mh_attend", 0, library.CAttention, "cap", 0.0, {"soft cap (Grok-1)"}),
+    ("mh_attend", 0, library.CAttention, "sinks", None, {"sinks, window, YaRN (gpt-oss)"}),
+    ("mh_attend", 0, library.CAttention, "mask", None, None),
+    ("mh_attend", 0, library.CAttention, "scale", 1.0, None),
+])  # fmt: skip
+def test_native_attention_that_reads_a_field_wrongly(monkeypatch, function, place, struct, field, value, kinds):
+    _told(monkeypatch, function, place, struct, **{field: value})
+    rows = attention_rows()
+    assert red(rows) == {"attention to a cache"}
+    native_kinds = {name for name in ATTENTIONS if "without a kernel" not in name}
+    assert scopes(rows) == (native_kinds if kinds is None else kinds)
+
+
+@needs_native
+@pytest.mark.parametrize(("field", "value", "which"), [
+    ("sigmoid", 0, lambda r: r.score == "sigmoid"),
+    ("choice_bias", None, lambda r: r.bias),
+    ("renormalise", 0, lambda r: r.norm_topk_prob and r.num_experts_per_tok > 1),
+    ("best_of_group", 3, lambda r: r.n_group > 1),
+    ("scaling", 1.0, lambda r: r.routed_scaling_factor != 1.0),
+])  # fmt: skip
+def test_native_routing_that_reads_a_field_wrongly(monkeypatch, field, value, which):
+    _told(monkeypatch, "mh_route", 0, library.CRouter, **{field: value})
+    rows = part_rows("routing of few tokens")
+    found = scopes(rows)
+    simple = {n for n, r in ROUTERS.items() if r.select == "topk" and r.eval_capacity_factor is None}
+    assert found and found <= {n for n in simple if which(ROUTERS[n])}
+
+
 def test_a_mask_that_forgets_padding(monkeypatch):
     right = manyhands.nn.decoder.causal_mask
 
