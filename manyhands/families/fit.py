@@ -11,7 +11,7 @@ from manyhands.families.fields import MISSING, Fields
 from manyhands.families.registry import FAMILIES, family_named
 
 _EXPORTED = [name for name in FAMILIES if name not in ("manyhands", "kimi_k2", "kimi_k25", "grok-1")]
-"""Where `nearest` looks: families that transformers loads, each layout once."""
+"""Where `nearest` looks: each layout once. transformers loads all but `deepseek`, which llama.cpp and vLLM do."""
 
 
 def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple[Family, ModelConfig]:
@@ -78,25 +78,34 @@ def misfit(family: Family, config: ModelConfig) -> str | None:
 def nearest(config: ModelConfig) -> Family:
     """The first family that holds the model exactly.
 
-    Raises `ConfigError` with the nearest and why not, and every family that one other value would make fit.
+    Raises `ConfigError` with the nearest and why not, every family that one other value would make fit, and those that
+    two would.
     """
     problems = {name: misfit(FAMILIES[name], config) for name in _EXPORTED}
     for name, problem in problems.items():
         if problem is None:
             return FAMILIES[name]
     best = min(problems, key=lambda name: (problems[name] or "").count(";") + 9 * ("fit" not in (problems[name] or "")))
-    close = [f"{name} with {found}" for name, problem in problems.items() if (found := _one_change(problem or ""))]
-    way = f". One change would do: {'; '.join(close)}" if close else ""
+    changes = {name: _changes(problem or "", config) for name, problem in problems.items()}
+    way = ""
+    for count, said in ((1, "One change would do"), (2, "Two would")):
+        if close := [f"{name} with {' and '.join(found)}" for name, found in changes.items() if len(found) == count]:
+            way += f". {said}: {'; '.join(close[:4])}"
     raise ConfigError(f"no family holds this model exactly; the nearest: {problems[best]}{way}")
 
 
-def _one_change(problem: str) -> str | None:
-    """`field=value` if that alone keeps a model from a family, by the message of `misfit`."""
-    found = re.findall(r"([\w.]+) = [^;]*? here, ([^;]*) there", problem)
-    names = [name for name, _ in found]
-    if "moe.n_shared_experts" in names:  # their width follows from their number
-        found = [pair for pair in found if pair[0] != "moe.shared_expert_intermediate_size"]
-    return f"{found[0][0]}={found[0][1].lower()}" if len(found) == 1 else None
+def _changes(problem: str, config: ModelConfig) -> list[str]:
+    """Every `field=value` that keeps a model from a family, by the message of `misfit`, without those that follow."""
+    found = dict(re.findall(r"([\w.]+) = [^;]*? here, ([^;]*) there", problem))
+    if "moe.n_shared_experts" in found:  # their width follows from their number
+        found.pop("moe.shared_expert_intermediate_size", None)
+    if config.moe is not None and found.get("moe.mlp_only_layers") == "()":  # named as the model has them
+        del found["moe.mlp_only_layers"]
+        found.pop("intermediate_size", None)
+        told = {"first_k_dense_replace": "0", "decoder_sparse_step": "1", "mlp_only_layers": "[]"}
+        usual = {"0": 0, "1": 1, "[]": ()}
+        found |= {f"moe.{n}": v for n, v in told.items() if getattr(config.moe, n) != usual[v]}
+    return [f"{name}={value.lower()}" for name, value in found.items()]
 
 
 def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:

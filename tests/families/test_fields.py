@@ -2,13 +2,15 @@
 
 import copy
 import math
+import re
 from typing import Any
 
 import pytest
 
+from manyhands.config.load import load_preset
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import ConfigError
-from manyhands.families import FAMILIES, UnknownField, canonical, export_config, read_config
+from manyhands.families import FAMILIES, UnknownField, canonical, export_config, misfit, nearest, read_config
 from manyhands.families.harmless import _NEUTRAL
 
 from .published import PUBLISHED, Json
@@ -218,3 +220,25 @@ def test_no_family_at_all(values: Any) -> None:
 def test_a_text_config_that_is_none(inner: Any) -> None:
     with pytest.raises(ConfigError, match="'text_config' is missing or is not an object"):
         read_config({"model_type": "kimi_k25", "text_config": inner}, "config.json")
+
+
+@pytest.mark.parametrize("preset", ["quickstart", "tiny"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        ["model.moe.router.score=softmax"],
+        ["model.moe.router.score=softmax", "model.moe.router.bias=false"],
+        ["model.moe.router.score=softmax", "model.moe.router.bias=false", "model.moe.first_k_dense_replace=0"],
+        ["model.attention.qk_norm=full"],
+        ["model.moe.router.bias=false"],
+        ["model.attention.qk_norm=none", "model.moe.router.score=softmax", "model.moe.n_shared_experts=0"],
+    ],
+)
+def test_what_the_error_says_would_fit_does(preset: str, changed: list[str]) -> None:
+    with pytest.raises(ConfigError, match="no family holds this model exactly") as caught:
+        nearest(load_preset(preset, changed).model)
+    ways = re.findall(r"(\w+) with ((?:\S+=\S+(?: and )?)+)(?=; |\. |$)", str(caught.value))
+    assert ways
+    for family, fields in ways:
+        asked = [f"model.{field}" for field in fields.split(" and ")]
+        assert misfit(FAMILIES[family], load_preset(preset, changed + asked).model) is None, (family, asked)
