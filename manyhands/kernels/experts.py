@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from manyhands.errors import ConfigError
+
 GATED = frozenset({"swiglu", "swiglu_oai", "geglu", "geglu_tanh"})
 SWIGLU_OAI_ALPHA = 1.702
 SWIGLU_OAI_LIMIT = 7.0
@@ -52,8 +54,13 @@ def activate(h: Tensor, activation: str) -> Tensor:
         if activation == "swiglu_oai":  # the gate is clamped from above only
             gate, up = gate.clamp(max=SWIGLU_OAI_LIMIT), up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
             return (up + 1) * gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate)
+        assert activation in ("geglu", "geglu_tanh")
         return F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none") * up
-    return F.gelu(h) if activation == "gelu" else F.relu(h)
+    if activation == "gelu":
+        return F.gelu(h)
+    if activation == "relu":
+        return F.relu(h)
+    raise ConfigError(f"hidden_act = {activation!r}: there is no such activation")
 
 
 class _SwiGLU(torch.autograd.Function):

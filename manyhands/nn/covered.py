@@ -11,6 +11,9 @@ ATTENTION = Coverage(
         "layer_types": (None, "full_attention", "sliding_attention"),
         **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "output_bias")),
         **dict.fromkeys(("sliding_window", "sinks", "attn_logit_softcap", "attention_multiplier")),
+        # these have no meaning with this kind
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+        "latent_norm_eps": None,
     },
     AttentionConfig,
 )

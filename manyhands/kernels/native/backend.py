@@ -14,13 +14,14 @@ from torch import Tensor
 from manyhands.errors import ConfigError
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import ops
-from manyhands.kernels.native.library import level_code
+from manyhands.kernels.native.library import ACTIVATION_CODES, level_code
 from manyhands.kernels.native.views import DTYPES
 
 
 def supports_native(x: Tensor, experts: ExpertWeights) -> bool:
-    """Float32 and bfloat16 on the CPU."""
-    return x.dtype in DTYPES and x.device.type == "cpu" and experts.down.device.type == "cpu"
+    """Float32 and bfloat16 on the CPU, and the activations there are kernels for."""
+    here = x.device.type == "cpu" and experts.down.device.type == "cpu"
+    return here and x.dtype in DTYPES and experts.activation in ACTIVATION_CODES
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,8 +37,9 @@ class Native:
         """[T, D] -> [T, D]."""
         if not supports_native(x_TD, experts):
             raise ConfigError(
-                f"experts_implementation = 'native' takes float32 and bfloat16 on the CPU, not {x_TD.dtype} on "
-                f"{x_TD.device.type}: use 'eager' or 'auto'"
+                f"experts_implementation = 'native' takes float32 and bfloat16 on the CPU with one of "
+                f"{', '.join(ACTIVATION_CODES)}, not {x_TD.dtype} on {x_TD.device.type} with {experts.activation}: "
+                "use 'eager' or 'auto'"
             )
         tensors = (x_TD, ids_TK, weights_TK, kept_TK, *experts[:4])
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
