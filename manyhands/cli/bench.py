@@ -13,8 +13,10 @@ def bench(
         str | None,
         typer.Argument(help="A checkpoint, a run, or a hub name. Default: a random model of 113 M parameters."),
     ] = None,
-    prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 256,
-    new: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 32,
+    prompt: Annotated[
+        int | None, typer.Option(min=1, help="Tokens of the prompt. Default: 256, or what the model has room for.")
+    ] = None,
+    new: Annotated[int | None, typer.Option(min=2, help="Tokens to decode. Default: 32, or a quarter of it.")] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all that are here.")] = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -28,7 +30,7 @@ def bench(
     from manyhands.checkpoint.model import find, load_model
     from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
     from manyhands.errors import ConfigError
-    from manyhands.generate.speed import measure_speed, read_per_token
+    from manyhands.generate.speed import DEFAULT_NEW, DEFAULT_PROMPT, Speed, measure_speed, read_per_token, warm_up
     from manyhands.kernels import BACKENDS, check_name
     from manyhands.kernels.native import missing
     from manyhands.nn import Decoder, init_weights
@@ -38,7 +40,7 @@ def bench(
         config = ModelConfig(
             vocab_size=16384,
             hidden_size=512,
-            max_position_embeddings=prompt + new,
+            max_position_embeddings=(prompt or DEFAULT_PROMPT) + (new or DEFAULT_NEW),
             attention=AttentionConfig(num_attention_heads=8, head_dim=64),
             moe=MoEConfig(router=RouterConfig(num_experts=64, num_experts_per_tok=8), moe_intermediate_size=256),
         )
@@ -46,6 +48,11 @@ def bench(
         init_weights(decoder, seed=0)
     else:
         decoder = load_model(find(model), ignore_fields=ignore_field or ())
+    room = decoder.config.max_position_embeddings
+    if new is None:
+        new = max(2, min(DEFAULT_NEW, room // 4 if prompt is None else room - prompt))
+    if prompt is None:
+        prompt = max(1, min(DEFAULT_PROMPT, room - new))
     if prompt + new > decoder.config.max_position_embeddings:
         raise ConfigError(
             f"--prompt {prompt} and --new {new} do not fit max_position_embeddings = "
@@ -55,16 +62,21 @@ def bench(
     names = [check_name(name) for name in backend or (["auto", *BACKENDS] if decoder.config.moe else ["auto"])]
     bytes_read = read_per_token(decoder)
     roof = here.bandwidth / bytes_read
-    rows = []
+    rows: list[Speed] = []
     for name in names:
         if sys.stderr.isatty() and not json_output:
             print(f"measuring {name} …", file=sys.stderr, flush=True)
+        if not rows:
+            warm_up(decoder, name, prompt, new)
         rows.append(measure_speed(decoder, name, prompt, new))
-    if json_output:
-        found = [asdict(row) | {"share_of_roof": row.decode / roof} for row in rows]
-        print(json.dumps({"bytes_per_token": bytes_read, "read_bandwidth": here.bandwidth, "backends": found}))
-        return
     dtype = str(decoder.embed_tokens.weight.dtype).removeprefix("torch.")
+    if json_output:
+        about = {"model": model, "dtype": dtype, "threads": torch.get_num_threads(), "prompt": prompt, "new": new}
+        units = {"prefill": "tokens/s", "decode": "tokens/s", "read_bandwidth": "bytes/s"}
+        found = [asdict(row) | {"share_of_roof": row.decode / roof} for row in rows]
+        figures = {"bytes_per_token": bytes_read, "read_bandwidth": here.bandwidth, "backends": found, "units": units}
+        print(json.dumps(about | figures))
+        return
     print(f"{model or 'a random model'}, {dtype}, {torch.get_num_threads()} threads, one sequence")
     print(f"{bytes_read / 1e6:,.1f} MB of weights per decoded token at {here.bandwidth / 1e9:.1f} GB/s: ", end="")
     print(f"at most {roof:,.1f} tokens/s")

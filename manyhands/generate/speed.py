@@ -14,6 +14,11 @@ from manyhands.moe.experts import Experts
 from manyhands.moe.packed import RecordExperts
 from manyhands.nn import Decoder
 
+DEFAULT_PROMPT = 256
+DEFAULT_NEW = 32
+_WARM_SECONDS = 1.0
+_ROUND_SECONDS = 0.5  # of one row: a small model's three rounds are over before anything is settled
+
 
 @dataclass(frozen=True, slots=True)
 class Speed:
@@ -38,8 +43,21 @@ def read_per_token(model: Decoder) -> int:
     return int(total)
 
 
-def measure_speed(model: Decoder, backend: str, prompt: int, new: int, rounds: int = 3) -> Speed:
-    """Time `rounds` greedy generations of `new` tokens after a random prompt. Raises what `generate` raises."""
+def warm_up(model: Decoder, backend: str, prompt: int, new: int) -> None:
+    """Generate for a second: threads, clock and pages are slow at first, and whoever is measured first would pay."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < _WARM_SECONDS:
+        measure_speed(model, backend, prompt, new, rounds=1, seconds=0.0)
+
+
+def measure_speed(
+    model: Decoder, backend: str, prompt: int, new: int, rounds: int = 3, seconds: float | None = None
+) -> Speed:
+    """Time `rounds` greedy generations of `new` tokens after a random prompt, and more until `seconds` are over.
+
+    Raises what `generate` raises.
+    """
+    seconds = _ROUND_SECONDS if seconds is None else seconds
     for module in model.modules():
         if isinstance(module, Experts | RecordExperts):
             module.implementation = backend
@@ -47,7 +65,9 @@ def measure_speed(model: Decoder, backend: str, prompt: int, new: int, rounds: i
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
     best_first = best_rest = float("inf")
-    for _ in range(rounds + 1):  # the first warms up
+    began, done = time.perf_counter(), -1  # the first warms up
+    while done < rounds or time.perf_counter() - began < seconds:
+        done += 1
         started = time.perf_counter()
         steps = generate(model, ids, sampling)
         next(steps)

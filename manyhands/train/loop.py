@@ -28,6 +28,7 @@ from manyhands.train.finish import Summary, finish
 from manyhands.train.guard import SpikeGuard, StopSignals
 from manyhands.train.journal import Journal
 from manyhands.train.optim import build_optimizers
+from manyhands.train.ready import check_ready
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
@@ -236,7 +237,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
     """
     directory = RunDirectory(path)
     directory.check_ours()
-    pick_device(run.train.device)
+    check_ready(run)
     with directory.lock(), StopSignals() as signals:
         newest = directory.newest_valid()
         changes: dict[str, Any] = {}
@@ -247,7 +248,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
             before = with_plan(before, newest[1] if newest else None)
             run, changes = go_on(before, run, newest[0] if newest else 0, str(directory.path))
         with Screen(str(path), run.train.max_steps, quiet) as screen:
-            data = prepare_data(directory.data_dir, run, screen.note)
+            with signals.preparing():
+                data = prepare_data(directory.data_dir, run, screen.note)
             directory.clean_partial()  # only now: whatever is wrong with the command was said before
             write_atomic(directory.config_file, dump_run(run))
             now = settings_at(run, newest[0] if newest else 0)
@@ -339,6 +341,8 @@ def _announce(trainer: Trainer) -> None:
         dtype=str(trainer.dtype).removeprefix("torch."),
     )
     trainer.screen.start(record)
+    if moe is None:
+        trainer.screen.note("a dense model: model.moe is not set, so there are no experts")
     if moe is not None and not moe.router.causal_safe:
         trainer.screen.note(
             "warning: this router looks at other tokens, the later ones too; its loss is not a causal "

@@ -9,6 +9,7 @@ from manyhands.checkpoint.model import save
 from manyhands.cli.main import app
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
 from manyhands.errors import ConfigError
+from manyhands.generate import speed
 from manyhands.generate.speed import read_per_token
 from manyhands.nn import Decoder, init_weights
 
@@ -51,3 +52,26 @@ def test_every_backend_is_measured(model):
 def test_what_does_not_fit_is_one_line(model):
     with pytest.raises(ConfigError, match="--prompt 60 and --new 5 do not fit max_position_embeddings = 64"):
         app(["bench", str(model[1]), "--prompt", "60", "--new", "5"], standalone_mode=False)
+
+
+def test_the_defaults_fit_a_short_model_and_the_first_row_is_warm(model, monkeypatch, capsys):
+    """64 positions, 256 + 32 asked for by default. Whatever is slow at the beginning is over before the first row."""
+    calls = []
+    monkeypatch.setattr(speed, "_WARM_SECONDS", 0.02)
+    monkeypatch.setattr(speed, "_ROUND_SECONDS", 0.0)
+    real = speed.generate
+    monkeypatch.setattr(
+        speed, "generate", lambda model, ids, sampling: calls.append(ids.shape[1]) or real(model, ids, sampling)
+    )
+    warm = speed.warm_up
+    counted = []
+    monkeypatch.setattr(speed, "warm_up", lambda *args: (warm(*args), counted.append(len(calls))))
+    app(["bench", str(model[1]), "--backend", "eager", "--json"], standalone_mode=False)
+    assert set(calls) == {48} and counted[0] >= 2 and len(calls) == counted[0] + 4
+
+
+@pytest.mark.parametrize("given", [["--prompt", "60"], ["--new", "50"], ["--prompt", "62"]])
+def test_one_given_length_leaves_room_for_the_other(model, monkeypatch, given):
+    monkeypatch.setattr(speed, "_WARM_SECONDS", 0.0)
+    monkeypatch.setattr(speed, "_ROUND_SECONDS", 0.0)
+    app(["bench", str(model[1]), "--backend", "eager", "--json", *given], standalone_mode=False)

@@ -1,0 +1,50 @@
+"""What can be known of a run before any work is done: whatever is wrong here would else be found after tokenising."""
+
+import importlib.util
+import os
+
+import torch
+
+from manyhands.config import RunConfig
+from manyhands.errors import ConfigError
+from manyhands.kernels import check_name
+from manyhands.nn import Decoder
+from manyhands.text.tokenizer import MIN_VOCAB_SIZE
+from manyhands.train.optim import build_optimizers
+from manyhands.train.state import pick_device
+
+_BYTES_PER_PARAMETER = 12  # weight, gradient, and one moment at least, in float32
+
+
+def check_ready(run: RunConfig) -> None:
+    """Raises `ConfigError` for what this machine or this installation cannot do, naming the field."""
+    if run.train.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("train.device = 'cuda': PyTorch finds no CUDA device here; use cpu, or auto")
+    check_name(run.train.experts_implementation)
+    for tracker in run.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise ConfigError(f"train.trackers: {tracker} is not installed; run: pip install {tracker}")
+    if run.data.tokenizer is None and run.model.vocab_size < MIN_VOCAB_SIZE:
+        raise ConfigError(
+            f"model.vocab_size = {run.model.vocab_size}: a byte-level vocabulary needs {MIN_VOCAB_SIZE} tokens at least"
+        )
+    if run.data.tokenizer is not None and not os.path.exists(os.path.expanduser(run.data.tokenizer)):
+        raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
+    with torch.device("meta"):
+        model = Decoder(run.model, run.train.experts_implementation)
+    build_optimizers(model, run.optim)
+    _check_memory(sum(p.numel() for p in model.parameters()), run.train.device)
+
+
+def _check_memory(parameters: int, device: str) -> None:
+    chosen = pick_device(device)
+    if chosen.type == "cuda":
+        have, where = torch.cuda.get_device_properties(chosen).total_memory, "the GPU"
+    else:
+        have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
+    need = parameters * _BYTES_PER_PARAMETER
+    if need > have:
+        raise ConfigError(
+            f"the model has {parameters / 1e9:,.1f} billion parameters, which need {need / 1e9:,.0f} GB and more to "
+            f"train; {where} has {have / 1e9:,.0f} GB: make model smaller"
+        )
