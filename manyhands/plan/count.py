@@ -39,6 +39,8 @@ class Counts:
     """The input embedding, V·D."""
     by_component: dict[str, int] = field(default_factory=dict)
     """Adds up to `total`."""
+    idle: dict[str, int] = field(default_factory=dict)
+    """By component, what does not work for one token; adds up to `total - active`."""
     buffers: int = 0
     """Numbers that are saved with the model and are no parameters: V3's e_score_correction_bias. In no other count."""
 
@@ -70,6 +72,7 @@ def count_model(config: ModelConfig) -> Counts:
         body=body,
         embedding=embedding,
         by_component={name: count for name, count in components.items() if count},
+        idle={"routed experts": idle} if idle else {},
         buffers=buffers,
     )
 

@@ -69,24 +69,26 @@ def _decoder(s: DecoderShape) -> Counts:
     attention_layers = a.layers or s.num_hidden_layers
     shared, each = _attention(a, D)
     parts["attention"] = attention_layers * (shared + a.num_experts * each)
-    idle = attention_layers * (a.num_experts - a.num_experts_per_tok) * each
+    idle = {"attention": attention_layers * (a.num_experts - a.num_experts_per_tok) * each}
     if s.mamba:
         parts["state space"] = s.mamba.layers * _mamba(s.mamba, D)
     parts["dense feed-forward"] = s.dense_layers * _feed_forward(D, s.intermediate_size, s.gated, s.mlp_bias)
     parts["norms"] = (s.norms_per_layer * s.num_hidden_layers + 1) * D * (2 if s.norm_bias else 1)
     buffers = 0
     if s.moe:
-        idle += _moe(parts, s.moe, D)
+        idle["routed experts"] = _moe(parts, s.moe, D)
         buffers = s.moe.num_experts * s.moe.layers if s.moe.selection_bias else 0
     total = sum(parts.values())
-    body = total - idle - parts["embedding"] - parts["head"]
+    active = total - sum(idle.values())
+    body = active - parts["embedding"] - parts["head"]
     return Counts(
         total=total,
-        active=total - idle,
+        active=active,
         active_without_embedding=body + (embedding if s.tie_word_embeddings else parts["head"]),
         body=body,
         embedding=parts["embedding"],
         by_component={name: count for name, count in parts.items() if count},
+        idle={name: count for name, count in idle.items() if count},
         buffers=buffers,
     )
 
@@ -135,7 +137,9 @@ def _encoder_decoder(s: EncoderDecoderShape) -> Counts:
         parts.update(stack)
         body += active
     # one table of relative positions each for encoder and decoder: looked up, so no part of the active counts
-    parts["attention"] += 2 * s.relative_buckets * s.num_attention_heads
+    tables = 2 * s.relative_buckets * s.num_attention_heads
+    parts["attention"] += tables
+    idle = {"attention": tables, "routed experts": sum(parts.values()) - tables - embedding - head - body}
     return Counts(
         total=sum(parts.values()),
         active=body + embedding + head,
@@ -143,6 +147,7 @@ def _encoder_decoder(s: EncoderDecoderShape) -> Counts:
         body=body,
         embedding=embedding,
         by_component={name: count for name, count in parts.items() if count},
+        idle={name: count for name, count in idle.items() if count},
     )
 
 
@@ -173,10 +178,12 @@ def _lstm(s: LstmShape) -> Counts:
     gates_used = 2 * D * (s.num_groups + s.groups_per_tok * s.num_experts // s.num_groups)
     body = recurrent + s.num_experts_per_tok * expert + gates_used
     parts = {"recurrent": recurrent, "router": gates, "routed experts": s.num_experts * expert}
-    return Counts(sum(parts.values()), body, body, body, embedding=0, by_component=parts)
+    idle = {"router": gates - gates_used, "routed experts": (s.num_experts - s.num_experts_per_tok) * expert}
+    return Counts(sum(parts.values()), body, body, body, embedding=0, by_component=parts, idle=idle)
 
 
 def _experts(s: ExpertsShape) -> Counts:
     layer = s.moe_layers * _feed_forward(s.hidden_size, s.moe_intermediate_size, s.gated)
     total, active = layer * s.num_experts, layer * s.num_experts_per_tok
-    return Counts(total, active, active, active, embedding=0, by_component={"routed experts": total})
+    parts, idle = {"routed experts": total}, {"routed experts": total - active}
+    return Counts(total, active, active, active, embedding=0, by_component=parts, idle=idle)

@@ -3,11 +3,10 @@
 h hit rate, the share of needed expert bytes that is in memory already.
 """
 
-from manyhands.plan.cache import sequence_bytes
 from manyhands.plan.count import Counts
+from manyhands.plan.fit import Need, usable
 from manyhands.plan.machine import Machine
-from manyhands.plan.sizes import Sizes
-from manyhands.plan.storage import Storage, weight_bytes
+from manyhands.plan.storage import Storage
 from manyhands.plan.traffic import StepBytes
 
 HIT_RATES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -25,12 +24,14 @@ def offload_seconds(step: StepBytes, hit: float, memory: float, disk: float, *, 
     return (step.total - missed) / memory + missed / disk
 
 
-def resident_share(
-    machine: Machine, sizes: Sizes, counts: Counts, storage: Storage, batch: int, context: float, kv_bits: float
-) -> float:
+def routed_bytes(counts: Counts, storage: Storage) -> float:
+    """All routed experts of all layers."""
+    return counts.by_component.get("routed experts", 0) * storage.routed / 8
+
+
+def resident_share(machine: Machine, counts: Counts, storage: Storage, need: Need) -> float:
     """The share of the experts that fits beside everything else: under uniform routing, the hit rate."""
-    routed = counts.by_component.get("routed experts", 0) * storage.routed / 8
+    routed = routed_bytes(counts, storage)
     if not routed:
         return 1.0
-    other = weight_bytes(counts, storage) - routed + batch * sequence_bytes(sizes, context, kv_bits)
-    return min(1.0, max(0.0, (machine.all_memory - other) / routed))
+    return min(1.0, max(0.0, (usable(machine) - (need.total - routed)) / routed))

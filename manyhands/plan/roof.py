@@ -6,7 +6,7 @@ devices: a bound, which measured speed is a share of.
 
 from dataclasses import dataclass
 
-from manyhands.plan.compute import forward_flops, prefill_flops
+from manyhands.plan.compute import attention_flops, forward_flops, mean_attention_flops, prefill_flops
 from manyhands.plan.count import Counts
 from manyhands.plan.machine import Machine
 from manyhands.plan.sizes import Sizes
@@ -14,6 +14,7 @@ from manyhands.plan.storage import Storage
 from manyhands.plan.traffic import Load, StepBytes, decode_bytes, prefill_bytes
 
 READ, MATRIX = "read bandwidth", "matrix rate"
+ATTENTION_RATE = "bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,10 +23,15 @@ class Bound:
 
     step: StepBytes
     flops: float
+    attention: float
+    """FLOP of `flops` that are scores and values."""
     read_seconds: float
     compute_seconds: float | None
     """None where the machine's matrix rate is not known."""
     rate: tuple[str, float] | None
+    """(format, FLOP/s) of what multiplies weights."""
+    scores: tuple[str, float] | None
+    """The same of attention."""
 
     @property
     def seconds(self) -> float:
@@ -58,17 +64,27 @@ def decode_bound(
 ) -> Bound:
     """One decoding step of `batch` sequences that see `context` positions each."""
     step = decode_bytes(sizes, counts, storage, batch=batch, context=context, kv_bits=kv_bits, load=load)
-    return _bound(machine, storage, step, batch * forward_flops(sizes, counts, context, latent=True))
+    attention = batch * attention_flops(sizes, context, latent=True)
+    return _bound(machine, storage, step, batch * forward_flops(sizes, counts, context, latent=True), attention)
 
 
 def prefill_bound(
-    machine: Machine, sizes: Sizes, counts: Counts, storage: Storage, length: int, load: Load | None = None
+    machine: Machine,
+    sizes: Sizes,
+    counts: Counts,
+    storage: Storage,
+    length: int,
+    load: Load | None = None,
+    prompts: int = 1,
 ) -> Bound:
-    """A pass over a prompt of `length` tokens: its seconds are the time to the first token."""
-    step = prefill_bytes(sizes, counts, storage, length, load)
-    return _bound(machine, storage, step, prefill_flops(sizes, counts, length))
+    """A pass over `prompts` prompts of `length` tokens each: its seconds are the time to their first tokens."""
+    step = prefill_bytes(sizes, counts, storage, length * prompts, load)
+    attention = prompts * length * mean_attention_flops(sizes, length)
+    return _bound(machine, storage, step, prompts * prefill_flops(sizes, counts, length), attention)
 
 
-def _bound(machine: Machine, storage: Storage, step: StepBytes, flops: float) -> Bound:
-    rate = machine.rate(storage.rate)
-    return Bound(step, flops, step.total / machine.all_bandwidth, flops / rate[1] if rate else None, rate)
+def _bound(machine: Machine, storage: Storage, step: StepBytes, flops: float, attention: float) -> Bound:
+    """Attention multiplies activations with activations, in 16 bits, whatever the weights are held in."""
+    rate, scores = machine.rate(storage.rate), machine.rate(ATTENTION_RATE)
+    seconds = (flops - attention) / rate[1] + attention / scores[1] if rate and scores else None
+    return Bound(step, flops, attention, step.total / machine.all_bandwidth, seconds, rate, scores)

@@ -179,7 +179,8 @@ def _undisclosed(entry: "Entry", include_rumours: bool) -> Subject:
         )
     total = int(rumours["total"].value or 0)
     active = int(rumours["active"].value or 0) if "active" in rumours else total
-    counts = Counts(total, active, active, active, 0, {"routed experts": total})
+    idle = {"routed experts": total - active}
+    counts = Counts(total, active, active, active, 0, {"routed experts": total}, idle)
     sources = "; ".join(f"{what} {figure.printed}: {figure.source}" for what, figure in rumours.items())
     return Subject(entry.name, f"catalogue entry {entry.id}", counts, notes=(f"RUMOUR, never confirmed: {sources}",))
 

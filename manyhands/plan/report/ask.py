@@ -3,11 +3,13 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manyhands.plan.fit import Need, need
 from manyhands.plan.storage import BF16, Storage
 from manyhands.plan.traffic import Load
 
 if TYPE_CHECKING:
     from manyhands.plan.machine import Machine
+    from manyhands.plan.subject import Subject
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,32 @@ class Ask:
     def batches(self) -> list[int]:
         """The batch sizes that are shown."""
         return sorted({1, 8, 64, self.batch})
+
+    def need(self, subject: "Subject", storage: Storage | None = None, batch: int | None = None) -> Need:
+        """What must be in memory at once, by default in the format and for the batch that are asked about."""
+        return need(
+            subject.counts,
+            subject.config,
+            subject.sizes,
+            storage or self.storage,
+            batch=batch or self.batch,
+            context=self.context,
+            prompt=self.prompt_length,
+            kv_bits=self.kv_bits,
+        )
+
+    def passes(self, subject: "Subject", prompts: int) -> Need:
+        """What must be in memory while `prompts` prompts are read together."""
+        return need(
+            subject.counts,
+            subject.config,
+            subject.sizes,
+            self.storage,
+            batch=prompts,
+            context=self.prompt_length,
+            prompt=prompts * self.prompt_length,
+            kv_bits=self.kv_bits,
+        )
 
     @property
     def prompt_length(self) -> int:

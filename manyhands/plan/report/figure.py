@@ -41,7 +41,15 @@ class Figure:
         return found | ({"note": self.note} if self.note else {})
 
 
-Cell = Figure | str
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """Yes or no: a boolean for programs, words for people."""
+
+    value: bool
+    shown: str
+
+
+Cell = Figure | Truth | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Table:
         """One object per row."""
         return [
             {
-                name: cell.to_dict() if isinstance(cell, Figure) else cell
+                name: cell.to_dict() if isinstance(cell, Figure) else cell.value if isinstance(cell, Truth) else cell
                 for name, cell in zip(self.columns, row, strict=True)
             }
             for row in self.rows

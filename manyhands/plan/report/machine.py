@@ -1,15 +1,15 @@
 """Sections that need a machine or a price: speed, experts on disk, money, training."""
 
 from manyhands.plan.compute import training_flops
+from manyhands.plan.fit import shown_share, usable
 from manyhands.plan.machine import Machine
-from manyhands.plan.offload import HIT_RATES, offload_seconds, resident_share
+from manyhands.plan.offload import HIT_RATES, offload_seconds, resident_share, routed_bytes
 from manyhands.plan.price import device_hours, price_per_million, utilisation
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
 from manyhands.plan.report.units import show
 from manyhands.plan.roof import Bound, decode_bound, prefill_bound
-from manyhands.plan.storage import weight_bytes
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes
 
@@ -20,6 +20,10 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
     assert sizes is not None
     rows: list[tuple[Cell, ...]] = []
     for batch in ask.batches:
+        if (too_much := _too_much(subject, ask, machine, batch)) is not None:
+            nothing = Figure("tokens/s", None, "tok/s"), Figure("each sequence", None, "tok/s")
+            rows.append((f"decode, batch {batch}", *nothing, too_much))
+            continue
         bound = _decode(subject, ask, machine, batch)
         rows.append(
             (
@@ -36,13 +40,14 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
             )
         )
     bound = prefill_bound(machine, sizes, counts, ask.storage, ask.prompt_length, ask.load)
-    known, work = bound.rate is not None, _working(bound, machine)
+    too_much = _too_much(subject, ask, machine, 1)
+    known, work = bound.rate is not None and too_much is None, _working(bound, machine)
     rows.append(
         (
             f"prefill, {short(ask.prompt_length)}",
             Figure("tokens/s", bound.tokens_per_second if known else None, "tok/s", f.ROOF, work),
             Figure("first token", bound.seconds if known else None, "s", f.ROOF, work),
-            bound.limit if known else "matrix rate unknown",
+            bound.limit if known else too_much or "matrix rate unknown",
         )
     )
     rates = ", ".join(f"{name} {show(rate, 'FLOP/s')}" for name, rate in machine.rates.items()) or "matrix rate unknown"
@@ -53,9 +58,13 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
         f"an upper bound: weights in {ask.storage.name}, {short(ask.context)} context, nothing lost"
         + (" to communication" if machine.devices > 1 else ""),
     ]
-    weights = weight_bytes(counts, ask.storage)
-    if weights > machine.all_memory:
-        notes.append(f"but the weights ({show(weights, 'B')}) do not fit its {show(machine.all_memory, 'B')}")
+    need = ask.need(subject, batch=max(ask.batches))
+    if not need.fits(machine):
+        notes.append(
+            f"no speed for what does not fit: batch {max(ask.batches)} needs {show(need.weights, 'B')} of weights, "
+            f"{show(need.cache, 'B')} of cache and {show(need.working, 'B')} of working memory; "
+            f"{show(usable(machine), 'B')} can be used"
+        )
     columns = (f"on {machine.name}", "all", "each / first", "limited by")
     return Section("speed", "Best speed", (), Table(columns, tuple(rows)), notes)
 
@@ -74,35 +83,54 @@ def _decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:
     )
 
 
+def _too_much(subject: Subject, ask: Ask, machine: Machine, batch: int) -> str | None:
+    """Why there is no speed: the batch does not fit. None: it fits."""
+    need = ask.need(subject, batch=batch)
+    return None if need.fits(machine) else f"does not fit: {shown_share(need.share(machine))}"
+
+
 def _working(bound: Bound, machine: Machine) -> str:
     read = f"{bound.step.total:,.0f} B / {show(machine.all_bandwidth, 'B/s')} = {show(bound.read_seconds, 's')}"
     if bound.rate is None:
         return f"{read}; matrix rate unknown"
-    arithmetic = f"{bound.flops:,.0f} FLOP / {show(bound.rate[1], 'FLOP/s')} = {show(bound.compute_seconds, 's')}"
+    weights = f"{bound.flops - bound.attention:,.0f} FLOP / {show(bound.rate[1], 'FLOP/s')}"
+    scores = f"{bound.attention:,.0f} FLOP of attention / {show(bound.scores[1] if bound.scores else None, 'FLOP/s')}"
+    arithmetic = f"{weights} + {scores} = {show(bound.compute_seconds, 's')}"
     return f"{bound.step.tokens} tokens / max({read}, {arithmetic})"
 
 
 def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
-    """Tokens per second at batch 1 against the hit rate of an expert cache."""
+    """Tokens per second of the batch that is asked about, against the hit rate of an expert cache."""
     counts, sizes, disk = subject.counts, subject.sizes, machine.disk
     assert sizes is not None and disk is not None
-    step = decode_bytes(sizes, counts, ask.storage, context=ask.context, kv_bits=ask.kv_bits)
+    step = decode_bytes(
+        sizes, counts, ask.storage, batch=ask.batch, context=ask.context, kv_bits=ask.kv_bits, load=ask.load
+    )
+    need = ask.need(subject)
+    share = resident_share(machine, counts, ask.storage, need)
+    floor = need.total - routed_bytes(counts, ask.storage)
+    held = floor <= usable(machine)
     rows: list[tuple[Cell, ...]] = []
     for hit in HIT_RATES:
         slow = offload_seconds(step, hit, machine.all_bandwidth, disk)
         fast = offload_seconds(step, hit, machine.all_bandwidth, disk, overlap=True)
         missed = (1 - hit) * step.experts
         memory = show(machine.all_bandwidth, "B/s")
-        work = f"1 / ({step.total - missed:,.0f} / {memory} + {missed:,.0f} / {show(disk, 'B/s')})"
+        work = f"{ask.batch} / ({step.total - missed:,.0f} / {memory} + {missed:,.0f} / {show(disk, 'B/s')})"
         rows.append(
             (
                 f"{hit:.0%}",
                 Figure("read from disk", missed, "B", f.OFFLOAD, f"(1 - {hit:g})·{step.experts:,.0f}"),
-                Figure("one after the other", 1 / slow, "tok/s", f.OFFLOAD, work),
-                Figure("all overlapped", 1 / fast, "tok/s", f.OVERLAP, f"1 / {fast:.4g} s"),
+                Figure("one after the other", ask.batch / slow if held else None, "tok/s", f.OFFLOAD, work),
+                Figure(
+                    "all overlapped",
+                    ask.batch / fast if held else None,
+                    "tok/s",
+                    f.OVERLAP,
+                    f"{ask.batch} / {fast:.4g} s",
+                ),
             )
         )
-    share = resident_share(machine, sizes, counts, ask.storage, ask.batch, ask.context, ask.kv_bits)
     figures = [
         Figure("experts that fit in memory", share, "share", f.RESIDENT, "", "the hit rate, were routing uniform"),
         Figure(
@@ -110,7 +138,12 @@ def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
         ),
     ]
     columns = ("hit rate", "from disk", "in turn", "overlapped")
-    notes = [f"one sequence, {short(ask.context)} context, weights in {ask.storage.name} on {machine.title}"]
+    many = "one sequence" if ask.batch == 1 else f"{ask.batch} sequences in step, all together"
+    notes = [f"{many}, {short(ask.context)} context, weights in {ask.storage.name} on {machine.title}"]
+    if not held:
+        notes.append(
+            f"no speed: without experts {show(floor, 'B')} are needed, and {show(usable(machine), 'B')} can be used"
+        )
     return Section("offload", "Experts on disk", figures, Table(columns, tuple(rows)), notes)
 
 
@@ -118,20 +151,42 @@ def money(subject: Subject, ask: Ask, machine: Machine, price: float) -> Section
     """What a million tokens cost on a machine that is never idle."""
     hourly = price * machine.devices
     figures: list[Figure] = []
+    left_out = []
     for batch in ask.batches:
+        if (too_much := _too_much(subject, ask, machine, batch)) is not None:
+            left_out.append(f"batch {batch} has no price: {too_much}")
+            figures.append(Figure(f"10^6 tokens out, batch {batch}", None, "USD", f.PRICE))
+            continue
         rate = _decode(subject, ask, machine, batch).tokens_per_second
         work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
         value = price_per_million(hourly, rate)
         figures.append(Figure(f"10^6 tokens out, batch {batch}", value, "USD", f.PRICE, work))
     assert subject.sizes is not None
-    bound = prefill_bound(machine, subject.sizes, subject.counts, ask.storage, ask.prompt_length, ask.load)
-    if bound.rate is not None:
-        rate = bound.tokens_per_second
-        work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
-        label = f"10^6 tokens in, prompts of {short(ask.prompt_length)}"
-        figures.append(Figure(label, price_per_million(hourly, rate), "USD", f.PRICE, work))
-    notes = [f"at {hourly:g} USD per hour ({machine.devices} x {price:g}) and the best speed above: a lower bound"]
-    return Section("price", "Price of a million tokens", figures, notes=notes)
+    length, together = ask.prompt_length, prompts_together(subject, ask, machine)
+    for prompts in sorted({1, together}) if together else ():
+        bound = prefill_bound(machine, subject.sizes, subject.counts, ask.storage, length, ask.load, prompts=prompts)
+        if bound.rate is not None:
+            rate = bound.tokens_per_second
+            work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
+            label = f"10^6 tokens in, {prompts} x {short(length)}"
+            figures.append(Figure(label, price_per_million(hourly, rate), "USD", f.PRICE, work))
+    notes = [
+        f"at {hourly:g} USD per hour ({machine.devices} x {price:g}), never idle, at best speed: a lower bound",
+        f"in: so many prompts in one pass; they are read together up to {TOGETHER:,} tokens, as far as they fit",
+    ]
+    return Section("price", "Price of a million tokens", figures, notes=notes + left_out)
+
+
+TOGETHER = 16384
+"""Tokens of prompts that share a pass: where arithmetic, not reading weights, is what a pass costs."""
+
+
+def prompts_together(subject: Subject, ask: Ask, machine: Machine) -> int:
+    """Prompts in one pass: up to `TOGETHER` tokens that fit; 0 if not even one does."""
+    prompts = max(1, TOGETHER // ask.prompt_length)
+    while prompts and not ask.passes(subject, prompts).fits(machine):
+        prompts //= 2
+    return prompts
 
 
 def training(subject: Subject, ask: Ask) -> Section:

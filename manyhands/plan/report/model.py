@@ -3,10 +3,11 @@
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import attention_flops, forward_flops, mean_attention_flops, training_flops
 from manyhands.plan.count import Counts
+from manyhands.plan.fit import RESERVE, activation_bits, shown_share, usable
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, contexts, short
-from manyhands.plan.report.figure import Cell, Figure, Section, Table
-from manyhands.plan.sizes import Sizes
+from manyhands.plan.report.figure import Cell, Figure, Section, Table, Truth
+from manyhands.plan.report.units import show
 from manyhands.plan.storage import BF16, INT4, INT8, Storage, weight_bytes
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes, expert_bytes
@@ -16,7 +17,7 @@ from manyhands.plan.working import working_bytes
 def parameters(subject: Subject) -> Section:
     """How many there are, by component, and how many work."""
     counts, sizes = subject.counts, subject.sizes
-    active = _active_by_component(counts, sizes)
+    active = {name: count - counts.idle.get(name, 0) for name, count in counts.by_component.items()}
     rows = tuple(
         (
             name,
@@ -54,13 +55,6 @@ def parameters(subject: Subject) -> Section:
 
 def _layers(count: int) -> str:
     return "in 1 layer" if count == 1 else f"in {count} layers"
-
-
-def _active_by_component(counts: Counts, sizes: Sizes | None) -> dict[str, int]:
-    active = dict(counts.by_component)
-    if "routed experts" in active:
-        active["routed experts"] -= counts.total - counts.active
-    return active
 
 
 def compute(subject: Subject, ask: Ask) -> Section:
@@ -126,8 +120,9 @@ def memory(subject: Subject, ask: Ask) -> Section:
         row: list[Cell] = [name, storage.shown(), Figure("weights", weights, "B", f.WEIGHTS, _classes(counts, storage))]
         row.append(Figure("with cache", weights + caches, "B", f.WEIGHTS, f"{weights:,.0f} + {caches:,.0f} (cache)"))
         if machine is not None:
-            fits = weights + caches <= machine.all_memory
-            row.append("yes" if fits else f"no: {(weights + caches) / machine.all_memory:.3g}x")
+            needed = ask.need(subject, storage)
+            fits = needed.fits(machine)
+            row.append(Truth(fits, "yes" if fits else f"no: {shown_share(needed.share(machine))}"))
         rows.append(tuple(row))
     columns = ["format", "bits", "weights", "with cache"]
     notes = ["bits per weight, scales included: routed experts / other matrices / embedding and head / rest"]
@@ -135,12 +130,15 @@ def memory(subject: Subject, ask: Ask) -> Section:
         notes.append(f"cache: {ask.batch} x {short(ask.context)} tokens at {ask.kv_bits:g} bits")
     if machine is not None:
         columns.append("fits")
-        notes.append(f"fits: in the {Figure('', machine.all_memory, 'B').shown} of {machine.title}")
+        notes.append(
+            f"fits: with working memory, in {show(usable(machine), 'B')}: {machine.title}, less {RESERVE:.0%} for "
+            "driver and runtime" + (", split evenly" if machine.devices > 1 else "")
+        )
     if subject.native is not None and subject.native.note.lower() not in ("", subject.native.name):
         notes.append(f"native: {subject.native.note}")
     figures = [Figure("files on disk", subject.file_bytes, "B")] if subject.file_bytes else []
     if subject.config is not None:
-        bits = min(32.0, max(16.0, ask.storage.linear))
+        bits = activation_bits(ask.storage)
         working = working_bytes(subject.config, ask.prompt_length, bits)
         label = f"working memory, prompt of {short(ask.prompt_length)}"
         note = "an estimate of this package's own engine"

@@ -58,7 +58,7 @@ def _figures(figures: Sequence[Figure], width: int) -> Iterator[str]:
 def _table(table: Table) -> Iterator[str]:
     rows = [[_shown(cell) for cell in row] for row in table.rows]
     widths = [max(len(row[i]) for row in [list(table.columns), *rows]) for i in range(len(table.columns))]
-    text = [all(isinstance(row[i], str) for row in table.rows) for i in range(len(table.columns))]
+    text = [all(not isinstance(row[i], Figure) for row in table.rows) for i in range(len(table.columns))]
     for row in ([*table.columns], *rows):
         cells = (
             cell.ljust(w) if is_text else cell.rjust(w) for cell, w, is_text in zip(row, widths, text, strict=True)
@@ -67,7 +67,7 @@ def _table(table: Table) -> Iterator[str]:
 
 
 def _shown(cell: Cell) -> str:
-    return cell.shown if isinstance(cell, Figure) else cell
+    return cell if isinstance(cell, str) else cell.shown
 
 
 def wrapped(text: str, width: int, indent: str = "  ") -> list[str]:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 from manyhands.plan.report import model
 from manyhands.plan.report.ask import Ask
 from manyhands.plan.report.figure import Section
-from manyhands.plan.storage import weight_bytes
 from manyhands.plan.subject import Subject
 
 if TYPE_CHECKING:
@@ -45,7 +44,7 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
 
     assert subject.sizes is not None
     sections = [speed(subject, ask, machine)]
-    fits = weight_bytes(subject.counts, ask.storage) <= machine.all_memory
+    fits = ask.need(subject).fits(machine)
     if subject.sizes.num_experts and machine.disk and not (fits and machine.devices > 1):
         sections.append(offload(subject, ask, machine))
     if ask.price is not None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import forward_flops, training_flops
+from manyhands.plan.fit import shown_share
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Formula, Section, Table
@@ -115,8 +116,10 @@ def _on_machine(a: Side, b: Side) -> list[Section]:
     rows.append((f"prefill, {short(a[1].prompt_length)}", "tok/s", f.ROOF, _prefill))
     notes = [f"an upper bound on {machine.title}, at {short(a[1].context)} context"]
     for subject, ask in (a, b):
-        if (weights := weight_bytes(subject.counts, ask.storage)) > machine.all_memory:
-            notes.append(f"{subject.name} does not fit: {weights / machine.all_memory:.3g} times its memory")
+        need = ask.need(subject)
+        if not need.fits(machine):
+            much = shown_share(need.share(machine))
+            notes.append(f"{subject.name} does not fit: it needs {much} what can be used of the memory")
     return [_section("speed", "Best speed, all sequences", (a, b), rows, notes)]
 
 
@@ -138,7 +141,7 @@ def _read(context: int, batch: int) -> Measure:
 
 def _decode(batch: int) -> Measure:
     def measure(s: Subject, q: Ask) -> float | None:
-        if q.machine is None:
+        if q.machine is None or not q.need(s, batch=batch).fits(q.machine):
             return None
         bound = decode_bound(
             q.machine, _sizes(s), s.counts, q.storage, batch=batch, context=q.context, kv_bits=q.kv_bits
@@ -149,7 +152,7 @@ def _decode(batch: int) -> Measure:
 
 
 def _prefill(s: Subject, q: Ask) -> float | None:
-    if q.machine is None:
+    if q.machine is None or not q.need(s, batch=1).fits(q.machine):
         return None
     bound = prefill_bound(q.machine, _sizes(s), s.counts, q.storage, q.prompt_length)
     return bound.tokens_per_second if bound.rate is not None else None
