@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from manyhands.kernels.experts import GATED, ExpertWeights
-from manyhands.kernels.native import library, views
+from manyhands.kernels.native import boundary, library, views
 from manyhands.kernels.native.library import CExperts, CGradients, CRows, CStacked
 from manyhands.quant import Layout
 
@@ -32,6 +32,7 @@ class Experts:
     @classmethod
     def from_records(cls, records: Tensor, layout: Layout) -> "Experts":
         """[E, record_bytes] uint8."""
+        boundary.check_records(records, layout)
         up = layout.matrices[0]
         packed = views.experts(records, layout)
         return cls(packed, None, records, records.shape[0], up.parts * up.outputs, up.inputs, up.outputs)
@@ -39,6 +40,7 @@ class Experts:
     @classmethod
     def from_weights(cls, weights: ExpertWeights, dtype: torch.dtype) -> "Experts":
         """Stacked weights, to be multiplied in `dtype`."""
+        boundary.check_stacked(weights)
         E, D, F = weights.down.shape
         stacked, alive = views.stacked(weights, dtype)
         return cls(None, stacked, alive, E, (2 if weights.activation in GATED else 1) * F, D, F)
@@ -59,6 +61,7 @@ def forward(
     x_TD: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, experts: Experts, save: bool, level: int, threads: int
 ) -> tuple[Tensor, Tensor]:
     """y [T, D] in x's dtype, and hidden [N, H] or [0, H]."""
+    boundary.check_routed(x_TD, ids, weights, kept, experts.D)
     x = views.unit_stride(x_TD)
     y = torch.empty(x.shape, dtype=x.dtype)
     hidden = torch.empty(ids.numel() if save else 0, experts.hidden_width)
@@ -81,6 +84,8 @@ def backward(
     wanted: list[bool], level: int, threads: int,
 ) -> list[Tensor]:  # fmt: skip
     """dx in x's dtype; the gradients of weights, up, down, up_bias, down_bias in float32; empty where not wanted."""
+    boundary.check_routed(x_TD, ids, weights, kept, experts.D)
+    boundary.check_backward(dy_TD, x_TD, hidden, ids.numel(), experts.hidden_width, len(wanted), 6)
     x, dy = views.unit_stride(x_TD), views.unit_stride(dy_TD)
     E, rows, D, F = experts.num_experts, experts.up_rows, experts.D, experts.F
     shapes = (ids.shape, (E, rows, D), (E, D, F), (E, rows), (E, D))
@@ -105,6 +110,8 @@ def backward(
 
 def linear(x_NK: Tensor, record: Tensor, layout: Layout, level: int, threads: int) -> Tensor:
     """[N, K] -> [N, outputs] in x's dtype."""
+    boundary.check_records(record, layout)
+    boundary.check("x", x_NK, (-1, layout.matrices[0].inputs), boundary.FLOATS)
     x = views.unit_stride(x_NK)
     y = torch.empty(x.shape[0], layout.matrices[0].outputs, dtype=x.dtype)
     weights = byref(views.linear(record, layout))

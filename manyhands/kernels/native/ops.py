@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.errors import ConfigError
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import calls
 from manyhands.quant import Layout, expert_layout, linear_layout
@@ -43,6 +44,8 @@ def sizes_of(layout: Layout) -> list[int]:
 
 @lru_cache(maxsize=1024)
 def _layout(sizes: tuple[int, ...], activation: str | None) -> Layout:
+    if len(sizes) != 6 or not 0 <= sizes[2] < len(FORMATS) or min(sizes) < 0:
+        raise ConfigError(f"native kernels: {sizes} are not the sizes of a packed layout")
     outputs, inputs, format, group, gated, bias = sizes
     if activation is None:
         return linear_layout(outputs, inputs, FORMATS[format], group, bias=bool(bias))

@@ -5,7 +5,7 @@ from ctypes import byref
 from torch import Tensor
 
 from manyhands.kernels.experts import GATED, ExpertWeights
-from manyhands.kernels.native import library, views
+from manyhands.kernels.native import boundary, library, views
 from manyhands.quant import PackedExperts, expert_layout
 from manyhands.quant.packed import empty_records
 from manyhands.quant.record import Format
@@ -13,6 +13,7 @@ from manyhands.quant.record import Format
 
 def pack_floats(experts: ExpertWeights, format: Format, threads: int = 0) -> PackedExperts:
     """`quant.pack_experts` for `float32` and `bf16`."""
+    boundary.check_stacked(experts)
     E, D, F = experts.down.shape
     gated, bias = experts.activation in GATED, experts.up_bias is not None
     layout = expert_layout(D, F, experts.activation, format, gated=gated, bias=bias)
