@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from manyhands.check.report import CheckReport, Row
+from manyhands.terminal import shown
 
 MAX_FAILURES = 12
 WIDTH = 38
@@ -17,7 +18,7 @@ def render(report: CheckReport, console: Console) -> None:
 
     def line(text: str, style: str = "") -> None:
         wrapped = text if text[:1] in ("", " ") else fill(text, 80, subsequent_indent="    ", break_long_words=False)
-        console.print(escape(wrapped), style=style, soft_wrap=True, highlight=False)
+        console.print(escape(shown(wrapped)), style=style, soft_wrap=True, highlight=False)
 
     line("largest error against the float64 oracle (0 where it must be exact)")
     line(f"{'':{WIDTH}} {'float32':>10} {'bfloat16':>10} {'compared':>9}")

@@ -35,6 +35,7 @@ def bench(
     from manyhands.kernels.native import missing
     from manyhands.nn import Decoder, init_weights
     from manyhands.plan.remember import measured
+    from manyhands.terminal import shown
 
     if model is None:
         config = ModelConfig(
@@ -77,7 +78,7 @@ def bench(
         figures = {"bytes_per_token": bytes_read, "read_bandwidth": here.bandwidth, "backends": found, "units": units}
         print(json.dumps(about | figures))
         return
-    print(f"{model or 'a random model'}, {dtype}, {torch.get_num_threads()} threads, one sequence")
+    print(f"{shown(model or 'a random model')}, {dtype}, {torch.get_num_threads()} threads, one sequence")
     print(f"{bytes_read / 1e6:,.1f} MB of weights per decoded token at {here.bandwidth / 1e9:.1f} GB/s: ", end="")
     print(f"at most {roof:,.1f} tokens/s")
     print(f"  {'experts':12} {'prefill ' + str(prompt):>16} {'decode':>14} {'of the roof':>12}")

@@ -41,7 +41,13 @@ def check(
     from manyhands.check import render, run_check
 
     errors = Console(stderr=True)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=errors, transient=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=errors,
+        transient=True,
+    )
     with bar:
         task = bar.add_task("", total=None)
         report = run_check(

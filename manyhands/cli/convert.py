@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.terminal import shown
 
 
 def convert(
@@ -42,7 +43,12 @@ def convert(
     from manyhands.checkpoint.convert import RECEIPT
     from manyhands.checkpoint.convert import convert as run
 
-    columns = (TextColumn("{task.fields[tensor]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.fields[tensor]}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("tensors", total=None, tensor="")
         receipt = run(
@@ -55,14 +61,14 @@ def convert(
             agreement=agreement,
             overwrite=overwrite,
             ignore_fields=ignore_field or (),
-            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
+            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=shown(name[-50:])),
         )
     if json_output:
         print(json.dumps(receipt))
         return
     source_type, target_type = receipt["source"]["model_type"], receipt["target"]["model_type"]
-    print(f"{source_type} -> {target_type}: {len(receipt['source_tensors'])} tensors read, ", end="")
-    print(f"{len(receipt['target_tensors'])} written to {target}")
+    print(f"{shown(source_type)} -> {target_type}: {len(receipt['source_tensors'])} tensors read, ", end="")
+    print(f"{len(receipt['target_tensors'])} written to {shown(target)}")
     counts: dict[str, int] = {}
     for fate in receipt["source_tensors"].values():
         counts[fate["how"]] = counts.get(fate["how"], 0) + 1
@@ -76,5 +82,5 @@ def convert(
             + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
         )
     if receipt["notes"]:
-        print(receipt["notes"])
-    print(f"what became of every tensor: {Path(target) / RECEIPT}")
+        print(shown(receipt["notes"]))
+    print(f"what became of every tensor: {shown(Path(target) / RECEIPT)}")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyhands import terminal
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -124,7 +125,7 @@ def plan(
         draw(plot, subjects, asks)
     _print(subjects, asks, sections, explain=explain, json_output=json_output, hint=machine is None)
     if plot is not None and not json_output:
-        print(f"\ndrawn: {plot}")
+        print(f"\ndrawn: {terminal.shown(plot)}")
 
 
 def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
@@ -217,9 +218,9 @@ def _print(
 
     width, bold = min(shutil.get_terminal_size((100, 24)).columns, 120), sys.stdout.isatty()
     for subject in subjects:
-        print(f"{subject.name}: {subject.origin}")
+        print(f"{terminal.shown(subject.name)}: {terminal.shown(subject.origin)}")
         for note in subject.notes:
-            print("\n".join(wrapped(f"note: {note}", width)))
+            print("\n".join(wrapped(f"note: {terminal.shown(note)}", width)))
     print()
     print(render(sections, width, explain=explain, bold=bold))
     if hint and asks[0].machine is None and subjects[0].sizes is not None:

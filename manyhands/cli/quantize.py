@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from manyhands import terminal
 from manyhands.cli.options import IgnoreField
 from manyhands.errors import DataError
 
@@ -75,7 +76,12 @@ def quantize(
 
     source = open_source(find(model), ignore_field or ())
     sample = _sample(source, documents, data or [], max_batches)
-    columns = (TextColumn("{task.fields[tensor]}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.fields[tensor]}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("tensors", total=None, tensor="")
         receipt = run(
@@ -84,7 +90,9 @@ def quantize(
             packed,
             sample,
             overwrite=overwrite,
-            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=name[-50:]),
+            progress=lambda name, done, total: bar.update(
+                task, completed=done, total=total, tensor=terminal.shown(name[-50:])
+            ),
         )
     if json_output:
         import json
@@ -145,7 +153,7 @@ def _encode(documents: "list[Document]", tokenizer: "Tokenizer", enough: int) ->
 def _print(receipt: dict[str, Any], target: Path) -> None:
     packed = receipt["target"]["packed"]
     formats = ", ".join(f"{name} {packed[name]['format']}" for name in ("experts", "linear") if packed[name])
-    print(f"{receipt['source']['model_type']} -> {target}: {formats}")
+    print(f"{terminal.shown(receipt['source']['model_type'])} -> {terminal.shown(target)}: {formats}")
     print(f"  {'':10} {'weights':>16} {'bits each':>9} {'MB before':>10} {'MB after':>10}  stored as")
     classes = receipt["classes"]
     for name, found in classes.items():
@@ -157,12 +165,12 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
     before, after = (sum(found[f"bytes_{when}"] for found in classes.values()) / 1e6 for when in ("before", "after"))
     print(f"  {'together':10} {'':>16} {'':>9} {before:>10.1f} {after:>10.1f}")
     if calibration := receipt["calibration"]:
-        print(f"calibrated on {calibration['tokens']:,} tokens of {calibration['text']}")
+        print(f"calibrated on {calibration['tokens']:,} tokens of {terminal.shown(calibration['text'])}")
         for layer, few in calibration["weighed_by_all_tokens"].items():
             shown = ", ".join(map(str, few[:12])) + (", …" if len(few) > 12 else "")
             print(f"  layer {layer}: experts {shown} saw fewer than {calibration['fewer_than']}; weighed by all tokens")
     if receipt["notes"]:
-        print(receipt["notes"])
+        print(terminal.shown(receipt["notes"]))
     found = receipt["routing_agreement"]
     if found["overall"] is not None:
         worst = min(found["layers"], key=found["layers"].get)
@@ -171,8 +179,11 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
             f"{found['layers'][worst]:.2%}), on {found['tokens']:,} tokens of {found['on']}"
         )
     if found := receipt["perplexity"]:
-        print(f"perplexity {found['before']:.3f} -> {found['after']:.3f} ({found['change']:+.2%}) on {found['text']}")
-    print(f"what became of every tensor: {target / 'receipt.json'}")
+        print(
+            f"perplexity {found['before']:.3f} -> {found['after']:.3f} ({found['change']:+.2%}) "
+            f"on {terminal.shown(found['text'])}"
+        )
+    print(f"what became of every tensor: {terminal.shown(target / 'receipt.json')}")
 
 
 MORE = {"int4": "int8", "int8": "bf16"}

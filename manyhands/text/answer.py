@@ -79,13 +79,14 @@ class Answer:
             if to:
                 calls[to] = calls.get(to, "") + text
         message: dict[str, Any] = {"role": "assistant", "content": said}
-        if thought:
-            message["thinking"] = thought
-        if calls:
+        if (
+            calls
+        ):  # thoughts before a call are read again; those before a last word never, and some templates mix them up
             called = [{"name": to.removeprefix("functions."), "arguments": _json(text)} for to, text in calls.items()]
             message["tool_calls"] = [{"type": "function", "function": call} for call in called]
-            if thought:
-                del message["content"]  # a call has a thought or a word in front, not both
+            if thought:  # a call has a thought or a word in front, not both
+                message["thinking"] = thought
+                del message["content"]
         return message
 
     def _keep(self, text: str) -> str:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from manyhands.terminal import shown
 from manyhands.trace.format import compact, duration, number
 from manyhands.trace.strip import strip
 
@@ -140,7 +141,7 @@ class Screen:
     @_harmless
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(Text(text), soft_wrap=True)
+        self._console.print(Text(shown(text)), soft_wrap=True)
 
     @_harmless
     def set_max_steps(self, max_steps: int) -> None:
@@ -155,7 +156,7 @@ class Screen:
     @_harmless
     def _open(self) -> None:
         if self._live is None:
-            self._console.print(self._title)
+            self._console.print(shown(self._title))
         else:
             self._live.start()
 
@@ -208,7 +209,7 @@ class Screen:
     def _view(self) -> RenderableType:
         step = self._last["step"] if self._last else 0
         self._progress.update(self._task, completed=step, left=self._left())
-        head = Text(self._title, "bold", no_wrap=True, overflow="ellipsis")
+        head = Text(shown(self._title), "bold", no_wrap=True, overflow="ellipsis")
         if self._about:
             head.append(f"{self._dot}{self._about}", "not bold dim")
         lines: list[RenderableType] = [head, self._progress.get_renderable()]

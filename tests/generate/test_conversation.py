@@ -173,7 +173,7 @@ def test_a_model_that_answers_in_channels_has_a_second_turn(make, chatty, monkey
 
     monkeypatch.setattr(conversation, "generate", scripted)
     list(talk.ask("hello"))
-    assert talk.messages[-1] == {"role": "assistant", "content": "Hi!", "thinking": "x"}
+    assert talk.messages[-1] == {"role": "assistant", "content": "Hi!"}
     list(talk.ask("again"))
     text = chatty.render_chat(talk.messages[:3])
     assert "<|start|>assistant<|channel|>final<|message|>Hi!<|end|>" in text and "analysis" not in text

@@ -15,7 +15,7 @@ CASES = {
         "<|channel|>analysis<|message|>x < y<|end|><|start|>assistant<|channel|>final<|message|>Hi <|you|>!",
         "x < y",
         "Hi <|you|>!",
-        {"content": "Hi <|you|>!", "thinking": "x < y"},
+        {"content": "Hi <|you|>!"},
     ),
     "a call": (
         CHANNELS,
