@@ -1,7 +1,7 @@
 """The whole check: the model in every case, backend, dtype and mode, then everything else by itself."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import inf
 
 import torch
@@ -70,7 +70,7 @@ def run_check(
                 formats = ["plain", list(FORMATS)[1 + number % (len(FORMATS) - 1)]]
                 jobs += _decoding_jobs(report, {name: model}, seed, dtypes, formats, (ROWS[number % len(ROWS)],))
     with counting() as calls:
-        _do(report, jobs, progress)
+        _do(report, jobs, progress, calls)
     report.calls = dict(calls)
     if not native.available():
         report.skipped.append(f"the native library: {native.missing()}")
@@ -195,16 +195,25 @@ def _runs(backend: str, dtype: str, width: int, expert_width: int, activation: s
 
 
 @one_thread()  # tiny tensors: on a busy machine, threads that wait for each other cost ten times the work
-def _do(report: CheckReport, jobs: list[Job], progress: Progress | None) -> None:
+def _do(
+    report: CheckReport, jobs: list[Job], progress: Progress | None, calls: Mapping[str, int] | None = None
+) -> None:
+    how: dict[bool, list[str]] = {True: [], False: []}
     for done, (what, backend, dtype, compare) in enumerate(jobs):
         if progress is not None:
             progress(f"{what}, {backend}, {dtype}", done, len(jobs))
+        fused_before = (calls or {}).get("mh_steps", 0)
         for rows, (_, oracle) in _caught(compare, what, backend, dtype):
             report.rows += rows
             for micro in oracle:
                 for routing in micro.values():
                     report.flips[dtype] = report.flips.get(dtype, 0) + routing.flips
                     report.routed[dtype] = report.routed.get(dtype, 0) + len(routing.mask)
+        if what == "decoding, model" and calls is not None:
+            how[calls.get("mh_steps", 0) > fused_before].append(f"{backend} {dtype}")
+    for fused, words in ((True, "in fused steps"), (False, "block by block")):
+        if how[fused]:
+            report.read.append(f"this model generates {words}: {', '.join(how[fused])}")
     if progress is not None:
         progress("done", len(jobs), len(jobs))
 

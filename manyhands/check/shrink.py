@@ -39,16 +39,18 @@ def _of_length(config: ModelConfig, layers: int) -> ModelConfig:
 
 
 def _attention(a: AttentionConfig) -> AttentionConfig:
+    """What the kind of attention does not use stays as it is: fast paths refuse a value they do not know."""
     kv, heads = _heads(a)
-    update: dict[str, Any] = {"num_attention_heads": heads, "head_dim": min(a.head_dim, 16)}
+    update: dict[str, Any] = {"num_attention_heads": heads}
     if a.num_key_value_heads is not None:
         update["num_key_value_heads"] = heads if a.kind == "mla" else kv
     if a.sliding_window is not None:
         update["sliding_window"] = min(a.sliding_window, 8)
-    if a.q_lora_rank is not None:
-        update["q_lora_rank"] = min(a.q_lora_rank, 32)
-    update |= {"kv_lora_rank": min(a.kv_lora_rank, 32), "qk_nope_head_dim": min(a.qk_nope_head_dim, 16)}
-    update |= {"qk_rope_head_dim": min(a.qk_rope_head_dim, 8), "v_head_dim": min(a.v_head_dim, 16)}
+    limits = {"head_dim": 16}
+    if a.kind == "mla":
+        limits = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}
+        limits |= {} if a.q_lora_rank is None else {"q_lora_rank": 32}
+    update |= {name: min(getattr(a, name), limit) for name, limit in limits.items()}
     return AttentionConfig.model_validate(a.model_copy(update=update).model_dump())
 
 

@@ -11,7 +11,7 @@ from manyhands.check.cases import CASES
 from manyhands.check.model import MODES
 from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from manyhands.errors import CheckFailed, ConfigError
-from manyhands.kernels import BACKENDS
+from manyhands.kernels import BACKENDS, native
 from tests.check.configs import BALANCE, DEEPSEEK, MIXTRAL, MOONLIGHT
 
 
@@ -60,6 +60,16 @@ def test_other_routers_in_a_model(router):
     _assert_green(run_check(config, BalanceConfig(), routers=False, decoding=False, backends=["grouped_mm"]))
 
 
+@pytest.mark.skipif(not native.available(), reason="no native kernels")
+def test_it_says_how_the_model_generates():
+    """A shrunk model must be one that the fast paths take where they take the model itself."""
+    for config, how in ((MIXTRAL, "in fused steps"), (DEEPSEEK, "block by block")):
+        report = run_check(config, BALANCE, backends=["eager"], cases=[], dtypes=["float32"], routers=False)
+        _assert_green(report)
+        (said,) = [line for line in report.read if line.startswith("this model generates")]
+        assert how in said and "int4 experts, int8 linear float32" in said
+
+
 def test_dense_model():
     _assert_green(
         run_check(ModelConfig(num_hidden_layers=2), BALANCE, routers=False, decoding=False, backends=["eager"])
@@ -67,8 +77,10 @@ def test_dense_model():
 
 
 def test_every_router():
+    """In bfloat16 by one backend: the command compares the others too, and they differ in the sums alone."""
     steps = []
-    report = check_routers(progress=lambda what, done, total: steps.append((done, total)))
+    report = check_routers(dtypes=["float32"], progress=lambda what, done, total: steps.append((done, total)))
+    report.rows += check_routers(dtypes=["bfloat16"], backends=["native" if native.available() else "eager"]).rows
     _assert_green(report)
     assert {row.situation.scope for row in report.rows} == set(ROUTERS)
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1]
