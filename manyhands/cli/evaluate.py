@@ -14,7 +14,9 @@ def evaluate(
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
     ] = "text",
-    sequence_length: Annotated[int | None, typer.Option(min=1, help="Default: as trained, at most 1024.")] = None,
+    sequence_length: Annotated[
+        int | None, typer.Option(min=1, help="Default: as trained, for a run; else the model's, at most 1024.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
     ignore_field: IgnoreField = None,
@@ -36,12 +38,13 @@ def evaluate(
 
     from manyhands.checkpoint.model import load
     from manyhands.generate.evaluate import evaluate as measure
+    from manyhands.generate.evaluate import trained_length
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, evaluation_batches
 
     model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     ids = encode_documents(documents, tokenizer)
-    length = sequence_length or min(1024, model.config.max_position_embeddings)
+    length = sequence_length or trained_length(checkpoint) or min(1024, model.config.max_position_embeddings)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
     front = tokenizer.front_ids
@@ -61,7 +64,9 @@ def evaluate(
         return
     if front_text is not None:
         print(f"{shown(front_text)} in front of each document")
-    print(f"{result.tokens:,} tokens, {num_bytes:,} bytes in {len(documents):,} documents")
+    print(
+        f"{result.tokens:,} tokens, {num_bytes:,} bytes in {len(documents):,} documents, sequences of {length:,} tokens"
+    )
     print(f"perplexity {result.perplexity:.3f}, bits per byte {result.bits_per_byte:.4f}, loss {result.loss:.4f}")
     for layer, load_of in result.load.items():
         print(

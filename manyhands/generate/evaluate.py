@@ -6,10 +6,12 @@ B batch, S sequence, T = B·S tokens, D model width.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from manyhands.config.load import load_run
 from manyhands.errors import DataError
 from manyhands.generate.mode import evaluating
 from manyhands.moe import LoadCounter, LoadSummary
@@ -87,6 +89,15 @@ def evaluate(
         tokens=tokens,
         load={layer: counter.summary() for layer, counter in load.items()},
     )
+
+
+def trained_length(checkpoint: str | Path) -> int | None:
+    """The length of the sequences a run was trained on, from its directory or one of its checkpoints; else None."""
+    path = Path(checkpoint).absolute()
+    for file in (path / "run.yaml", path.parent.parent / "run.yaml"):
+        if file.is_file() and (file.parent == path or path.parent.name == "checkpoints"):
+            return load_run(file).train.sequence_length
+    return None
 
 
 def _check(ids_BS1: Tensor, vocab_size: int, limit: int) -> None:

@@ -47,7 +47,7 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
     done = directory / "data.json"
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        documents = read_documents(run.data.sources, run.data.text_field)
+        documents = read_documents(run.data.sources, run.data.text_field, say)
         train, valid = split_documents(documents, run.data.valid_fraction, run.data.seed)
         total = sum(document.num_bytes for document in documents)
         if total < MIN_BYTES:

@@ -5,6 +5,7 @@ system call, so a killed process leaves at most one torn line, at the end. A run
 checkpoint goes back in steps and appends; the reader keeps what was written last.
 """
 
+import hashlib
 import importlib
 import json
 import logging
@@ -23,14 +24,18 @@ Record = dict[str, Any]
 class Journal:
     """Append records to `path`; `trackers` are names from `TrainConfig.trackers`.
 
+    Trackers get `config`, the run's description, and forget what a killed process told them beyond `step`.
+
     A torn last line of a killed run is removed first, so that the next record starts on its own line.
     Raises `ConfigError` for a tracker that is not installed, `StorageError` if the disk refuses a write; the
     records before it are intact.
     """
 
-    def __init__(self, path: str | Path, trackers: Sequence[str] = ()) -> None:
+    def __init__(
+        self, path: str | Path, trackers: Sequence[str] = (), step: int = 0, config: Mapping[str, Any] | None = None
+    ) -> None:
         self.path = Path(path)
-        self._trackers = [open_tracker(name, self.path.parent) for name in trackers]
+        self._trackers = [open_tracker(name, self.path.parent, step, config or {}) for name in trackers]
         try:
             _end_on_a_whole_line(self.path)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in `close`)
@@ -131,9 +136,10 @@ class Tracker(Protocol):
 class TensorBoard:
     """Event files in `<run>/tensorboard`."""
 
-    def __init__(self, run_dir: Path) -> None:
+    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
         module = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"))
+        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=step + 1)
+        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", step)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` at `step`."""
@@ -146,11 +152,18 @@ class TensorBoard:
 
 
 class RunTracker:
-    """Weights & Biases, or trackio, which has the same interface. The run is named after its directory."""
+    """Weights & Biases, or trackio, which has the same interface. The run is named after its directory.
 
-    def __init__(self, module_name: str, run_dir: Path) -> None:
+    A run that goes on is the same run there: wandb knows it by an id made from the directory's path, trackio by name.
+    """
+
+    def __init__(self, module_name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
         self._module = importlib.import_module(module_name)
-        self._module.init(project="manyhands", name=run_dir.resolve().name)
+        path = run_dir.resolve()
+        known: dict[str, Any] = {"project": "manyhands", "name": path.name, "config": dict(config), "resume": "allow"}
+        if module_name == "wandb":
+            known["id"] = hashlib.sha256(str(path).encode()).hexdigest()[:16]
+        self._module.init(**known)
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Record `metrics` at `step`."""
@@ -161,10 +174,12 @@ class RunTracker:
         self._module.finish()
 
 
-def open_tracker(name: str, run_dir: Path) -> Tracker:
+def open_tracker(name: str, run_dir: Path, step: int = 0, config: Mapping[str, Any] | None = None) -> Tracker:
     """The tracker called `name`. Raises `ConfigError` with the command that installs it."""
     try:
-        return TensorBoard(run_dir) if name == "tensorboard" else RunTracker(name, run_dir)
+        if name == "tensorboard":
+            return TensorBoard(run_dir, step, config or {})
+        return RunTracker(name, run_dir, config or {})
     except ImportError:
         raise ConfigError(f"train.trackers: {name} is not installed; run: pip install {name}") from None
 

@@ -259,7 +259,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
             progress = state.progress
             progress.max_steps = now.train.max_steps
             screen.set_max_steps(progress.max_steps)
-            with Journal(directory.journal_file, run.train.trackers) as journal:
+            description = run.model_dump(mode="json")
+            with Journal(directory.journal_file, run.train.trackers, progress.step, description) as journal:
                 dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
                 trainer = Trainer(run, directory, data, state, journal, screen, dtype, now)
                 _announce(trainer)

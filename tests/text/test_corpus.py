@@ -213,3 +213,22 @@ def test_texts_together_fit_the_memory(tmp_path: Path, monkeypatch: pytest.Monke
         write(tmp_path / f"{name}.txt", "x" * 1000)
     monkeypatch.setattr(corpus_module, "memory_for_text", lambda: 2500)
     fails([str(tmp_path)], "c.txt", "half of the memory")
+
+
+def test_what_is_left_out_of_a_folder_is_said(tmp_path: Path) -> None:
+    said: list[str] = []
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.md").write_bytes(b"caf\xe9")
+    for number in range(5):
+        (tmp_path / f"{number}.pdf").write_bytes(b"%PDF")
+    assert [d.text for d in read_documents([str(tmp_path)], say=said.append)] == ["good"]
+    assert [line.removeprefix(str(tmp_path)) for line in said] == [
+        ": left out 5 files (0.pdf, 1.pdf, 2.pdf, …): of an unknown kind; known are "
+        ".txt, .md, .py, .jsonl, .jsonl.gz, .parquet",
+        ": left out 1 file (b.md): not UTF-8 text",
+    ]
+    with pytest.raises(DataError, match=r"b\.md: not UTF-8 text"):  # a file that was named is wanted
+        read_documents([str(tmp_path / "b.md")])
+    (tmp_path / "a.txt").unlink()
+    with pytest.raises(DataError, match="there is no text in it"):
+        read_documents([str(tmp_path / "*.md")], say=said.append)

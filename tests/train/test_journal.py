@@ -135,10 +135,37 @@ class FakeTracker(types.ModuleType):
 def test_a_tracker_gets_steps_and_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = FakeTracker()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    with Journal(tmp_path / "j", ["wandb"]) as journal:
+    with Journal(tmp_path / "j", ["wandb"], 7, {"optim": {"lr": 1}}) as journal:
         journal.write("start", step=0, parameters=5)
         journal.write("step", step=1, loss=2.0)
-    assert fake.calls == [{"project": "manyhands", "name": tmp_path.name}, ({"train/loss": 2.0}, 1), "finish"]
+    started, *rest = fake.calls
+    assert rest == [({"train/loss": 2.0}, 1), "finish"]
+    with Journal(tmp_path / "j", ["wandb"], 8, {"optim": {"lr": 2}}):
+        pass
+    again = fake.calls[3]
+    for call, lr in ((started, 1), (again, 2)):
+        assert isinstance(call, dict) and call["config"] == {"optim": {"lr": lr}} and call["resume"] == "allow"
+        assert call["name"] == tmp_path.name and call["id"] == started["id"]  # the same run goes on
+
+
+def test_tensorboard_forgets_what_a_killed_process_told_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, calls = types.ModuleType("tensorboard"), []
+
+    class Writer:
+        def __init__(self, **kwargs: object) -> None:
+            calls.append(kwargs)
+
+        def add_text(self, *args: object) -> None:
+            calls.append(args)
+
+        def close(self) -> None:
+            pass
+
+    module.SummaryWriter = Writer  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    Journal(tmp_path / "j", ["tensorboard"], 40, {"optim": {}}).close()
+    assert calls[0] == {"log_dir": str(tmp_path / "tensorboard"), "purge_step": 41}
+    assert calls[1][0] == "config" and '"optim"' in calls[1][1]
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(

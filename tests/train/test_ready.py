@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from manyhands.errors import ConfigError
+from manyhands.generate.evaluate import trained_length
 from manyhands.train import loop
 
-from ..small_runs import small_run, write_text
+from ..small_runs import manyhands, small_run, write_text
 
 BAD = {
     "train.device=cuda": r"train\.device = 'cuda': PyTorch finds no CUDA device",
@@ -41,3 +42,12 @@ def test_a_seed_that_generators_do_not_take(seed: int, tmp_path: Path) -> None:
 def test_the_outermost_seeds_train(seed: int, tmp_path: Path) -> None:
     run = small_run(write_text(tmp_path), f"train.seed={seed}", "train.max_steps=1")
     assert loop.train(tmp_path / "run", run, quiet=True).steps == 1
+
+
+def test_eval_takes_the_length_of_training(tmp_path: Path) -> None:
+    run = small_run(write_text(tmp_path), "train.sequence_length=24", "train.max_steps=1")
+    done = loop.train(tmp_path / "run", run, quiet=True)
+    assert trained_length(tmp_path / "run") == trained_length(done.checkpoint) == 24
+    assert trained_length(tmp_path) is None and trained_length("some/name") is None
+    said = manyhands("eval", str(tmp_path / "run"), "--data", str(tmp_path / "text.txt"))
+    assert "sequences of 24 tokens" in said.stdout
