@@ -174,6 +174,12 @@ class DecodingCheck:
             for step in generate(self.model, [text], self._sampling(2), prefix=prefix):
                 text += [token for token in step.token_ids if token is not None]
         yield self._compare("chat, 1 row")
+        if self.given is None and self.packed is None:  # in place: nothing prepared from the old weights may be left
+            cases.fill(self.model, "random", generator)
+            self.model.forget()
+            for _ in generate(self.model, [self._tokens(5, generator)] * 2, self._sampling(3)):
+                pass
+            yield self._compare("generate, 2 rows, new weights")
 
     def _tokens(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(self.config.vocab_size, (count,), generator=generator).tolist()

@@ -95,14 +95,18 @@ def _plain(seed: int, dtype: str) -> Iterator[Row]:
         cases.fill(module, "random", generator)
         module.to(DTYPES[dtype])
     tolerance = ONCE if dtype == "bfloat16" else None
-    for T in COUNTS:
-        x = torch.randn(T, D, generator=generator).to(DTYPES[dtype])
-        at = Situation("parts", "random", "plain", dtype, f"decode, {T} rows")
-        normed = rms_norm(x.double(), norm.weight.double(), 1e-2)
-        yield close(at, "norm", {"norm": norm(x)}, {"norm": normed}, tolerance=tolerance)
-        right = {n: _linear(x.double(), float64_copy(layer)) for n, layer in layers.items()}
-        found = {n: layer(x) for n, layer in layers.items()}
-        yield close(at, "linears", found, right, tolerance=tolerance)
+    for counts, when in ((COUNTS, ""), ((1, 16, 17), ", new weights")):
+        if when:  # in place: nothing that was prepared from the old ones may be left
+            for module in (norm, *layers.values()):
+                cases.fill(module, "random", generator)
+        for T in counts:
+            x = torch.randn(T, D, generator=generator).to(DTYPES[dtype])
+            at = Situation("parts", "random", "plain", dtype, f"decode, {T} rows{when}")
+            normed = rms_norm(x.double(), norm.weight.double(), 1e-2)
+            yield close(at, "norm", {"norm": norm(x)}, {"norm": normed}, tolerance=tolerance)
+            right = {n: _linear(x.double(), float64_copy(layer)) for n, layer in layers.items()}
+            found = {n: layer(x) for n, layer in layers.items()}
+            yield close(at, "linears", found, right, tolerance=tolerance)
 
 
 def _linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:

@@ -26,6 +26,7 @@ from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.kernels import native
 from manyhands.kernels.native import library, step
 from manyhands.moe import Router
+from manyhands.moe.layer import Linear
 from manyhands.nn.norm import RMSNorm
 from tests.check.configs import BALANCE, MIXTRAL
 
@@ -235,6 +236,21 @@ def test_positions_that_count_padding(monkeypatch):
     right = manyhands.nn.decoder.rope_tables
     monkeypatch.setattr(manyhands.nn.decoder, "rope_tables", lambda c, d, p: right(c, d, p * 2))
     assert {"attention", "attention to a cache"} <= red(attention_rows("multi-head"))
+
+
+@needs_native
+def test_a_bias_prepared_once_for_ever(monkeypatch):
+    kept = {}
+    right = Linear.for_native
+
+    def prepared(self, width):
+        return kept.setdefault(id(self), (self, right(self, width)))[1]
+
+    monkeypatch.setattr(Linear, "for_native", prepared)
+    (rows,) = [list(rows()) for what, _, rows in part_jobs(0, ["bfloat16"]) if what == "norms and linears"]
+    wrong = [row for row in rows if not row.ok]
+    assert {row.worst for row in wrong} == {"linear, bias"}
+    assert {row.situation.mode for row in wrong} == {"decode, 1 rows, new weights", "decode, 16 rows, new weights"}
 
 
 # ---- packed records ----
