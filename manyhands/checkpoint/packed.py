@@ -6,6 +6,7 @@ model.safetensors   layers.3.mlp.experts.records        uint8 [E, record_bytes]
                     layers.3.self_attn.q_proj.record    uint8 [record_bytes]
                     …and, behind all records, the tensors that are not packed
 
+The file's `__metadata__` repeats the section `packed`, since records of one format can be as long as those of another.
 The file's header is padded with spaces so that the data begins on a 4096-byte page; a record is whole pages, so every
 record begins on one, of the file and of its map. What a record holds follows from `config.json` alone.
 """
@@ -13,7 +14,7 @@ record begins on one, of the file and of its map. What a record holds follows fr
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,11 @@ from manyhands.families.manyhands import MANYHANDS
 from manyhands.moe.packed import RecordExperts, RecordLinear
 from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.packed import unpack_bias
-from manyhands.quant.panels import decode
-from manyhands.quant.record import PAGE
+from manyhands.quant.panels import decode, integers
+from manyhands.quant.record import PAGE, PANEL
 
 CONFIG = "config.json"
+METADATA = "manyhands.packed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,25 @@ def read_records(files: TensorFiles, config: ModelConfig, packed: PackedConfig) 
         raise CheckpointError(f"{files.directory / CONFIG}: {error}") from None
     if not found:
         raise CheckpointError(f"{files.directory / CONFIG}: packed says that nothing is packed")
+    _check_metadata(files, packed)
+    for record in found.values():
+        _check_bytes(files, record)
     return found
+
+
+def _check_metadata(files: TensorFiles, packed: PackedConfig) -> None:
+    """Each file says itself what its records are; older ones do not."""
+    for file, metadata in files.metadata.items():
+        if METADATA not in metadata:
+            continue
+        try:
+            written = PackedConfig.model_validate_json(metadata[METADATA])
+        except ValueError:
+            raise CheckpointError(f"{files.directory / file}: __metadata__: {METADATA} cannot be read") from None
+        for name in ("experts", "linear"):
+            here, there = getattr(written, name), getattr(packed, name)
+            if None not in (here, there) and here != there:
+                raise CheckpointError(f"{files.directory / file}: {name} are packed as {here}; {CONFIG} says {there}")
 
 
 def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
@@ -119,20 +139,45 @@ def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
         )
     if stored.start % PAGE:
         raise CheckpointError(f"{where} begins at byte {stored.start}, which is not on a {PAGE}-byte page")
+
+
+def _check_bytes(files: TensorFiles, record: Record) -> None:
+    layout, where = record.layout, files.where(record.name)
     records = files.tensor(record.name)
-    first = records if record.num_experts is None else records[0]
-    end = 0
-    for start, size in sorted(layout.sections.values()):
-        if bool(first[end:start].any()):
-            break
-        end = start + size
-    else:
-        if not bool(first[end:].any()):
-            return
+    E = record.num_experts or 1
+    some = {0, E // 2, E - 1}  # each costs a few pages of reading
+    if all(_fits(records.view(E, -1)[e], layout) for e in some):
+        return
     group = f" in groups of {layout.group_size}" if layout.group_size else ""
     raise CheckpointError(
         f"{where} holds bytes where {layout.format}{group}, as {CONFIG} says, has none: it was packed in another format"
     )
+
+
+def _fits(record: Tensor, layout: Layout) -> bool:
+    """Whether a record's bytes can be of a layout: none between sections, and no weight whose scale is zero.
+
+    Of the weights the last panel is looked at, where records of another group size have no scales.
+    """
+    end = 0
+    for start, size in sorted(layout.sections.values()):
+        if bool(record[end:start].any()):
+            return False
+        end = start + size
+    if bool(record[end:].any()):
+        return False
+    name, scales = ("down", "down_scales") if layout.kind == "experts" else ("weight", "scales")
+    if scales not in layout.sections:
+        return True
+    matrix = layout.matrices[-1]
+    last = replace(matrix, outputs=PANEL, parts=1)
+    start, size = layout.sections[name]
+    weights = record[start + size - last.weight_bytes : start + size]
+    start, size = layout.sections[scales]
+    units = record[start + size - last.scale_bytes : start + size]
+    zero = units.view(torch.bfloat16 if matrix.format == "int4" else torch.float32).view(-1, PANEL).T == 0  # [16, G]
+    q = integers(weights, last).view(PANEL, matrix.groups, -1)
+    return not bool((q.any(-1) & zero).any())
 
 
 def packed_tensors(stored: Mapping[str, Header], records: Mapping[str, Record], where: str = "") -> dict[str, Logical]:
@@ -229,7 +274,7 @@ def write_packed(
     headers = packed_headers(config, packed, dtype_of)
     fields: dict[str, Any] = {**MANYHANDS.write(config), "model_type": "manyhands", "packed": packed.model_dump()}
     (directory / CONFIG).write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    write_shards(directory, headers, value, max_shard_size, align=PAGE)
+    write_shards(directory, headers, value, max_shard_size, align=PAGE, metadata={METADATA: packed.model_dump_json()})
 
 
 def packed_headers(

@@ -29,22 +29,23 @@ def write_shards(
     value: Callable[[str], Tensor],
     max_shard_size: int = MAX_SHARD_SIZE,
     align: int = 8,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors into `model.safetensors`, or into shards with an index, as transformers names them.
 
     `value` makes a tensor of the given dtype and shape; it is called once per name, in the order of `headers`.
-    The data of each file begins at a multiple of `align` bytes.
+    The data of each file begins at a multiple of `align` bytes; `metadata` goes into each header.
     """
     if max_shard_size < 1:
         raise ConfigError(f"max_shard_size = {max_shard_size}: at least 1 byte")
     shards = _split(headers, max_shard_size)
     if len(shards) == 1:
-        _write(directory / SINGLE, shards[0], headers, value, align)
+        _write(directory / SINGLE, shards[0], headers, value, align, metadata or {})
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write(directory / file, names, headers, value, align)
+        _write(directory / file, names, headers, value, align, metadata or {})
         weight_map |= dict.fromkeys(names, file)
     total = sum(header_size(header) for header in headers.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -65,9 +66,14 @@ def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:
 
 
 def _write(
-    path: Path, names: Iterable[str], headers: Mapping[str, Header], value: Callable[[str], Tensor], align: int
+    path: Path,
+    names: Iterable[str],
+    headers: Mapping[str, Header],
+    value: Callable[[str], Tensor],
+    align: int,
+    metadata: Mapping[str, str],
 ) -> None:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     names = list(names)
     for name in names:

@@ -75,6 +75,8 @@ class TensorFiles:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.stored: dict[str, Stored] = {}
+        self.metadata: dict[str, dict[str, str]] = {}
+        """`__metadata__` of each file."""
         self._maps: dict[str, mmap.mmap] = {}
         weight_map = _weight_map(directory)
         if weight_map is None and not os.path.lexists(directory / SINGLE):
@@ -133,7 +135,8 @@ class TensorFiles:
 
     def _add(self, file: str) -> None:
         path = self.directory / file
-        for name, stored in read_header(path, file).items():
+        stored_here, self.metadata[file] = read_header(path, file)
+        for name, stored in stored_here.items():
             if name in self.stored:
                 raise CheckpointError(f"{path}: tensor {name!r} is also in {self.stored[name].file}")
             self.stored[name] = stored
@@ -148,8 +151,8 @@ class TensorFiles:
             raise CheckpointError(f"{self.where(name)} is not in {INDEX}")
 
 
-def read_header(path: Path, file: str = "") -> dict[str, Stored]:
-    """Every tensor of one safetensors file. Checks that they fill it exactly, without overlap."""
+def read_header(path: Path, file: str = "") -> tuple[dict[str, Stored], dict[str, str]]:
+    """Every tensor of one safetensors file, and its metadata. Checks that they fill it exactly, without overlap."""
     _inside(path)
     try:
         with open(path, "rb") as opened:
@@ -164,15 +167,17 @@ def read_header(path: Path, file: str = "") -> dict[str, Stored]:
             data = opened.read(size)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    stored = {}
+    stored: dict[str, Stored] = {}
+    metadata: dict[str, str] = {}
     for name, entry in _parse(data, f"{path}: the header").items():
         if name == "__metadata__":
             if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
                 raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
+            metadata = entry
             continue
         stored[name] = _entry(path, file, name, entry, 8 + size)
     _check_offsets(path, stored, 8 + size, length)
-    return stored
+    return stored, metadata
 
 
 def _parse(data: bytes, where: str) -> dict[str, Any]:

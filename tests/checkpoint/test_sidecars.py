@@ -125,11 +125,27 @@ def test_transformers_knows_the_end(verb: str, tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path / "theirs").eos_token_id == 0
 
 
-def test_records_of_another_group_size_are_refused(plain: Path, tmp_path: Path) -> None:
-    """Small records of 32 and of 64 are equally long, since a record is whole pages."""
-    packed = PackedConfig(experts=Packing(format="int4", group_size=32))
+@pytest.mark.parametrize("classes", ["experts", "linear"])
+@pytest.mark.parametrize(("written", "read"), [(32, 64), (64, 32)])
+@pytest.mark.parametrize("old", [False, True])
+def test_records_of_another_group_size_are_refused(
+    classes: str, written: int, read: int, old: bool, plain: Path, tmp_path: Path
+) -> None:
+    """Small records of 32 and of 64 are equally long, since a record is whole pages; old files do not say which."""
+    packed = PackedConfig(**{classes: Packing(format="int4", group_size=written)})
     quantize(open_source(plain), tmp_path / "packed", packed)
+    if old:
+        weights = tmp_path / "packed" / "model.safetensors"
+        data = weights.read_bytes()
+        assert data.count(b"manyhands.packed") == 1
+        weights.write_bytes(data.replace(b"manyhands.packed", b"something.packed"))
+    open_source(tmp_path / "packed")
     path = tmp_path / "packed" / "config.json"
-    path.write_text(path.read_text().replace('"group_size": 32', '"group_size": 64'))
-    with pytest.raises(CheckpointError, match=r"int4 in groups of 64, as config\.json says, has none"):
+    path.write_text(path.read_text().replace(f'"group_size": {written}', f'"group_size": {read}'))
+    said = (
+        rf"int4 in groups of {read}, as config\.json says, has none"
+        if old
+        else rf"{classes} are packed as int4 in groups of {written}; config\.json says int4 in groups of {read}"
+    )
+    with pytest.raises(CheckpointError, match=said):
         open_source(tmp_path / "packed")
