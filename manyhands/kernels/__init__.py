@@ -15,9 +15,10 @@ from torch import Tensor
 
 from manyhands.config import suggest
 from manyhands.errors import ConfigError
-from manyhands.kernels.eager import eager
+from manyhands.kernels.eager import dense, eager
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.grouped import grouped_mm, supports_grouped_mm
+from manyhands.kernels.moment import in_autocast, transformed
 from manyhands.kernels.native import Native, missing
 from manyhands.kernels.native.backend import supports_native
 from manyhands.kernels.native.library import default_level
@@ -63,9 +64,26 @@ def level_here() -> str | None:
 def run_experts(
     name: str, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights
 ) -> Tensor:
-    """Apply the experts through backend `name`, or `auto`. Returns [T, D] in x's dtype."""
-    backend = BACKENDS[choose(x_TD, experts) if name == "auto" else check_name(name)]
-    return backend(x_TD, ids_TK, weights_TK, kept_TK, experts)
+    """Apply the experts through backend `name`, or `auto`. Returns [T, D] in x's dtype.
+
+    Inside a transform of `torch.func` every name stands for the same mathematics written densely. Inside
+    `torch.autocast` the products are in its precision, whatever the backend.
+    """
+    if name != "auto":
+        check_name(name)
+    if transformed():
+        return dense(x_TD, ids_TK, weights_TK, kept_TK, experts)
+    if name != "eager" and (x := in_autocast(x_TD)) is not x_TD:
+        with torch.autocast(x.device.type, enabled=False):
+            return run_experts(name, x, ids_TK, weights_TK, kept_TK, experts).to(x_TD.dtype)
+    if torch.compiler.is_compiling() and name == "grouped_mm" and not _traced(x_TD):
+        name = "eager"
+    return BACKENDS[choose(x_TD, experts) if name == "auto" else name](x_TD, ids_TK, weights_TK, kept_TK, experts)
+
+
+def _traced(x: Tensor) -> bool:
+    """Whether PyTorch can trace `grouped_mm`: on a CPU in bfloat16 only."""
+    return x.device.type != "cpu" or x.dtype == torch.bfloat16
 
 
 __all__ = ["BACKENDS", "Backend", "ExpertWeights", "check_name", "choose", "run_experts"]

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from manyhands.errors import ConfigError
+from manyhands.kernels.moment import transformed
+from manyhands.kernels.twice import gradients_through
 
 GATED = frozenset({"swiglu", "swiglu_oai", "geglu", "geglu_tanh"})
 SWIGLU_OAI_ALPHA = 1.702
@@ -63,6 +64,11 @@ def activate(h: Tensor, activation: str) -> Tensor:
     raise ConfigError(f"hidden_act = {activation!r}: there is no such activation")
 
 
+def _swiglu(h: Tensor) -> Tensor:
+    gate, up = h.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
 class _SwiGLU(torch.autograd.Function):
     """silu(gate) · up in two passes each way; autograd's own chain makes six and keeps three tensors."""
 
@@ -73,9 +79,10 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
+    def backward(ctx: Any, dy: Tensor) -> Tensor | None:
         (h,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return gradients_through(_swiglu, [h], [True], dy)[0]
         gate, up = h.chunk(2, dim=-1)
         dh = torch.empty_like(h)
         dgate, dup = dh.chunk(2, dim=-1)
@@ -86,6 +93,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def swiglu(h: Tensor) -> Tensor:
     """silu(h[..., :F]) · h[..., F:] (Shazeer 2020, arXiv 2002.05202): [..., 2F] -> [..., F]."""
+    if transformed():
+        return _swiglu(h)
     if not torch.is_grad_enabled():
         gate, up = h.chunk(2, dim=-1)
         return F.silu(gate).mul_(up)

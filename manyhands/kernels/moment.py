@@ -16,6 +16,8 @@ _tracing = torch._C._get_tracing_state
 
 def transformed() -> bool:
     """Whether a transform of `torch.func` (grad, vmap, jvp, …) or forward-mode differentiation is under way."""
+    if torch.compiler.is_compiling():  # which has its own ways, and cannot trace the rest
+        return False
     return _interpreter() is not None or forward_ad._current_level >= 0
 
 

@@ -4,12 +4,14 @@ T tokens, K experts per token, E experts, N kept pairs (T·K when nothing is dro
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from manyhands.kernels.twice import gradients_through
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +65,19 @@ class _Gather(torch.autograd.Function):
         return x_TD.index_select(0, p.token_N)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, drows_ND: Tensor) -> tuple[Tensor, None]:
         p: Permutation = ctx.p
+        if torch.is_grad_enabled():
+            zeros = drows_ND.new_zeros(p.row_TK.shape[0], drows_ND.shape[1])
+            return zeros.index_add(0, p.token_N, drows_ND), None
         ones = torch.ones_like(p.row_TK, dtype=torch.float32)
         return _weighted_rows(drows_ND.contiguous(), ones, p), None
+
+
+def _combined(rows_ND: Tensor, weights_TK: Tensor, p: Permutation) -> Tensor:
+    """`_weighted_rows` in operators that can be differentiated twice."""
+    padded = torch.cat((rows_ND, rows_ND.new_zeros(1, rows_ND.shape[1])))
+    return (weights_TK[..., None].to(rows_ND.dtype) * padded[p.row_TK]).sum(1)
 
 
 class _Combine(torch.autograd.Function):
@@ -78,10 +88,13 @@ class _Combine(torch.autograd.Function):
         return _weighted_rows(rows_ND, weights_TK, p)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows_ND, weights_TK = ctx.saved_tensors
         p: Permutation = ctx.p
+        if torch.is_grad_enabled():
+            wanted = ctx.needs_input_grad[:2]
+            drows, dweights = gradients_through(partial(_combined, p=p), [rows_ND, weights_TK], wanted, dy_TD)
+            return drows, dweights, None
         drows_ND = dy_TD.index_select(0, p.token_N)
         dweights = weights_TK.new_zeros(weights_TK.numel())
         dweights[p.pair_N] = torch.linalg.vecdot(rows_ND, drows_ND).to(weights_TK.dtype)

@@ -1,15 +1,16 @@
 """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from manyhands.kernels.moment import held
+from manyhands.kernels.moment import held, transformed
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CNorm
+from manyhands.kernels.twice import gradients_through
 
 
 class RMSNorm(nn.Module):
@@ -32,12 +33,20 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
+        if transformed():
+            return _rms_norm(x, self.weight, self.eps)
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
             if step.direct(x) and (norm := self.for_native()) is not None and norm.width == x.shape[-1]:
                 return step.rms_norm(x, norm)
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in a third of the time
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+    scale = (x32.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return (x32 * scale * weight.to(x32.dtype)).to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -48,13 +57,16 @@ class _RMSNorm(torch.autograd.Function):
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         scale = torch.linalg.vecdot(x32, x32).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
         ctx.save_for_backward(x, weight, scale)
+        ctx.eps = eps
         y: Tensor = (x32 * scale).mul_(weight.to(x32.dtype)).to(x.dtype)
         return y
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            wanted = ctx.needs_input_grad[:2]
+            return *gradients_through(partial(_rms_norm, eps=ctx.eps), [x, weight], wanted, dy), None  # type: ignore[return-value]
         dy32 = dy.to(scale.dtype)
         normed: Tensor = x.to(scale.dtype) * scale
         dweight: Tensor = (dy32 * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)

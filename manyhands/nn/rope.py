@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from manyhands.config import RopeConfig
-from manyhands.kernels.moment import ordinary
+from manyhands.kernels.moment import ordinary, transformed
 
 
 def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
@@ -90,16 +89,17 @@ class _Rotate(torch.autograd.Function):
         return _rotate(x, cos, sin)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return apply_rope(dy, (cos, -sin), interleave=False), None, None
         return _rotate(dy, cos, -sin), None, None
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     x32 = x.to(torch.promote_types(x.dtype, torch.float32))
     a, b = x32.chunk(2, dim=-1)
-    if torch.compiler.is_compiling():  # it takes no `out` that is part of another tensor
+    if torch.compiler.is_compiling() or transformed():  # they take no `out` that is part of another tensor
         return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
     y = torch.empty_like(x32)
     first, second = y.chunk(2, dim=-1)
@@ -123,7 +123,7 @@ def apply_rope(x_BHSd: Tensor, tables: tuple[Tensor, Tensor], interleave: bool) 
         return torch.cat((x_rotated, x_BHSd[..., rotated:]), dim=-1)
     if interleave:
         x_BHSd = torch.cat((x_BHSd[..., 0::2], x_BHSd[..., 1::2]), dim=-1)
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or transformed():
         return _rotate(x_BHSd, *tables)
     y: Tensor = _Rotate.apply(x_BHSd, *tables)  # type: ignore[no-untyped-call]
     return y

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from manyhands.errors import ConfigError
 from manyhands.kernels.experts import ExpertWeights
+from manyhands.kernels.moment import ordinary
 from manyhands.kernels.native import ops
 from manyhands.kernels.native.library import ACTIVATION_CODES, level_code
 from manyhands.kernels.native.views import DTYPES
@@ -43,7 +44,7 @@ class Native:
             )
         tensors = (x_TD, ids_TK, weights_TK, kept_TK, *experts[:4])
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        direct = not save and not torch.compiler.is_compiling()  # the dispatcher costs more than a small expert
+        direct = not save and ordinary()  # the dispatcher costs more than a small expert
         op: Any = ops.experts if direct else torch.ops.manyhands.experts
         y, _ = op(*tensors, experts.activation, save, level_code(self.level), self.threads)
         return cast(Tensor, y)

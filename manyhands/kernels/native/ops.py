@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import ConfigError
+from manyhands.kernels.eager import eager
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import calls
+from manyhands.kernels.twice import gradients_through
 from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.record import FORMATS
 
@@ -126,6 +128,22 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
     ctx.inputs = [None if isinstance(a, Tensor) else a for a in inputs]
 
 
+def _twice(name: str, inputs: list[Any], wanted: list[bool], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions that have gradients: through `eager`."""
+    if name != "experts":
+        raise ConfigError("packed experts have no second derivatives: their kernels' gradient is a constant")
+    x, ids, weights, kept, up, down, up_bias, down_bias, activation = inputs[:9]
+
+    def reference(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, b1: Tensor | None, b2: Tensor | None) -> Tensor:
+        return eager(x, ids, weights, kept, ExpertWeights(up, down, b1, b2, activation))
+
+    found = gradients_through(reference, [x, weights, up, down, up_bias, down_bias], wanted, dy)
+    out: list[Tensor | None] = [None] * len(inputs)
+    for place, gradient in zip(_INPUTS[name], found, strict=True):
+        out[place] = gradient
+    return tuple(out)
+
+
 def _autograd(name: str) -> Callable[..., Any]:
     """The gradients of operator `name`, whose last inputs are (save, level, threads): from its backward operator."""
     places = _INPUTS[name]
@@ -139,6 +157,8 @@ def _autograd(name: str) -> Callable[..., Any]:
         for place, tensor in zip(ctx.places, tensors, strict=True):
             inputs[place] = tensor
         wanted = [ctx.needs_input_grad[i] for i in places]
+        if torch.is_grad_enabled():  # create_graph: the kernels' own gradient has none
+            return _twice(name, inputs, wanted, dy)
         found = getattr(torch.ops.manyhands, f"{name}_backward")(dy, *inputs[:-3], hidden, wanted, *inputs[-2:])
         for place, gradient, want in zip(places, found, wanted, strict=True):
             if want:

@@ -5,6 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from manyhands.kernels.moment import ordinary
 from manyhands.kernels.native import ops
 from manyhands.kernels.native.library import level_code
 from manyhands.quant import PackedExperts, PackedLinear
@@ -25,7 +26,7 @@ def packed_experts(
     floats.
     """
     save = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
-    direct = not save and not torch.compiler.is_compiling()
+    direct = not save and ordinary()
     op: Any = ops.packed_experts if direct else torch.ops.manyhands.packed_experts
     layout = experts.layout
     tensors = (x_TD, ids_TK, weights_TK, kept_TK, experts.records)
@@ -35,6 +36,6 @@ def packed_experts(
 
 def linear(x: Tensor, weights: PackedLinear, level: str | None = None, threads: int = 0) -> Tensor:
     """[..., K] -> [..., N]: x·Wᵀ (+ b). No gradient: the weights are constants."""
-    op: Any = torch.ops.manyhands.packed_linear if torch.compiler.is_compiling() else ops.packed_linear
+    op: Any = ops.packed_linear if ordinary() else torch.ops.manyhands.packed_linear
     y = op(x.reshape(-1, x.shape[-1]), weights.record, ops.sizes_of(weights.layout), level_code(level), threads)
     return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
