@@ -3,13 +3,15 @@
 Good for counts to within norms and biases, no more. What has fields of another kind of model is refused.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from manyhands.config import ModelConfig, parse
 from manyhands.errors import ConfigError
-from manyhands.plan.foreign import foreign_fields
+from manyhands.plan.foreign import foreign_experts, foreign_fields, foreign_type, is_harmless
+from manyhands.plan.guess_layers import WINDOW_FIELDS, sparse_layers, windowed_layers
 
+_GROUPS = ("num_attention_groups", "num_query_groups")
 _NAMES: dict[str, tuple[str, ...]] = {
     "vocab_size": ("vocab_size", "n_vocab", "padded_vocab_size"),
     "hidden_size": ("hidden_size", "n_embd", "d_model", "dim"),
@@ -17,17 +19,27 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("intermediate_size", "ffn_hidden_size", "n_inner", "d_ff", "ffn_dim"),
     "max_position_embeddings": ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"),
     "heads": ("num_attention_heads", "n_head", "num_heads", "n_heads"),
-    "kv_heads": ("num_key_value_heads", "n_head_kv", "num_kv_heads", "n_kv_heads", "multi_query_group_num"),
+    "kv_heads": ("num_key_value_heads", "n_head_kv", "num_kv_heads", "n_kv_heads", "multi_query_group_num", *_GROUPS),
     "head_dim": ("head_dim", "kv_channels", "attention_head_dim"),
-    "experts": ("num_experts", "n_routed_experts", "num_local_experts", "moe_num_experts", "n_experts"),
-    "per_token": ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"),
-    "expert_width": ("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "ffn_dim_expert"),
+    "experts": (
+        "num_experts",
+        "n_routed_experts",
+        "num_local_experts",
+        "moe_num_experts",
+        "n_experts",
+        "num_moe_experts",
+    ),
+    "per_token": (
+        *("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts"),
+        *("moe_router_topk", "num_selected_experts", "num_experts_per_topk"),
+    ),
+    "expert_width": (
+        *("moe_intermediate_size", "expert_intermediate_size", "moe_ffn_hidden_size", "ffn_dim_expert"),
+        *("expert_ffn_hidden_size", "expert_hidden_size", "moe_hidden_size", "expert_dim", "expert_ffn_size"),
+    ),
     "shared": ("n_shared_experts", "num_shared_experts", "num_shared_expert", "moe_num_shared_experts"),
     "shared_width": ("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size"),
-    "first_dense": ("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"),
-    "step": ("decoder_sparse_step", "interleave_moe_layer_step", "moe_layer_interval"),
-    "window": ("sliding_window",),
-    "types": ("layer_types",),
+    "window": ("sliding_window", "attention_chunk_size", "sliding_window_size"),
     "q_lora": ("q_lora_rank",),
     "kv_lora": ("kv_lora_rank",),
     "nope": ("qk_nope_head_dim",),
@@ -46,7 +58,13 @@ def guess_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, li
     if isinstance(nested, Mapping) and not any(name in values for name in _NAMES["hidden_size"]):
         fields = nested
     model_type = repr(values.get("model_type"))[:60]
-    if foreign := foreign_fields(fields):
+    typed = fields if "model_type" in fields else {**fields, "model_type": values.get("model_type")}
+    if reason := foreign_type(typed):
+        raise ConfigError(f"{where}: model_type = {model_type} is not a family manyhands knows: {reason}")
+    outer = {
+        name: v for name, v in values.items() if fields is not values and name not in ("text_config", "language_config")
+    }
+    if foreign := [*foreign_fields(fields), *foreign_fields(outer)]:
         raise ConfigError(
             f"{where}: model_type = {model_type} is not a family manyhands knows, and its field {foreign[0]!r} belongs "
             "to a kind of model that the planner's formulas do not cover"
@@ -54,10 +72,12 @@ def guess_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, li
     taken: dict[str, str] = {}
 
     def get(role: str, needed: bool = False) -> Any:
-        for name in _NAMES[role]:
-            if fields.get(name) is not None:
-                taken[role] = name
-                return fields[name]
+        values = {name: fields[name] for name in _NAMES[role] if fields.get(name) is not None}
+        if len(set(map(str, values.values()))) > 1 and role not in ("window", "head_dim"):
+            raise ConfigError(f"{where}: {' and '.join(values)} say different things: {list(values.values())}")
+        for name, value in values.items():
+            taken.setdefault(name, role)
+            return value
         if needed:
             raise ConfigError(
                 f"{where}: model_type = {model_type} is not a family manyhands knows, and it cannot be planned from "
@@ -65,54 +85,96 @@ def guess_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, li
             )
         return None
 
-    config = parse(ModelConfig, _values(get, fields), f"{where} (model_type = {model_type}, read by its usual fields)")
-    return config, _notes(model_type, taken, fields, config)
+    def use(name: str) -> None:
+        taken.setdefault(name, "which layers")
+
+    try:
+        described = _values(get, use, typed)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: model_type = {model_type}: {error}") from None
+    if foreign := foreign_experts(fields, set(taken)):
+        raise ConfigError(
+            f"{where}: model_type = {model_type} is not a family manyhands knows, and its field {foreign[0]!r} may "
+            "change its experts in a way that the planner does not know"
+        )
+    config = parse(ModelConfig, described, f"{where} (model_type = {model_type}, read by its usual fields)")
+    notes = _notes(model_type, taken, fields)
+    beside = [
+        str(name) for name, value in outer.items() if isinstance(value, Mapping) and value and not is_harmless(name)
+    ]
+    if beside:
+        notes.append("beside the language model, not counted: " + ", ".join(beside))
+    return config, notes
 
 
-def _values(get: Any, fields: Mapping[str, Any]) -> dict[str, Any]:
+def _values(get: Any, use: Callable[[str], None], fields: Mapping[str, Any]) -> dict[str, Any]:
     heads, width = get("heads", True), get("hidden_size", True)
-    head_dim = get("head_dim")
-    if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
-        head_dim = width // heads
-    layers, window, types = get("num_hidden_layers", True), get("window"), get("types")
-    attention: dict[str, Any] = {"num_attention_heads": heads, "head_dim": head_dim}
-    if get("kv_lora") is not None:
-        names = ("q_lora", "q_lora_rank"), ("kv_lora", "kv_lora_rank"), ("nope", "qk_nope_head_dim")
-        mla = {ours: get(role) for role, ours in (*names, ("rope", "qk_rope_head_dim"), ("value", "v_head_dim"))}
-        attention = {"kind": "mla", "num_attention_heads": heads} | {k: v for k, v in mla.items() if v is not None}
-    else:
-        attention["num_key_value_heads"] = get("kv_heads")
-        attention["attention_bias"] = fields.get("attention_bias") is True or fields.get("qkv_bias") is True
-        if window is not None and fields.get("use_sliding_window") is not False:
-            attention |= {"sliding_window": window, "layer_types": types}
-    values = {
+    layers = get("num_hidden_layers", True)
+    values: dict[str, Any] = {
         "vocab_size": get("vocab_size", True),
         "hidden_size": width,
         "num_hidden_layers": layers,
         "tie_word_embeddings": fields.get("tie_word_embeddings") is True,
-        "attention": attention,
+        "attention": _attention(get, use, fields, heads, width, layers),
     }
     dense, positions = get("intermediate_size"), get("max_position_embeddings")
     values |= {"max_position_embeddings": positions} if positions is not None else {}
-    if (experts := get("experts")) is None:
+    if not (experts := get("experts")):
         return values | {"intermediate_size": get("intermediate_size", True)}
+    expert_width, shared, shared_width = get("expert_width") or dense, get("shared") or 0, get("shared_width")
+    if (wide := fields.get("intermediate_size_mlp")) is not None:
+        if not str(fields.get("model_type")).startswith("llama4"):
+            raise ConfigError(f"intermediate_size_mlp = {repr(wide)[:40]} is understood in llama4's files only")
+        use("intermediate_size_mlp")
+        dense, expert_width, shared = wide, dense, 1  # Llama4TextMoe has one shared expert as wide as a routed one
+    if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= MAX_LAYERS:
+        return values  # refused by `parse`, which names it
+    sparse = set(sparse_layers(fields, layers, use))
     moe = {
         "router": {"num_experts": experts, "num_experts_per_tok": get("per_token", True)},
-        "moe_intermediate_size": get("expert_width") or dense,
-        "n_shared_experts": get("shared") or 0,
-        "shared_expert_intermediate_size": get("shared_width"),
-        "first_k_dense_replace": get("first_dense") or 0,
-        "decoder_sparse_step": get("step") or 1,
+        "moe_intermediate_size": expert_width,
+        "n_shared_experts": shared or (1 if shared_width is not None else 0),
+        "shared_expert_intermediate_size": shared_width,
+        "mlp_only_layers": [layer for layer in range(layers) if layer not in sparse],
     }
-    if moe["shared_expert_intermediate_size"] is not None and not moe["n_shared_experts"]:
-        moe["n_shared_experts"] = 1
     return values | {"moe": moe} | ({"intermediate_size": dense} if dense is not None else {})
 
 
-def _notes(model_type: str, taken: dict[str, str], fields: Mapping[str, Any], config: ModelConfig) -> list[str]:
-    words = {"per_token": "experts per token", "kv_heads": "key/value heads", "first_dense": "first sparse layer"}
+MAX_LAYERS = 4096
+
+
+def _attention(
+    get: Any, use: Callable[[str], None], fields: Mapping[str, Any], heads: Any, width: Any, layers: Any
+) -> dict[str, Any]:
+    if get("kv_lora") is not None:
+        names = ("q_lora", "q_lora_rank"), ("kv_lora", "kv_lora_rank"), ("nope", "qk_nope_head_dim")
+        mla = {ours: get(role) for role, ours in (*names, ("rope", "qk_rope_head_dim"), ("value", "v_head_dim"))}
+        return {"kind": "mla", "num_attention_heads": heads} | {k: v for k, v in mla.items() if v is not None}
+    head_dim = get("head_dim")
+    if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        head_dim = width // heads
+    if (value := fields.get("v_head_dim")) is not None and value != head_dim:
+        raise ConfigError(f"v_head_dim = {repr(value)[:40]} beside heads of {head_dim}: no formula here covers that")
+    if fields.get("multi_query") is True and get("kv_heads") is None:
+        use("multi_query")
+        kv_heads: Any = 1
+    else:
+        kv_heads = get("kv_heads")
+    attention: dict[str, Any] = {"num_attention_heads": heads, "head_dim": head_dim, "num_key_value_heads": kv_heads}
+    attention["attention_bias"] = fields.get("attention_bias") is True or fields.get("qkv_bias") is True
+    window, patterned = get("window"), [name for name in WINDOW_FIELDS if fields.get(name)]
+    if isinstance(layers, int) and 0 < layers <= MAX_LAYERS and (window is not None or "layer_types" in patterned):
+        windowed = windowed_layers(fields, layers, use)
+        if window is not None and fields.get("use_sliding_window") is not False and any(windowed):
+            kinds = ["sliding_attention" if short else "full_attention" for short in windowed]
+            attention |= {"sliding_window": window, "layer_types": kinds}
+    return attention
+
+
+def _notes(model_type: str, taken: dict[str, str], fields: Mapping[str, Any]) -> list[str]:
+    words = {"per_token": "experts per token", "kv_heads": "key/value heads"}
     pairs = []
-    for role, name in taken.items():
+    for name, role in taken.items():
         value = fields[name]
         shown = f"{len(value)} entries" if isinstance(value, list) else repr(value)[:40]
         pairs.append(f"{words.get(role, role.replace('_', ' '))} = {name} ({shown})")
@@ -121,15 +183,18 @@ def _notes(model_type: str, taken: dict[str, str], fields: Mapping[str, Any], co
         "taken: " + ", ".join(pairs),
     ]
     others = [
-        name
+        str(name)
         for name, value in fields.items()
-        if name.isidentifier()
-        and name not in taken.values()
-        and isinstance(value, int | float)
-        and not isinstance(value, bool)
-        and value
+        if str(name).isidentifier()
+        and name not in taken
+        and value not in (None, False, 0, "")
+        and not is_harmless(name)
     ]
+    others = [name for name in others if name not in _SAID and fields[name] not in ([], {})]
     if others:
-        more = f" and {len(others) - 12} more" if len(others) > 12 else ""
-        notes.append("numbers not looked at: " + ", ".join(others[:12]) + more)
+        more = f" and {len(others) - 24} more" if len(others) > 24 else ""
+        notes.append("not looked at: " + ", ".join(others[:24]) + more)
     return notes
+
+
+_SAID = ("tie_word_embeddings", "attention_bias", "qkv_bias", "use_sliding_window", "v_head_dim")
