@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import manyhands
 from manyhands.checkpoint.runs import RunDirectory
@@ -313,15 +314,30 @@ def _say_changes(trainer: Trainer, before: RunConfig, changes: dict[str, Any]) -
 
 
 def _initial_state(run: RunConfig, data: RunData) -> TrainState:
-    torch.manual_seed(run.train.seed)
     device = pick_device(run.train.device)
-    model = Decoder(run.model, run.train.experts_implementation).to(device)
+    model = Decoder(run.model, run.train.experts_implementation)
+    seed_noise(model, run.train.seed)
+    model.to(device)
     init_weights(model, run.train.seed)
     model.train()
     sizes = run.train.sequence_length, run.train.batch_size
     batches = PackedBatches(data.train.ids, *sizes, run.train.seed, sha256=data.sha256["train.npy"])
     optimizers = build_optimizers(model, run.optim)
     return TrainState(model, optimizers, batches, SpikeGuard(run.guard), Progress(max_steps=run.train.max_steps))
+
+
+def seed_noise(model: Decoder, seed: int) -> None:
+    """The global generator as it always was when a run began: after torch's own filling of linear layers.
+
+    `init_weights` must follow, for nothing drawn here is kept. Through it seeded runs with noise while training
+    (noisy, jitter, random_second) repeat what they were.
+    """
+    torch.manual_seed(seed)
+    for part in model.modules():
+        if isinstance(part, nn.Linear):
+            nn.Linear.reset_parameters(part)
+        elif isinstance(part, nn.Embedding):
+            part.reset_parameters()
 
 
 def _announce(trainer: Trainer) -> None:

@@ -13,6 +13,7 @@ from manyhands.moe import Experts, MoELayer, Router
 from manyhands.moe.layer import FeedForward, Linear
 from manyhands.nn import Decoder, init_weights
 from manyhands.nn.norm import RMSNorm
+from manyhands.train.loop import seed_noise
 
 
 def model(router: dict | None = None, **moe) -> Decoder:
@@ -131,3 +132,18 @@ def test_the_readmes_layer_computes() -> None:
     assert y.isfinite().all() and y.std() > 1e-4
     assert moe.router.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert routing.expert_ids.unique().numel() > 4
+
+
+def test_seeded_noise_does_not_depend_on_how_modules_fill_themselves() -> None:
+    """Runs with noise repeat: their stream begins where torch's own filling of the linear layers ends."""
+    m = Decoder(ModelConfig(vocab_size=67, hidden_size=32, num_hidden_layers=2, moe=MOE))
+    torch.manual_seed(5)
+    for part in m.modules():
+        if isinstance(part, nn.Embedding):
+            nn.Embedding(*part.weight.shape)
+        elif isinstance(part, nn.Linear):
+            nn.Linear(part.in_features, part.out_features, part.bias is not None)
+    expected = torch.rand(8)
+    torch.rand(3)
+    seed_noise(m, 5)
+    assert torch.equal(torch.rand(8), expected)
