@@ -49,6 +49,8 @@ def render(report: CheckReport, console: Console) -> None:
 
 def _section(row: Row) -> str:
     s = row.situation
+    if row.quantity == "ran without an error":
+        return "what could not be computed"
     if s.scope == "checkpoint":
         return "this checkpoint's own weights"
     if row.quantity.startswith("decoding: "):

@@ -207,8 +207,9 @@ def _do(
             report.rows += rows
             for micro in oracle:
                 for routing in micro.values():
-                    report.flips[dtype] = report.flips.get(dtype, 0) + routing.flips
-                    report.routed[dtype] = report.routed.get(dtype, 0) + len(routing.mask)
+                    of = rows[0].situation.dtype if rows else dtype
+                    report.flips[of] = report.flips.get(of, 0) + routing.flips
+                    report.routed[of] = report.routed.get(of, 0) + len(routing.mask)
         if what == "decoding, model" and calls is not None:
             how[calls.get("mh_steps", 0) > fused_before].append(f"{backend} {dtype}")
     for fused, words in ((True, "in fused steps"), (False, "block by block")):
