@@ -24,6 +24,7 @@ lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy scripts/typed_calls.py
 	$(BIN)/lint-imports
 
 # torch first and pinned: an open range pulls gigabytes of CUDA packages.

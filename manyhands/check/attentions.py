@@ -101,7 +101,7 @@ class AttentionCheck:
         module.zero_grad(set_to_none=True)
         x = self.x.clone().to(DTYPES[at.dtype]).requires_grad_()
         y, _ = module(x, find_positions(self.config, S, S, mask, x.device))
-        (y * self.probe.to(y.dtype) * mask[..., None]).sum().backward()
+        (y * self.probe.to(y.dtype) * mask[..., None]).sum().backward()  # type: ignore[no-untyped-call]
         p, x64 = float64_copy(module), self.x.double().requires_grad_()
         right = self._oracle(p, x64, mask)
         (right * self.probe.double() * mask[..., None]).sum().backward()  # type: ignore[no-untyped-call]

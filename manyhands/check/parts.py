@@ -252,7 +252,7 @@ def _gradients(
                 out = expert_output(p, up, e, leaves["x"], act)
                 y = y + (leaves["weights"] * (ids == e)).sum(1, keepdim=True) * out
         probe = torch.linspace(-1.0, 1.0, D).to(y.dtype)
-        (y * probe).sum().backward()
+        (y * probe).sum().backward()  # type: ignore[no-untyped-call]
     # rows are rounded on the way forward, and what that moves across a kink or along a slope comes back once more
     tolerance = TOLERANCES["bfloat16"] if at.backend != "float32" else tolerance_of("float32", at.dtype)
     grads = ({name: leaf.grad for name, leaf in leaves.items()} for leaves in (found, right))

@@ -112,7 +112,7 @@ class RouterCheck:
         parameters = dict(layer.named_parameters())
         tested = losses.tested_terms({0: with_outputs}, router, self.shape[0])
         tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
-        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()
+        (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()  # type: ignore[no-untyped-call]
         counter = LoadCounter.empty(router.num_experts)
         counter.add(routing)
 

@@ -3,6 +3,8 @@
 E experts, D model width, F expert width, T tokens.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +69,9 @@ class Experts(nn.Module):
         """[T, D] -> [T, D]: each token's kept experts, weighted and summed."""
         name = self.implementation if implementation is None else implementation
         return run_experts(name, x_TD, routing.expert_ids, routing.weights, routing.kept, self.weights())
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
     def outputs(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
         """[T, K, D]: the chosen experts' outputs, unweighted; zeros where the pair is not kept."""

@@ -1,6 +1,7 @@
 """The mixture-of-experts layer: router, experts, shared experts. Drop-in for a feed-forward network."""
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +46,9 @@ class Linear(nn.Linear):
                 return self._in_float32(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
     def for_native(self, width: int) -> tuple[CLinear, Tensor | None] | None:
         """The layer as the native kernels take it for x [..., width], where they do, and its bias.
@@ -92,7 +96,10 @@ class FeedForward(nn.Module):
         """[..., D] -> [..., D]."""
         up = self.up_proj(x)
         h = up if self.gate_proj is None else torch.cat((self.gate_proj(x), up), dim=-1)
-        return self.down_proj(activate(h, self.activation))  # type: ignore[no-any-return]
+        return self.down_proj(activate(h, self.activation))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
 
 def reset_parts(module: nn.Module) -> None:
@@ -153,3 +160,6 @@ class MoELayer(nn.Module):
                 shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
         return y_TD.view_as(x), routing
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed

@@ -3,6 +3,8 @@
 E experts, D model width, F expert width, T tokens, K experts per token.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -67,6 +69,9 @@ class RecordLinear(nn.Module):
         weight, bias = self.packed.dequantize()
         return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
 
 def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
     """Each layer's output for the same x [..., in]; packed layers share one call where they can."""
@@ -102,6 +107,9 @@ class RecordExperts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
         """[T, D] -> [T, D]: each token's kept experts, weighted and summed."""
         return self._run(x_TD, routing.expert_ids, routing.weights, routing.kept, implementation)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
     def outputs(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
         """[T, K, D]: the chosen experts' outputs, unweighted; zeros where the pair is not kept."""

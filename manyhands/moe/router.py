@@ -5,6 +5,7 @@ T tokens, D model width, E experts, K experts per token, G groups.
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -120,6 +121,9 @@ class Router(nn.Module):
         return Routing(
             ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
         )
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
     def takes_few(self, D: int) -> bool:
         """Whether the native kernels can route a few tokens: the config is covered, the numbers lie as they read."""

@@ -4,6 +4,7 @@ B batch, S queries, L keys (L = S without a cache), H heads, G key/value heads, 
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -212,3 +213,6 @@ class Attention(nn.Module):
                 enable_gqa=groups > 1,
             )
         return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1).to(x_BSD.dtype)), largest_H
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed

@@ -4,6 +4,7 @@ B batch, S sequence, T = B·S tokens, D model width, V vocabulary, L layers, H h
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,9 @@ class Block(nn.Module):
             y = self.mlp(normed)
         return self._add(x_BSD, y, self.mlp_output_norm), routing, largest_H
 
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
     def _add(self, x: Tensor, y: Tensor, norm: RMSNorm | None) -> Tensor:
         """The residual connection."""
         y = y if norm is None else norm(y)
@@ -151,7 +155,7 @@ class Decoder(nn.Module):
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final states [..., D]."""
         if self.lm_head is not None:
-            return self.lm_head(states)  # type: ignore[no-any-return]
+            return self.lm_head(states)
         return F.linear(states, self.embed_tokens.weight.to(states.dtype))
 
     def forward(
@@ -164,6 +168,9 @@ class Decoder(nn.Module):
         """Logits for token ids [B, S]. See `hidden` for the arguments."""
         hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype)
         return Output(self.head(hidden.states), hidden.routings, hidden.cache)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
     def hidden(
         self,

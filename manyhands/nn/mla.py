@@ -4,6 +4,8 @@ B batch, S queries, L keys, H heads, D model width, R latent width (kv_lora_rank
 part without and with rotation, v the width of a value head.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -66,7 +68,7 @@ class LatentAttention(nn.Module):
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         q_nope, q_rope = self._queries(x_BSD, positions)
         compressed = self.kv_a_proj_with_mqa(x_BSD)
-        latent, k_rope = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)
+        latent, k_rope = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)  # type: ignore[no-untyped-call]
         latent_BSR = self.kv_a_layernorm(latent)
         k_rope_B1Sr = apply_rope(k_rope[:, None], positions.rope, self.interleave)
         if cache is None:
@@ -78,6 +80,9 @@ class LatentAttention(nn.Module):
         R = self.config.kv_lora_rank
         return self._materialised(q_nope, q_rope, keys_B1Ld[:, 0, :, :R], keys_B1Ld[..., R:], positions)
 
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
     def _queries(self, x_BSD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         a = self.config
         if self.q_proj is not None:
@@ -86,7 +91,7 @@ class LatentAttention(nn.Module):
             assert self.q_a_proj is not None and self.q_a_layernorm is not None and self.q_b_proj is not None
             q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BSD)))
         q_BHSd = q.view(*x_BSD.shape[:2], a.num_attention_heads, -1).transpose(1, 2)
-        q_nope, q_rope = q_BHSd.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = q_BHSd.split([a.qk_nope_head_dim, a.qk_rope_head_dim], dim=-1)  # type: ignore[no-untyped-call]
         return q_nope, apply_rope(q_rope, positions.rope, self.interleave)
 
     def _materialised(
@@ -96,7 +101,7 @@ class LatentAttention(nn.Module):
         a = self.config
         B, L, _ = latent_BLR.shape
         kv = self.kv_b_proj(latent_BLR).view(B, L, a.num_attention_heads, -1).transpose(1, 2)
-        k_nope, v_BHLv = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)
+        k_nope, v_BHLv = kv.split([a.qk_nope_head_dim, a.v_head_dim], dim=-1)  # type: ignore[no-untyped-call]
         q = torch.cat((q_nope, q_rope), dim=-1)
         k = torch.cat((k_nope, k_rope_B1Lr.expand(-1, a.num_attention_heads, -1, -1)), dim=-1)
         largest_H = None
@@ -136,4 +141,4 @@ class LatentAttention(nn.Module):
 
     def _output(self, y_BHSv: Tensor) -> Tensor:
         B, H, S, v = y_BHSv.shape
-        return self.o_proj(y_BHSv.transpose(1, 2).reshape(B, S, H * v))  # type: ignore[no-any-return]
+        return self.o_proj(y_BHSv.transpose(1, 2).reshape(B, S, H * v))

@@ -1,7 +1,7 @@
 """Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467)."""
 
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,9 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in a third of the time
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
