@@ -21,7 +21,7 @@ class DataConfig(Strict):
     """Share of the text's bytes kept for validation: whole documents, chosen by a hash of their names and `seed`."""
     seed: int = 0
     tokenizer: str | None = None
-    """A `tokenizer.json` to use; without one a byte-level BPE of `model.vocab_size` is trained on the text."""
+    """A `tokenizer.json`, or its directory; without one a byte-level BPE of `model.vocab_size` is trained."""
 
 
 class BalanceConfig(Strict):

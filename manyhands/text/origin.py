@@ -162,21 +162,32 @@ class Text(str):
         return Text(fillchar) * (index(width) - len(self)) + self
 
     def __mod__(self, values: Any) -> "Text":
-        shadows = _Shadows()
-        shown = str.__mod__(self, shadows.of(values))
-        return shadows.lift(shown, OWN if not any(self.origin) else UNKNOWN)
+        return self._formatted(str.__mod__(self, values), lambda shadows: str.__mod__(self, shadows.of(values)))
 
     def formatted(self, vformat: Callable[..., str], args: Sequence[Any], kwargs: Mapping[str, Any]) -> "Text":
         """`str.format` by jinja's careful formatter."""
+        format = str.__str__(self)
+        return self._formatted(
+            vformat(format, tuple(args), kwargs),
+            lambda shadows: vformat(
+                format, tuple(map(shadows.of, args)), {name: shadows.of(value) for name, value in kwargs.items()}
+            ),
+        )
+
+    def _formatted(self, shown: str, again: "Callable[[_Shadows], str]") -> "Text":
+        """What was shown, with the origins that formatting shadows finds; UNKNOWN where it shows something else."""
         shadows = _Shadows()
-        shown = vformat(str.__str__(self), tuple(map(shadows.of, args)), {k: shadows.of(v) for k, v in kwargs.items()})
-        return shadows.lift(shown, OWN if not any(self.origin) else UNKNOWN)
+        try:
+            lifted = shadows.lift(again(shadows), OWN if not any(self.origin) else UNKNOWN)
+        except (TypeError, ValueError, LookupError, AttributeError):
+            return Text(shown, UNKNOWN * len(shown))
+        return lifted if lifted == shown else Text(shown, UNKNOWN * len(shown))
 
 
 class _Shadows:
     """Arguments of a format as characters that stand for theirs, one for one: what comes out says what came from where.
 
-    What does not fit into plane 16, or is converted (`!r`), comes out as it is, of UNKNOWN origin.
+    What does not fit into plane 16 comes out as it is.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ from manyhands.text.vocabulary import bytes_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 _DEEPSEEK = "<｜end▁of▁sentence｜>"
-_END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", _DEEPSEEK)
+_END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", _DEEPSEEK, "[EOS]")
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end of text."""

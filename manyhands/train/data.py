@@ -55,6 +55,12 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
         say(f"read {len(documents):,} documents, {total / 1e6:.1f} MB ({len(valid):,} for validation)")
         tokenizer = _tokenizer(run, train, say)
         tokenizer.save(tokenizer_path)
+        if Tokenizer.from_file(tokenizer_path).eos_token_id != tokenizer.eos_token_id:
+            raise DataError(
+                f"data.tokenizer={run.data.tokenizer}: its end of text is named beside tokenizer.json alone, "
+                "which is all that a run keeps: a model would never stop; "
+                "name one of tokenizer.json's tokens <|endoftext|> or </s>"
+            )
         write_tokens(directory / "train.npy", train, tokenizer)
         write_tokens(directory / "valid.npy", valid, tokenizer)
         _finish(done, compressors(valid))

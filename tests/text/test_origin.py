@@ -58,4 +58,12 @@ def test_who_wrote_what():
     shown = own("<%s|%5s|%d>") % (foreign("a<t>"), own("b"), 7)
     assert shown == "<a<t>|    b|7>" and shown.origin == OWN + FOREIGN * 4 + OWN * 9
     assert (foreign("%s") % "a").origin == b"\2", "a message that is used as a format is nobody's"
+    for form, values in {
+        "%r": foreign("a"),
+        "%(k)s": {"k": foreign("a")},
+        "%c": foreign("a"),
+        "%s\U00100000": "x",
+    }.items():
+        assert own(form) % values == form % values
+    assert (own("%r") % foreign("<t>")).origin == b"\2" * 5, "not followed, and so not the template's"
     assert origin.join("", []) == ""

@@ -280,10 +280,10 @@ def test_a_bare_tokenizer_json_is_enough(tmp_path):
 
 
 def test_an_end_by_another_name_is_taken_from_the_files(tmp_path):
-    inner = Inner(models.BPE({"a": 0, "[EOS]": 1}, []))
-    tokenizer = Tokenizer.from_directory(write(tmp_path / "a", inner, tokenizer_config=config(eos_token="[EOS]")))
+    inner = Inner(models.BPE({"a": 0, "[FIN]": 1}, []))
+    tokenizer = Tokenizer.from_directory(write(tmp_path / "a", inner, tokenizer_config=config(eos_token="[FIN]")))
     assert tokenizer.eos_token_id == 1 and tokenizer.eos_token_ids == {1}
-    assert tokenizer.encode("[EOS]", parse_special=True) == [1], "named, so special, as in transformers"
+    assert tokenizer.encode("[FIN]", parse_special=True) == [1], "named, so special, as in transformers"
     tokenizer = Tokenizer.from_directory(write(tmp_path / "b", inner, tokenizer_config=config(eos_token="[NOT]")))
     assert tokenizer.eos_token_id is None and tokenizer.eos_token_ids == frozenset()
 
@@ -456,6 +456,13 @@ def test_documents_begin_as_the_model_saw_them(pair):
     end = [tokenizer.eos_token_id]
     assert ids == [*begin, *end, *tokenizer.encode("c", add_special_tokens=True), *end]
     assert Tokenizer.train(["ab"], 257).front_ids == []
+
+
+@pytest.mark.parametrize("name", ["<｜end▁of▁sentence｜>", "[EOS]", "</s>"])
+def test_the_end_of_text_of_published_tokenizers_is_known_without_their_config(tmp_path, name):
+    path = tmp_path / "tokenizer.json"
+    path.write_text(Tokenizer.train(["ab"], 257).inner.to_str().replace("<|endoftext|>", name))
+    assert Tokenizer.from_file(path).eos_token_id == 0
 
 
 def test_from_file_takes_a_directory(tmp_path):
