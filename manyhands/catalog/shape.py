@@ -26,6 +26,8 @@ class AttentionShape(Strict):
     """How many layers have attention; None: all of them (Jamba: one in eight)."""
     sliding_window: Size | None = None
     window_layers: Count = 0
+    chunked: bool = False
+    """`sliding_window` is the length of chunks, each attended alone (Llama 4)."""
     num_experts: Count = 0
     """JetMoE: experts that own a query and an output projection and share one key and value projection."""
     num_experts_per_tok: Count = 0

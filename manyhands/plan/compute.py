@@ -17,7 +17,7 @@ def attention_flops(sizes: Sizes, context: float, *, latent: bool = False) -> fl
 def mean_attention_flops(sizes: Sizes, length: float) -> float:
     """The same, averaged over the tokens of a causal sequence of `length`: without a window they see length / 2."""
     each = 2 * sizes.heads * sizes.score_width
-    return sum(each * mean_seen(length, window) for window in sizes.windows)
+    return sum(each * mean_seen(length, window, chunked=sizes.chunked) for window in sizes.windows)
 
 
 def forward_flops(sizes: Sizes, counts: Counts, context: float, *, latent: bool = False) -> float:
@@ -47,8 +47,11 @@ def seen(context: float, window: int | None) -> float:
     return context if window is None else min(context, window)
 
 
-def mean_seen(length: float, window: int | None) -> float:
-    """The mean over a causal sequence; behind a window w < s it is w - w² / 2s."""
+def mean_seen(length: float, window: int | None, *, chunked: bool = False) -> float:
+    """The mean over a causal sequence; behind a window w < s it is w - w² / 2s, in chunks of w half a chunk."""
     if window is None or window >= length:
         return length / 2
+    if chunked:
+        whole, rest = divmod(length, window)
+        return (whole * window**2 + rest**2) / (2 * length)
     return window - window**2 / (2 * length)

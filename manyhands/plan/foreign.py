@@ -47,11 +47,15 @@ _OTHERS = {
     "beam": "has weights that no field speaks of",
     "doge": "retrieves its experts from products of keys",
     "jetmoe": "has experts in its attention",
+    "phi4_multimodal": "has adapters in its layers",
 }
 """Types whose fields look usual and mean something else; found by building them with transformers."""
 _GATED = ("silu", "swish", "swiglu", "silu_and_mul")
 _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation", "mlp_hidden_act")
 _ATTENTION_OF_STATES = {"attn_type_list", "attn_types"}
+_SIZE_WORDS = ("expert", "moe", "ffn", "layer", "head", "hidden", "intermediate", "size", "dim", "rank", "width")
+_BESIDE = {"vision", "audio", "image", "video", "speech"}
+"""Objects of parts beside the language model."""
 _EXPERT_WORDS = ("expert", "moe")
 
 
@@ -84,6 +88,17 @@ def foreign_experts(fields: Mapping[str, Any], taken: set[str]) -> list[str]:
     """Names of set fields about experts that were neither taken nor are harmless."""
     names = (str(name) for name, value in fields.items() if value and value != 1 and name not in taken)
     return [name for name in names if any(word in name for word in _EXPERT_WORDS) and not is_harmless(name)]
+
+
+def foreign_objects(fields: Mapping[str, Any], taken: set[str]) -> list[str]:
+    """Names of objects that were not taken and hold sizes of layers, heads, experts or widths (DBRX's ffn_config)."""
+    found = []
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and name not in taken and not is_harmless(str(name)):
+            inside = [str(key) for key, inner in value.items() if isinstance(inner, int | list | Mapping) and inner]
+            if any(word in key for key in inside for word in _SIZE_WORDS) and not _BESIDE & set(name.split("_")):
+                found.append(str(name))
+    return found
 
 
 def is_harmless(name: str) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 
 from manyhands.config import ModelConfig, parse
 from manyhands.errors import ConfigError
-from manyhands.plan.foreign import foreign_experts, foreign_fields, foreign_type, is_harmless
+from manyhands.plan.foreign import foreign_experts, foreign_fields, foreign_objects, foreign_type, is_harmless
 from manyhands.plan.guess_layers import WINDOW_FIELDS, sparse_layers, windowed_layers
 
 _GROUPS = ("num_attention_groups", "num_query_groups")
@@ -92,10 +92,10 @@ def guess_config(values: Mapping[str, Any], where: str) -> tuple[ModelConfig, li
         described = _values(get, use, typed)
     except ConfigError as error:
         raise ConfigError(f"{where}: model_type = {model_type}: {error}") from None
-    if foreign := foreign_experts(fields, set(taken)):
+    if foreign := [*foreign_experts(fields, set(taken)), *foreign_objects(fields, set(taken))]:
         raise ConfigError(
             f"{where}: model_type = {model_type} is not a family manyhands knows, and its field {foreign[0]!r} may "
-            "change its experts in a way that the planner does not know"
+            "change its counts in a way that the planner does not know"
         )
     config = parse(ModelConfig, described, f"{where} (model_type = {model_type}, read by its usual fields)")
     notes = _notes(model_type, taken, fields)
@@ -147,8 +147,11 @@ def _attention(
     get: Any, use: Callable[[str], None], fields: Mapping[str, Any], heads: Any, width: Any, layers: Any
 ) -> dict[str, Any]:
     if get("kv_lora") is not None:
-        names = ("q_lora", "q_lora_rank"), ("kv_lora", "kv_lora_rank"), ("nope", "qk_nope_head_dim")
-        mla = {ours: get(role) for role, ours in (*names, ("rope", "qk_rope_head_dim"), ("value", "v_head_dim"))}
+        names = (
+            *(("q_lora", "q_lora_rank"), ("kv_lora", "kv_lora_rank")),
+            *(("nope", "qk_nope_head_dim"), ("rope", "qk_rope_head_dim"), ("value", "v_head_dim")),
+        )
+        mla = {ours: get(role, role != "q_lora") for role, ours in names}
         return {"kind": "mla", "num_attention_heads": heads} | {k: v for k, v in mla.items() if v is not None}
     head_dim = get("head_dim")
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
@@ -192,8 +195,7 @@ def _notes(model_type: str, taken: dict[str, str], fields: Mapping[str, Any]) ->
     ]
     others = [name for name in others if name not in _SAID and fields[name] not in ([], {})]
     if others:
-        more = f" and {len(others) - 24} more" if len(others) > 24 else ""
-        notes.append("not looked at: " + ", ".join(others[:24]) + more)
+        notes.append("not looked at: " + ", ".join(others))
     return notes
 
 

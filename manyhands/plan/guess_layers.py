@@ -65,9 +65,24 @@ def windowed_layers(fields: Fields, layers: int, use: Callable[[str], None]) -> 
     elif fields.get("use_sliding_window") is True and (first := _whole(fields, "max_window_layers", use)) is not None:
         use("use_sliding_window")
         found = {i for i in range(layers) if i >= first}
+    elif fields.get("attention_chunk_size") and fields.get("sliding_window") is None:
+        if "no_rope_layers" in fields:
+            use("no_rope_layers")
+        rotated = fields.get("no_rope_layers") or [int((i + 1) % 4 > 0) for i in range(layers)]  # Llama 4's default
+        found = _flagged("no_rope_layers", rotated, layers, lambda _: None)
     else:
         found = set(range(layers))
     return [i in found for i in range(layers)]
+
+
+def chunked(values: Fields) -> bool:
+    """Whether the windows are chunks, each attended alone (Llama 4); `values` may be a file with `text_config`."""
+    nested = values.get("text_config")
+    fields = nested if isinstance(nested, Mapping) else values
+    types = fields.get("layer_types")
+    if isinstance(types, list) and types:
+        return "chunked_attention" in types
+    return bool(fields.get("attention_chunk_size")) and fields.get("sliding_window") is None
 
 
 def _flagged(

@@ -18,6 +18,7 @@ def shape_sizes(shape: Shape) -> Sizes | None:
         latent_score_width=2 * a.head_dim,
         kv_values=2 * a.num_key_value_heads * a.head_dim,
         windows=(a.sliding_window,) * windowed + (None,) * (layers - windowed),
+        chunked=a.chunked,
         sparse_layers=moe.layers if moe else 0,
         num_experts=moe.num_experts if moe else 0,
         experts_per_token=moe.num_experts_per_tok if moe else 0,

@@ -25,6 +25,8 @@ class Sizes:
     node_limit: int | None = None
     """Groups of experts that one token's may lie in (V3: one group per node); None without such a limit."""
     groups: int = 1
+    chunked: bool = False
+    """The windows are chunks: a token sees the start of its chunk and what follows, not the last `window` tokens."""
     positions: int | None = None
     """The longest context it is made for."""
 

@@ -3,7 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -83,6 +83,7 @@ def _ours(config: ModelConfig, name: str, origin: str) -> Subject:
 def _config_file(path: Path, name: str) -> Subject:
     from manyhands.families import FAMILIES, read_config
     from manyhands.plan.guess import guess_config
+    from manyhands.plan.guess_layers import chunked
 
     values = read_json(path)
     notes: list[str] = []
@@ -102,7 +103,7 @@ def _config_file(path: Path, name: str) -> Subject:
         origin=origin,
         counts=count_model(config),
         config=config,
-        sizes=sizes_of(config),
+        sizes=replace(sizes_of(config), chunked=chunked(values)),
         native=storage,
         file_bytes=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None,
         notes=(*notes, *([note] if note else [])),
