@@ -149,3 +149,23 @@ def test_every_field_is_either_the_run_itself_or_recorded_or_free(text: Path) ->
         "train.micro_batch_size",
     ]
     assert differences(run, run) == {}
+
+
+def test_the_rate_of_the_last_step_is_remembered(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "no_faster_than_warmup", lambda *args: 0.00123)
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=2"), quiet=True)
+    seen: list[float] = []
+    monkeypatch.setattr(loop, "no_faster_than_warmup", lambda rate, before, *rest: seen.append(before) or rate)
+    go_on(tmp_path / "run", "train.max_steps=3")
+    assert seen[0] == 0.00123
+
+
+def test_a_repeated_run_changes_its_guard_on_the_way(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=2"), quiet=True)
+    go_on(tmp_path / "run", "train.max_steps=3", "guard.max_skips=3")
+    seen: list[int] = []
+    monkeypatch.setattr(loop.SpikeGuard, "observe", lambda self, *pair: seen.append(self.config.max_skips))
+    loop.train(tmp_path / "again", load_run(tmp_path / "run" / "run.yaml"), quiet=True)
+    assert seen == [10, 10, 3]
