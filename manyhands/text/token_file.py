@@ -5,7 +5,7 @@ it says how many tokens and bytes of text that is. N = number of tokens.
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -62,8 +62,12 @@ class TokenFile:
         return cls(ids, info)
 
 
-def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> npt.NDArray[Any]:
+def encode_documents(
+    documents: Sequence[Document], tokenizer: Tokenizer, progress: Callable[[int], None] | None = None
+) -> npt.NDArray[Any]:
     """Ids `[N]` of each document, uint16 where the vocabulary allows, else uint32.
+
+    `progress` gets the number of characters done so far.
 
     In front of each what the tokenizer puts there (`<s>`, or nothing), behind it the end of text.
 
@@ -75,18 +79,27 @@ def encode_documents(documents: Sequence[Document], tokenizer: Tokenizer) -> npt
     dtype = np.dtype("<u2") if tokenizer.vocab_size <= 1 << 16 else np.dtype("<u4")
     front = tokenizer.front_ids
     rows = [np.empty(0, dtype)]
+    done = 0
     for texts in _chunks(documents):
         rows += [np.asarray([*front, *ids, eos], dtype) for ids in tokenizer.encode_batch(texts)]
+        done += sum(map(len, texts))
+        if progress is not None:
+            progress(done)
     return np.concatenate(rows)
 
 
-def write_tokens(path: str | Path, documents: Sequence[Document], tokenizer: Tokenizer) -> TokenInfo:
+def write_tokens(
+    path: str | Path,
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    progress: Callable[[int], None] | None = None,
+) -> TokenInfo:
     """Encode each document, followed by the end of text, into one file; atomically.
 
     Raises `DataError` if the tokenizer has no end of text, `StorageError` if the disk refuses.
     """
     path = Path(path)
-    ids = encode_documents(documents, tokenizer)
+    ids = encode_documents(documents, tokenizer, progress)
     info = TokenInfo(len(ids), sum(document.num_bytes for document in documents), len(documents))
     # Nested, so that neither file is replaced unless both could be written.
     with writing(_info_path(path)) as info_file, writing(path) as ids_file:

@@ -8,6 +8,7 @@ import bz2
 import hashlib
 import json
 import lzma
+import time
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split
 
 MIN_BYTES = 1024
 FILES = ("tokenizer.json", "train.npy", "valid.npy")
+_SAY_SECONDS = 10.0
 _COMPRESS_AT_MOST = 4_000_000  # bytes: xz -9e takes about a second per megabyte
 
 
@@ -61,7 +63,9 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
                 "which is all that a run keeps: a model would never stop; "
                 "name one of tokenizer.json's tokens <|endoftext|> or </s>"
             )
-        write_tokens(directory / "train.npy", train, tokenizer)
+        write_tokens(
+            directory / "train.npy", train, tokenizer, _progress(sum(len(document.text) for document in train), say)
+        )
         write_tokens(directory / "valid.npy", valid, tokenizer)
         _finish(done, compressors(valid))
     reached, digests = _checked(done, say)
@@ -75,6 +79,19 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
         reached,
         digests,
     )
+
+
+def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
+    """Says every ten seconds how much is tokenised."""
+    said = time.monotonic()
+
+    def progress(done: int) -> None:
+        nonlocal said
+        if done < total and time.monotonic() - said >= _SAY_SECONDS:
+            said = time.monotonic()
+            say(f"tokenised {done / 1e6:,.0f} of {total / 1e6:,.0f} million characters")
+
+    return progress
 
 
 def _finish(done: Path, reached: dict[str, float]) -> None:

@@ -8,7 +8,7 @@ from tokenizers import Tokenizer as Inner
 from tokenizers import models
 
 from manyhands.errors import DataError, StorageError
-from manyhands.text import Document, TokenFile, TokenInfo, Tokenizer, write_tokens
+from manyhands.text import Document, TokenFile, TokenInfo, Tokenizer, encode_documents, write_tokens
 from manyhands.text import token_file as token_file_module
 
 TOKENIZER = Tokenizer.train(["some words and words"], 280)
@@ -90,3 +90,11 @@ def test_other_arrays_and_pickles_are_refused(tmp_path: Path) -> None:
         np.save(path, array, allow_pickle=True)
         with pytest.raises(DataError, match="not a token file"):
             TokenFile.open(path, 280)
+
+
+def test_progress_is_told_by_the_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("manyhands.text.token_file._CHUNK_CHARACTERS", 10)
+    documents = [Document(f"d{i}", "abcd") for i in range(7)]
+    tokenizer, told = Tokenizer.train(["abcd" * 9], 260), list[int]()
+    ids = encode_documents(documents, tokenizer, told.append)
+    assert told == [12, 24, 28] and (ids == encode_documents(documents, tokenizer)).all()
