@@ -36,7 +36,7 @@ FLAGS = {
         "show_routing",
         "json_output",
     },
-    "models": {"sparse", "dense", "sort", "check", "json_output"},
+    "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
     "doctor": {"again", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},
     "plan": {

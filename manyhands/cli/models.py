@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from manyhands.errors import ConfigError
+
 if TYPE_CHECKING:
     from manyhands.catalog import Entry
     from manyhands.plan import Counts
@@ -15,6 +17,10 @@ MARKS = {"rumour": "?", "assumed": "*", "undisclosed": "not disclosed"}
 
 
 def models(
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="[NAME]", help="One system: all its figures, prices and notes, with their sources."),
+    ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Only mixtures of experts.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Only dense models.")] = False,
     sort: Annotated[
@@ -25,17 +31,24 @@ def models(
     ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON, figures and sources included.")] = False,
 ) -> None:
-    """The catalogue: published systems, dense and sparse, with what is known of each.
+    """The catalogue: published systems, dense and sparse, with what is known of each; or one of them, with sources.
 
     Counts are computed from the architecture. `?` marks a rumour, `*` an architecture that is assumed because it
     reproduces the published sizes. Active parameters are shown with and without the input embedding.
     """
-    chosen = _chosen(sparse, dense)
+    from manyhands.catalog import load
+
+    if name is not None and (sparse or dense or sort != "name"):
+        raise ConfigError("--sparse, --dense and --sort are about the table: leave them out, or leave NAME out")
+    chosen = _chosen(sparse, dense) if name is None else [load(name)]
     if check:
         _check({entry.id for entry in chosen}, json_output)
         return
     from manyhands.plan.published import counts_of
 
+    if name is not None:
+        _one(chosen[0], counts_of(chosen[0]), json_output)
+        return
     rows = [(entry, counts_of(entry)) for entry in chosen]
     rows.sort(key=lambda row: _key(row[0], row[1], sort), reverse=sort != "name")
     if json_output:
@@ -44,6 +57,20 @@ def models(
         print(json.dumps([_described(entry, counts) for entry, counts in rows], ensure_ascii=False))
         return
     _table(rows)
+
+
+def _one(entry: "Entry", counts: "Counts | None", json_output: bool) -> None:
+    if json_output:
+        import json
+
+        print(json.dumps(_described(entry, counts), ensure_ascii=False))
+        return
+    import shutil
+
+    from manyhands.cli.model_sheet import sheet
+
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
+    print("\n".join(sheet(entry, counts, _mixture(entry), max(width, 40))))
 
 
 def _chosen(sparse: bool, dense: bool) -> "list[Entry]":

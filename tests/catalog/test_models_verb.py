@@ -84,7 +84,7 @@ def test_a_terminal_gets_a_fitted_table(monkeypatch: pytest.MonkeyPatch, capsys:
 
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     monkeypatch.setenv("COLUMNS", "150")
-    models.models(sparse=False, dense=True, sort="name", check=False, json_output=False)
+    models.models(name=None, sparse=False, dense=True, sort="name", check=False, json_output=False)
     out = capsys.readouterr().out
     assert "llama-3.1-405b" in out and "deepseek" not in out
 
@@ -101,3 +101,34 @@ def test_nothing_imports_torch(arguments: list[str]) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", names())
+def test_one_system_with_every_source(name: str) -> None:
+    """Everything in its file is printed, in 80 columns but for addresses that are longer."""
+    from manyhands.catalog import load
+
+    entry, text = load(name), run(name).stdout
+    said = " ".join(text.split())
+    sources = {*entry.sources, *(figure.source for figure in entry.figures)}
+    assert all(" ".join(source.split()) in said for source in sources)
+    assert all(" ".join(note.split()) in said for note in entry.notes)
+    assert all(figure.printed is None or figure.printed in said for figure in entry.figures)
+    assert all(len(line) <= 80 or "https://" in line for line in text.splitlines())
+
+
+def test_prices_and_what_is_not_disclosed() -> None:
+    said = " ".join(run("Composer-2").stdout.split())
+    assert "price, 10^6 tokens in: 0.50 USD/million tokens (published) https://learnaiforge.com" in said
+    assert "price, 10^6 tokens out: 2.50 USD/million tokens" in said and "made from kimi-k2.5" in said
+    assert "total: not disclosed" in said
+
+
+def test_one_system_as_json_is_its_row() -> None:
+    assert json.loads(run("deepseek-v3", "--json").stdout) in json.loads(run("--json").stdout)
+    assert {row["id"] for row in json.loads(run("deepseek-v3", "--check", "--json").stdout)} == {"deepseek-v3"}
+
+
+def test_a_name_that_is_not_there_and_options_of_the_table() -> None:
+    assert "the nearest: deepseek-v3" in str(run("deepsek-v3").exception)
+    assert "leave NAME out" in str(run("deepseek-v3", "--sparse").exception)
