@@ -9,6 +9,7 @@ V = vocabulary size.
 
 import copy
 import json
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -33,6 +34,7 @@ from manyhands.text.vocabulary import bytes_of_tokens
 
 END_OF_TEXT = "<|endoftext|>"
 _DEEPSEEK = "<｜end▁of▁sentence｜>"
+_log = logging.getLogger(__name__)
 _END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>", "<eos>", _DEEPSEEK, "[EOS]")
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
@@ -137,12 +139,26 @@ class Tokenizer:
     def from_directory(cls, path: str | Path) -> Self:
         """Read `tokenizer.json` and what lies beside it (`tokenizer_files.py`): chat template, special tokens.
 
-        Kimi's `tiktoken.model` is read where there is no `tokenizer.json`.
+        Kimi's `tiktoken.model` is read where there is no `tokenizer.json`. Where `eos_token` and `eos_token_id` of the
+        files disagree, a line is logged; each ends an answer.
 
         Raises `CheckpointError` naming the file and the field that is missing or wrong.
         """
         files = read_tokenizer_files(path)
-        return cls(_parse(Path(path) / TOKENIZER, files.content[TOKENIZER]), files)
+        tokenizer = cls(_parse(Path(path) / TOKENIZER, files.content[TOKENIZER]), files)
+        tokenizer._say_ends(path)
+        return tokenizer
+
+    def _say_ends(self, path: str | Path) -> None:
+        """Log a line if the token that is named as the end is not one of the ids that are."""
+        named = self.inner.token_to_id(self.eos_token or "")
+        ids = self.files.end_ids or ({self.eos_token_id} if self.eos_token_id is not None else set())
+        if named is None or named in ids or not ids:
+            return
+        others = ", ".join(f"{i} ({repr(self.inner.id_to_token(i))[:40]})" for i in sorted(ids)[:6])
+        stated = "eos_token_id" if self.files.end_ids else "the end of a text"
+        said = f"eos_token is {self.eos_token!r} ({named}), {stated} is {others}; each of them ends an answer"
+        _log.warning("%s: %s", path, said)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`, atomically. Raises `StorageError` if the disk refuses."""

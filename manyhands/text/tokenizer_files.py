@@ -103,11 +103,11 @@ def has_tokenizer(directory: str | Path) -> bool:
 
 
 def instead(directory: Path) -> str:
-    """What lies there in the place of tokenizer.json, and what to do about it; "" if nothing does."""
+    """What lies there in the place of tokenizer.json, and what to do about it."""
     names = ("tokenizer.model", TIKTOKEN)
     others = sorted(p.name for p in directory.glob("*") if p.name in names or p.suffix == ".tiktoken")
     if not others:
-        return ""
+        return f"; put the {TOKENIZER} of the model that it was made from beside it"
     return (
         f"; {others[0][:60]} is not read: transformers makes a {TOKENIZER} of it "
         "(AutoTokenizer.from_pretrained(DIR).save_pretrained(DIR))"

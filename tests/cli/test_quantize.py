@@ -147,7 +147,7 @@ def test_without_a_tokenizer(mixtral, tmp_path, text, capsys):
     assert model.embed_tokens.weight.dtype == torch.bfloat16
     assert all(layer.router.weight.dtype == torch.float32 for layer in model.sparse_layers().values())
     assert model(torch.tensor([[1, 2]])).logits.dtype == torch.bfloat16
-    with pytest.raises(DataError, match=r"no tokenizer\.json; and --data is text"):
+    with pytest.raises(DataError, match=r"there is no tokenizer\.json; .*; and --data is text"):
         run(capsys, "quantize", mixtral, target, "--data", text, "--overwrite")
 
 

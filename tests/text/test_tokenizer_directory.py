@@ -246,6 +246,30 @@ def test_flags_do_not_leak_between_calls_or_threads(pair):
     assert not wrong and ours.encode(text) == plain
 
 
+@pytest.mark.parametrize(
+    ("name", "ids", "said"),
+    [
+        ("<|im_end|>", 0, "eos_token is '<|im_end|>' (388), eos_token_id is 0 ('<|endoftext|>')"),
+        ("<|im_end|>", None, "eos_token is '<|im_end|>' (388), the end of a text is 0 ('<|endoftext|>')"),
+        ("<|im_end|>", [0, 388], None),
+        ("<|endoftext|>", 0, None),
+        ("<|endoftext|>", [388, 3], "eos_token is '<|endoftext|>' (0), eos_token_id is 3 ("),
+        (None, 388, None),
+        ("[NOT]", 388, None),
+    ],
+)
+def test_ends_that_disagree_are_said_once(name, ids, said, tmp_path, caplog):
+    inner = byte_level()
+    known = {token: inner.token_to_id(token) for token in ("<|endoftext|>", "<|im_end|>")}
+    assert known == {"<|endoftext|>": 0, "<|im_end|>": 388}
+    generation = {} if ids is None else {"eos_token_id": ids}
+    folder = write(tmp_path / "m", inner, tokenizer_config=config(eos_token=name), generation_config=generation)
+    tokenizer = Tokenizer.from_directory(folder)
+    stated = ids if isinstance(ids, list) else [0 if ids is None else ids]
+    assert tokenizer.eos_token_ids >= {*stated, *([known[name]] if name in known else [])}
+    assert [said in message for message in caplog.messages] == ([True] if said else [])
+
+
 def test_what_the_files_say(tmp_path):
     inner = byte_level()
     folder = write(
