@@ -57,6 +57,10 @@ def held(module: nn.Module, *names: str) -> bool:
 
 def in_autocast(x: Tensor) -> Tensor:
     """`x` as PyTorch's products would take it: in the lower precision inside `torch.autocast`, else as it is."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype in (torch.float32, torch.float16, torch.bfloat16):
+    if (
+        x.device.type != "meta"
+        and torch.is_autocast_enabled(x.device.type)
+        and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    ):
         return x.to(torch.get_autocast_dtype(x.device.type))
     return x

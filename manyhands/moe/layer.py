@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
 from manyhands.config.model import INITIALIZER_RANGE
+from manyhands.errors import ConfigError
 from manyhands.kernels.experts import GATED, activate
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
@@ -137,11 +138,15 @@ class MoELayer(nn.Module):
         token_ids: Tensor | None = None,
         keep_outputs: bool = False,
     ) -> tuple[Tensor, Routing]:
-        """x [..., D]; `token_mask` [...] is false for padding; `token_ids` [...] is for hash routing.
+        """x [..., D]; `token_mask` [...] bool is false for padding; `token_ids` [...] is for hash routing.
+
+        No loss and no statistic counts padding; its rows of y are computed like the rest and mean nothing.
 
         Returns y [..., D] in x's dtype and the `Routing` of the T flattened tokens; with `keep_outputs` it holds
         the experts' outputs, at the cost of T·K·D more values.
         """
+        if token_mask is not None and token_mask.shape != x.shape[:-1]:
+            raise ConfigError(f"token_mask is {list(token_mask.shape)}, not {list(x.shape[:-1])} as x is")
         x_TD = x.reshape(-1, x.shape[-1])
         routing = self.router(
             x_TD,

@@ -87,6 +87,9 @@ class Router(nn.Module):
         config, K = self.config, self.config.num_experts_per_tok
         if token_mask_T is None:
             token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
+        elif token_mask_T.dtype != torch.bool or token_mask_T.shape != x_TD.shape[:1]:
+            found = f"{list(token_mask_T.shape)} {str(token_mask_T.dtype).removeprefix('torch.')}"
+            raise ConfigError(f"token_mask is {found}, not [{x_TD.shape[0]}] bool: true for a real token")
         if x_TD.shape[0] <= FEW_TOKENS and step.direct(x_TD) and self.takes_few(x_TD.shape[1]):
             logits_TE, scores_TE, ids_TK, weights_TK = step.route(self.for_native(), x_TD)
             kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
@@ -178,6 +181,8 @@ class Router(nn.Module):
 
 def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None) -> Tensor:
     """x·Wᵀ + b [T, E] in float32, also inside somebody's `torch.autocast`."""
+    if x_TD.device.type == "meta":  # which autocast does not know
+        return F.linear(x_TD, weight_ED, bias_E)
     with torch.autocast(x_TD.device.type, enabled=False):
         return F.linear(x_TD, weight_ED, bias_E)
 

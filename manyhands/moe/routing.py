@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 FEW_SCORES = 1 << 12
 """For so few, sorting them all takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
@@ -44,6 +45,9 @@ class Routing:
     def expert_counts(self) -> Tensor:
         """[E] int64: real tokens that chose each expert, before any capacity was applied."""
         return count_experts(self.expert_ids, self.token_mask, self.num_experts)
+
+
+pytree.register_dataclass(Routing)  # what torch.export, vmap and the like may return
 
 
 def count_experts(ids_TK: Tensor, token_mask_T: Tensor, num_experts: int) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.errors import ConfigError
+
 
 class LayerCache:
     """Grows along the sequence, doubling its room, so that appending costs what is appended."""
@@ -22,6 +24,9 @@ class LayerCache:
         if not self._buffers:
             with torch.inference_mode(False):  # the cache may be continued outside of it
                 self._buffers = [t.new_empty(*t.shape[:-2], max(added, 64), t.shape[-1]) for t in new]
+        kinds = [(b.shape[:-2], b.shape[-1]) for b in self._buffers]
+        if kinds != [(t.shape[:-2], t.shape[-1]) for t in new]:
+            raise ConfigError("the cache was made for another model: make another with model.new_cache()")
         for buffer, t in zip(self.grow(added), new, strict=True):
             buffer.narrow(-2, self.length - added, added).copy_(t)
         return [buffer.narrow(-2, 0, self.length) for buffer in self._buffers]
@@ -46,6 +51,11 @@ class LayerCache:
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions."""
         self.length = min(self.length, length)
+
+    @property
+    def rows(self) -> int | None:
+        """Sequences; None while nothing ever was cached."""
+        return self._buffers[0].shape[0] if self._buffers else None
 
     @property
     def values_per_token(self) -> int:
@@ -79,6 +89,11 @@ class Cache:
     def extend(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor | None:
         """Make room for new positions; returns the mask of all of them, None where there is no padding."""
         B, S = ids_BS.shape
+        rows = self.layers[0].rows
+        if rows not in (None, B):
+            if self.length:
+                raise ConfigError(f"the cache holds {rows} sequences, not {B}: make another with model.new_cache()")
+            self.layers = [LayerCache() for _ in self.layers]
         if mask_BS is not None or self.mask_BS is not None:
             old, new = ids_BS.new_ones(B, self.length, dtype=torch.bool), ids_BS.new_ones(B, S, dtype=torch.bool)
             old = old if self.mask_BS is None else self.mask_BS

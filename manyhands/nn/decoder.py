@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from manyhands.config import ModelConfig
+from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.layer import FeedForward, Linear
@@ -45,6 +47,10 @@ class Output:
     """[B, S, V]"""
     routings: dict[int, Routing]
     cache: Cache | None
+
+
+pytree.register_dataclass(Hidden)
+pytree.register_dataclass(Output)
 
 
 class Block(nn.Module):
@@ -192,7 +198,11 @@ class Decoder(nn.Module):
         """
         S = ids_BS.shape[1]
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
+        if mask_BS is not None and mask_BS.shape != ids_BS.shape:
+            raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
         if cache is not None:
+            if len(cache.layers) != len(self.layers):
+                raise ConfigError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
             real_BL = cache.extend(ids_BS, mask_BS)
         length = S if cache is None else cache.length
         positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
