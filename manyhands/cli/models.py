@@ -91,10 +91,12 @@ def _key(entry: "Entry", counts: "Counts | None", sort: str) -> Any:
 
 
 def _table(rows: "list[tuple[Entry, Counts | None]]") -> None:
+    from manyhands.plan.report.ask import short
+
     columns = ("system", ">total", ">active", ">without emb.", ">experts", ">context", "released", "licence")
     lines = []
     for entry, counts in rows:
-        context = "" if entry.context is None else _short(entry.context)
+        context = "" if entry.context is None else short(entry.context)
         sizes, experts = _sizes(entry, counts), _experts(entry)
         lines.append((entry.id, *sizes, experts, context, entry.released, entry.license))
     _print(columns, lines)

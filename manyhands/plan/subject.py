@@ -134,21 +134,34 @@ def read_json(path: Path) -> dict[str, Any]:
 def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:
     if (config := entry.config) is not None:
         origin = f"catalogue entry {entry.id}"
-        return Subject(entry.name, origin, count_model(config), config, sizes_of(config), _stored(entry))
+        sizes, notes = _released_for(sizes_of(config), entry)
+        return Subject(entry.name, origin, count_model(config), config, sizes, _stored(entry), notes=notes)
     if entry.shape is not None:
         from manyhands.plan.count_shape import count_shape
         from manyhands.plan.shape_sizes import left_out, shape_sizes
 
-        sizes = shape_sizes(entry.shape)
+        shape = shape_sizes(entry.shape)
         return Subject(
             name=entry.name,
             origin=f"catalogue entry {entry.id}",
             counts=count_shape(entry.shape),
-            sizes=sizes,
+            sizes=_released_for(shape, entry)[0] if shape is not None else None,
             native=_stored(entry),
             notes=left_out(entry.shape),
         )
     return _undisclosed(entry, include_rumours)
+
+
+def _released_for(sizes: Sizes, entry: "Entry") -> tuple[Sizes, tuple[str, ...]]:
+    """With the context it was released for, which `manyhands models` shows too; a note where its file has another."""
+    if entry.context is None or entry.context == sizes.positions:
+        return sizes, ()
+    note = (
+        f"released for {entry.context:,} positions; its configuration has {sizes.positions:,}"
+        if sizes.positions
+        else ""
+    )
+    return replace(sizes, positions=entry.context), (note,) if note else ()
 
 
 def _stored(entry: "Entry") -> Storage | None:

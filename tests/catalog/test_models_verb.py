@@ -132,3 +132,29 @@ def test_one_system_as_json_is_its_row() -> None:
 def test_a_name_that_is_not_there_and_options_of_the_table() -> None:
     assert "the nearest: deepseek-v3" in str(run("deepsek-v3").exception)
     assert "leave NAME out" in str(run("deepseek-v3", "--sparse").exception)
+
+
+def test_plan_and_models_know_one_context() -> None:
+    """That it was released for; every decoder has one, in k of 1024 in both."""
+    from manyhands.catalog import load
+    from manyhands.errors import ConfigError
+    from manyhands.plan.report.ask import short
+    from manyhands.plan.subject import read_subject
+
+    rows = {line.split()[0]: line for line in run().stdout.splitlines()}
+    for name in names():
+        entry = load(name)
+        try:
+            sizes = read_subject(name).sizes
+        except ConfigError:
+            continue  # nothing is planned for it
+        if sizes is not None:
+            assert entry.context is not None and sizes.positions == entry.context
+            assert f" {short(entry.context)} " in rows[name]
+
+
+def test_thousands_of_positions_are_1024() -> None:
+    from manyhands.plan.report.ask import short
+
+    assert [short(n) for n in (4096, 131_072, 163_840, 1 << 20, 10 << 20)] == ["4k", "128k", "160k", "1M", "10M"]
+    assert short(200_000) == "200,000"

@@ -84,5 +84,7 @@ def contexts(positions: int | None, chosen: int) -> list[int]:
 
 
 def short(context: int) -> str:
-    """4096 is 4k, 131072 is 128k."""
+    """4096 is 4k, 131072 is 128k, 1048576 is 1M: k is 1024, as in `length`."""
+    if context >= 1 << 20 and context % (1 << 20) == 0:
+        return f"{context >> 20}M"
     return f"{context // 1024}k" if context % 1024 == 0 else f"{context:,}"
