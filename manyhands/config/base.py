@@ -1,8 +1,8 @@
 """Strict, frozen descriptions, and errors a person can act on.
 
 Every config class inherits `Strict`: unknown fields are refused, values are checked on construction and never
-change afterwards. `parse` turns pydantic's report into one `ConfigError` line: the field, the value, what is
-allowed, and the nearest valid name.
+change afterwards. `parse`, and calling the class, turn pydantic's report into one `ConfigError` line: the field, the
+value, what is allowed, and the nearest valid name. So the library says what the command line says.
 """
 
 import difflib
@@ -10,7 +10,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -24,8 +24,29 @@ _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
-class Strict(BaseModel):
-    """Base of all configs: frozen, no unknown fields, no NaN or infinity, integers not converted from other types."""
+if TYPE_CHECKING:  # checkers see pydantic's own class, and with it the fields as arguments
+    _Model = BaseModel
+else:
+
+    class _Speaking(type(BaseModel)):
+        """Calls that fail raise `ConfigError`. Values inside others do not come here: the whole path stays known."""
+
+        def __call__(cls, *args, **values):
+            """An instance."""
+            try:
+                return super().__call__(*args, **values)
+            except ValidationError as error:
+                raise _config_error(cls, error, cls.__name__) from None
+
+    class _Model(BaseModel, metaclass=_Speaking):
+        """A model of pydantic's whose mistakes are ours to tell."""
+
+
+class Strict(_Model):
+    """Base of all configs: frozen, no unknown fields, no NaN or infinity, integers not converted from other types.
+
+    A call with values that cannot be raises `ConfigError` with one line.
+    """
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True, protected_namespaces=()
@@ -40,10 +61,14 @@ def parse(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     try:
         return cls.model_validate(values)
     except ValidationError as error:
-        problems = error.errors(include_url=False)
-        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-        prefix = f"{where}: " if where else ""
-        raise ConfigError(prefix + _one_line(cls, problems[0]) + more) from None
+        raise _config_error(cls, error, where) from None
+
+
+def _config_error(cls: type[Strict], error: ValidationError, where: str) -> ConfigError:
+    problems = error.errors(include_url=False)
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    prefix = f"{where}: " if where else ""
+    return ConfigError(prefix + _one_line(cls, problems[0]) + more)
 
 
 def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:

@@ -1,5 +1,6 @@
 """What a model description refuses, and how it says so: one line, the field, the value, what would be right."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -127,3 +128,24 @@ def test_causal(router: dict[str, Any]) -> None:
 @pytest.mark.parametrize("router", [{"eval_capacity_factor": 2.0}, {"select": "expert_choice"}])
 def test_not_causal(router: dict[str, Any]) -> None:
     assert not RouterConfig(**router).causal_safe
+
+
+@pytest.mark.parametrize(
+    ("make", "line"),
+    [
+        (
+            lambda: RouterConfig(num_expert_per_tok=2),
+            "RouterConfig: unknown field 'num_expert_per_tok'; did you mean 'num_experts_per_tok'?",
+        ),
+        (lambda: MoEConfig(router={"num_experts": 0}), "MoEConfig: router.num_experts = 0: "),
+        (
+            lambda: ModelConfig(moe={"router": {"scor": "sigmoid"}}),
+            "ModelConfig: unknown field 'moe.router.scor'; did you mean 'score'?",
+        ),
+        (lambda: RouterConfig(num_experts=2, num_experts_per_tok=4), "num_experts_per_tok = 4 exceeds num_experts = 2"),
+    ],
+)
+def test_the_library_says_what_the_command_line_says(make: Callable[[], object], line: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        make()
+    assert line in str(caught.value) and "\n" not in str(caught.value) and "pydantic" not in str(caught.value)
