@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, save
     from manyhands.config import ModelConfig, MoEConfig, RouterConfig, RunConfig
     from manyhands.moe import MoELayer, Router, Routing
+    from manyhands.moe.balance import update_bias
     from manyhands.nn import Decoder, init_weights
 
 _HOMES = {
@@ -33,6 +34,7 @@ _HOMES = {
     "init_weights": "manyhands.nn",
     "load": "manyhands.checkpoint.model",
     "save": "manyhands.checkpoint.model",
+    "update_bias": "manyhands.moe.balance",
 }
 
 __all__ = [
@@ -48,6 +50,7 @@ __all__ = [
     "init_weights",
     "load",
     "save",
+    "update_bias",
 ]
 
 

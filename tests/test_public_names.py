@@ -19,6 +19,7 @@ NAMES = {
     "init_weights",
     "load",
     "save",
+    "update_bias",
 }
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
