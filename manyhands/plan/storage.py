@@ -34,14 +34,20 @@ class Storage:
     rate: str = "bf16"
     """The matrix rate of a machine that this computes at, if the machine has it."""
     note: str = ""
+    parts: tuple[tuple[str, float], ...] = ()
+    """Components of the count that have other bits than their class."""
 
     def bits(self, component: str) -> float:
         """Bits per weight of one of `count.COMPONENTS`."""
+        for name, bits in self.parts:
+            if name == component:
+                return bits
         return float(getattr(self, tensor_class(component)))
 
     def shown(self) -> str:
         """`4.5/16/16/16`, in the order of `CLASSES`."""
-        return "/".join(f"{getattr(self, name):.4g}" for name in CLASSES)
+        shown = "/".join(f"{getattr(self, name):.4g}" for name in CLASSES)
+        return shown + "".join(f", {name} {bits:.4g}" for name, bits in self.parts)
 
 
 BF16 = Storage("bf16", 16, 16, 16, 16)
@@ -50,7 +56,9 @@ INT4 = Storage("int4", 4.5, 4.5, 4.5, 16, "int8", "groups of 32 with one 16-bit 
 FP8 = Storage("fp8", 8 + 32 / 128**2, 8 + 32 / 128**2, 16, 16, "fp8", "one float32 scale per 128 x 128 block")
 MXFP4 = Storage("mxfp4", 4.25, 16, 16, 16, "bf16", "routed experts in groups of 32 with one 8-bit exponent")
 FP32 = Storage("fp32", 32, 32, 32, 32, "fp32")
-STORAGES = {storage.name: storage for storage in (BF16, INT8, INT4, FP8, MXFP4, FP32)}
+PACKED_INT4 = Storage("manyhands-int4", 4.5, 8, 16, 16, "int8", "what `quantize` writes by default", (("head", 8),))
+PACKED_INT8 = Storage("manyhands-int8", 8, 8, 16, 16, "int8", "`quantize --experts int8`", (("head", 8),))
+STORAGES = {storage.name: storage for storage in (BF16, INT8, INT4, FP8, MXFP4, FP32, PACKED_INT4, PACKED_INT8)}
 
 
 def tensor_class(component: str) -> TensorClass:
@@ -89,4 +97,4 @@ def with_bits(storage: Storage, text: str) -> Storage:
             raise ConfigError(f"--bits {text!r}: {value!r} is not a number") from None
         if not 0.5 <= changes[name] <= 64:
             raise ConfigError(f"--bits {text!r}: {name} = {value} must lie between 0.5 and 64")
-    return replace(storage, name="custom", note="as given with --bits", **changes)  # type: ignore[arg-type]
+    return replace(storage, name="custom", note="as given with --bits", parts=(), **changes)  # type: ignore[arg-type]

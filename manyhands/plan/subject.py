@@ -7,10 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.config import ModelConfig
+from manyhands.config import ModelConfig, PackedConfig, parse
 from manyhands.errors import ConfigError
 from manyhands.plan.count import Counts, count_model
 from manyhands.plan.native import native_storage
+from manyhands.plan.own_files import storage_of_files
 from manyhands.plan.sizes import Sizes, sizes_of
 from manyhands.plan.storage import Storage
 
@@ -96,18 +97,36 @@ def _config_file(path: Path, name: str) -> Subject:
         fields = values | (values.get(family.text_field) or {}) if family.text_field else values
     else:
         config, notes = guess_config(values, str(path))
-        origin, fields = str(path), values
+        nested = values.get("text_config") or values.get("language_config")
+        origin = str(path)
+        outer = {name: value for name, value in values.items() if value is not None}
+        fields = nested | outer if isinstance(nested, dict) else values
+    counts = count_model(config)
     storage, note = native_storage(fields if model_type != "manyhands" else {"dtype": "float32"})
+    if model_type == "manyhands":
+        packed = values.get("packed") is not None
+        storage = storage_of_files(path.parent, counts, packed) or (_packed(values, path) if packed else storage)
     return Subject(
         name=name,
         origin=origin,
-        counts=count_model(config),
+        counts=counts,
         config=config,
         sizes=replace(sizes_of(config), chunked=chunked(values)),
         native=storage,
         file_bytes=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None,
         notes=(*notes, *([note] if note else [])),
     )
+
+
+def _packed(values: dict[str, Any], path: Path) -> Storage:
+    """Of a packed model whose files are not there: what its description says, without padding."""
+    packed = parse(PackedConfig, values["packed"], f"{path}: packed")
+    bits = [
+        16.0 if p is None else {"int4": 4 + 16 / (p.group_size or 32), "int8": 8, "bf16": 16, "float32": 32}[p.format]
+        for p in (packed.experts, packed.linear)
+    ]
+    note = f"experts {packed.experts or '16 bits'}, linear layers {packed.linear or '16 bits'}, without padding"
+    return Storage("packed", bits[0], bits[1], 16, 16, "int8", note, (("head", bits[1]),))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def fixed_bytes(counts: Counts, storage: Storage) -> float:
     """Every weight but the routed experts; an untied input embedding is looked up, row by row."""
     parts = counts.by_component
     total = sum(n * storage.bits(name) for name, n in parts.items() if name not in ("routed experts", "embedding")) / 8
-    embedding = counts.embedding * storage.embedding / 8
+    embedding = counts.embedding * storage.bits("embedding") / 8
     return total + (embedding if "head" not in parts else 0.0)
 
 

@@ -11,6 +11,7 @@ from manyhands.errors import ConfigError
 from manyhands.families import FAMILIES, export_config
 from manyhands.plan.load_file import read_load
 from manyhands.plan.native import native_storage
+from manyhands.plan.storage import weight_bytes
 from manyhands.plan.subject import read_subject
 
 MIXTRAL: dict[str, Any] = {
@@ -153,10 +154,86 @@ def test_native_formats() -> None:
     groups = {"group_0": {"weights": {"num_bits": 4, "group_size": 32}}}
     int4 = {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": ["re:.*self_attn.*", "lm_head"]}
     found, _ = native_storage({"quantization_config": int4})
-    assert found is not None and found.shown() == "4.5/16/16/16"
-    unknown, note = native_storage({"quantization_config": {"quant_method": "awq"}})
-    assert unknown is None and note is not None and "awq" in note
+    assert found is not None and found.shown() == "4.5/4.5/16/16, attention 16"
+    for method in ("hqq", "aqlm", "awq", None):
+        unknown, note = native_storage({"quantization_config": {"quant_method": method}})
+        assert unknown is None and note is not None and str(method) in note
     assert native_storage({})[1] is not None, "no dtype: taken as bf16, and said"
+
+
+def _ct(bits: int, kind: str, **weights: Any) -> dict[str, Any]:
+    activations = {"num_bits": 8, "dynamic": True}
+    group = {"weights": {"num_bits": bits, "type": kind, **weights}, "targets": ["Linear"]}
+    if bits == 8:
+        group["input_activations"] = activations
+    return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
+
+
+ATTENTION = ["re:.*attn.*", "lm_head"]
+
+
+@pytest.mark.parametrize(
+    ("quantization", "name", "bits"),
+    [
+        (_ct(8, "float", strategy="channel"), "fp8-dynamic", "8/8/16/16"),
+        (_ct(8, "int", strategy="channel"), "w8a8", "8/8/16/16"),
+        (_ct(4, "int", group_size=128), "w4a16-g128", "4.125/4.125/16/16"),
+        (_ct(4, "int", group_size=128, symmetric=False), "w4a16-g128", "4.156/4.156/16/16"),
+        (_ct(4, "float", group_size=16), "nvfp4-a16", "4.5/4.5/16/16"),
+        (_ct(4, "int", group_size=32) | {"ignore": ATTENTION}, "w4a16-g32", "4.5/4.5/16/16, attention 16"),
+        ({"quant_method": "awq", "bits": 4, "group_size": 128}, "awq-4bit-g128", "4.156/4.156/16/16"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq-4bit-g128", "4.156/4.156/16/16"),
+        (
+            {"quant_method": "awq", "bits": 4, "group_size": 128, "modules_to_not_convert": ["self_attn"]},
+            "awq-4bit-g128",
+            "4.156/4.156/16/16, attention 16",
+        ),
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+            "bnb-nf4",
+            "4.5/4.5/16/16",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_8bit": True}, "bnb-int8", "8/8/16/16"),
+        ({"quant_method": "fbgemm_fp8"}, "fbgemm-fp8", "8/8/16/16"),
+        ({"quant_method": "modelopt", "quant_algo": "NVFP4", "exclude_modules": ["lm_head"]}, "nvfp4", "4.5/4.5/16/16"),
+    ],
+)
+def test_every_published_scheme_by_its_own_bits(quantization: dict[str, Any], name: str, bits: str) -> None:
+    found, note = native_storage({"quantization_config": quantization})
+    assert found is not None and note is None and (found.name, found.shown()) == (name, bits)
+
+
+def test_dtype_null_stands_beside_torch_dtype() -> None:
+    found, note = native_storage({"dtype": None, "torch_dtype": "float32"})
+    assert found is not None and found.name == "fp32" and note is None
+    assert native_storage({"dtype": "float64"})[0] is None
+
+
+def test_a_packed_model_of_ours_is_planned_by_its_bytes(tmp_path: Path) -> None:
+    """The file is what `quantize` writes; without it, what the description says."""
+    import torch
+
+    from manyhands.checkpoint.packed import packed_headers
+    from manyhands.config import PackedConfig
+
+    config = read_subject("tiny").config
+    assert config is not None
+    packing = {"experts": {"format": "int4", "group_size": 32}, "linear": {"format": "int8"}}
+    packed = PackedConfig.model_validate(packing)
+    fields = export_config(FAMILIES["manyhands"], config) | {"packed": packed.model_dump()}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    described = read_subject(str(tmp_path)).native
+    assert described is not None and described.shown() == "4.5/8/16/16, head 8"
+    headers = packed_headers(config, packed, lambda name: torch.float32)
+    size = {"U8": 1, "F32": 4}
+    total = sum(torch.Size(h.shape).numel() * size[h.dtype] for n, h in headers.items() if "correction_bias" not in n)
+    text = json.dumps(
+        {n: {"dtype": h.dtype, "shape": list(h.shape), "data_offsets": [0, 0]} for n, h in headers.items()}
+    )
+    (tmp_path / "model.safetensors").write_bytes(len(text.encode()).to_bytes(8, "little") + text.encode())
+    subject = read_subject(str(tmp_path))
+    assert subject.native is not None and subject.native.name == "packed"
+    assert weight_bytes(subject.counts, subject.native) == pytest.approx(total, rel=1e-12)
 
 
 def test_a_recorded_load(tmp_path: Path) -> None:
