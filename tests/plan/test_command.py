@@ -86,7 +86,7 @@ def test_a_cost_needs_no_machine() -> None:
 
 def test_side_by_side() -> None:
     report = as_json("deepseek-v3", "--versus", "llama-3.1-405b", "--machine", "h100x16")
-    rows = {row[""]: row for row in report["sections"]["compute"]["table"]}
+    rows = {row["figure"]: row for row in report["sections"]["compute"]["table"]}
     ratios = {name: 1 / row["ratio"]["value"] for name, row in rows.items()}
     assert ratios["training, 4k"] == pytest.approx(9.87, abs=0.01)
     assert ratios["forward, 32k"] == pytest.approx(4.55, abs=0.01)
@@ -221,3 +221,21 @@ def test_a_plot_replaces_plots_only(tmp_path: Path, name: str) -> None:
     path.unlink()
     assert manyhands(*arguments).returncode == 0
     assert manyhands(*arguments).returncode == 0  # its own is drawn again
+
+
+def test_json_keys_are_the_same_for_every_machine_and_model_and_have_one_unit() -> None:
+    shapes = []
+    for arguments in (["mixtral-8x7b", "--machine", "h100x8"], ["qwen3-30b-a3b", "--machine", "h200"]):
+        for extra in ([], ["--versus", "llama-3.1-405b"]):
+            sections = as_json(*arguments, *extra)["sections"]
+            units: dict[tuple[str, str], set[str]] = {}
+            for name, section in sections.items():
+                for row in section.get("table", []):
+                    for key, cell in row.items():
+                        if isinstance(cell, dict):
+                            units.setdefault((name, key), set()).add(cell["unit"])
+                        if key == "fits":
+                            assert isinstance(cell, bool)
+            assert all(len(found) == 1 for found in units.values()), units
+            shapes.append({key for key in units if key[0] in ("speed", "parameters", "memory")})
+    assert shapes[0] == shapes[2] and shapes[1] == shapes[3]

@@ -63,7 +63,7 @@ def test_speeds_stop_at_the_batch_whose_caches_fill_the_memory() -> None:
     sections = _plan("mixtral-8x7b", "--format", "int4", "--machine", "h100", "--context", "32k", "--price", "2")[
         "sections"
     ]
-    speed = {row["on h100"]: row["all"]["value"] for row in sections["speed"]["table"]}
+    speed = {row["step"]: row["all"]["value"] for row in sections["speed"]["table"]}
     assert speed["decode, batch 8"] > speed["decode, batch 1"] > 0 and speed["decode, batch 64"] is None
 
 

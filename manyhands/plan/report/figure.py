@@ -27,6 +27,8 @@ class Figure:
     working: str = ""
     """The expression with the numbers in it."""
     note: str = ""
+    key: str = ""
+    """Its key in a table for programs, where it is not its column's: one key has one unit."""
 
     @property
     def shown(self) -> str:
@@ -58,13 +60,19 @@ class Table:
 
     columns: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+    keys: tuple[str, ...] = ()
+    """For programs, where a column's name would change with the machine, the models or the row."""
 
     def to_dict(self) -> list[dict[str, Any]]:
         """One object per row."""
         return [
             {
-                name: cell.to_dict() if isinstance(cell, Figure) else cell.value if isinstance(cell, Truth) else cell
-                for name, cell in zip(self.columns, row, strict=True)
+                (getattr(cell, "key", "") or name): cell.to_dict()
+                if isinstance(cell, Figure)
+                else cell.value
+                if isinstance(cell, Truth)
+                else cell
+                for name, cell in zip(self.keys or self.columns, row, strict=True)
             }
             for row in self.rows
         ]

@@ -46,7 +46,7 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
         (
             f"prefill, {short(ask.prompt_length)}",
             Figure("tokens/s", bound.tokens_per_second if known else None, "tok/s", f.ROOF, work),
-            Figure("first token", bound.seconds if known else None, "s", f.ROOF, work),
+            Figure("first token", bound.seconds if known else None, "s", f.ROOF, work, key="first token"),
             bound.limit if known else too_much or "matrix rate unknown",
         )
     )
@@ -66,7 +66,10 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
             f"{show(usable(machine), 'B')} can be used"
         )
     columns = (f"on {machine.name}", "all", "each / first", "limited by")
-    return Section("speed", "Best speed", (), Table(columns, tuple(rows)), notes)
+    return Section("speed", "Best speed", (), Table(columns, tuple(rows), _SPEED_KEYS), notes)
+
+
+_SPEED_KEYS = ("step", "all", "each", "limited by")
 
 
 def _decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:

@@ -68,7 +68,13 @@ def _section(
                 Figure("ratio", ratio, "x", f.RATIO, f"{left:.6g} / {right:.6g}" if ratio else ""),
             )
         )
-    return Section(key, title, (), Table(("", sides[0][0].name, sides[1][0].name, "ratio"), tuple(cells)), notes or [])
+    return Section(
+        key,
+        title,
+        (),
+        Table(("", sides[0][0].name, sides[1][0].name, "ratio"), tuple(cells), ("figure", "first", "second", "ratio")),
+        notes or [],
+    )
 
 
 def _sizes(subject: Subject) -> Sizes:
