@@ -22,7 +22,7 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     if name not in library.levels():
         raise pytest.UsageError(f"--level {name}: this processor has {', '.join(library.levels())}")
-    library.VERIFIED = (name,)
+    library.VERIFIED = library.LEVELS[: library.LEVELS.index(name) + 1]
     library.default_level.cache_clear()
     views._run.cache_clear()
     manyhands.kernels._LEVEL = library.default_level()
