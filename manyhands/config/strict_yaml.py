@@ -22,7 +22,7 @@ class _Strict(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node of the document."""
         if self.depth > DEEPEST:
-            raise _refusal(self.peek_event(), f"nested more than {DEEPEST} deep")  # type: ignore[no-untyped-call]
+            raise _refusal(self.peek_event(), f"nested more than {DEEPEST} deep")
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
@@ -43,9 +43,9 @@ def read_yaml(text: str) -> Any:
     try:
         loader = _Strict(text)
         try:
-            return loader.get_single_data()  # type: ignore[no-untyped-call]
+            return loader.get_single_data()
         finally:
-            loader.dispose()  # type: ignore[no-untyped-call]
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = "" if mark is None else f"line {mark.line + 1}: "
