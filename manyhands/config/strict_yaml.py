@@ -22,7 +22,7 @@ class _Strict(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> Any:
         """One node of the document."""
         if self.depth > DEEPEST:
-            raise _refusal(self.peek_event(), f"nested more than {DEEPEST} deep")
+            raise _refusal(self.peek_event(), f"nested more than {DEEPEST} deep")  # type: ignore[no-untyped-call]
         self.depth += 1
         node = super().compose_node(parent, index)
         self.depth -= 1
