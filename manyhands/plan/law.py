@@ -18,6 +18,7 @@ EXPERTS = (1, 2, 4, 8, 16, 32)
 ACTIVE_RANGE = (0.0, 2.7e9)
 TOTAL_RANGE = (0.0, 5e9)
 """The largest of its more than 280 models: 2.7 B active, 5 B in total (abstract)."""
+FEED_FORWARD = 2 / 3
 BAND = 0.005
 """A size is inside the ± band if its loss is at most this share above the best one's."""
 
@@ -50,8 +51,13 @@ class Optimum:
 
     @property
     def extrapolated(self) -> bool:
-        """Whether the size lies beyond what the law was fitted on."""
-        return self.active > ACTIVE_RANGE[1]
+        """Whether a size, active or total, lies beyond what the law was fitted on."""
+        return self.active > ACTIVE_RANGE[1] or self.total > TOTAL_RANGE[1]
+
+    @property
+    def total(self) -> float:
+        """Parameters in total, about: two thirds of a layer (8·D² of 12·D²) are its feed-forward network, E times."""
+        return self.active * (1 + FEED_FORWARD * (self.experts - 1))
 
 
 def best_split(flops: float, experts: int) -> Optimum:

@@ -31,6 +31,8 @@ def test_loss_falls_in_everything() -> None:
 def test_what_is_extrapolated_says_so() -> None:
     assert not law.best_split(1e20, 1).extrapolated
     assert law.best_split(1e22, 1).extrapolated
+    many = law.best_split(1e20, 32)
+    assert many.active < law.ACTIVE_RANGE[1] and many.total > law.TOTAL_RANGE[1] and many.extrapolated
 
 
 def test_one_expert_counts_as_the_fit_says() -> None:

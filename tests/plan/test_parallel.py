@@ -1,10 +1,17 @@
 """Expert parallelism on paper against hand-computed cases."""
 
 import random
+from typing import Any
 
 import pytest
 
+from manyhands.errors import ConfigError
+from manyhands.plan.machine import machine_named
 from manyhands.plan.parallel import all_to_all, distinct_shards, per_device, remote_copies, smallest_count
+from manyhands.plan.report import Ask
+from manyhands.plan.report.scale import check_devices, parallel
+from manyhands.plan.storage import FP8
+from manyhands.plan.subject import read_subject
 
 
 def test_distinct_destinations() -> None:
@@ -42,3 +49,39 @@ def test_devices_that_hold_it() -> None:
     assert smallest_count(72e9, 80e9) == 1
     assert per_device(64e9, 4e9, 64, 16) == 8e9
     assert per_device(60e9, 0, 60, 8) == 8e9, "the fullest of 8 devices has 8 of 60 experts"
+
+
+def test_a_nodes_own_links_count_too() -> None:
+    """V3 on 16 H800, by drawing: 8 of 256 experts; in each node all wanted devices but the one that is there first."""
+    rng, drawn = random.Random(1), 20_000
+    inside = 0
+    for _ in range(drawn):
+        devices = {expert // 16 for expert in rng.sample(range(256), 8)}
+        inside += len(devices - {0, 8})  # device 0 sends; its partner in the other node is 8
+    (row,) = _rows("h800", 16)
+    assert row["devices"] == "16 (links)"
+    assert row["copies"]["value"] == pytest.approx(inside / drawn, rel=0.01)
+    assert row["time"]["value"] == pytest.approx(0.86e-3, rel=0.01)
+
+
+def _rows(machine: str, devices: int) -> list[dict[str, Any]]:
+    subject = read_subject("deepseek-v3")
+    ask = Ask(machine=machine_named(machine), devices=devices, scale=True, storage=FP8)
+    section = parallel(subject, ask, machine_named(machine))
+    assert section.table is not None
+    return section.table.to_dict()
+
+
+def test_devices_that_hold_it_divide_experts_and_nodes() -> None:
+    """673 GB need ten devices of 80 GB; ten divide neither 256 experts nor nodes of eight, sixteen do."""
+    subject, machine = read_subject("deepseek-v3"), machine_named("h800")
+    section = parallel(subject, Ask(machine=machine, scale=True, storage=FP8), machine)
+    assert section.figures[0].value == 16
+
+
+def test_a_bandwidth_of_memory_is_no_network() -> None:
+    subject = read_subject("deepseek-v3")
+    with pytest.raises(ConfigError, match="no link between devices is known"):
+        parallel(subject, Ask(scale=True), machine_named("m3-ultra"))
+    with pytest.raises(ConfigError, match="no network between nodes is known"):
+        check_devices(subject, machine_named("rtx-4090"), 8)
