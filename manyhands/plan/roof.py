@@ -1,7 +1,7 @@
 """The best speed on a machine: the longer of reading the bytes and doing the arithmetic (a roofline).
 
-Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009. Perfect overlap, no launch times, no communication between
-devices: a bound, which measured speed is a share of.
+Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009. Perfect overlap, no launch times; of communication
+between devices its latency only: a bound, which measured speed is a share of.
 """
 
 from dataclasses import dataclass
@@ -14,6 +14,9 @@ from manyhands.plan.storage import Storage
 from manyhands.plan.traffic import Load, StepBytes, decode_bytes, prefill_bytes
 
 READ, MATRIX = "read bandwidth", "matrix rate"
+WAIT = "latency between devices"
+LINK_LATENCY, NETWORK_LATENCY = 5e-6, 10e-6
+"""Seconds of the shortest collective among the devices of a node, and among nodes: assumed."""
 ATTENTION_RATE = "bf16"
 
 
@@ -32,11 +35,13 @@ class Bound:
     """(format, FLOP/s) of what multiplies weights."""
     scores: tuple[str, float] | None
     """The same of attention."""
+    wait_seconds: float = 0.0
+    """What several devices wait for each other at least: two collectives per layer."""
 
     @property
     def seconds(self) -> float:
-        """Of the step: max(bytes / bandwidth, FLOP / rate)."""
-        return max(self.read_seconds, self.compute_seconds or 0.0)
+        """Of the step: max(bytes / bandwidth, FLOP / rate, collectives · latency)."""
+        return max(self.read_seconds, self.compute_seconds or 0.0, self.wait_seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -46,6 +51,8 @@ class Bound:
     @property
     def limit(self) -> str:
         """What the time goes to."""
+        if self.wait_seconds > max(self.read_seconds, self.compute_seconds or 0.0):
+            return WAIT
         if self.compute_seconds is None:
             return f"{READ} ({MATRIX} unknown)"
         return READ if self.read_seconds >= self.compute_seconds else f"{MATRIX} ({(self.rate or ('',))[0]})"
@@ -65,7 +72,7 @@ def decode_bound(
     """One decoding step of `batch` sequences that see `context` positions each."""
     step = decode_bytes(sizes, counts, storage, batch=batch, context=context, kv_bits=kv_bits, load=load)
     attention = batch * attention_flops(sizes, context, latent=True)
-    return _bound(machine, storage, step, batch * forward_flops(sizes, counts, context, latent=True), attention)
+    return _bound(machine, sizes, storage, step, batch * forward_flops(sizes, counts, context, latent=True), attention)
 
 
 def prefill_bound(
@@ -80,11 +87,21 @@ def prefill_bound(
     """A pass over `prompts` prompts of `length` tokens each: its seconds are the time to their first tokens."""
     step = prefill_bytes(sizes, counts, storage, length * prompts, load)
     attention = prompts * length * mean_attention_flops(sizes, length)
-    return _bound(machine, storage, step, prompts * prefill_flops(sizes, counts, length), attention)
+    return _bound(machine, sizes, storage, step, prompts * prefill_flops(sizes, counts, length), attention)
 
 
-def _bound(machine: Machine, storage: Storage, step: StepBytes, flops: float, attention: float) -> Bound:
+def wait_seconds(machine: Machine, sizes: Sizes) -> float:
+    """Two collectives per layer, one after the other: no token passes a layer before its devices have talked twice."""
+    if machine.devices == 1:
+        return 0.0
+    latency = LINK_LATENCY if machine.devices <= machine.node else NETWORK_LATENCY
+    return 2 * len(sizes.windows) * latency
+
+
+def _bound(machine: Machine, sizes: Sizes, storage: Storage, step: StepBytes, flops: float, attention: float) -> Bound:
     """Attention multiplies activations with activations, in 16 bits, whatever the weights are held in."""
     rate, scores = machine.rate(storage.rate), machine.rate(ATTENTION_RATE)
     seconds = (flops - attention) / rate[1] + attention / scores[1] if rate and scores else None
-    return Bound(step, flops, attention, step.total / machine.all_bandwidth, seconds, rate, scores)
+    return Bound(
+        step, flops, attention, step.total / machine.all_bandwidth, seconds, rate, scores, wait_seconds(machine, sizes)
+    )

@@ -79,6 +79,16 @@ def test_the_roof_by_hand() -> None:
     assert blind.limit == "read bandwidth (matrix rate unknown)" and blind.seconds == bound.seconds
 
 
+def test_many_devices_wait_for_each_other() -> None:
+    """V3 for one user on 1,024 devices: 61 layers, two collectives of 10 µs each, so at most 820 tokens per second."""
+    config = load("deepseek-v3").config
+    assert config is not None
+    sizes, counts = sizes_of(config), count_model(config)
+    many = decode_bound(machine_named("h100x1024"), sizes, counts, BF16)
+    assert many.tokens_per_second == pytest.approx(1 / (61 * 2 * 10e-6)) and many.limit == "latency between devices"
+    assert decode_bound(machine_named("h100"), sizes, counts, BF16).wait_seconds == 0
+
+
 def test_measured_once_and_remembered(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Path] = []
 

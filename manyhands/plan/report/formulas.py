@@ -20,7 +20,11 @@ WORKING = Formula(
 CACHE = Formula(
     "cache bytes", "Σ_layers values·bits/8·min(c, window); values = 2·G·d, MLA: R + r", "arXiv 2405.04434, table 1"
 )
-ROOF = Formula("roofline", "max(bytes / bandwidth, FLOP / rate)", "Williams et al., CACM 52(4), 2009")
+ROOF = Formula(
+    "roofline",
+    "max(bytes / bandwidth, FLOP / rate, 2·layers·latency on several devices)",
+    "Williams et al., CACM 52(4), 2009",
+)
 OFFLOAD = Formula(
     "offloading, nothing overlapped", "(fixed + cache + h·experts)/memory + (1 - h)·experts/disk", "arXiv 2312.17238"
 )

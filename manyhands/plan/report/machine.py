@@ -9,7 +9,7 @@ from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
 from manyhands.plan.report.units import show
-from manyhands.plan.roof import Bound, decode_bound, prefill_bound
+from manyhands.plan.roof import LINK_LATENCY, NETWORK_LATENCY, Bound, decode_bound, prefill_bound
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes
 
@@ -51,12 +51,17 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
         )
     )
     rates = ", ".join(f"{name} {show(rate, 'FLOP/s')}" for name, rate in machine.rates.items()) or "matrix rate unknown"
+    wait = LINK_LATENCY if machine.devices <= machine.node else NETWORK_LATENCY
     notes = [
         f"{machine.title}: {show(machine.memory, 'B')}, reads {show(machine.bandwidth, 'B/s')}, {rates}"
         + (" (each)" if machine.devices > 1 else ""),
         f"source: {machine.source}",
         f"an upper bound: weights in {ask.storage.name}, {short(ask.context)} context, nothing lost"
-        + (" to communication" if machine.devices > 1 else ""),
+        + (
+            f" to communication but its latency: two collectives per layer of {show(wait, 's')} each, assumed"
+            if machine.devices > 1
+            else ""
+        ),
     ]
     need = ask.need(subject, batch=max(ask.batches))
     if not need.fits(machine):
@@ -99,7 +104,8 @@ def _working(bound: Bound, machine: Machine) -> str:
     weights = f"{bound.flops - bound.attention:,.0f} FLOP / {show(bound.rate[1], 'FLOP/s')}"
     scores = f"{bound.attention:,.0f} FLOP of attention / {show(bound.scores[1] if bound.scores else None, 'FLOP/s')}"
     arithmetic = f"{weights} + {scores} = {show(bound.compute_seconds, 's')}"
-    return f"{bound.step.tokens} tokens / max({read}, {arithmetic})"
+    wait = f", {show(bound.wait_seconds, 's')} of latency" if bound.wait_seconds else ""
+    return f"{bound.step.tokens} tokens / max({read}, {arithmetic}{wait})"
 
 
 def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
