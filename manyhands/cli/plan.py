@@ -38,7 +38,11 @@ def plan(
         str | None, typer.Option(metavar="TOKENS", help="Length of the prompt.  Default: context.")
     ] = None,
     format: Annotated[
-        str | None, typer.Option(help="Weights: bf16, int8, int4, fp8, mxfp4, fp32, native.  Default: native.")
+        str | None,
+        typer.Option(
+            help="Weights: bf16, int8, int4, fp8, mxfp4, fp32, native; as quantize writes them: manyhands-int4, "
+            "manyhands-int8.  Default: native."
+        ),
     ] = None,
     bits: Annotated[
         str | None, typer.Option(metavar="CLASS=BITS,…", help="Bits per weight of routed, linear, embedding, rest.")
