@@ -1,7 +1,6 @@
 """What a complete directory holds: the size and SHA-256 of every file, in its `manifest.json`."""
 
 import hashlib
-import json
 import logging
 import os
 import stat
@@ -13,6 +12,7 @@ from pydantic import Field
 from manyhands.config import Strict, parse
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.files import within
+from manyhands.strict_json import read_object
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 4 << 20  # 30,000 files
@@ -51,13 +51,9 @@ def read_manifest(directory: str | Path, name: str = MANIFEST) -> Manifest:
     try:
         if path.stat().st_size > _MANIFEST_LIMIT:
             raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too long for a manifest")
-        values = json.loads(path.read_bytes())
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON; the checkpoint is damaged") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(values).__name__}")
+    values = read_object(path, _MANIFEST_LIMIT, CheckpointError)
     try:
         return parse(Manifest, values, str(path))
     except ConfigError as error:

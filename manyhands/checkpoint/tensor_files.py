@@ -8,12 +8,10 @@ that loading a model takes little more memory than the model.
     the rest    the tensors' bytes, row-major, in the order of their offsets
 """
 
-import json
 import mmap
 import os
 import reprlib
 import stat
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +23,7 @@ from torch import Tensor
 from manyhands.checkpoint.quantized import Header
 from manyhands.errors import CheckpointError
 from manyhands.files import within
+from manyhands.strict_json import parse_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -186,26 +185,26 @@ def _parse(data: bytes, where: str) -> dict[str, Any]:
     `where` begins the message of an error.
     """
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            twice = Counter(name for name, _ in pairs).most_common(1)[0][0]
-            raise CheckpointError(f"{where}: {reprlib.repr(twice)} stands twice")
-        if max(map(len, found), default=0) > _NAME_LIMIT:
-            name = max(found, key=len)
-            raise CheckpointError(f"{where}: {reprlib.repr(name)}: a name of {len(name)} characters")
-        return found
-
     wide = len(data) > _WIDE_LIMIT and (not data.isascii() or b"\\u" in data)
     if wide or sum(map(data.count, (b",", b"[", b"{"))) > _MARKS_LIMIT:
         raise CheckpointError(f"{where}: more values, or wider letters, than any model needs")
-    try:
-        values = json.loads(data.decode("utf-8"), object_pairs_hook=once)
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{where}: not valid JSON; damaged, or something else") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{where}: expected an object, found {type(values).__name__}")
+    values = parse_object(data, where, CheckpointError)
+    _check_names(values, where)
     return values
+
+
+def _check_names(value: Any, where: str) -> None:
+    """Refuse a name longer than names are, at any depth."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if isinstance(value, dict):
+            if max(map(len, value), default=0) > _NAME_LIMIT:
+                name = max(value, key=len)
+                raise CheckpointError(f"{where}: {reprlib.repr(name)}: a name of {len(name)} characters")
+            todo += value.values()
+        elif isinstance(value, list):
+            todo += value
 
 
 def _entry(path: Path, file: str, name: str, entry: Any, base: int) -> Stored:

@@ -3,10 +3,10 @@
 Read from a run's `journal.jsonl` (its last step with loads) or from what `manyhands eval --json` printed.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
+from manyhands import strict_json
 from manyhands.config import ModelConfig
 from manyhands.errors import ConfigError
 from manyhands.plan.traffic import Load
@@ -33,15 +33,15 @@ def _newest(path: Path) -> Any:
             raise ConfigError(f"{path}: more than {_LIMIT >> 20} MB is too long for a load")
         text = path.read_text(encoding="utf-8")
         if path.suffix != ".jsonl":
-            return json.loads(text)
+            return strict_json.loads(text)
         for line in reversed(text.splitlines()):
-            record = json.loads(line) if '"load"' in line else None
+            record = strict_json.loads(line) if '"load"' in line else None
             if isinstance(record, dict) and _layers(record) is not None:
                 return record
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path}: not valid JSON: {' '.join(str(error).split())[:100]}") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return None
 
 

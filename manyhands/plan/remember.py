@@ -10,6 +10,7 @@ from manyhands.errors import ConfigError, StorageError
 from manyhands.files import write_atomic
 from manyhands.plan.host import cache_file
 from manyhands.plan.machine import Machine
+from manyhands.strict_json import read_object
 
 
 class Here(Strict):
@@ -41,8 +42,8 @@ def machine_key() -> str:
 def remembered() -> Here | None:
     """What was measured before, if it still holds; None otherwise, also for a file that cannot be read."""
     try:
-        here = parse(Here, json.loads(cache_file().read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError, ConfigError):
+        here = parse(Here, read_object(cache_file(), 1 << 20, ConfigError))
+    except ConfigError:
         return None
     return here if here.key == machine_key() and here.version == 1 else None
 

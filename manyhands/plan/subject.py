@@ -1,7 +1,6 @@
 """What is planned: a system of the catalogue, a `config.json`, a checkpoint or run directory, a run file, a preset."""
 
 import difflib
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +13,7 @@ from manyhands.plan.native import native_storage
 from manyhands.plan.own_files import storage_of_files
 from manyhands.plan.sizes import Sizes, sizes_of
 from manyhands.plan.storage import Storage
+from manyhands.strict_json import read_object
 
 if TYPE_CHECKING:
     from manyhands.catalog import Entry
@@ -131,23 +131,12 @@ def _packed(values: dict[str, Any], path: Path) -> Storage:
 
 def read_json(path: Path) -> dict[str, Any]:
     """An object from a file that may be anything. Raises `ConfigError` with one line."""
-
-    def refuse(text: str) -> None:
-        raise ConfigError(f"{path}: {text} is not a number that a configuration can have")
-
     try:
         if path.stat().st_size > _LIMIT:
             raise ConfigError(f"{path}: {path.stat().st_size:,} bytes is too long for a config.json")
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    except RecursionError:
-        raise ConfigError(f"{path}: nested too deeply for a config.json") from None
-    except ValueError as error:
-        raise ConfigError(f"{path}: not valid JSON: {' '.join(str(error).split())[:120]}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected an object, found {type(values).__name__}")
-    return values
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
+    return read_object(path, _LIMIT, ConfigError)
 
 
 def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from manyhands.errors import DataError
 from manyhands.files import writing
+from manyhands.strict_json import read_object
 from manyhands.text.document import Document
 from manyhands.text.tokenizer import Tokenizer
 
@@ -47,7 +48,7 @@ class TokenFile:
         path = Path(path)
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            info = TokenInfo(**json.loads(_info_path(path).read_text(encoding="utf-8")))
+            info = TokenInfo(**read_object(_info_path(path), 1 << 20, DataError))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, TypeError, EOFError) as error:

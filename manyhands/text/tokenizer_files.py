@@ -11,7 +11,6 @@
 They come from anywhere: sizes are bounded, and whatever is not as it should be is one line with the file and the field.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 
 from manyhands.errors import CheckpointError
 from manyhands.files import within
+from manyhands.strict_json import parse_object
 from manyhands.text.tiktoken_model import is_kimi, tokenizer_json
 
 TOKENIZER = "tokenizer.json"
@@ -151,13 +151,7 @@ def _text(path: Path, data: bytes) -> str:
 def _object(path: Path, data: bytes | None) -> dict[str, Any]:
     if data is None:
         return {}
-    try:
-        value = json.loads(_text(path, data))
-    except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: not valid JSON") from None
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: expected an object, found {type(value).__name__}")
-    return value
+    return parse_object(_text(path, data), str(path), CheckpointError)
 
 
 def _token(path: Path, values: dict[str, Any], role: str) -> str | None:

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from manyhands import strict_json
 from manyhands.text.pieces import PIECES
 
 MAX_STEPS = 256
@@ -39,9 +40,7 @@ def vet(data: bytes) -> None:
     collecting = gc.isenabled()
     gc.disable()  # it would look through a million fresh merges again and again, which takes half of the time
     try:
-        content = json.loads(data.decode("utf-8"), object_pairs_hook=_once)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        content = strict_json.loads(data)
     finally:
         if collecting:
             gc.enable()
@@ -62,13 +61,6 @@ def vet(data: bytes) -> None:
     _ids(content, model)
     if doubtful:
         _try(doubtful)
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key stands twice in one object")
-    return found
 
 
 def _objects(value: Any) -> Iterator[dict[str, Any]]:

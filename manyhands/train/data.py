@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from manyhands import strict_json
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, DataError
 from manyhands.files import write_atomic
@@ -116,7 +117,7 @@ def _checked(done: Path, say: Callable[[str], None]) -> tuple[dict[str, float], 
     again = "put back what was there, or start a new run"
     try:
         with open(done, "rb") as file:
-            values = json.loads(file.read(1 << 20))
+            values = strict_json.loads(file.read(1 << 20))
         reached = {str(name): float(value) for name, value in values["compressors"].items()}
         written = values.get("sha256")
         if written is not None and set(written) != set(FILES):

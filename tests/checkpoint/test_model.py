@@ -231,7 +231,7 @@ def config_with(**fields):
 CONFIG_FAULTS = {
     "{": "not valid JSON",
     "[" * 100_000: "not valid JSON",
-    "7" * 5000: "not valid JSON",
+    "7" * 5000: "7777…: an integer of 5,000 digits",
     "[]": "expected an object, found list",
     " " * (1 << 20) + "{}": "too long for a description",
     "{}": "'model_type' is missing; known: .*mixtral",
