@@ -115,3 +115,23 @@ def test_autocast_is_followed(name: str, gradients: bool) -> None:
     if gradients:
         y.sum().backward()
         assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+@pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "native"])
+def test_at_the_input_which_the_router_reads_too(implementation: str) -> None:
+    def gradient(implementation: str, create_graph: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        torch.manual_seed(0)
+        router = RouterConfig(num_experts=4, num_experts_per_tok=2)
+        layer = MoELayer(MoEConfig(router=router, moe_intermediate_size=16), 32, implementation)
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.normal_(0.0, 0.1)
+        x = torch.randn(6, 32, requires_grad=True)
+        (first,) = torch.autograd.grad(layer(x)[0].pow(2).sum(), x, create_graph=create_graph)
+        if not create_graph:
+            return first, first
+        return first.detach(), torch.autograd.grad(first.pow(2).sum(), x)[0]
+
+    first, second = gradient(implementation, True)
+    torch.testing.assert_close(first, gradient(implementation, False)[0], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(second, gradient("eager", True)[1], rtol=1e-3, atol=1e-3)
