@@ -82,7 +82,8 @@ def open_source(directory: str | Path, ignore_fields: Collection[str] = ()) -> S
     try:
         family, config = read_config(values, str(path), ignore_fields)
     except UnknownField as error:
-        remedy = f"if it changes nothing: --ignore-field {error.name}, in Python ignore_fields=[{error.name!r}]"
+        flag = error.name if error.name.isprintable() else repr(error.name)
+        remedy = f"if it changes nothing: --ignore-field {flag}, in Python ignore_fields=[{error.name!r}]"
         raise CheckpointError(f"{error}; {remedy}") from None
     except ConfigError as error:
         raise CheckpointError(str(error)) from None

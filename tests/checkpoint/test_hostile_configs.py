@@ -245,7 +245,7 @@ BROKEN_TOKENIZERS = {
     "merges of nothing": (b'{"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}', "not a tokenizer.json"),
     "an id of 2^31": (
         b'{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 2147483648}, "merges": []}}',
-        "the tokenizer has 2147483649 tokens, the model vocab_size = 280",
+        "not a tokenizer.json: token id 2,147,483,648: the largest that is taken is",
     ),
     "a pickle": (b"\x80\x04K\x01.", "not a tokenizer.json"),
 }
