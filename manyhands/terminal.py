@@ -1,11 +1,12 @@
 """Text from a model, a file or a name, on its way to a terminal, which it must not steer."""
 
 _KEPT = "\t\n"
-_CONTROL = dict.fromkeys(code for code in [*range(32), *range(127, 160)] if chr(code) not in _KEPT)
+_TURNS = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # embeddings and overrides of the direction of writing
+_CONTROL = dict.fromkeys(code for code in [*range(32), *range(127, 160), *_TURNS] if chr(code) not in _KEPT)
 
 
 def clean(text: str) -> str:
-    """Without control characters but tab and line break: what a model wrote, as a person is to read it."""
+    """Without control characters but tab and line break, and no direction turned: what a model wrote, to be read."""
     return text.translate(_CONTROL).encode("utf-8", "replace").decode("utf-8")
 
 

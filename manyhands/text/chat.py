@@ -115,7 +115,7 @@ class ChatTemplate:
             raise DataError("there are no messages to apply the chat template to")
         kind, text, origin = self._render(variables, own_names)
         for convert in (_parsed, _written):  # tool calls have arguments as an object or as JSON; a template knows one
-            if kind != b"?" or "TypeError" not in text:
+            if kind != b"?" or not ("TypeError" in text or "UndefinedError" in text):  # `'{}' | length`, `'{}'.items()`
                 break
             other = {**variables, "messages": _with_arguments(variables["messages"], convert)}
             if other["messages"] != variables["messages"]:

@@ -467,6 +467,7 @@ def test_reasoning_and_the_arguments_of_calls_in_either_form(pair):
     for arguments in ({"a": 1}, '{"a": 1}'):
         call = {"type": "function", "function": {"name": "f", "arguments": arguments}}
         assert text(looks, tool_calls=[call]) == "a=1"
+        assert text(looks.replace(" | items", ".items()"), tool_calls=[call]) == "a=1"
         assert text(pastes, tool_calls=[call]) == '<{"a": 1}>'
     with pytest.raises(CheckpointError, match="TypeError"):
         text(looks, tool_calls=[{"function": {"name": "f", "arguments": "{"}}])
