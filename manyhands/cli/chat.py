@@ -80,6 +80,7 @@ def chat(
     conversation = Conversation(model, tokenizer, sampling, system)
     interactive = sys.stdin.isatty()
     if interactive:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
         print("/help shows the commands, Ctrl-D ends.", file=sys.stderr)
     for text in turns(interactive):
         try:
