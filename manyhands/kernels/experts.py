@@ -84,6 +84,8 @@ class _SwiGLU(torch.autograd.Function):
         if torch.is_grad_enabled():
             return gradients_through(_swiglu, [h], [True], dy)[0]
         gate, up = h.chunk(2, dim=-1)
+        if torch.compiler.is_compiling():  # it takes no `out` that is part of another tensor
+            return torch.cat((torch.ops.aten.silu_backward(dy * up, gate), dy * F.silu(gate)), dim=-1)
         dh = torch.empty_like(h)
         dgate, dup = dh.chunk(2, dim=-1)
         torch.mul(dy, F.silu(gate), out=dup)
