@@ -32,6 +32,11 @@ def test_a_wide_margin_may_not():
     assert verdict.chosen.tolist() == [[False, True, False, True]]  # the oracle goes on with its own
 
 
+def test_the_margin_is_twice_the_slack_on_either_side():
+    assert _judge([0.1, 0.9, 0.5, 0.5039], [1, 2], 1e-3).flips == 1
+    assert _judge([0.1, 0.9, 0.5, 0.5041], [1, 2], 1e-3).wrong == 1
+
+
 def test_an_exact_tie_goes_to_the_lower_index_whatever_the_slack():
     assert _judge([0.5, 0.9, 0.5], [1, 2], 1e-3).wrong == 1
     assert _judge([0.5, 0.9, 0.5], [1, 0], 1e-3).wrong == 0

@@ -41,6 +41,8 @@ def test_there_and_back_is_bit_equal(mixtral, tmp_path):
     after = {}
     for shard in sorted((tmp_path / "theirs").glob("*.safetensors")):
         after |= load_file(shard)
+    index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in after.values())
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
     assert load_model(tmp_path / "theirs").config == load_model(mixtral).config

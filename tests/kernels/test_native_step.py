@@ -48,6 +48,8 @@ ROUTERS = [
     {"norm_topk_prob": False, "routed_scaling_factor": 2.5},
     {"score": "sigmoid", "bias": True, "n_group": 4, "topk_group": 2, "logit_bias": True},
     {"n_group": 2, "topk_group": 1, "group_score": "max"},
+    {"norm_topk_prob": True, "routed_scaling_factor": 2.5},
+    {"num_experts": 64, "score": "sigmoid", "bias": True, "n_group": 8, "topk_group": 3, "group_score": "max"},
     {"num_experts_per_tok": 1},
     {"num_experts_per_tok": 1, "norm_top1": True},
     {"num_experts": 256, "num_experts_per_tok": 8, "score": "sigmoid", "bias": True, "n_group": 8, "topk_group": 4},

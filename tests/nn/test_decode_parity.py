@@ -136,3 +136,18 @@ def test_one_token_in_sixteen_bits(attention: str) -> None:
     assert stepwise.dtype == torch.bfloat16
     error = (stepwise - exact).abs().mean()
     assert error < 1.5 * (half(x).logits - exact).abs().mean() + 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("attention", ["gqa", "mla"])
+def test_a_truncated_cache_still_knows_its_padding(attention: str) -> None:
+    model, x = tiny(attention).eval(), ids(B=2)
+    mask = torch.ones_like(x, dtype=torch.bool)
+    mask[1, :4] = False
+    cache = model.new_cache()
+    model(x[:, :8], mask[:, :8], cache)
+    model(x[:, 3:6], None, cache)  # what is forgotten again
+    cache.truncate(8)
+    again = model(x[:, 8:], None, cache).logits
+    torch.testing.assert_close(again[0], model(x[:1]).logits[0, 8:], **TOL)
+    torch.testing.assert_close(again[1], model(x[1:, 4:]).logits[0, 4:], **TOL)

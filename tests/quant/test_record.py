@@ -15,6 +15,7 @@ from manyhands.quant import (
     pack_linear,
 )
 from manyhands.quant.record import PAGE, layout_from_header
+from manyhands.quant.rounding import quantize
 
 ODD = [(1, 1), (16, 64), (17, 65), (40, 130), (3, 200)]
 
@@ -175,3 +176,11 @@ def test_what_a_layout_refuses() -> None:
         linear_layout(8, 8, "int4", 48, bias=False)
     with pytest.raises(ConfigError, match="sizes are between"):
         linear_layout(0, 8, "int4", bias=False)
+
+
+def test_int4_is_rounded_with_the_scales_that_are_stored() -> None:
+    """A scale is bfloat16 before the integers are chosen: afterwards they would belong to another one."""
+    (matrix,) = linear_layout(16, 64, "int4", bias=False).matrices
+    w = torch.randn(16, matrix.depth, generator=torch.Generator().manual_seed(0))
+    _, scales = quantize(w, matrix)
+    assert torch.equal(scales, scales.bfloat16().float())
