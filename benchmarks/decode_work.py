@@ -12,7 +12,7 @@ from manyhands.checkpoint.packed import packed_headers, records_of, write_packed
 from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.config.shapes import tensor_shapes
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.quant.record import PAGE
 
 FULL = {"D": 2048, "H": 16, "E": 64, "F": 1024, "L": 4, "V": 16_384, "prefill": 512, "decode": 24}

@@ -132,7 +132,7 @@ def training(work: str) -> Callable[[], object]:
     from train import LR, RUN
 
     from manyhands.config.load import load_preset, parse_run
-    from manyhands.nn import Decoder, init_weights
+    from manyhands.models import Decoder, init_weights
     from manyhands.train.guard import SpikeGuard
     from manyhands.train.memory import keep_freed_memory
     from manyhands.train.optim import build_optimizers
@@ -155,7 +155,7 @@ def generating() -> Callable[[], object]:
     from manyhands.config.load import load_preset
     from manyhands.generate.engine import generate
     from manyhands.generate.sampling import SamplingConfig
-    from manyhands.nn import Decoder, init_weights
+    from manyhands.models import Decoder, init_weights
 
     model = Decoder(load_preset("quickstart").model, "auto")
     init_weights(model, 0)

@@ -71,7 +71,7 @@ def child(name: str | None, small: bool, dtype_name: str) -> None:
 
     from manyhands.generate.engine import generate
     from manyhands.generate.sampling import SamplingConfig
-    from manyhands.nn import Decoder, init_weights
+    from manyhands.models import Decoder, init_weights
 
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))
     found: dict[str, float] = {}

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from manyhands.config.load import parse_run
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.text import PackedBatches, TokenFile, Tokenizer, read_documents, write_tokens
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.memory import keep_freed_memory

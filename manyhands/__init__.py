@@ -17,12 +17,12 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, save
     from manyhands.config import ModelConfig, MoEConfig, RouterConfig, RunConfig
+    from manyhands.models import Decoder, init_weights
     from manyhands.moe import MoELayer, Router, Routing
     from manyhands.moe.balance import update_bias
-    from manyhands.nn import Decoder, init_weights
 
 _HOMES = {
-    "Decoder": "manyhands.nn",
+    "Decoder": "manyhands.models",
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
     "Model": "manyhands.checkpoint.model",
@@ -31,7 +31,7 @@ _HOMES = {
     "RouterConfig": "manyhands.config",
     "Routing": "manyhands.moe",
     "RunConfig": "manyhands.config",
-    "init_weights": "manyhands.nn",
+    "init_weights": "manyhands.models",
     "load": "manyhands.checkpoint.model",
     "save": "manyhands.checkpoint.model",
     "update_bias": "manyhands.moe.balance",

@@ -17,10 +17,10 @@ from manyhands.check.oracle_attention import attention
 from manyhands.check.report import Row, Situation
 from manyhands.check.subject import gradients
 from manyhands.config import AttentionConfig, ModelConfig, RopeConfig
-from manyhands.nn.attention import Attention
-from manyhands.nn.cache import LayerCache
-from manyhands.nn.decoder import find_positions
-from manyhands.nn.mla import LatentAttention
+from manyhands.layers.attention import Attention
+from manyhands.layers.cache import LayerCache
+from manyhands.layers.latent_attention import LatentAttention
+from manyhands.models.decoder import find_positions
 
 B, D = 3, 48
 CHUNKS = (10, 1, 3, 8, 1, 9)

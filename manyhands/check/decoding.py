@@ -25,9 +25,9 @@ from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing
 from manyhands.generate.engine import generate
 from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig
+from manyhands.models import Decoder, Hidden
 from manyhands.moe import Experts, Routing
 from manyhands.moe.packed import RecordExperts
-from manyhands.nn import Decoder, Hidden
 from manyhands.quant import pack_experts, pack_linear
 
 INT4, INT8 = Packing(format="int4", group_size=32), Packing(format="int8")

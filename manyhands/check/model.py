@@ -26,8 +26,8 @@ from manyhands.check.oracle_routing import DenseRouting
 from manyhands.check.report import Row, Situation
 from manyhands.check.subject import Subject, dense_kept, dense_weights, gradients, train
 from manyhands.config import BalanceConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig, TrainConfig
+from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.moe import Routing
-from manyhands.nn.cross_entropy import linear_cross_entropy
 
 B, S = 4, 12
 MODES = {"plain": (False, B), "recompute": (True, B), "accumulate": (False, 2)}

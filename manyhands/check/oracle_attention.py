@@ -1,4 +1,4 @@
-"""The oracle's attention, float64, written from the papers and apart from `manyhands/nn`.
+"""The oracle's attention, float64, written from the papers and apart from `manyhands/layers`.
 
 GQA (arXiv 2305.13245), MLA with its keys and values built in full (2405.04434), rotation (2104.09864) plain, linear,
 YaRN (2309.00071) and Llama 3.1's (2407.21783), QK-norm, windows, sinks (gpt-oss), soft cap (Grok-1). The whole

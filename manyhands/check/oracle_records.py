@@ -6,7 +6,8 @@ N outputs, K inputs, E experts. A matrix [parts·N, K] lies in panels of 16 outp
 import torch
 from torch import Tensor, nn
 
-from manyhands.moe.packed import RecordExperts, RecordLinear
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.moe.packed import RecordExperts
 from manyhands.quant.record import Layout, Matrix
 
 BITS = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4}

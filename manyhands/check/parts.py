@@ -21,10 +21,11 @@ from manyhands.check.oracle_routing import RouterWeights, route
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.kernels import ExpertWeights
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe import Router, Routing
-from manyhands.moe.layer import Linear
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn.norm import RMSNorm
+from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
 from manyhands.quant.record import FORMATS, Format
 

@@ -14,7 +14,7 @@ from manyhands.check.oracle import activation
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import RouterCheck, RouterRows
 from manyhands.kernels import ExpertWeights, run_experts
-from manyhands.nn.cross_entropy import CHUNK_VALUES, cross_entropy, linear_cross_entropy
+from manyhands.layers.cross_entropy import CHUNK_VALUES, cross_entropy, linear_cross_entropy
 
 COUNTS = (1, 8, 16, 17, 32, 33, 48, 49)
 MANY = 5000

@@ -12,8 +12,8 @@ from torch import Tensor
 from manyhands.check.verdict import one_hot
 from manyhands.config import RunConfig
 from manyhands.errors import TrainingHalted
+from manyhands.models import Decoder, Hidden
 from manyhands.moe import Experts, Routing
-from manyhands.nn import Decoder, Hidden
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
 from manyhands.train.step import train_step

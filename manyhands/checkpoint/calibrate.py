@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.kernels.experts import activate
+from manyhands.layers.linear import Linear
 from manyhands.moe import Experts, Routing
-from manyhands.moe.layer import Linear
 
 MIN_TOKENS = 16
 """An expert that saw fewer is weighed by what all tokens would have been to it."""

@@ -33,9 +33,10 @@ from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import cannot_write
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models import Decoder
 from manyhands.moe import Router
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn import Decoder
+from manyhands.moe.packed import RecordExperts
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import TIKTOKEN, TOKENIZER, has_tokenizer, instead
 

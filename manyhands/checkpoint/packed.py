@@ -29,7 +29,8 @@ from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import GATED_ACTIVATIONS, Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families.manyhands import MANYHANDS
-from manyhands.moe.packed import RecordExperts, RecordLinear
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.moe.packed import RecordExperts
 from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.packed import unpack_bias
 from manyhands.quant.panels import decode, integers

@@ -33,11 +33,12 @@ from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families.manyhands import MANYHANDS
 from manyhands.kernels import ExpertWeights
+from manyhands.layers.cross_entropy import cross_entropy
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models.decoder import Block, find_positions
 from manyhands.moe import Routing
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn.cross_entropy import cross_entropy
-from manyhands.nn.decoder import Block, find_positions
-from manyhands.nn.norm import RMSNorm
+from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
 
 CPU = torch.device("cpu")

@@ -33,7 +33,7 @@ def bench(
     from manyhands.generate.speed import DEFAULT_NEW, DEFAULT_PROMPT, Speed, measure_speed, read_per_token, warm_up
     from manyhands.kernels import BACKENDS, check_name
     from manyhands.kernels.native import missing
-    from manyhands.nn import Decoder, init_weights
+    from manyhands.models import Decoder, init_weights
     from manyhands.plan.remember import measured
     from manyhands.terminal import shown
 

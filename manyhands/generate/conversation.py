@@ -7,7 +7,7 @@ from manyhands.errors import UserError
 from manyhands.generate.engine import Step, generate
 from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.text.answer import Answer
 

@@ -19,8 +19,8 @@ from manyhands.generate.mode import evaluating, one_thread
 from manyhands.generate.prefix import Prefix
 from manyhands.generate.sampling import SamplingConfig, sample
 from manyhands.generate.stream import TextStream
+from manyhands.models import Decoder
 from manyhands.moe import Routing
-from manyhands.nn import Decoder
 from manyhands.text import Tokenizer
 
 FinishReason = Literal["stop", "length"]

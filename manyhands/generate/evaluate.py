@@ -14,9 +14,9 @@ from torch import Tensor
 from manyhands.config.load import load_run
 from manyhands.errors import DataError
 from manyhands.generate.mode import evaluating
+from manyhands.layers.cross_entropy import cross_entropy
+from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, LoadSummary
-from manyhands.nn import Decoder
-from manyhands.nn.cross_entropy import cross_entropy
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,8 +6,8 @@ cache is right for any text that begins with the same ids.
 
 from collections.abc import Sequence
 
-from manyhands.nn import Decoder
-from manyhands.nn.cache import Cache
+from manyhands.layers.cache import Cache
+from manyhands.models import Decoder
 
 
 class Prefix:

@@ -10,9 +10,9 @@ import torch
 
 from manyhands.generate.engine import generate
 from manyhands.generate.sampling import SamplingConfig
+from manyhands.models import Decoder
 from manyhands.moe.experts import Experts
 from manyhands.moe.packed import RecordExperts
-from manyhands.nn import Decoder
 
 DEFAULT_PROMPT = 256
 DEFAULT_NEW = 32

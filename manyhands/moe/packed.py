@@ -1,4 +1,4 @@
-"""Experts and linear layers that hold packed records instead of parameters. They compute; they are not trained.
+"""Experts that hold packed records instead of parameters. They compute; they are not trained.
 
 E experts, D model width, F expert width, T tokens, K experts per token.
 """
@@ -9,77 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyhands.config import suggest
-from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, run_experts
 from manyhands.kernels.experts import activate
-from manyhands.kernels.moment import held, in_autocast, unheard
-from manyhands.kernels.native import available, linear, missing, packed_experts, step, views
-from manyhands.kernels.native.library import CLinear
+from manyhands.kernels.native import available, packed_experts
+from manyhands.layers.packed_linear import check_name, fits, no_native
 from manyhands.moe.routing import Routing
-from manyhands.quant import Layout, PackedExperts, PackedLinear
-
-BYTES = (torch.uint8,)
-
-
-class RecordLinear(nn.Module):
-    """y = x·Wᵀ + b with W and b in one record."""
-
-    record: Tensor
-    """[record_bytes] uint8; a buffer, so that `.to(bfloat16)` leaves it alone."""
-
-    def __init__(self, layout: Layout, implementation: str = "auto") -> None:
-        super().__init__()
-        self.layout = layout
-        self.implementation = _check_name(implementation)
-        self.register_buffer("record", torch.empty(layout.record_bytes, dtype=torch.uint8))
-
-    @property
-    def native(self) -> bool:
-        """Whether the native kernels run this layer, where they take the rows."""
-        return self.implementation in ("auto", "native") and available()
-
-    @property
-    def packed(self) -> PackedLinear:
-        """The record and its layout."""
-        return PackedLinear(self.record, self.layout)
-
-    def for_native(self, width: int) -> CLinear | None:
-        """The record as the native kernels take it, where they do for x [..., width]. It is not to be kept."""
-        record, layout = self.record, self.layout
-        if (
-            not self.native
-            or not held(self, "record")
-            or not views.plain(record, 1, BYTES)
-            or record.numel() != layout.record_bytes
-        ):
-            return None
-        found = views.linear(record, layout)
-        return found if found.weight.inputs == width else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., in] -> [..., out] in x's dtype."""
-        x = in_autocast(x)
-        if step.direct(x) and (native := self.for_native(x.shape[-1])) is not None:
-            return step.linears(x, [native])[0]
-        if self.native and _fits(x, self.record) and not (x.requires_grad and torch.is_grad_enabled()):
-            return linear(x, self.packed)  # which has no gradient
-        if self.implementation == "native":
-            raise _no_native(x)
-        weight, bias = self.packed.dequantize()
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
-    if TYPE_CHECKING:
-        __call__ = forward  # so that calls are typed
-
-
-def linears(x: Tensor, *layers: nn.Module) -> list[Tensor]:
-    """Each layer's output for the same x [..., in]; packed layers share one call where they can."""
-    if all(type(layer) is RecordLinear and unheard(layer) for layer in layers) and step.direct(x):
-        native = [layer.for_native(x.shape[-1]) for layer in layers]  # type: ignore[operator]
-        if None not in native:
-            return step.linears(x, native)
-    return [layer(x) for layer in layers]
+from manyhands.quant import Layout, PackedExperts
 
 
 class RecordExperts(nn.Module):
@@ -91,7 +26,7 @@ class RecordExperts(nn.Module):
     def __init__(self, layout: Layout, num_experts: int, implementation: str = "auto") -> None:
         super().__init__()
         self.layout = layout
-        self.implementation = _check_name(implementation)
+        self.implementation = check_name(implementation)
         self.register_buffer("records", torch.empty(num_experts, layout.record_bytes, dtype=torch.uint8))
 
     @property
@@ -119,11 +54,11 @@ class RecordExperts(nn.Module):
         return self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation).view(T, K, x_TD.shape[-1])
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
-        name = self.implementation if implementation is None else _check_name(implementation)
-        if name in ("auto", "native") and available() and _fits(x, self.records):
+        name = self.implementation if implementation is None else check_name(implementation)
+        if name in ("auto", "native") and available() and fits(x, self.records):
             return packed_experts(x, ids, weights, kept, self.packed)
         if name == "native":
-            raise _no_native(x)
+            raise no_native(x)
         return BY_NAME[name](x, ids, weights, kept, self.packed)
 
 
@@ -160,22 +95,3 @@ def unpack(packed: PackedExperts, experts: list[int]) -> ExpertWeights:
     assert packed.layout.activation is not None
     chosen = packed.records[experts] if len(experts) > 1 else packed.records[experts[0] : experts[0] + 1]
     return ExpertWeights(*PackedExperts(chosen, packed.layout).dequantize(), packed.layout.activation)
-
-
-def _check_name(name: str) -> str:
-    allowed = [*BY_NAME, "native"]
-    if name not in allowed:
-        raise ConfigError(f"experts_implementation = {name!r} cannot read packed weights; " + suggest(name, allowed))
-    return name
-
-
-def _fits(x: Tensor, records: Tensor) -> bool:
-    """Whether the native kernels take this."""
-    return x.dtype in (torch.float32, torch.bfloat16) and x.device.type == "cpu" and records.device.type == "cpu"
-
-
-def _no_native(x: Tensor) -> ConfigError:
-    return ConfigError(
-        f"experts_implementation = 'native' takes float32 and bfloat16 on the CPU ({x.dtype} on {x.device.type} here)"
-        f"{', and ' + why if (why := missing()) else ''}: use 'auto'"
-    )

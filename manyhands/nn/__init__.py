@@ -1,7 +1,6 @@
-"""Norm, rotary embedding, attention (GQA and MLA), cache, block, decoder. Start with `decoder.py`."""
+"""The old name of `manyhands.models` and `manyhands.layers`, for one release."""
 
-from manyhands.nn.cache import Cache
-from manyhands.nn.decoder import Decoder, Hidden, Output
-from manyhands.nn.init import init_weights
+from manyhands.layers.cache import Cache
+from manyhands.models import Decoder, Hidden, Output, init_weights
 
 __all__ = ["Cache", "Decoder", "Hidden", "Output", "init_weights"]

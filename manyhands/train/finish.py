@@ -10,7 +10,7 @@ import torch
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
 from manyhands.generate.evaluate import Evaluation
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.text import evaluation_batches
 from manyhands.trace.report import write_report
 from manyhands.trace.series import last_steps

@@ -21,7 +21,7 @@ from manyhands.config.load import dump_run, load_run
 from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation, evaluate
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import PackedBatches, evaluation_batches
 from manyhands.train.budget import Budget, planned, with_plan
 from manyhands.train.data import RunData, prepare_data

@@ -8,7 +8,7 @@ import torch
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels import check_name
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.text.tokenizer import MIN_VOCAB_SIZE
 from manyhands.train.optim import build_optimizers
 from manyhands.train.state import pick_device

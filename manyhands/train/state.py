@@ -11,7 +11,7 @@ from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.errors import CheckpointError
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 from manyhands.text import PackedBatches
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.errors import TrainingHalted
+from manyhands.layers.cross_entropy import linear_cross_entropy
+from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, balance_objective
 from manyhands.moe.balance import update_bias
-from manyhands.nn import Decoder
-from manyhands.nn.cross_entropy import linear_cross_entropy
 from manyhands.train.guard import SpikeGuard, first_non_finite
 from manyhands.train.optim import Optimizers, grad_norm
 from manyhands.train.qk_clip import qk_clip_

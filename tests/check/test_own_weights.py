@@ -8,7 +8,7 @@ from manyhands.checkpoint.model import find, save
 from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from tests.check.configs import BALANCE
 
 CONFIG = ModelConfig(

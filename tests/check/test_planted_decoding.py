@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import manyhands.check.run
+import manyhands.layers.attention
+import manyhands.layers.cross_entropy
+import manyhands.layers.latent_attention
+import manyhands.layers.rope
+import manyhands.models.decoder
 import manyhands.moe.packed
 import manyhands.moe.router
 import manyhands.moe.routing
-import manyhands.nn.attention
-import manyhands.nn.cross_entropy
-import manyhands.nn.decoder
-import manyhands.nn.mla
-import manyhands.nn.rope
 import manyhands.quant.packed
 from manyhands.check import ROUTERS, Row, run_check
 from manyhands.check.attentions import ATTENTIONS, AttentionCheck
@@ -25,9 +25,9 @@ from manyhands.check.parts import part_jobs
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.kernels import native
 from manyhands.kernels.native import library, step
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
-from manyhands.moe.layer import Linear
-from manyhands.nn.norm import RMSNorm
 from tests.check.configs import BALANCE, MIXTRAL
 
 needs_native = pytest.mark.skipif(not native.available(), reason="no native kernels")
@@ -223,18 +223,18 @@ def test_native_routing_that_reads_a_field_wrongly(monkeypatch, field, value, wh
 
 
 def test_a_mask_that_forgets_padding(monkeypatch):
-    right = manyhands.nn.decoder.causal_mask
+    right = manyhands.models.decoder.causal_mask
 
     def forgetful(real, *rest):
         return right(torch.ones_like(real), *rest)
 
-    monkeypatch.setattr(manyhands.nn.decoder, "causal_mask", forgetful)
+    monkeypatch.setattr(manyhands.models.decoder, "causal_mask", forgetful)
     assert "decoding: states" in red(decoding_rows())
 
 
 def test_positions_that_count_padding(monkeypatch):
-    right = manyhands.nn.decoder.rope_tables
-    monkeypatch.setattr(manyhands.nn.decoder, "rope_tables", lambda c, d, p: right(c, d, p * 2))
+    right = manyhands.models.decoder.rope_tables
+    monkeypatch.setattr(manyhands.models.decoder, "rope_tables", lambda c, d, p: right(c, d, p * 2))
     assert {"attention", "attention to a cache"} <= red(attention_rows("multi-head"))
 
 
@@ -298,7 +298,7 @@ def test_kernels_of_packed_experts(monkeypatch, format):
 
 
 def test_rotation_without_interleave(monkeypatch):
-    for module in (manyhands.nn.attention, manyhands.nn.mla):
+    for module in (manyhands.layers.attention, manyhands.layers.latent_attention):
         right = module.apply_rope
         monkeypatch.setattr(module, "apply_rope", lambda x, tables, _, f=right: f(x, tables, False))
     assert {"neighbouring pairs", "latent (Moonlight)"} <= scopes(attention_rows())
@@ -321,55 +321,55 @@ def test_norm_of_the_wrong_width(monkeypatch):
 
 
 def test_latent_without_its_norm(monkeypatch):
-    init = manyhands.nn.mla.LatentAttention.__init__
+    init = manyhands.layers.latent_attention.LatentAttention.__init__
 
     def without(self, *arguments):
         init(self, *arguments)
         self.kv_a_layernorm.forward = lambda x: x * self.kv_a_layernorm.weight
 
-    monkeypatch.setattr(manyhands.nn.mla.LatentAttention, "__init__", without)
+    monkeypatch.setattr(manyhands.layers.latent_attention.LatentAttention, "__init__", without)
     assert scopes(attention_rows()) == {name for name in ATTENTIONS if name.startswith("latent")}
 
 
 @pytest.mark.parametrize("off_by", [-1, 1])
 def test_window(monkeypatch, off_by):
-    right = manyhands.nn.decoder.causal_mask
+    right = manyhands.models.decoder.causal_mask
 
     def wrong(real, n, window, plain):
         return right(real, n, None if window is None else window + off_by, plain)
 
-    monkeypatch.setattr(manyhands.nn.decoder, "causal_mask", wrong)
+    monkeypatch.setattr(manyhands.models.decoder, "causal_mask", wrong)
     windows = {name for name, config in ATTENTIONS.items() if config.attention.sliding_window}
     assert scopes(attention_rows()) == windows
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "linear"])
 def test_rotation_of_long_contexts(monkeypatch, kind):
-    right = manyhands.nn.rope.inverse_frequencies
+    right = manyhands.layers.rope.inverse_frequencies
 
     def plain(config, *rest):
         return right(config.model_copy(update={"rope_type": "default"}) if config.rope_type == kind else config, *rest)
 
-    monkeypatch.setattr(manyhands.nn.rope, "inverse_frequencies", plain)
+    monkeypatch.setattr(manyhands.layers.rope, "inverse_frequencies", plain)
     assert scopes(attention_rows()) == {name for name, c in ATTENTIONS.items() if c.rope.rope_type == kind}
 
 
 def test_temperature_of_yarn(monkeypatch):
-    right = manyhands.nn.rope.inverse_frequencies
-    monkeypatch.setattr(manyhands.nn.rope, "inverse_frequencies", lambda *a: (right(*a)[0], 1.0))
+    right = manyhands.layers.rope.inverse_frequencies
+    monkeypatch.setattr(manyhands.layers.rope, "inverse_frequencies", lambda *a: (right(*a)[0], 1.0))
     assert {"YaRN", "sinks, window, YaRN (gpt-oss)"} <= scopes(attention_rows())
     monkeypatch.undo()
-    monkeypatch.setattr(manyhands.nn.mla, "yarn_mscale", lambda factor, mscale=1.0: 1.0)
+    monkeypatch.setattr(manyhands.layers.latent_attention, "yarn_mscale", lambda factor, mscale=1.0: 1.0)
     assert scopes(attention_rows()) == {"latent, low-rank queries, YaRN (DeepSeek-V3)"}
 
 
 def test_sinks_and_cap_forgotten(monkeypatch):
-    right = manyhands.nn.attention.attend
+    right = manyhands.layers.attention.attend
 
     def without(q, k, v, mask, scale, cap, sinks):
         return right(q, k, v, mask, scale, None, torch.full_like(sinks, -torch.inf))
 
-    monkeypatch.setattr(manyhands.nn.attention, "attend", without)
+    monkeypatch.setattr(manyhands.layers.attention, "attend", without)
     assert scopes(attention_rows()) == {"sinks, window, YaRN (gpt-oss)", "soft cap (Grok-1)"}
 
 

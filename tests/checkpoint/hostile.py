@@ -13,7 +13,7 @@ from manyhands.checkpoint.model import load, load_model, save
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, parse
 from manyhands.errors import CheckpointError
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"

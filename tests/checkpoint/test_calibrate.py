@@ -10,7 +10,7 @@ from manyhands.checkpoint.quantize_receipt import Sample
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
 from manyhands.kernels import ExpertWeights
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.quant import pack_experts
 
 D, WIDTH, E, ROWS, S = 32, 32, 2, 6, 24

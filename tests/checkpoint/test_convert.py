@@ -12,7 +12,7 @@ from manyhands.checkpoint.model import load_model, save
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckFailed, CheckpointError, ConfigError
 from manyhands.families import nearest
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 MIXTRAL = {
     "vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 8, "max_position_embeddings": 32,

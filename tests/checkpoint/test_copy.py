@@ -9,7 +9,7 @@ from manyhands.checkpoint.model import load_model, save
 from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import PackedConfig
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 from ..small_runs import small_run
 

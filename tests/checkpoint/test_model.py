@@ -12,7 +12,7 @@ from manyhands.checkpoint import RunDirectory, building, verify
 from manyhands.checkpoint.model import load, load_model, save_model
 from manyhands.config import ModelConfig, parse
 from manyhands.errors import CheckpointError, ConfigError, StorageError
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer
 
 ROUTER = {"num_experts": 4, "num_experts_per_tok": 2, "bias": True, "noisy": True}

@@ -21,9 +21,10 @@ from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, Rout
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.kernels.native import available, missing
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models import Decoder, init_weights
 from manyhands.moe import Experts, MoELayer
-from manyhands.moe.packed import BY_NAME, RecordExperts, RecordLinear
-from manyhands.nn import Decoder, init_weights
+from manyhands.moe.packed import BY_NAME, RecordExperts
 from manyhands.quant import VERSION, pack_experts, pack_linear
 from manyhands.quant.record import PAGE
 

@@ -13,7 +13,7 @@ from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.errors import CheckpointError
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer
 
 SHAPE = {

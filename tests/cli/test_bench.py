@@ -11,7 +11,7 @@ from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConf
 from manyhands.errors import ConfigError
 from manyhands.generate import speed
 from manyhands.generate.speed import read_per_token
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from manyhands.checkpoint.model import load, save
 from manyhands.cli.main import app
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckpointError
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer
 
 TEMPLATE = (

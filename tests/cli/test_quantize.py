@@ -15,7 +15,7 @@ from manyhands.cli.quantize import advice
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckpointError, ConfigError, DataError, UserError
 from manyhands.generate.evaluate import evaluate
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer, evaluation_batches
 
 from .test_open_checkpoints import FAMILIES as OPEN

@@ -15,7 +15,7 @@ from manyhands.config.load import load_preset
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import FAMILIES, canonical, misfit, nearest
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 from .conftest import Made
 from .other_references import ALL

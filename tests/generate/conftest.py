@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import ModelConfig, parse
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.text import Tokenizer
 
 GQA = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "qk_norm": "head"}

@@ -5,7 +5,7 @@ import torch
 
 from manyhands.errors import CheckpointError, DataError, UserError
 from manyhands.generate import Conversation, Prefix, SamplingConfig, Step, conversation, generate
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 
 from .conftest import GQA
 

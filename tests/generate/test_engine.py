@@ -7,7 +7,7 @@ import torch
 
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.generate import SamplingConfig, complete, generate
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=20)
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [42], [100, 3, 100], [7, 7, 7, 7, 7, 7, 7, 7, 7, 7, 7]]

@@ -10,9 +10,9 @@ from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, choose, native
 from manyhands.kernels.coverage import Coverage
+from manyhands.kernels.covered import ATTENTION, LATENT, MIXTURE, MODEL, ROPE
 from manyhands.kernels.native.backend import supports_native
 from manyhands.moe import Router, router
-from manyhands.nn.covered import ATTENTION, LATENT, MIXTURE, MODEL, ROPE
 
 ALL = {
     "route": router.ROUTE,

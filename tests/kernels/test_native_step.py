@@ -10,8 +10,8 @@ from manyhands.config import RouterConfig
 from manyhands.kernels import native
 from manyhands.kernels.native import NativeError, library, step, views
 from manyhands.kernels.native.library import VERIFIED, CAttention, CStep
+from manyhands.layers.attention import attend
 from manyhands.moe.router import Router
-from manyhands.nn.attention import attend
 from manyhands.quant import pack_linear
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")

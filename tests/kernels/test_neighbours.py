@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from manyhands.kernels.native.library import available, library
-from manyhands.nn.norm import RMSNorm
+from manyhands.layers.norm import RMSNorm
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native library was not built")
 SECOND = 1_000_000_000

@@ -9,10 +9,10 @@ from manyhands.errors import ConfigError
 from manyhands.kernels import BACKENDS, native
 from manyhands.kernels.experts import swiglu
 from manyhands.kernels.permute import combine, gather, sort_pairs
+from manyhands.layers.cross_entropy import linear_cross_entropy
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.rope import apply_rope
 from manyhands.moe import MoELayer
-from manyhands.nn.cross_entropy import linear_cross_entropy
-from manyhands.nn.norm import RMSNorm
-from manyhands.nn.rope import apply_rope
 from manyhands.quant import pack_experts
 
 from .dense_oracle import make_case

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from manyhands.config import RunConfig
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 from manyhands.train import step
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers, build_optimizers

@@ -7,9 +7,10 @@ from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.kernels import native
 from manyhands.kernels.native import step
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models import Decoder, init_weights
 from manyhands.moe import Experts
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn import Decoder, init_weights
+from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")

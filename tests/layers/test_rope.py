@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import RopeConfig
-from manyhands.nn.rope import apply_rope, inverse_frequencies, rope_tables, yarn_mscale
+from manyhands.layers.rope import apply_rope, inverse_frequencies, rope_tables, yarn_mscale
 
 CPU = torch.device("cpu")
 

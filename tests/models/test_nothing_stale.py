@@ -10,13 +10,14 @@ from torch.nn.utils import parametrize, prune
 
 from manyhands.kernels import native
 from manyhands.kernels.native import step
+from manyhands.layers.attention import Attention
+from manyhands.layers.cache import Cache
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models import Decoder
 from manyhands.moe import Experts, MoELayer
-from manyhands.moe.layer import Linear
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn import Decoder
-from manyhands.nn.attention import Attention
-from manyhands.nn.cache import Cache
-from manyhands.nn.norm import RMSNorm
+from manyhands.moe.packed import RecordExperts
 
 from .test_fused import CASES, packed_model
 

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
+from manyhands.layers.feed_forward import FeedForward
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.models import Decoder, init_weights
 from manyhands.moe import Experts, MoELayer, Router
-from manyhands.moe.layer import FeedForward, Linear
-from manyhands.nn import Decoder, init_weights
-from manyhands.nn.norm import RMSNorm
 from manyhands.train.loop import seed_noise
 
 

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
 from manyhands.moe.experts import Experts
-from manyhands.moe.layer import Linear
-from manyhands.nn.norm import RMSNorm
 
 if TYPE_CHECKING:
-    from manyhands.nn.decoder import Decoder
+    from manyhands.models.decoder import Decoder
 
 
 def init_weights(model: "Decoder", seed: int) -> None:

@@ -5,7 +5,7 @@ import torch
 
 from manyhands.config import ModelConfig
 from manyhands.kernels import choose, native
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 IDS = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(0))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from manyhands.config import BalanceConfig
+from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.moe import LoadCounter, balance_objective
 from manyhands.moe.balance import update_bias
-from manyhands.nn.cross_entropy import linear_cross_entropy
 
 from .tiny_models import gradients, ids, tiny
 

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.covered import LATENT
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
-from manyhands.moe.layer import Linear, reset_parts
-from manyhands.nn.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
-from manyhands.nn.cache import LayerCache
-from manyhands.nn.covered import LATENT
-from manyhands.nn.norm import RMSNorm
-from manyhands.nn.rope import apply_rope, yarn_mscale
+from manyhands.layers.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
+from manyhands.layers.cache import LayerCache
+from manyhands.layers.linear import Linear, reset_parts
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.rope import apply_rope, yarn_mscale
 
 
 class LatentAttention(nn.Module):

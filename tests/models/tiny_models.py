@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
-from manyhands.nn import Decoder, init_weights
+from manyhands.models import Decoder, init_weights
 
 V = 64
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from manyhands.layers.linear import Linear
 from manyhands.moe import layer as module
-from manyhands.moe.layer import Linear
 
 
 def draw(*shape: int) -> torch.Tensor:

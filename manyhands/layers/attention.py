@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.kernels.covered import ATTENTION
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
-from manyhands.moe.layer import Linear, reset_parts
-from manyhands.moe.packed import linears
-from manyhands.nn.cache import LayerCache
-from manyhands.nn.covered import ATTENTION
-from manyhands.nn.norm import RMSNorm
-from manyhands.nn.rope import apply_rope
+from manyhands.layers.cache import LayerCache
+from manyhands.layers.linear import Linear, reset_parts
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import linears
+from manyhands.layers.rope import apply_rope
 
 
 @dataclass(frozen=True, slots=True)

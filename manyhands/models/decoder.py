@@ -15,15 +15,16 @@ from torch.utils.checkpoint import checkpoint
 from manyhands.config import ModelConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
+from manyhands.layers.attention import Attention, Positions, causal_mask
+from manyhands.layers.cache import Cache, LayerCache
+from manyhands.layers.feed_forward import FeedForward
+from manyhands.layers.latent_attention import LatentAttention
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.rope import rope_tables
+from manyhands.models.fused import MOST_SEQUENCES, FusedStep, fused_step
+from manyhands.models.init import fill
 from manyhands.moe import MoELayer, Routing
-from manyhands.moe.layer import FeedForward, Linear
-from manyhands.nn.attention import Attention, Positions, causal_mask
-from manyhands.nn.cache import Cache, LayerCache
-from manyhands.nn.fused import MOST_SEQUENCES, FusedStep, fused_step
-from manyhands.nn.init import fill
-from manyhands.nn.mla import LatentAttention
-from manyhands.nn.norm import RMSNorm
-from manyhands.nn.rope import rope_tables
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from manyhands.config import RopeConfig
 from manyhands.errors import ConfigError
-from manyhands.nn import Decoder, Output
-from manyhands.nn.cache import Cache
-from manyhands.nn.rope import inverse_frequencies
+from manyhands.layers.cache import Cache
+from manyhands.layers.rope import inverse_frequencies
+from manyhands.models import Decoder, Output
 
 from .test_fused import CASES, packed_model
 

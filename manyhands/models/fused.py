@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.kernels.covered import ATTENTION, MIXTURE, MODEL, ROPE
 from manyhands.kernels.experts import GATED
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import library, step, views
@@ -31,14 +32,15 @@ from manyhands.kernels.native.library import (
     CStacked,
     CStep,
 )
+from manyhands.layers.attention import Attention, Positions
+from manyhands.layers.cache import Cache
+from manyhands.layers.feed_forward import FeedForward
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models.snapshot import Snapshot
 from manyhands.moe import Experts, MoELayer, Router, Routing
-from manyhands.moe.layer import FeedForward, Linear
-from manyhands.moe.packed import RecordExperts, RecordLinear
-from manyhands.nn.attention import Attention, Positions
-from manyhands.nn.cache import Cache
-from manyhands.nn.covered import ATTENTION, MIXTURE, MODEL, ROPE
-from manyhands.nn.norm import RMSNorm
-from manyhands.nn.snapshot import Snapshot
+from manyhands.moe.packed import RecordExperts
 
 MOST_SEQUENCES = 8
 NORM, LINEARS, PLACE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)

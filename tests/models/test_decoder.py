@@ -5,8 +5,8 @@ import torch
 
 from manyhands.config import ModelConfig, MoEConfig, RouterConfig
 from manyhands.errors import ConfigError
+from manyhands.models import Decoder
 from manyhands.moe import MoELayer
-from manyhands.nn import Decoder
 
 from .tiny_models import ATTENTION, gradients, ids, tiny
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
-from manyhands.nn import Decoder
+from manyhands.models import Decoder
 
 transformers = pytest.importorskip("transformers")
 

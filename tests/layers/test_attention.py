@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from manyhands.config import AttentionConfig, ModelConfig, RopeConfig
-from manyhands.nn.attention import Positions, causal_mask, max_logits
-from manyhands.nn.cache import LayerCache
-from manyhands.nn.mla import LatentAttention
-from manyhands.nn.rope import rope_tables
+from manyhands.layers.attention import Positions, causal_mask, max_logits
+from manyhands.layers.cache import LayerCache
+from manyhands.layers.latent_attention import LatentAttention
+from manyhands.layers.rope import rope_tables
 
 from .tiny_models import ids, tiny
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from manyhands.nn.norm import RMSNorm
+from manyhands.layers.norm import RMSNorm
 
 
 def norm(width: int, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> RMSNorm:

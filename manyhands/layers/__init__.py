@@ -1,0 +1,1 @@
+"""The parts that are no mixture: linear layers, feed-forward network, norm, rotary embedding, attention, caches."""
