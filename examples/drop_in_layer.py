@@ -3,11 +3,9 @@
 import torch
 
 import manyhands as mh
-from manyhands.config import BalanceConfig
-from manyhands.moe import LoadCounter, balance_objective
 
 
-def train(balance: BalanceConfig) -> tuple[float, LoadCounter]:
+def train(balance: mh.BalanceConfig) -> tuple[float, mh.LoadCounter]:
     """Eight clusters of points, each with its own linear map; 8 experts, 2 per token. The last loss and load."""
     torch.manual_seed(0)
     centres, maps = 2 * torch.randn(8, 16), torch.randn(8, 16, 16) / 4
@@ -21,12 +19,12 @@ def train(balance: BalanceConfig) -> tuple[float, LoadCounter]:
         x = centres[cluster] + torch.randn(256, 16) + 3.0  # what tokens share makes routers collapse
         target = torch.einsum("tij,tj->ti", maps[cluster], x)
         y, routing = moe(x)
-        balancing, _ = balance_objective({0: routing}, balance, num_sequences=1)
+        balancing, _ = mh.balance_objective({0: routing}, balance, num_sequences=1)
         loss = torch.nn.functional.mse_loss(y, target)
         optimizer.zero_grad()
         (loss + balancing).backward()
         optimizer.step()
-    load = LoadCounter.empty(8)
+    load = mh.LoadCounter.empty(8)
     load.add(routing)
     return loss.item(), load
 
@@ -34,7 +32,7 @@ def train(balance: BalanceConfig) -> tuple[float, LoadCounter]:
 def main() -> None:
     """Print both."""
     for name, coefficient in (("no balancing", 0.0), ("f·P loss 0.1", 0.1)):
-        loss, load = train(BalanceConfig(aux_loss_coef=coefficient, aux_scope="micro"))
+        loss, load = train(mh.BalanceConfig(aux_loss_coef=coefficient, aux_scope="micro"))
         summary = load.summary()
         shares = " ".join(f"{share:.2f}" for share in summary.load)
         print(f"{name:13} loss {loss:.4f}  MaxVio {summary.max_vio:.2f}  dead {summary.dead}  load {shares}")

@@ -12,17 +12,33 @@ y, routing = moe(x)
 
 from typing import TYPE_CHECKING, Any
 
+from manyhands.errors import (
+    CheckFailed,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Interrupted,
+    ManyhandsError,
+    RunLocked,
+    StorageError,
+    TrainingHalted,
+    UserError,
+)
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from manyhands.checkpoint.model import Model, load, save
-    from manyhands.config import ModelConfig, MoEConfig, RouterConfig, RunConfig
+    from manyhands.checkpoint.model import Model, load, load_model, save
+    from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, RunConfig
+    from manyhands.generate import SamplingConfig
     from manyhands.models import Decoder, init_weights
-    from manyhands.moe import MoELayer, Router, Routing
+    from manyhands.moe import LoadCounter, MoELayer, Router, Routing, balance_objective
     from manyhands.moe.balance import update_bias
 
 _HOMES = {
+    "BalanceConfig": "manyhands.config",
     "Decoder": "manyhands.models",
+    "LoadCounter": "manyhands.moe",
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
     "Model": "manyhands.checkpoint.model",
@@ -31,14 +47,25 @@ _HOMES = {
     "RouterConfig": "manyhands.config",
     "Routing": "manyhands.moe",
     "RunConfig": "manyhands.config",
+    "SamplingConfig": "manyhands.generate",
+    "balance_objective": "manyhands.moe",
     "init_weights": "manyhands.models",
     "load": "manyhands.checkpoint.model",
+    "load_model": "manyhands.checkpoint.model",
     "save": "manyhands.checkpoint.model",
     "update_bias": "manyhands.moe.balance",
 }
 
 __all__ = [
+    "BalanceConfig",
+    "CheckFailed",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "Decoder",
+    "Interrupted",
+    "LoadCounter",
+    "ManyhandsError",
     "MoEConfig",
     "MoELayer",
     "Model",
@@ -47,8 +74,15 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "RunConfig",
+    "RunLocked",
+    "SamplingConfig",
+    "StorageError",
+    "TrainingHalted",
+    "UserError",
+    "balance_objective",
     "init_weights",
     "load",
+    "load_model",
     "save",
     "update_bias",
 ]
@@ -61,3 +95,8 @@ def __getattr__(name: str) -> Any:
     import importlib
 
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """What there is, before and after it is first used."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

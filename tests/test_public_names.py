@@ -1,13 +1,27 @@
 """Public names, verbs and flags: changing one is a decision, made here."""
 
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import typer
 
 import manyhands
+from manyhands import errors, hf
 from manyhands.cli.main import app
 
 NAMES = {
+    "BalanceConfig",
+    "CheckFailed",
+    "CheckpointError",
+    "ConfigError",
+    "DataError",
     "Decoder",
+    "Interrupted",
+    "LoadCounter",
+    "ManyhandsError",
     "MoEConfig",
     "MoELayer",
     "Model",
@@ -16,11 +30,19 @@ NAMES = {
     "RouterConfig",
     "Routing",
     "RunConfig",
+    "RunLocked",
+    "SamplingConfig",
+    "StorageError",
+    "TrainingHalted",
+    "UserError",
+    "balance_objective",
     "init_weights",
     "load",
+    "load_model",
     "save",
     "update_bias",
 }
+HF = {"Seen", "expert_weights", "register_experts", "use_experts", "watch"}
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "generate": {
@@ -120,11 +142,43 @@ FLAGS = {
 
 
 def test_exported_names() -> None:
-    assert set(manyhands.__all__) == NAMES
+    assert set(manyhands.__all__) == NAMES and list(manyhands.__all__) == sorted(manyhands.__all__)
     for name in NAMES:
-        assert getattr(manyhands, name).__name__ == name
+        assert getattr(manyhands, name).__name__.rpartition(".")[2] == name
     with pytest.raises(AttributeError, match="lod"):
         manyhands.lod  # noqa: B018
+    assert set(hf.__all__) == HF
+
+
+def test_dir_shows_what_there_is() -> None:
+    assert {name for name in dir(manyhands) if not name.startswith("_")} == NAMES
+    assert "__version__" in dir(manyhands)
+
+
+def test_every_error_is_exported() -> None:
+    ours = {n for n, found in vars(errors).items() if isinstance(found, type) and issubclass(found, Exception)}
+    assert ours <= NAMES and all(getattr(manyhands, name) is getattr(errors, name) for name in ours)
+
+
+def test_what_a_type_checker_sees_is_what_there_is() -> None:
+    """Lazy names stand three times in `__init__`: for type checkers, for the import, and in `__all__`."""
+    tree = ast.parse(Path(manyhands.__file__).read_text(encoding="utf-8"))
+    static = {
+        alias.asname or alias.name: node.module
+        for block in tree.body
+        if isinstance(block, ast.If)
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert static == manyhands._HOMES
+
+
+def test_importing_is_light() -> None:
+    """No torch, and nothing else that takes time, before a name is used."""
+    code = "import sys, manyhands; dir(manyhands), manyhands.ConfigError; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "pydantic", "yaml", "typer", "rich"} & set(loaded)
 
 
 def test_verbs_and_flags() -> None:

@@ -110,8 +110,7 @@ def load(
     directory = find(path)
     if not has_tokenizer(directory):
         raise CheckpointError(
-            f"{directory}: there is no {TOKENIZER}{instead(directory)}; "
-            "manyhands.checkpoint.model.load_model loads the model without it"
+            f"{directory}: there is no {TOKENIZER}{instead(directory)}; mh.load_model loads the model without it"
         )
     source = open_source(directory, ignore_fields)
     tokenizer = Tokenizer.from_directory(directory)
