@@ -30,7 +30,6 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, load_model, save
     from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, RunConfig
-    from manyhands.generate import SamplingConfig
     from manyhands.models import Decoder, init_weights
     from manyhands.moe import LoadCounter, MoELayer, Router, Routing, balance_objective
     from manyhands.moe.balance import update_bias
@@ -47,7 +46,6 @@ _HOMES = {
     "RouterConfig": "manyhands.config",
     "Routing": "manyhands.moe",
     "RunConfig": "manyhands.config",
-    "SamplingConfig": "manyhands.generate",
     "balance_objective": "manyhands.moe",
     "init_weights": "manyhands.models",
     "load": "manyhands.checkpoint.model",
@@ -75,7 +73,6 @@ __all__ = [
     "Routing",
     "RunConfig",
     "RunLocked",
-    "SamplingConfig",
     "StorageError",
     "TrainingHalted",
     "UserError",

@@ -31,7 +31,6 @@ NAMES = {
     "Routing",
     "RunConfig",
     "RunLocked",
-    "SamplingConfig",
     "StorageError",
     "TrainingHalted",
     "UserError",
