@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from manyhands.moe.routing import Routing
+from manyhands.parallel.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,10 @@ class LoadCounter:
         self.dropped = self.dropped + (chosen & ~routing.kept).sum()
         self.top1_weight = self.top1_weight + (routing.weights * chosen).amax(1).sum()
         self.tokens = self.tokens + mask_T.sum()
+
+    def over(self, ranks: Ranks) -> "LoadCounter":
+        """The sum of every rank's counter."""
+        return LoadCounter(*map(ranks.sum, (self.counts, self.dropped, self.top1_weight, self.tokens)))
 
     def summary(self) -> LoadSummary:
         """The ratios. Without any token all are those of perfect balance except `dead`."""

@@ -71,7 +71,7 @@ class Trainer:
             run = self.now
             rate = learning_rate(progress.step, progress.max_steps, run.optim.lr, run.schedule)
             lr = no_faster_than_warmup(rate, progress.lr, run.optim.lr, progress.max_steps, run.schedule)
-            batch = next(self.state.batches).to(self.state.model.embed_tokens.weight.device)
+            batch = next(self.state.batches)
             levels = guard.num_levels
             result = train_step(
                 self.state.model, self.state.optimizers, guard, batch, run, progress.step + 1, lr, self.dtype
@@ -79,12 +79,12 @@ class Trainer:
             seconds = time.perf_counter() - step_started
             progress.step += 1
             progress.lr = lr
-            progress.tokens += batch[:, 1:].numel()
+            progress.tokens += result.count.tokens
             progress.elapsed += seconds
             self.look_at_clock()
             last = progress.step == progress.max_steps
             if progress.step % run.train.log_every == 0 or last or result.skipped:
-                record = self.record(result, lr, batch[:, 1:].numel() / seconds)
+                record = self.record(result, lr, result.count.tokens / seconds)
                 self.screen.step(self.journal.write("step", step=progress.step, **record))
             if guard.num_levels > levels:
                 self.screen.note(f"step {progress.step}: loss or gradient norm is at a new level; going on from there")

@@ -20,7 +20,7 @@ def qk_clip_(self_attn: nn.Module, max_logits_H: Tensor, tau: float, config: Att
     query times γ_h, because its key is shared by all heads and stays as it is. Values are never touched.
     Biases are scaled with their rows. γ = 1 leaves every weight bit-identical.
 
-    With QK-norm the norm undoes any scale of its input, so nothing is done.
+    With QK-norm the norm undoes any scale of its input, and what is frozen stays as it is: then nothing is done.
 
     Args:
         self_attn: an attention module with the projections named above.
@@ -30,26 +30,29 @@ def qk_clip_(self_attn: nn.Module, max_logits_H: Tensor, tau: float, config: Att
     if config.qk_norm != "none":
         return
     gamma_H = torch.where(max_logits_H > tau, tau / max_logits_H, 1.0)
-    if config.kind == "mla":
-        _clip_mla(self_attn, gamma_H, config)
-    else:
-        _clip_gqa(self_attn, gamma_H, config)
+    rows = _mla(gamma_H, config) if config.kind == "mla" else _gqa(gamma_H, config)
+    linears = {self_attn.get_submodule(name): factor for name, factor in rows.items()}
+    if all(param.requires_grad for linear in linears for param in linear.parameters()):
+        for linear, factor in linears.items():
+            _scale_rows(linear, factor)
 
 
-def _clip_gqa(self_attn: nn.Module, gamma_H: Tensor, config: AttentionConfig) -> None:
+def _gqa(gamma_H: Tensor, config: AttentionConfig) -> dict[str, Tensor]:
+    """Projection → a factor for each of its rows."""
     key_G = gamma_H.view(config.kv_heads, -1).amin(1).sqrt()  # query heads of one group are neighbours
     query_H = gamma_H / key_G.repeat_interleave(len(gamma_H) // len(key_G))
-    _scale_rows(self_attn.get_submodule("q_proj"), query_H.repeat_interleave(config.head_dim))
-    _scale_rows(self_attn.get_submodule("k_proj"), key_G.repeat_interleave(config.head_dim))
+    return {
+        "q_proj": query_H.repeat_interleave(config.head_dim),
+        "k_proj": key_G.repeat_interleave(config.head_dim),
+    }
 
 
-def _clip_mla(self_attn: nn.Module, gamma_H: Tensor, config: AttentionConfig) -> None:
+def _mla(gamma_H: Tensor, config: AttentionConfig) -> dict[str, Tensor]:
     nope, rope, value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
     root_H1, gamma_H1 = gamma_H.sqrt()[:, None], gamma_H[:, None]
     query_rows = torch.cat([root_H1.expand(-1, nope), gamma_H1.expand(-1, rope)], dim=1).flatten()
     key_rows = torch.cat([root_H1.expand(-1, nope), torch.ones_like(gamma_H1).expand(-1, value)], dim=1).flatten()
-    _scale_rows(self_attn.get_submodule("q_proj" if config.q_lora_rank is None else "q_b_proj"), query_rows)
-    _scale_rows(self_attn.get_submodule("kv_b_proj"), key_rows)
+    return {"q_proj" if config.q_lora_rank is None else "q_b_proj": query_rows, "kv_b_proj": key_rows}
 
 
 def _scale_rows(linear: nn.Module, factor: Tensor) -> None:

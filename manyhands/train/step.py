@@ -1,30 +1,33 @@
-"""One optimiser step, on one screen.
+"""One optimiser step, on one screen: what is learnt is the task's, what is added up is summed over ranks.
 
-B sequences, S tokens each, T = B·S, L sparse layers, E experts.
+L sparse layers, E experts, H heads.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyhands.config import RunConfig
-from manyhands.errors import TrainingHalted
-from manyhands.layers.cross_entropy import linear_cross_entropy
+from manyhands.errors import DataError, TrainingHalted
 from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, balance_objective
 from manyhands.moe.balance import update_bias
+from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
 from manyhands.train.guard import SpikeGuard, first_non_finite
-from manyhands.train.optim import Optimizers, grad_norm
+from manyhands.train.optim import Optimizers, grad_norm, sum_gradients
 from manyhands.train.qk_clip import qk_clip_
+from manyhands.train.task import Count, Forward, LanguageModelling, Task
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one step measured."""
+    """What one step measured, over all micro-batches and ranks."""
 
     loss: float
-    """Language-model loss, nats per token, mean over the whole batch."""
+    """The task's, mean over all targets: nats per token for a language model."""
     terms: dict[str, float]
     """The balance terms, unweighted, mean over layers."""
     grad_norm: float
@@ -32,56 +35,64 @@ class StepResult:
     """The guard took the step for a spike: no weight was changed."""
     counters: dict[int, LoadCounter]
     """Expert load of this step per sparse layer."""
+    count: Count
+    """How much was trained on."""
 
 
 def train_step(
     model: Decoder,
     optimizers: Optimizers,
     guard: SpikeGuard,
-    batch: Tensor,
+    batch: Any,
     run: RunConfig,
     step: int,
     lr: float,
     dtype: torch.dtype,
+    task: Task | None = None,
+    ranks: Ranks | None = None,
 ) -> StepResult:
-    """Train on `batch` [B, S + 1] (inputs and targets overlap by one) and update the weights once.
+    """Train on this rank's `batch` of `task` (None: language modelling) and update the weights once.
 
-    Raises `TrainingHalted`, with every weight as it was, if the loss or a gradient is not finite.
+    Raises `TrainingHalted`, with every weight as it was, if the loss or a gradient is not finite; `DataError` if there
+    is no target in the whole batch.
     """
+    task, ranks = task or LanguageModelling(), ranks or Alone()
     optimizers.zero_grad()
-    moe = model.config.moe
+    moe, device = model.config.moe, model.embed_tokens.weight.device
     num_experts = 0 if moe is None else moe.router.num_experts
-    counters = {layer: LoadCounter.empty(num_experts, batch.device) for layer in model.config.sparse_layers}
-    use_clip = run.optim.name == "muon" and run.optim.qk_clip is not None and model.config.attention.qk_norm == "none"
+    counters = {layer: LoadCounter.empty(num_experts, device) for layer in model.config.sparse_layers}
+    use_clip = run.optim.name == "muon" and model.config.attention.qk_norm == "none"
+    clip_above = run.optim.qk_clip if use_clip else None
+    how = Forward(dtype, run.train.recompute, clip_above, keep_outputs=run.balance.orthogonality_coef > 0)
     largest: dict[int, Tensor] = {}
     loss_sum, terms_sum = 0.0, dict[str, float]()
 
-    for micro in torch.split(batch, run.train.micro_batch_size or len(batch)):
-        inputs, targets = micro[:, :-1].contiguous(), micro[:, 1:].flatten()
-        hidden = model.hidden(
-            inputs,
-            dtype=dtype,
-            recompute=run.train.recompute,
-            clip_above=run.optim.qk_clip if use_clip else None,
-            keep_outputs=run.balance.orthogonality_coef > 0,
-        )
-        for layer, routing in hidden.routings.items():
+    micros = task.split(batch, run.train.micro_batch_size)
+    whole = _total(map(task.count, micros), ranks)
+    if not whole.targets:
+        raise DataError(f"step {step}: none of its {whole.tokens} tokens is a target: there is nothing to learn from")
+    for micro in micros:
+        count = task.count(micro)
+        loss = task.loss(model, micro, how)
+        for layer, routing in loss.routings.items():
             counters[layer].add(routing)  # once per forward, outside anything that recomputes
-        states = hidden.states.flatten(0, 1)
-        lm_loss = linear_cross_entropy(states, model.head_weight, targets, torch.ones_like(targets, dtype=torch.bool))
-        counts = {layer: counter.counts for layer, counter in counters.items()}
-        balance, terms = balance_objective(hidden.routings, run.balance, len(micro), counts)
-        share = len(micro) / len(batch)
-        ((lm_loss + balance) * share).backward()  # type: ignore[no-untyped-call]
-        loss_sum += float(lm_loss.detach()) * share
+        step_counts = {layer: ranks.sum(counter.counts) for layer, counter in counters.items()}
+        balance, terms = balance_objective(loss.routings, run.balance, count.sequences, step_counts)
+        of_targets, of_sequences = count.targets / whole.targets, count.sequences / whole.sequences
+        (loss.mean * of_targets + balance * of_sequences).backward()  # type: ignore[no-untyped-call]
+        loss_sum += float(loss.mean.detach()) * of_targets
         for name, value in terms.items():
-            terms_sum[name] = terms_sum.get(name, 0.0) + float(value) * share
-        for layer, largest_H in hidden.max_logits.items():
+            terms_sum[name] = terms_sum.get(name, 0.0) + float(value) * of_sequences
+        for layer, largest_H in loss.max_logits.items():
             largest[layer] = torch.maximum(largest[layer], largest_H) if layer in largest else largest_H
 
+    counters = {layer: counter.over(ranks) for layer, counter in counters.items()}
+    loss_sum, *sums = sum_of([loss_sum, *terms_sum.values()], ranks)
+    terms_sum = dict(zip(terms_sum, sums, strict=True))
+    sum_gradients(model.parameters(), ranks)
     norm = grad_norm(model.parameters())  # looked at before it scales anything: a NaN would hide where it came from
     objective = loss_sum + sum(terms_sum.values()) + float(norm)
-    if not abs(objective) < float("inf"):  # true for NaN as well
+    if any(largest_of([not abs(objective) < float("inf")], ranks)):  # true for NaN as well
         raise TrainingHalted(f"step {step}: {_culprit(model, loss_sum)} is not finite; no weight was changed")
     skipped = guard.observe(loss_sum, float(norm))
     if not skipped:
@@ -90,14 +101,20 @@ def train_step(
         optimizers.set_lr(lr)
         optimizers.step()
         for layer, moe_layer in model.sparse_layers().items():
-            if moe_layer.router.e_score_correction_bias is not None:
-                counts_E = counters[layer].counts
-                update_bias(moe_layer.router.e_score_correction_bias, counts_E, run.balance.bias_update_rate)
+            bias_E = moe_layer.router.e_score_correction_bias
+            if bias_E is not None and moe_layer.router.weight.requires_grad:  # a frozen router chooses as it did
+                update_bias(bias_E, counters[layer].counts, run.balance.bias_update_rate)
         for layer, largest_H in largest.items():
-            assert run.optim.qk_clip is not None
+            assert clip_above is not None
             attention = model.get_submodule(f"layers.{layer}.self_attn")
-            qk_clip_(attention, largest_H, run.optim.qk_clip, model.config.attention)
-    return StepResult(loss_sum, terms_sum, float(norm), skipped, counters)
+            qk_clip_(attention, ranks.max(largest_H), clip_above, model.config.attention)
+    return StepResult(loss_sum, terms_sum, float(norm), skipped, counters, whole)
+
+
+def _total(counts: Iterable[Count], ranks: Ranks) -> Count:
+    """Of all micro-batches and ranks."""
+    columns = zip(*((count.sequences, count.tokens, count.targets) for count in counts), strict=True)
+    return Count(*map(int, sum_of([float(sum(column)) for column in columns], ranks)))
 
 
 def _culprit(model: Decoder, loss: float) -> str:

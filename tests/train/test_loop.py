@@ -20,7 +20,7 @@ from manyhands.checkpoint.state import load_tensors
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
 from manyhands.text import Tokenizer
-from manyhands.train import loop, step
+from manyhands.train import loop, step, task
 from manyhands.train.guard import StopSignals
 from manyhands.train.journal import read_journal
 
@@ -187,10 +187,10 @@ def test_a_bad_gradient_changes_no_weight_and_is_named(
 
 
 def test_a_bad_loss_changes_no_weight(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = step.linear_cross_entropy
+    real = task.linear_cross_entropy
 
     def spoil(model: torch.nn.Module) -> None:
-        monkeypatch.setattr(step, "linear_cross_entropy", lambda *args: real(*args) * float("nan"))
+        monkeypatch.setattr(task, "linear_cross_entropy", lambda *args: real(*args) * float("nan"))
 
     before, after, said = weights_before_and_after(small_run(text), tmp_path / "run", monkeypatch, 3, spoil)
     assert "step 3: the loss is not finite" in said

@@ -1,0 +1,1 @@
+"""Several processes as one: who sums, who decides. Always an argument, never a global."""
