@@ -3,9 +3,8 @@
 A run lives in one directory and is described by one `RunConfig`. Starting it again continues it.
 """
 
-import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,8 @@ from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.models import Decoder, init_weights
-from manyhands.text import PackedBatches, evaluation_batches
+from manyhands.parallel.ranks import Alone, Ranks
+from manyhands.text import evaluation_batches
 from manyhands.train.budget import Budget, planned, with_plan
 from manyhands.train.data import RunData, prepare_data
 from manyhands.train.finish import Summary, finish
@@ -34,6 +34,7 @@ from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
 from manyhands.train.step import StepResult, train_step
+from manyhands.train.task import LanguageModelling, Task
 
 _TRACED = 200_000  # tokens that the report looks at after the last validation
 _SAVING_SHARE = 20  # saving by time takes one part in so many of the time at most
@@ -52,6 +53,8 @@ class Trainer:
     dtype: torch.dtype
     now: RunConfig
     """`run` as it is at this step."""
+    task: Task
+    ranks: Ranks = field(default_factory=Alone)
     budget: Budget | None = None
     origin: float = 0.0
     """When the run would have begun, had it been done in one go."""
@@ -73,8 +76,9 @@ class Trainer:
             lr = no_faster_than_warmup(rate, progress.lr, run.optim.lr, progress.max_steps, run.schedule)
             batch = next(self.state.batches)
             levels = guard.num_levels
+            state, number = self.state, progress.step + 1
             result = train_step(
-                self.state.model, self.state.optimizers, guard, batch, run, progress.step + 1, lr, self.dtype
+                state.model, state.optimizers, guard, batch, run, number, lr, self.dtype, self.task, self.ranks
             )
             seconds = time.perf_counter() - step_started
             progress.step += 1
@@ -210,12 +214,11 @@ class Trainer:
 
     def record(self, result: StepResult, lr: float, tokens_per_s: float) -> dict[str, Any]:
         """A `step` record of the journal."""
-        info = self.data.train.info
         layers = {str(layer): asdict(counter.summary()) for layer, counter in result.counters.items()}
         progress = self.state.progress
         return {
             "loss": result.loss,
-            "bits_per_byte": result.loss / math.log(2) * info.num_tokens / info.num_bytes,
+            **self.task.figures(result.loss, self.data),
             "aux_loss": result.terms.get("aux_loss"),
             "terms": result.terms,
             "lr": lr,
@@ -229,13 +232,14 @@ class Trainer:
         }
 
 
-def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
-    """Start or continue the run in directory `path`; returns when it is finished.
+def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None = None) -> Summary:
+    """Start or continue the run in directory `path`; returns when it is finished. `task` None: language modelling.
 
     Raises `UserError` if the directory holds anything but a run, `ConfigError` if it holds another run, `RunLocked`
     if a process is using it, `Interrupted` (after saving) on SIGTERM or SIGINT, `TrainingHalted` from the guards,
     `StorageError` if the disk is full.
     """
+    task = task or LanguageModelling()
     directory = RunDirectory(path)
     directory.check_ours()
     check_ready(run)
@@ -254,7 +258,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
             directory.clean_partial()  # only now: whatever is wrong with the command was said before
             write_atomic(directory.config_file, dump_run(run))
             now = settings_at(run, newest[0] if newest else 0)
-            state = _initial_state(now, data)
+            state = _initial_state(now, data, task)
             if newest is not None:
                 state.load(newest[1])
             progress = state.progress
@@ -263,7 +267,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False) -> Summary:
             description = run.model_dump(mode="json")
             with Journal(directory.journal_file, run.train.trackers, progress.step, description) as journal:
                 dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
-                trainer = Trainer(run, directory, data, state, journal, screen, dtype, now)
+                trainer = Trainer(run, directory, data, state, journal, screen, dtype, now, task)
                 _announce(trainer)
                 if newest is not None:
                     _say_changes(trainer, before or run, changes)
@@ -313,16 +317,15 @@ def _say_changes(trainer: Trainer, before: RunConfig, changes: dict[str, Any]) -
     trainer.screen.note(f"the learning rate goes from {progress.lr:.2e} to its schedule's {rate:.2e}{how}")
 
 
-def _initial_state(run: RunConfig, data: RunData) -> TrainState:
+def _initial_state(run: RunConfig, data: RunData, task: Task) -> TrainState:
     device = pick_device(run.train.device)
     model = Decoder(run.model, run.train.experts_implementation)
     seed_noise(model, run.train.seed)
     model.to(device)
     init_weights(model, run.train.seed)
     model.train()
-    sizes = run.train.sequence_length, run.train.batch_size
-    batches = PackedBatches(data.train.ids, *sizes, run.train.seed, sha256=data.sha256["train.npy"])
     optimizers = build_optimizers(model, run.optim)
+    batches = task.batches(data, run, Alone())
     return TrainState(model, optimizers, batches, SpikeGuard(run.guard), Progress(max_steps=run.train.max_steps))
 
 

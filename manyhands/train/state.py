@@ -12,9 +12,9 @@ from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.errors import CheckpointError
 from manyhands.models import Decoder
-from manyhands.text import PackedBatches
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
+from manyhands.train.task import Batches
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class TrainState:
 
     model: Decoder
     optimizers: Optimizers
-    batches: PackedBatches
+    batches: Batches
     guard: SpikeGuard
     progress: Progress
 
