@@ -24,7 +24,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def temperature(factor: float, mscale: float) -> float:
-    """YaRN, §3.4: √(1/t) = 0.1·m·ln(s) + 1."""
+    """YaRN, arXiv 2309.00071 §3.4: √(1/t) = 0.1·m·ln(s) + 1."""
     return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1.0 else 1.0
 
 

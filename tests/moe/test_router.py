@@ -1,4 +1,4 @@
-"""score → select → weigh against hand-checked cases: §0, §6 and §7 of the algorithms reference."""
+"""score → select → weigh against hand-checked cases: §0, §6 and §7 of docs/algorithms.md."""
 
 import pytest
 import torch

@@ -9,7 +9,7 @@ from manyhands.train.muon import Muon, newton_schulz
 
 
 def defined_ns(G: torch.Tensor, steps: int = 5) -> torch.Tensor:
-    """The formula of algorithms.md §8 for one matrix, in float64."""
+    """The formula of docs/algorithms.md §8 for one matrix, in float64."""
     X = (G.T if G.shape[0] > G.shape[1] else G).double()
     X = X / X.norm()
     for _ in range(steps):
