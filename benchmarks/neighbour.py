@@ -152,9 +152,9 @@ def generating() -> Callable[[], object]:
     """32 tokens, greedily, one sequence."""
     import torch
 
+    from manyhands.config import SamplingConfig
     from manyhands.config.load import load_preset
     from manyhands.generate.engine import generate
-    from manyhands.generate.sampling import SamplingConfig
     from manyhands.models import Decoder, init_weights
 
     model = Decoder(load_preset("quickstart").model, "auto")

@@ -69,8 +69,8 @@ def child(name: str | None, small: bool, dtype_name: str) -> None:
     """One process: build and run one model, or (no name) nothing but the imports; prints one JSON line."""
     import torch
 
+    from manyhands.config import SamplingConfig
     from manyhands.generate.engine import generate
-    from manyhands.generate.sampling import SamplingConfig
     from manyhands.models import Decoder, init_weights
 
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))

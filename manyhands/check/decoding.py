@@ -21,10 +21,9 @@ from manyhands.check.oracle_records import unpacked
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.checkpoint.packed import hold_records, records_of
-from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing
+from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, SamplingConfig
 from manyhands.generate.engine import generate
 from manyhands.generate.prefix import Prefix
-from manyhands.generate.sampling import SamplingConfig
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import Experts, Routing
 from manyhands.moe.packed import RecordExperts

@@ -19,8 +19,8 @@ from manyhands.check.shrink import shrink
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.checkpoint.source import Source
 from manyhands.config import BalanceConfig, ModelConfig, suggest
+from manyhands.engine.mode import one_thread
 from manyhands.errors import ConfigError
-from manyhands.generate.mode import one_thread
 from manyhands.kernels import BACKENDS, check_name, native
 from manyhands.kernels.experts import GATED
 

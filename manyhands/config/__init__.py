@@ -12,6 +12,7 @@ from manyhands.config.run import (
     ScheduleConfig,
     TrainConfig,
 )
+from manyhands.config.sampling import SamplingConfig
 
 __all__ = [
     "AttentionConfig",
@@ -26,6 +27,7 @@ __all__ = [
     "RopeConfig",
     "RouterConfig",
     "RunConfig",
+    "SamplingConfig",
     "ScheduleConfig",
     "Strict",
     "TrainConfig",

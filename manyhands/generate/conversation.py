@@ -3,10 +3,10 @@
 from collections.abc import Generator, Iterator
 from typing import Any
 
+from manyhands.config import SamplingConfig
 from manyhands.errors import UserError
 from manyhands.generate.engine import Step, generate
 from manyhands.generate.prefix import Prefix
-from manyhands.generate.sampling import SamplingConfig
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.text.answer import Answer

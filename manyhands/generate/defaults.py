@@ -3,9 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from manyhands.config import parse
+from manyhands.config import SamplingConfig, parse
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.generate.sampling import SamplingConfig
 
 _FILE = "generation_config.json"
 _HERE = ("temperature", "top_k", "top_p", "min_p")

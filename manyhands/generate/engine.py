@@ -14,11 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from manyhands.config import SamplingConfig
+from manyhands.engine.mode import evaluating, one_thread
+from manyhands.engine.sampling import sample
+from manyhands.engine.stream import TextStream
 from manyhands.errors import UserError
-from manyhands.generate.mode import evaluating, one_thread
 from manyhands.generate.prefix import Prefix
-from manyhands.generate.sampling import SamplingConfig, sample
-from manyhands.generate.stream import TextStream
 from manyhands.models import Decoder
 from manyhands.moe import Routing
 from manyhands.text import Tokenizer

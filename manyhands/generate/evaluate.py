@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from manyhands.config.load import load_run
+from manyhands.engine.mode import evaluating
 from manyhands.errors import DataError
-from manyhands.generate.mode import evaluating
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, LoadSummary

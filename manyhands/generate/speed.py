@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from manyhands.config import SamplingConfig
 from manyhands.generate.engine import generate
-from manyhands.generate.sampling import SamplingConfig
 from manyhands.models import Decoder
 from manyhands.moe.experts import Experts
 from manyhands.moe.packed import RecordExperts

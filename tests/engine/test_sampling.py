@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from manyhands.config import parse
+from manyhands.engine.sampling import filter_logits
 from manyhands.errors import ConfigError, ManyhandsError
 from manyhands.generate import SamplingConfig, sample
-from manyhands.generate.sampling import filter_logits
 
 PROBABILITY = [0.15, 0.5, 0.05, 0.3]
 

@@ -3,7 +3,7 @@
 import pytest
 from torch import nn
 
-from manyhands.generate.mode import evaluating
+from manyhands.engine.mode import evaluating
 
 
 def test_every_module_gets_its_own_mode_back():

@@ -4,37 +4,15 @@ B sequences, V vocabulary. The filters mean what transformers' logits warpers of
 """
 
 import math
-from typing import Annotated
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from manyhands.config import Strict
+from manyhands.config import SamplingConfig
 from manyhands.errors import ManyhandsError
 
 _GREEDY_BELOW = 1e-6
 """A smaller temperature could only tell apart logits that float32 cannot, and dividing by it overflows."""
-
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
-
-
-class SamplingConfig(Strict):
-    """How tokens are chosen and when to stop. The defaults sample from the model's own distribution."""
-
-    temperature: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
-    """The logits are divided by it. 0 is greedy: the most probable token, ties to the lower id."""
-    top_k: Annotated[int, Field(ge=1)] | None = None
-    """Only the k most probable tokens, and those equal to the k-th."""
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Only the most probable tokens that together reach this (arXiv 1904.09751); the one that crosses it stays."""
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = 0.0
-    """Only tokens at least this probable relative to the most probable one (arXiv 2407.01082)."""
-    seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
-    """The same seed, prompts and model give the same text."""
-    max_new_tokens: Annotated[int, Field(ge=1, le=1 << 24)] = 256
-    stop: Annotated[tuple[StopString, ...], Field(max_length=16)] = ()
-    """Text that ends generation and is not itself shown."""
 
 
 def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:

@@ -1,0 +1,57 @@
+"""One request: what it asks for, what was made of it, why it ended. Needs no torch.
+
+A request is a sequence of token ids, its prompt and then what was made. The first `num_computed` of them have gone
+through the model and lie in the cache. The last one made never has: the next step runs it.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from manyhands.config import SamplingConfig
+from manyhands.engine.blocks import Table
+
+FinishReason = Literal["stop", "length", "abort"]
+"""stop: a token that ends an answer, or a stop string. length: `max_new_tokens`, or the context is full. abort: by the
+caller."""
+
+
+@dataclass(slots=True, eq=False)
+class Request:
+    """What one caller asked for, and how far it is. Only the scheduler and the engine write to it."""
+
+    id: int
+    prompt_ids: list[int]
+    sampling: SamplingConfig
+    max_length: int
+    """Tokens it may have at most, the prompt included: bounded by `max_new_tokens` and by the model's context."""
+    table: Table
+    """The blocks of its cache."""
+    token_ids: list[int] = field(default_factory=list)
+    """What was made so far."""
+    num_computed: int = 0
+    """Tokens in the cache."""
+    finish_reason: FinishReason | None = None
+    num_preemptions: int = 0
+    """How often its blocks were taken and it had to be computed again."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Prompt and what was made."""
+        return len(self.prompt_ids) + len(self.token_ids)
+
+    @property
+    def num_waiting(self) -> int:
+        """Tokens that have not gone through the model; 1 while decoding."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def most_cached(self) -> int:
+        """Positions of cache it can come to need: all but the last token's."""
+        return max(self.num_tokens, self.max_length) - 1
+
+    def next_ids(self, count: int) -> list[int]:
+        """The `count` tokens that run next."""
+        first, prompt = self.num_computed, len(self.prompt_ids)
+        if first >= prompt:
+            return self.token_ids[first - prompt : first - prompt + count]
+        return (self.prompt_ids[first : first + count] + self.token_ids[: max(0, first + count - prompt)])[:count]
