@@ -18,7 +18,7 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.subject import gradients
 from manyhands.config import AttentionConfig, ModelConfig, RopeConfig
 from manyhands.layers.attention import Attention
-from manyhands.layers.cache import LayerCache
+from manyhands.layers.cache import ContiguousLayer, LatentLayer
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.models.decoder import find_positions
 
@@ -114,7 +114,8 @@ class AttentionCheck:
 
     @torch.inference_mode()
     def _cached(self, at: Situation, padded: bool) -> Row:
-        module, cache = self.module.to(DTYPES[at.dtype]).eval(), LayerCache()
+        module = self.module.to(DTYPES[at.dtype]).eval()
+        cache = LatentLayer() if self.config.attention.kind == "mla" else ContiguousLayer()
         x, mask = self.x.to(DTYPES[at.dtype]), self.mask if padded else torch.ones_like(self.mask)
         right = self._oracle({n: t.detach() for n, t in float64_copy(module).items()}, self.x.double(), mask)
         tested, oracle, start = {}, {}, 0

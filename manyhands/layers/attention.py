@@ -1,8 +1,12 @@
 """Multi-head and grouped-query attention. `scaled_dot_product_attention` does the maths.
 
 B batch, S queries, L keys (L = S without a cache), H heads, G key/value heads, d head width.
+
+A batch is a rectangle, or ragged: B = 1, and the S tokens are those of several sequences, one behind the other, each
+with a cache of its own (`Positions.rows`). All tokens are projected at once; each sequence attends by itself.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +18,7 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.covered import ATTENTION
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
-from manyhands.layers.cache import LayerCache
+from manyhands.layers.cache import ContiguousLayer, LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import linears
@@ -35,10 +39,33 @@ class Positions:
     """[B, S] bool, false for padding among the queries; None where there is none."""
     sliding_mask: Tensor | None = None
     """`mask` for the layers with a sliding window."""
+    rows: "tuple[tuple[slice, Positions], ...]" = ()
+    """Of a ragged batch: which of the S tokens each sequence has, and where those are. Empty for a rectangle."""
 
     def mask_of(self, sliding: bool) -> Tensor | None:
         """The mask of a layer."""
         return self.sliding_mask if sliding else self.mask
+
+
+Caches = LayerCache | Sequence[LayerCache] | None
+"""One for a rectangle, one for each row of a ragged batch."""
+
+
+def each_row(
+    core: Callable[..., tuple[Tensor, Tensor | None]], positions: Positions, caches: Caches, *parts: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """`core(*parts, positions, cache)` [B, H, S, d], of a ragged batch for each sequence by itself.
+
+    The parts are [B, ·, S, ·]. What the core says besides (QK-Clip) is a rectangle's alone.
+    """
+    if not positions.rows:
+        return core(*parts, positions, caches)
+    assert isinstance(caches, Sequence)
+    done = [
+        core(*(part[:, :, tokens] for part in parts), row, cache)[0]
+        for (tokens, row), cache in zip(positions.rows, caches, strict=True)
+    ]
+    return torch.cat(done, 2), None
 
 
 def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
@@ -135,7 +162,7 @@ class Attention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
-    def _takes_step(self, q: Tensor, positions: Positions, cache: LayerCache) -> bool:
+    def _takes_step(self, q: Tensor, positions: Positions, cache: ContiguousLayer) -> bool:
         """Whether the native kernels do the rest: a few queries and a cache of their dtype that is not empty."""
         few = q.shape[1] <= FEW_QUERIES and self.config.head_dim % 16 == 0 and positions.clip_above is None
         if not few or cache.dtype != q.dtype or not step.direct(q) or not ATTENTION.covers(self.config):
@@ -144,7 +171,7 @@ class Attention(nn.Module):
         plain = all(type(n) is RMSNorm and unheard(n) and n.for_native() is not None for n in norms)
         return plain and (self.sinks is None or self.sinks.shape == (self.config.num_attention_heads,))
 
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: LayerCache) -> Tensor:
+    def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: ContiguousLayer) -> Tensor:
         """Projections [B, S, ·] -> what the heads say, [B, S, H·d], with norms, rotation and cache as in `forward`."""
         B, S, _ = q.shape
         norms = [step.NO_NORM if n is None else n.for_native() or step.NO_NORM for n in (self.q_norm, self.k_norm)]
@@ -162,14 +189,12 @@ class Attention(nn.Module):
         )
         return y.view(B, S, -1).to(q.dtype)
 
-    def forward(
-        self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BSD: Tensor, positions: Positions, cache: Caches = None) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         B, S, _ = x_BSD.shape
         d = self.config.head_dim
         q, k, v = linears(x_BSD, self.q_proj, self.k_proj, self.v_proj)
-        if cache is not None and self._takes_step(q, positions, cache):
+        if isinstance(cache, ContiguousLayer) and self._takes_step(q, positions, cache):
             return self.o_proj(self._step(q, k, v, positions, cache)), None
         if self.config.qk_norm == "full":
             assert self.q_norm is not None and self.k_norm is not None
@@ -183,7 +208,14 @@ class Attention(nn.Module):
         if self.config.qk_norm == "head_after_rope":
             assert self.q_norm is not None and self.k_norm is not None
             q_BHSd, k_BGLd = self.q_norm(q_BHSd), self.k_norm(k_BGLd)
-        v_BGLd = v.transpose(1, 2)
+        y_BHSd, largest_H = each_row(self._core, positions, cache, q_BHSd, k_BGLd, v.transpose(1, 2))
+        return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1).to(x_BSD.dtype)), largest_H
+
+    def _core(
+        self, q_BHSd: Tensor, k_BGLd: Tensor, v_BGLd: Tensor, positions: Positions, cache: LayerCache | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads say [B, H, S, d], and the largest logit per head."""
+        S = q_BHSd.shape[2]
         if cache is not None:
             k_BGLd, v_BGLd = cache.append(k_BGLd, v_BGLd)
         groups = self.config.num_attention_heads // self.config.kv_heads
@@ -194,8 +226,8 @@ class Attention(nn.Module):
         cap = self.config.attn_logit_softcap
         if cap is not None or self.sinks is not None:
             if mask is None and S > 1:
-                mask = torch.ones(S, k_BGLd.shape[2], dtype=torch.bool, device=x_BSD.device).tril(k_BGLd.shape[2] - S)
-            sinks_H = x_BSD.new_full((self.config.num_attention_heads,), float("-inf"))
+                mask = torch.ones(S, k_BGLd.shape[2], dtype=torch.bool, device=q_BHSd.device).tril(k_BGLd.shape[2] - S)
+            sinks_H = q_BHSd.new_full((self.config.num_attention_heads,), float("-inf"))
             k_BHLd, v_BHLd = (t.repeat_interleave(groups, 1) for t in (k_BGLd, v_BGLd))
             y_BHSd = attend(
                 q_BHSd, k_BHLd, v_BHLd, mask, self.scale, cap, sinks_H if self.sinks is None else self.sinks
@@ -212,7 +244,7 @@ class Attention(nn.Module):
                 scale=self.scale,
                 enable_gqa=groups > 1,
             )
-        return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1).to(x_BSD.dtype)), largest_H
+        return y_BHSd, largest_H
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed

@@ -14,7 +14,7 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.covered import LATENT
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
-from manyhands.layers.attention import FEW_QUERIES, Positions, better_in_float32, max_logits
+from manyhands.layers.attention import FEW_QUERIES, Caches, Positions, better_in_float32, each_row, max_logits
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm
@@ -62,19 +62,30 @@ class LatentAttention(nn.Module):
         """Fresh weights everywhere in here."""
         reset_parts(self)
 
-    def forward(
-        self, x_BSD: Tensor, positions: Positions, cache: LayerCache | None = None
-    ) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x_BSD: Tensor, positions: Positions, cache: Caches = None) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         q_nope, q_rope = self._queries(x_BSD, positions)
         compressed = self.kv_a_proj_with_mqa(x_BSD)
         latent, k_rope = compressed.split([self.config.kv_lora_rank, self.config.qk_rope_head_dim], dim=-1)  # type: ignore[no-untyped-call]
-        latent_BSR = self.kv_a_layernorm(latent)
+        latent_B1SR = self.kv_a_layernorm(latent)[:, None]
         k_rope_B1Sr = apply_rope(k_rope[:, None], positions.rope, self.interleave)
+        y_BHSv, largest_H = each_row(self._core, positions, cache, q_nope, q_rope, latent_B1SR, k_rope_B1Sr)
+        return self._output(y_BHSv), largest_H
+
+    def _core(
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        latent_B1SR: Tensor,
+        k_rope_B1Sr: Tensor,
+        positions: Positions,
+        cache: LayerCache | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What the heads say [B, H, S, v], and the largest logit per head."""
         if cache is None:
-            return self._materialised(q_nope, q_rope, latent_BSR, k_rope_B1Sr, positions)
+            return self._materialised(q_nope, q_rope, latent_B1SR[:, 0], k_rope_B1Sr, positions)
         decoding = cache.length > 0
-        (keys_B1Ld,) = cache.append(torch.cat((latent_BSR[:, None], k_rope_B1Sr), dim=-1))
+        (keys_B1Ld,) = cache.append(torch.cat((latent_B1SR, k_rope_B1Sr), dim=-1))
         if decoding and type(self.kv_b_proj) is Linear and unheard(self.kv_b_proj):  # whose weight alone is read
             return self._absorbed(q_nope, q_rope, keys_B1Ld, positions), None
         R = self.config.kv_lora_rank
@@ -107,8 +118,7 @@ class LatentAttention(nn.Module):
         largest_H = None
         if positions.clip_above is not None:
             largest_H = max_logits(q, k, self.scale, positions, self.sliding)
-        y_BHSv = self._attend(q, k, v_BHLv, positions)
-        return self._output(y_BHSv), largest_H
+        return self._attend(q, k, v_BHLv, positions), largest_H
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, keys_B1Ld: Tensor, positions: Positions) -> Tensor:
         """Decoding: q·(W_k c) = (W_kᵀ q)·c, so queries go to the latent instead of the latent to every head.
@@ -129,7 +139,7 @@ class LatentAttention(nn.Module):
                 q, keys_B1Ld = q.float(), keys_B1Ld.float()
             k = keys_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
             y_BHSR = self._attend(q, k, k[..., :R], positions).to(q_nope.dtype)
-        return self._output(torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2)))
+        return torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2))
 
     def _covers(self, q: Tensor) -> bool:
         return step.direct(q) and LATENT.covers(self.config)

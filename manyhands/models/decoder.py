@@ -3,6 +3,7 @@
 B batch, S sequence, T = B·S tokens, D model width, V vocabulary, L layers, H heads.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,8 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from manyhands.config import ModelConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
-from manyhands.layers.attention import Attention, Positions, causal_mask
-from manyhands.layers.cache import Cache, LayerCache
+from manyhands.layers.attention import Attention, Caches, Positions, causal_mask
+from manyhands.layers.cache import Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
@@ -80,7 +81,7 @@ class Block(nn.Module):
         self,
         x_BSD: Tensor,
         positions: Positions,
-        cache: LayerCache | None,
+        cache: Caches,
         mask_BS: Tensor,
         ids_BS: Tensor,
         keep_outputs: bool,
@@ -114,15 +115,55 @@ def find_positions(
     clip_above: float | None = None,
 ) -> Positions:
     """Where the last `num_queries` of `length` positions are. `real_BL` None: there is no padding."""
-    S, L, plain = num_queries, length, real_BL is None
+    S, L = num_queries, length
+    rope = rope_tables(config.rope, config.rope_dim, _number(S, L, real_BL, device))
+    return _look(config, rope, S, L, real_BL, clip_above)
+
+
+def find_rows(
+    config: ModelConfig,
+    counts: Sequence[int],
+    lengths: Sequence[int],
+    real: Sequence[Tensor | None],
+    device: torch.device,
+) -> Positions:
+    """Where the last `counts` tokens of sequences of these `lengths` are, one sequence behind the other.
+
+    `real` says for each which of its positions are no padding, [1, length]; None: all.
+    """
+    every = list(zip(counts, lengths, real, strict=True))
+    position_1T = torch.cat([_number(S, L, real_1L, device) for S, L, real_1L in every], 1)
+    cos, sin = rope_tables(config.rope, config.rope_dim, position_1T)
+    rows, start = [], 0
+    for S, L, real_1L in every:
+        tokens = slice(start, start + S)
+        rows.append((tokens, _look(config, (cos[:, :, tokens], sin[:, :, tokens]), S, L, real_1L)))
+        start += S
+    return Positions((cos, sin), None, causal=False, rows=tuple(rows))
+
+
+def _number(S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Tensor:
+    """[B, S] int64: the positions of the last S of L tokens; padding takes none."""
     if real_BL is None:
-        position_BS = torch.arange(L - S, L, device=device)[None]
-        real_BL = torch.ones(1, L, dtype=torch.bool, device=device)
-    else:
-        position_BS = (real_BL.long().cumsum(1) - 1).clamp(min=0)[:, L - S :]
+        return torch.arange(L - S, L, device=device)[None]
+    return (real_BL.long().cumsum(1) - 1).clamp(min=0)[:, L - S :]
+
+
+def _look(
+    config: ModelConfig,
+    rope: tuple[Tensor, Tensor],
+    S: int,
+    L: int,
+    real_BL: Tensor | None,
+    clip_above: float | None = None,
+) -> Positions:
+    """Where the last S of L tokens may look."""
+    plain = real_BL is None
+    if real_BL is None:
+        real_BL = torch.ones(1, L, dtype=torch.bool, device=rope[0].device)
     window = config.attention.sliding_window if "sliding_attention" in config.layer_types else None
     return Positions(
-        rope_tables(config.rope, config.rope_dim, position_BS),
+        rope,
         causal_mask(real_BL, S, None, plain),
         causal=S == L,
         sliding_mask=None if window is None else causal_mask(real_BL, S, window, plain),
@@ -208,18 +249,52 @@ class Decoder(nn.Module):
         length = S if cache is None else cache.length
         positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
-        x = F.embedding(ids_BS, self.embed_tokens.weight)
-        x = x if dtype is None else x.to(dtype)
-        x = x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
+        x = self._embed(ids_BS, dtype)
         plain = not (recompute or keep_outputs or clip_above is not None)
         if cache is not None and plain and (fused := self._fused(x, cache)) is not None:
             states, found = fused.run(x, positions, cache, real_BS[:, 0])
             return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, cache)
+        layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
+        x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs)
+        return self._hidden(self.norm(x), routings, largest, cache)
+
+    def hidden_rows(self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache]) -> Hidden:
+        """Everything but the head, for several sequences of different lengths at once, without padding.
+
+        `ids_1T` are their next tokens, one sequence behind the other, `counts` of each; each has a cache of its own,
+        of one row, extended in place. States are [1, T, D], routings those of the T tokens.
+        """
+        if any(len(cache.layers) != len(self.layers) for cache in caches):
+            raise ConfigError(f"a cache has not the model's {len(self.layers)} layers")
+        real = [
+            cache.extend(ids, None) for cache, ids in zip(caches, torch.split(ids_1T, list(counts), 1), strict=True)
+        ]
+        positions = find_rows(self.config, counts, [cache.length for cache in caches], real, ids_1T.device)
+        layers = [[cache.layers[layer] for cache in caches] for layer in range(len(self.layers))]
+        real_1T = torch.ones_like(ids_1T, dtype=torch.bool)
+        x, routings, largest = self._blocks(self._embed(ids_1T, None), positions, layers, real_1T, ids_1T)
+        return self._hidden(self.norm(x), routings, largest, None)
+
+    def _embed(self, ids_BS: Tensor, dtype: torch.dtype | None) -> Tensor:
+        x = F.embedding(ids_BS, self.embed_tokens.weight)
+        x = x if dtype is None else x.to(dtype)
+        return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
+
+    def _blocks(
+        self,
+        x: Tensor,
+        positions: Positions,
+        caches: Sequence[Caches],
+        real_BS: Tensor,
+        ids_BS: Tensor,
+        recompute: bool = False,
+        keep_outputs: bool = False,
+    ) -> tuple[Tensor, dict[int, Routing], dict[int, Tensor]]:
+        """The embedded tokens through all blocks, each with its cache or caches."""
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
-            layer_cache = None if cache is None else cache.layers[layer]
-            arguments = (x, positions, layer_cache, real_BS, ids_BS, keep_outputs)
+            arguments = (x, positions, caches[layer], real_BS, ids_BS, keep_outputs)
             x, routing, largest_H = (
                 checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
             )
@@ -227,7 +302,7 @@ class Decoder(nn.Module):
                 routings[layer] = routing
             if largest_H is not None:
                 largest[layer] = largest_H
-        return self._hidden(self.norm(x), routings, largest, cache)
+        return x, routings, largest
 
     def _hidden(
         self, states: Tensor, routings: dict[int, Routing], largest: dict[int, Tensor], cache: Cache | None
@@ -240,6 +315,7 @@ class Decoder(nn.Module):
         """The native calls for this step, if it is one of decoding and the model and the moment allow them."""
         B, S, _ = x_BSD.shape
         decoding = S == 1 and cache.layers[0].dtype == x_BSD.dtype and not self.training
+        decoding = decoding and isinstance(cache.layers[0], ContiguousLayer)
         if not decoding or B > MOST_SEQUENCES or not step.direct(x_BSD):
             return None
         found: FusedStep | None = cache.fused.get(B)
@@ -250,4 +326,5 @@ class Decoder(nn.Module):
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""
-        return Cache(self.config.num_hidden_layers)
+        kind = LatentLayer if self.config.attention.kind == "mla" else ContiguousLayer
+        return Cache(self.config.num_hidden_layers, kind)

@@ -33,7 +33,7 @@ from manyhands.kernels.native.library import (
     CStep,
 )
 from manyhands.layers.attention import Attention, Positions
-from manyhands.layers.cache import Cache
+from manyhands.layers.cache import Cache, ContiguousLayer
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
@@ -108,6 +108,7 @@ class FusedStep:
             table.copy_(now[:, 0, 0])
         for i, (place, struct, attention, sliding) in enumerate(self._attentions):
             layer = cache.layers[i]
+            assert isinstance(layer, ContiguousLayer)
             buffers = tuple(layer.grow(1))
             if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
                 step.point_to(struct, *buffers)

@@ -23,9 +23,7 @@ def pool_layers(routings: Iterable[Routing]) -> Routing:
 
     transformers' `load_balancing_loss_func` does; a layer's imbalance can hide in the mean. Here it is for comparison.
     """
-    every = list(routings)
-    fields = ("expert_ids", "weights", "scores", "logits", "kept", "token_mask")
-    return Routing(**{name: torch.cat([getattr(routing, name) for routing in every]) for name in fields})
+    return Routing.cat(list(routings))
 
 
 def masked_mean(values_T: Tensor, mask_T: Tensor) -> Tensor:

@@ -3,7 +3,9 @@
 T tokens, K experts per token, E experts.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,24 @@ class Routing:
         """[E] int64: real tokens that chose each expert, before any capacity was applied."""
         return count_experts(self.expert_ids, self.token_mask, self.num_experts)
 
+    def rows(self, tokens: slice | Tensor) -> "Routing":
+        """The routing of some of the tokens: views for a slice, a copy for indices or a mask."""
+        parts: list[Any] = [None if part is None else part[tokens] for part in self._parts()]
+        return Routing(*parts)
+
+    @staticmethod
+    def cat(routings: Sequence["Routing"]) -> "Routing":
+        """The tokens of several, one after the other. What only some of them hold is left out."""
+        every = zip(*(routing._parts() for routing in routings), strict=True)
+        parts: list[Any] = [None if any(t is None for t in part) else torch.cat(part) for part in every]
+        return Routing(*parts)
+
+    def _parts(self) -> list[Any]:
+        """Every field, in the order of the constructor: each is a tensor whose first dimension is T, or None."""
+        return [getattr(self, name) for name in _NAMES]
+
+
+_NAMES = tuple(field.name for field in fields(Routing))
 
 pytree.register_dataclass(Routing)  # what torch.export, vmap and the like may return
 

@@ -1,9 +1,11 @@
 """Ties, orders and integer counts."""
 
+from dataclasses import fields, replace
+
 import pytest
 import torch
 
-from manyhands.moe.routing import FEW_SCORES, count_experts, top_k_stable
+from manyhands.moe.routing import FEW_SCORES, Routing, count_experts, top_k_stable
 
 from .make_routing import route_logits, routing_from, tokens
 
@@ -77,3 +79,28 @@ def test_few_and_many_rows_choose_the_same(values: str) -> None:
     assert scores.numel() > FEW_SCORES
     few = torch.cat([top_k_stable(row[None], 12) for row in scores])
     assert torch.equal(top_k_stable(scores, 12), few)
+
+
+def full(T: int, seed: int) -> Routing:
+    """Every field set, each different in every token."""
+    routing = route_logits(tokens(T, 4, seed=seed).tolist(), num_experts_per_tok=2)
+    extra = {name: tokens(T, 4, seed=seed + 1) for name in ("noisy_logits", "noise_std")}
+    return replace(routing, **extra, expert_outputs=tokens(T, 6, seed=seed + 2).view(T, 2, 3))
+
+
+def test_rows_slice_every_field() -> None:
+    routing = full(7, seed=0)
+    for tokens_of in (slice(2, 5), slice(6, None, 7), torch.tensor([4, 0]), torch.arange(7) > 3):
+        some = routing.rows(tokens_of)
+        for field in fields(Routing):
+            assert torch.equal(getattr(some, field.name), getattr(routing, field.name)[tokens_of]), field.name
+    assert replace(routing, noise_std=None).rows(slice(2)).noise_std is None
+
+
+def test_cat_undoes_rows_and_leaves_out_what_is_missing() -> None:
+    routing = full(7, seed=0)
+    again = Routing.cat([routing.rows(slice(0, 3)), routing.rows(slice(3, 3)), routing.rows(slice(3, 7))])
+    for field in fields(Routing):
+        assert torch.equal(getattr(again, field.name), getattr(routing, field.name)), field.name
+    both = Routing.cat([routing, replace(routing, noise_std=None)])
+    assert both.noise_std is None and both.noisy_logits.shape == (14, 4)

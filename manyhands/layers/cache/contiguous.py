@@ -1,17 +1,19 @@
-"""The cache of keys and values, or of MLA's latents, for step-by-step decoding.
+"""A cache in one piece per layer, for a rectangle of B sequences of one length.
 
-B batch, S sequence. A layer stores tensors whose second-to-last dimension is the sequence.
+B batch, S sequence.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
 from manyhands.errors import ConfigError
+from manyhands.layers.cache.layer import LayerCache
 
 
-class LayerCache:
+class ContiguousLayer:
     """Grows along the sequence, doubling its room, so that appending costs what is appended."""
 
     def __init__(self) -> None:
@@ -52,6 +54,16 @@ class LayerCache:
         """Forget everything after the first `length` positions."""
         self.length = min(self.length, length)
 
+    def fork(self) -> Self:
+        """A copy, to be continued differently."""
+        twin = type(self)()
+        with torch.inference_mode(False):
+            twin._buffers = [b.new_empty(b.shape) for b in self._buffers]
+        for old, new in zip(self._buffers, twin._buffers, strict=True):
+            new[..., : self.length, :] = old[..., : self.length, :]
+        twin.length = self.length
+        return twin
+
     @property
     def rows(self) -> int | None:
         """Sequences; None while nothing ever was cached."""
@@ -66,8 +78,9 @@ class LayerCache:
 class Cache:
     """One `LayerCache` per layer, and which of the cached positions are real."""
 
-    def __init__(self, num_layers: int) -> None:
-        self.layers = [LayerCache() for _ in range(num_layers)]
+    def __init__(self, num_layers: int, kind: Callable[[], LayerCache] = ContiguousLayer) -> None:
+        self._kind = kind
+        self.layers: list[LayerCache] = [kind() for _ in range(num_layers)]
         self.length = 0
         """Positions stored so far, padding included."""
         self.fused: dict[int, Any] = {}
@@ -86,6 +99,12 @@ class Cache:
         self.length = min(self.length, length)
         self.mask_BS = None if self.mask_BS is None or not length else self.mask_BS[:, :length]
 
+    def fork(self) -> "Cache":
+        """A copy, to be continued differently."""
+        twin = Cache(0, self._kind)
+        twin.layers, twin.length, twin.mask_BS = [layer.fork() for layer in self.layers], self.length, self.mask_BS
+        return twin
+
     def extend(self, ids_BS: Tensor, mask_BS: Tensor | None) -> Tensor | None:
         """Make room for new positions; returns the mask of all of them, None where there is no padding."""
         B, S = ids_BS.shape
@@ -93,7 +112,7 @@ class Cache:
         if rows not in (None, B):
             if self.length:
                 raise ConfigError(f"the cache holds {rows} sequences, not {B}: make another with model.new_cache()")
-            self.layers = [LayerCache() for _ in self.layers]
+            self.layers = [self._kind() for _ in self.layers]
         if mask_BS is not None or self.mask_BS is not None:
             old, new = ids_BS.new_ones(B, self.length, dtype=torch.bool), ids_BS.new_ones(B, S, dtype=torch.bool)
             old = old if self.mask_BS is None else self.mask_BS
