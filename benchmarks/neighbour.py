@@ -154,7 +154,7 @@ def generating() -> Callable[[], object]:
 
     from manyhands.config import SamplingConfig
     from manyhands.config.load import load_preset
-    from manyhands.generate.engine import generate
+    from manyhands.generate.steps import generate
     from manyhands.models import Decoder, init_weights
 
     model = Decoder(load_preset("quickstart").model, "auto")

@@ -70,7 +70,7 @@ def child(name: str | None, small: bool, dtype_name: str) -> None:
     import torch
 
     from manyhands.config import SamplingConfig
-    from manyhands.generate.engine import generate
+    from manyhands.generate.steps import generate
     from manyhands.models import Decoder, init_weights
 
     torch.mm(torch.ones(256, 256), torch.ones(256, 256))

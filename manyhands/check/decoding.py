@@ -3,10 +3,11 @@
 Whatever tokens come out are given to the oracle as one sequence, without a cache; the states, logits and routing of
 every forward pass must be the oracle's at those places.
 
-B sequences, S tokens of one forward pass, L of all of them, V vocabulary.
+B sequences of at most L tokens, T tokens of one forward pass, D model width.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +23,11 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, SamplingConfig
-from manyhands.generate.engine import generate
-from manyhands.generate.prefix import Prefix
+from manyhands.engine.batch import Batch
+from manyhands.engine.engine import Engine
+from manyhands.engine.prefix import Prefix
+from manyhands.engine.runner import Forward, Runner, joined
+from manyhands.layers.cache import Cache
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import Experts, Routing
 from manyhands.moe.packed import RecordExperts
@@ -50,30 +54,51 @@ TURNS = (6, 3, 8, 12)
 NEW_TOKENS = 5
 
 
-class Recorder(Decoder):
-    """A decoder that remembers what the engine asked it and what it said."""
+class Recorder(Runner):
+    """The engine's runner, which remembers what it was asked and what it said."""
+
+    def __init__(self, model: Decoder) -> None:
+        super().__init__(model)
+        self.forget()
 
     def forget(self) -> None:
         """Start again."""
-        self.asked: list[tuple[Tensor, Tensor]] = []
-        self.states: list[Tensor] = []
-        self.logits: list[Tensor] = []
-        self.routings: list[dict[int, Routing]] = []
+        self.caches: list[Cache] = []  # one for each sequence, in the order in which they came
+        self.passes: list[Pass] = []
+        self._states = torch.empty(0)
 
-    def hidden(self, ids_BS: Tensor, mask_BS: Tensor | None = None, *args: Any, **kwargs: Any) -> Hidden:
-        """`Decoder.hidden`, remembered."""
-        hidden = super().hidden(ids_BS, mask_BS, *args, **kwargs)
-        mask = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
-        self.asked.append((ids_BS, mask))
-        self.states.append(hidden.states)
-        self.routings.append(hidden.routings)
+    def hidden(self, batch: Batch) -> Hidden:
+        """`Runner.hidden`, remembered."""
+        hidden = super().hidden(batch)
+        self._states = hidden.states[0]
         return hidden
 
-    def head(self, states: Tensor) -> Tensor:
-        """`Decoder.head`, remembered."""
-        logits = super().head(states)
-        self.logits.append(logits)
-        return logits
+    def run(self, batch: Batch) -> Forward:
+        """`Runner.run`, remembered."""
+        self.caches += [row.cache for row in batch.rows if not any(row.cache is cache for cache in self.caches)]
+        found = [next(b for b, cache in enumerate(self.caches) if cache is row.cache) for row in batch.rows]
+        rows = [(b, row.position, row.ids) for b, row in zip(found, batch.rows, strict=True)]
+        forward = super().run(batch)
+        self.passes.append(Pass(rows, [rows[r] for r in batch.drawing], self._states, forward))
+        return forward
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One forward pass of T tokens."""
+
+    rows: list[tuple[int, int, list[int]]]
+    """Which sequence, its position, its tokens."""
+    drawing: list[tuple[int, int, list[int]]]
+    states: Tensor
+    """[T, D]"""
+    forward: Forward
+
+    @property
+    def name(self) -> str:
+        """How many tokens of each."""
+        counts = [len(ids) for _, _, ids in self.rows]
+        return f"{counts[0] if len(set(counts)) == 1 else ' + '.join(map(str, counts))} tokens"
 
 
 def small_models() -> dict[str, ModelConfig]:
@@ -105,16 +130,16 @@ def small_models() -> dict[str, ModelConfig]:
     return found
 
 
-def build(config: ModelConfig, packed: PackedConfig | None, dtype: torch.dtype, seed: int) -> Recorder:
+def build(config: ModelConfig, packed: PackedConfig | None, dtype: torch.dtype, seed: int) -> Decoder:
     """A model in evaluation, its weights rounded to `dtype` and packed."""
-    model = Recorder(config)
+    model = Decoder(config)
     cases.fill(model, "random", torch.Generator().manual_seed(seed))
     model.to(dtype).eval()
     return pack(model, packed)
 
 
 @torch.no_grad()
-def pack(model: Recorder, packed: PackedConfig | None) -> Recorder:
+def pack(model: Decoder, packed: PackedConfig | None) -> Decoder:
     """Put records in the places of weights."""
     if packed is None:
         return model
@@ -143,7 +168,7 @@ class DecodingCheck:
         format: str,
         dtype: str,
         seed: int,
-        model: Recorder | None = None,
+        model: Decoder | None = None,
         packed: PackedConfig | None = None,
     ) -> None:
         """`model` None: random weights, packed as `format` says. One that is given is packed as `packed` says."""
@@ -153,69 +178,94 @@ class DecodingCheck:
             self.packed = self.packed.model_copy(update={"experts": None})
 
     def rows(self, batches: Sequence[int] = ROWS) -> Iterator[tuple[list[Row], Routings]]:
-        """Several sequences at once, padded on the left and ending at different lengths; then one conversation."""
+        """Several sequences at once, of different lengths and ending at different times; then one conversation."""
         self.model = self.given or build(self.config, self.packed, DTYPES[self.dtype], self.seed)
+        self.recorder = Recorder(self.model)
         generator = torch.Generator().manual_seed(self.seed)
         for B in batches:
             longest = 7 + B % 3
             limit = longest + NEW_TOKENS - 1  # the longest prompt's answer ends first
             self.model.config = self.config.model_copy(update={"max_position_embeddings": limit})
             prompts = [self._tokens(max(1, longest - (b * 2) % 6), generator) for b in range(B)]
-            self.model.forget()
-            for _ in generate(self.model, prompts, self._sampling(NEW_TOKENS)):
-                pass
+            self.recorder.forget()
+            self._generate(prompts, NEW_TOKENS)
             yield self._compare(f"generate, {B} rows")
         self.model.config = self.config.model_copy(update={"max_position_embeddings": 256})
         prefix, text = Prefix(), []
-        self.model.forget()
+        self.recorder.forget()
         for more in TURNS:
             text += self._tokens(more, generator)
-            for step in generate(self.model, [text], self._sampling(2), prefix=prefix):
-                text += [token for token in step.token_ids if token is not None]
+            text += self._generate([text], 2, prefix)
         yield self._compare("chat, 1 row")
         if self.given is None and self.packed is None:  # in place: nothing prepared from the old weights may be left
             cases.fill(self.model, "random", generator)
-            self.model.forget()
-            for _ in generate(self.model, [self._tokens(5, generator)] * 2, self._sampling(3)):
-                pass
+            self.recorder.forget()
+            self._generate([self._tokens(5, generator)] * 2, 3)
             yield self._compare("generate, 2 rows, new weights")
 
     def _tokens(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(self.config.vocab_size, (count,), generator=generator).tolist()
 
-    def _sampling(self, new: int) -> SamplingConfig:
-        return SamplingConfig(max_new_tokens=new, temperature=1.0, seed=self.seed)
+    def _generate(self, prompts: list[list[int]], new: int, prefix: Prefix | None = None) -> list[int]:
+        """What the first prompt was continued with, each with a seed of its own."""
+        engine = Engine(self.model, max_sequences=len(prompts))
+        engine.runner = self.recorder
+        first, *_ = [
+            engine.add(ids, SamplingConfig(max_new_tokens=new, seed=self.seed + b), prefix=prefix)
+            for b, ids in enumerate(prompts)
+        ]
+        while engine.busy:
+            engine.step()
+        return first.token_ids
 
     def _compare(self, mode: str) -> tuple[list[Row], Routings]:
-        model, at = self.model, Situation(self.scope, "padding", self.format, self.dtype, mode)
-        ids, mask = (torch.cat([asked[i] for asked in model.asked], 1) for i in (0, 1))
-        B = len(ids)
-        joined = {layer: _joined([r[layer] for r in model.routings], B) for layer in model.routings[0]}
-        p = {n: t.detach() for n, t in float64_copy(model).items()} | unpacked(model)
+        at = Situation(self.scope, "ragged", self.format, self.dtype, mode)
+        p = {n: t.detach() for n, t in float64_copy(self.model).items()} | unpacked(self.model)
         tolerance = self._tolerance()
+        texts = self._texts()
         with torch.no_grad():
-            oracle = decode(
-                self.config, p, ids.clone(), mask.clone(), training=False, seeds=[self.seed], tested=[joined],
-                slack=tolerance.slack,
-            )  # fmt: skip
+            oracles = [
+                decode(
+                    self.config,
+                    p,
+                    torch.tensor([ids]),
+                    torch.ones(1, len(ids), dtype=torch.bool),
+                    training=False,
+                    seeds=[self.seed],
+                    tested=[routing],
+                    slack=tolerance.slack,
+                )
+                for ids, routing in texts
+            ]
         states: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = ({}, {})
         logits: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = ({}, {})
-        start = 0
-        for n, (asked, _) in enumerate(model.asked):
-            end, real = start + asked.shape[1], mask[:, start : start + asked.shape[1]]
-            name = f"{'prefill' if not n else f'step {n}'} of {real.shape[1]} tokens"
-            states[0][name], states[1][name] = model.states[n][real], oracle.states[:, start:end][real]
-            last = real[:, -1]
-            logits[0][name], logits[1][name] = model.logits[n][last], oracle.logits[:, end - 1][last]
-            start = end
+        for n, ran in enumerate(self.recorder.passes):
+            name = f"{f'step {n}' if n else 'prefill'} of {ran.name}"
+            states[0][name], logits[0][name] = ran.states, ran.forward.logits
+            states[1][name] = torch.cat([oracles[b].states[0, first : first + len(ids)] for b, first, ids in ran.rows])
+            logits[1][name] = torch.stack([oracles[b].logits[0, first + len(ids) - 1] for b, first, ids in ran.drawing])
         rows = [
             close(at, "decoding: states", *states, tolerance=tolerance),
             close(at, "decoding: logits", *logits, tolerance=tolerance),
         ]
-        if joined:
+        tested, expected = [routing for _, routing in texts], [oracle.routings[0] for oracle in oracles]
+        if expected[0]:
             prefix = "layers.{layer}.mlp.router."
-            rows += routing_rows(at, [joined], oracle.routings, prefix, "decoding: ", tolerance)
-        return rows, ([joined], oracle.routings)
+            rows += routing_rows(at, tested, expected, prefix, "decoding: ", tolerance)
+        return rows, (tested, expected)
+
+    def _texts(self) -> list[tuple[list[int], dict[int, Routing]]]:
+        """Each sequence's tokens that ran, and their routing."""
+        ids: list[list[int]] = [[] for _ in self.recorder.caches]
+        passes: list[list[dict[int, Routing]]] = [[] for _ in ids]
+        for ran in self.recorder.passes:
+            start = 0
+            for b, first, row in ran.rows:
+                assert first == len(ids[b])
+                ids[b] += row
+                passes[b].append(ran.forward.routed.rows(slice(start, start + len(row))))
+                start += len(row)
+        return list(zip(ids, map(joined, passes), strict=True))
 
     def _tolerance(self) -> Tolerance:
         if self.packed is not None and any(
@@ -223,12 +273,3 @@ class DecodingCheck:
         ):
             return ROUNDED
         return TOLERANCES[self.dtype]
-
-
-def _joined(steps: list[Routing], B: int) -> Routing:
-    """The routings of successive forward passes, T = B·S each, as one of T = B·L."""
-
-    def joined(name: str) -> Tensor:
-        return torch.cat([getattr(r, name).unflatten(0, (B, -1)) for r in steps], 1).flatten(0, 1).clone()
-
-    return Routing(*(joined(name) for name in ("expert_ids", "weights", "scores", "logits", "kept", "token_mask")))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from manyhands.check import own_read
 from manyhands.check.compare import close, exact
-from manyhands.check.decoding import DecodingCheck, Recorder
+from manyhands.check.decoding import DecodingCheck
 from manyhands.check.model import DTYPES, Routings
 from manyhands.check.oracle import activation
 from manyhands.check.oracle_records import tensors
@@ -23,6 +23,7 @@ from manyhands.checkpoint.packed import hold_records
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
 from manyhands.kernels import ExpertWeights, run_experts
+from manyhands.models import Decoder
 from manyhands.moe import Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear
@@ -96,7 +97,7 @@ def _records(source: Source, report: CheckReport) -> Iterator[Row]:
 def _whole(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     loaded = from_source(source)
     with torch.device("meta"):
-        model = Recorder(source.config)
+        model = Decoder(source.config)
         hold_records(model, source.records, "auto")
     state = {name: t.clone() for name, t in loaded.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -107,7 +108,7 @@ def _whole(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[lis
 def _sliced(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     state, said = own_read.slices(source)
     with torch.device("meta"):
-        model = Recorder(shrink(source.config))
+        model = Decoder(shrink(source.config))
     dtype = own_read.stored_dtype(source)
     kept = {name for name in state if ".router." in name}
     model.load_state_dict({n: t if n in kept else t.to(dtype) for n, t in state.items()}, assign=True)
@@ -115,7 +116,7 @@ def _sliced(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[li
     yield from _generate(source, model.requires_grad_(False).eval(), seed)
 
 
-def _generate(source: Source, model: Recorder, seed: int) -> Iterator[tuple[list[Row], Routings]]:
+def _generate(source: Source, model: Decoder, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     stored = next((n for n, d in DTYPES.items() if d == own_read.stored_dtype(source)), None)
     if source.config.moe is not None and not source.config.moe.router.causal_safe:
         return

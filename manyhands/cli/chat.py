@@ -197,7 +197,7 @@ def _print_routing(tokenizer: "Tokenizer", step: "Step") -> None:
     token = step.token_ids[0]
     assert token is not None
     text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
-    Console(highlight=False, soft_wrap=True).print(routing_line(text, step))
+    Console(highlight=False, soft_wrap=True).print(routing_line(text, step.routings[0]))
 
 
 def _read(path: Path) -> str:

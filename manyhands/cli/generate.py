@@ -1,8 +1,9 @@
 """`manyhands generate`: continue a prompt."""
 
 import sys
+from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -10,15 +11,22 @@ from manyhands.cli.options import IgnoreField
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
-    from manyhands.generate import SamplingConfig, Step
+    from rich.text import Text
+
+    from manyhands.config import SamplingConfig
+    from manyhands.engine.answer import Token
     from manyhands.moe import Routing
+
+Shown = TypeVar("Shown")
 
 
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
-    prompt: Annotated[str | None, typer.Option(help="The text to continue. Default: read standard input.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="The text to continue. Repeatable. Default: read standard input.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[
         float | None, typer.Option(min=0.0, help="0: greedy. Default: the model's, else 0.8.")
@@ -37,32 +45,34 @@ def generate(
     """Continue a prompt; the text appears as it is made.
 
     The prompt is plain text, behind the model's beginning-of-text token if it has one. To talk with a chat model, use
-    `manyhands chat`. Sampling is the model's own (generation_config.json) where a flag does not say otherwise. Control
-    characters are not printed; --json has them.
+    `manyhands chat`. Several prompts are continued together, each as it would be alone, and printed one after the
+    other; with --json as a list. Sampling is the model's own (generation_config.json) where a flag does not say
+    otherwise. Control characters are not printed; --json has them.
     """
     from manyhands.generate.defaults import sampling_from
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
-    if prompt is None:
+    if not prompt:
         if sys.stdin.isatty():
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
-        prompt = sys.stdin.read()
+        prompt = [sys.stdin.read()]
 
     from manyhands.checkpoint.model import load
-    from manyhands.generate.engine import generate as steps
+    from manyhands.engine.engine import Engine
     from manyhands.terminal import clean, shown
 
     model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
-    stream = steps(model, [tokenizer.encode(prompt, add_special_tokens=True)], sampling, tokenizer)
+    stream = Engine(model, tokenizer, max_sequences=len(prompt)).stream(prompt, sampling)
     if json_output:
         import json
 
-        print(json.dumps(_as_dict(prompt, stream, sampling, show_routing)))
+        made = _as_dicts(prompt, stream, sampling, show_routing)
+        print(json.dumps(made if len(made) > 1 else made[0]))
         return
     if show_routing:
         from rich.console import Console
@@ -70,33 +80,62 @@ def generate(
         from manyhands.generate.show_routing import routing_line
 
         console = Console(highlight=False, soft_wrap=True)
-        for step in stream:
-            token = step.token_ids[0]
-            assert token is not None
-            console.print(routing_line(tokenizer.token_bytes(token).decode("utf-8", errors="replace"), step))
+
+        def with_experts(token: "Token") -> "Text":
+            text = tokenizer.token_bytes(token.token_id).decode("utf-8", errors="replace")
+            return routing_line(text, token.routings)
+
+        for number, lines in enumerate(_in_turn(len(prompt), stream, with_experts)):
+            print(end="\n" if number else "")
+            for found in lines:
+                console.print(found)
         return
-    print(clean(prompt), end="", flush=True)
-    for step in stream:
-        print(clean(step.texts[0]), end="", flush=True)
-    print()
+    for number, texts in enumerate(_in_turn(len(prompt), stream, lambda token: clean(token.text))):
+        print("\n" if number else "", clean(prompt[number]), sep="", end="", flush=True)
+        for text in texts:
+            print(text, end="", flush=True)
+        print()
 
 
-def _as_dict(
-    prompt: str, stream: "Iterator[Step]", sampling: "SamplingConfig", show_routing: bool
-) -> dict[str, object]:
-    """What was made, how, and for each token and sparse layer the experts that made it, first choice first."""
-    texts: list[str] = []
-    ids: list[int] = []
-    reason, routing = None, []
-    for step in stream:
-        assert step.token_ids[0] is not None
-        ids.append(step.token_ids[0])
-        texts.append(step.texts[0])
-        reason = step.finish_reasons[0]
+def _in_turn(
+    count: int, stream: "Iterator[tuple[int, Token]]", show: "Callable[[Token], Shown]"
+) -> "Iterator[Iterator[Shown]]":
+    """For each prompt its tokens as they are shown, when they are made; or when it is its turn."""
+    kept: list[deque[Shown]] = [deque() for _ in range(count)]
+    ended = [False] * count
+
+    def turn(number: int) -> "Iterator[Shown]":
+        while kept[number] or not ended[number]:
+            while not kept[number]:
+                other, token = next(stream)
+                kept[other].append(show(token))
+                ended[other] = token.finish_reason is not None
+            yield kept[number].popleft()
+
+    for number in range(count):
+        yield turn(number)
+
+
+def _as_dicts(
+    prompts: list[str], stream: "Iterator[tuple[int, Token]]", sampling: "SamplingConfig", show_routing: bool
+) -> list[dict[str, object]]:
+    """What was made of each, how, and for each token and sparse layer the experts that made it, first choice first."""
+    ids: list[list[int]] = [[] for _ in prompts]
+    texts: list[list[str]] = [[] for _ in prompts]
+    routings: list[list[dict[str, object]]] = [[] for _ in prompts]
+    reasons: list[str | None] = [None for _ in prompts]
+    for number, token in stream:
+        ids[number].append(token.token_id)
+        texts[number].append(token.text)
+        reasons[number] = token.finish_reason
         if show_routing:
-            routing.append({str(layer): _experts(found) for layer, found in step.routings.items()})
-    made = {"prompt": prompt, "text": "".join(texts), "token_ids": ids, "finish_reason": reason}
-    return {**made, "sampling": sampling.model_dump(mode="json"), **({"routing": routing} if show_routing else {})}
+            routings[number].append({str(layer): _experts(found) for layer, found in token.routings.items()})
+    how = sampling.model_dump(mode="json")
+    made: list[dict[str, object]] = [
+        {"prompt": p, "text": "".join(texts[i]), "token_ids": ids[i], "finish_reason": reasons[i], "sampling": how}
+        for i, p in enumerate(prompts)
+    ]
+    return [one | {"routing": routings[i]} for i, one in enumerate(made)] if show_routing else made
 
 
 def _experts(routing: "Routing") -> dict[str, list[float]]:

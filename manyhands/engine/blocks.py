@@ -90,16 +90,16 @@ class Table:
 
     def grow(self, length: int) -> None:
         """Have room for `length` positions. Raises `OutOfBlocks`, with nothing changed."""
+        if length <= self.length:
+            return
         missing = self.missing(length)
         if missing > self._blocks.num_free:
             raise OutOfBlocks(f"{missing} blocks are needed and {self._blocks.num_free} are free")
-        if length <= self.length:
-            return
-        if self._writes_shared():
+        if missing and self._writes_shared():
             shared, self.ids[-1] = self.ids[-1], self._blocks._take()
             self.copies.append((shared, self.ids[-1]))
             self._blocks._release(shared)
-        while len(self.ids) < self._blocks.needed(length):
+        while missing and len(self.ids) < self._blocks.needed(length):
             self.ids.append(self._blocks._take())
         self.length = length
 

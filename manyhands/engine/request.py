@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 caller."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Request:
     """What one caller asked for, and how far it is. Only the scheduler and the engine write to it."""
 

@@ -11,6 +11,7 @@ head of the queue, to be computed again later. The oldest always goes on, so tha
 that could not have blocks enough if it were alone is refused when it comes.
 """
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -47,7 +48,8 @@ class Scheduler:
     def __init__(self, blocks: Blocks, max_sequences: int, max_batch_tokens: int | None = None) -> None:
         """`max_batch_tokens` None: no prompt is cut."""
         assert max_sequences > 0 and (max_batch_tokens is None or max_batch_tokens > 0)
-        self.blocks, self.max_sequences, self.max_batch_tokens = blocks, max_sequences, max_batch_tokens
+        self.blocks, self.max_sequences = blocks, max_sequences
+        self.max_batch_tokens = sys.maxsize if max_batch_tokens is None else max_batch_tokens
         self.waiting: deque[Request] = deque()
         """Oldest first, and all younger than any that runs."""
         self.running: list[Request] = []
@@ -73,7 +75,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. It is not empty while there is work."""
         plan = Plan()
-        left = self.max_batch_tokens or sum(r.num_waiting for r in (*self.running, *self.waiting))
+        left = self.max_batch_tokens
         for request in [r for r in self.running if r.num_waiting == 1]:
             if left and request in self.running and self._make_room(request, plan):
                 plan.chunks.append(Chunk(request, 1))

@@ -4,9 +4,10 @@ from collections.abc import Generator, Iterator
 from typing import Any
 
 from manyhands.config import SamplingConfig
+from manyhands.engine.engine import Engine
+from manyhands.engine.prefix import Prefix
 from manyhands.errors import UserError
-from manyhands.generate.engine import Step, generate
-from manyhands.generate.prefix import Prefix
+from manyhands.generate.steps import Step, in_step
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.text.answer import Answer
@@ -21,6 +22,7 @@ class Conversation:
         """Raises `CheckpointError` if there is no chat template or it fails, `DataError` if it takes no `system`."""
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._start: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self._engine = Engine(model, tokenizer, max_sequences=1)
         self._prefix = Prefix()
         self._prompt_end = ""
         self.reset()
@@ -62,7 +64,7 @@ class Conversation:
                 f"{limit}: say less"
             )
         sampling = self.sampling.model_copy(update={"seed": (self.sampling.seed + self.turns) % (1 << 63)})
-        steps = generate(self.model, [ids], sampling, self.tokenizer, self._prefix)
+        steps = in_step(self._engine, [ids], sampling, self._prefix)
         self.left_out = left_out
         self._prompt_end = self.tokenizer.decode(ids[-8:])
         return self._answer(messages, steps, self.reader())

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from manyhands.config.load import load_run
-from manyhands.engine.mode import evaluating
+from manyhands.engine.runner import Runner
 from manyhands.errors import DataError
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder
@@ -61,24 +61,23 @@ def evaluate(
     E = config.moe.router.num_experts if config.moe else 0
     load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens = 0
-    with evaluating(list(model.modules())):
-        for ids_BS1, mask_BS in batches:
-            _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
-            scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
-            count, full = int(scored_BS.sum()), bool(mask_BS.all())
-            if not count:
-                continue
-            ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
-            hidden = model.hidden(ids_BS1[:, :-1], None if full else mask_BS, dtype=dtype)
-            states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
-            loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
-            nats += loss.double() * count
-            for layer, routing in hidden.routings.items():
-                load[layer].add(routing)
-            tokens += count
-            if progress is not None:
-                progress(tokens)
+    tokens, runner = 0, Runner(model)
+    for ids_BS1, mask_BS in batches:
+        _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
+        scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
+        count, full = int(scored_BS.sum()), bool(mask_BS.all())
+        if not count:
+            continue
+        ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
+        hidden = runner.score(ids_BS1[:, :-1], None if full else mask_BS, dtype)
+        states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
+        loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
+        nats += loss.double() * count
+        for layer, routing in hidden.routings.items():
+            load[layer].add(routing)
+        tokens += count
+        if progress is not None:
+            progress(tokens)
     if not tokens:
         raise DataError("there is no token to predict")
     mean = float(nats) / tokens

@@ -1,12 +1,13 @@
 """A new token and the experts that made it, as one line: `␣return      L1 3·0.61 7·0.22  L2 0·0.55 4·0.31`."""
 
 import colorsys
+from collections.abc import Mapping
 
 from rich.color import Color
 from rich.style import Style
 from rich.text import Text
 
-from manyhands.generate.engine import Step
+from manyhands.moe import Routing
 from manyhands.trace.visible import visible
 
 TOKEN_WIDTH = 16
@@ -19,8 +20,8 @@ def expert_style(expert: int) -> Style:
     return Style(color=Color.from_rgb(255 * red, 255 * green, 255 * blue))
 
 
-def routing_line(token: str, step: Step, row: int = 0, most: int = 8) -> Text:
-    """Sequence `row` of a step: the token, then per sparse layer `expert·weight`, first choice first.
+def routing_line(token: str, routings: Mapping[int, Routing], most: int = 8) -> Text:
+    """One token, then per sparse layer `expert·weight`, first choice first.
 
     `token` is the new token's own text. After `most` experts of a layer comes `…`. Print it with a rich console, or
     `.plain`; every line of a model has the same columns.
@@ -28,9 +29,9 @@ def routing_line(token: str, step: Step, row: int = 0, most: int = 8) -> Text:
     line = Text(visible(token), "bold")
     line.truncate(TOKEN_WIDTH, overflow="ellipsis", pad=True)
     line = Text.assemble(line)  # what follows is not bold
-    for layer, routing in step.routings.items():
+    for layer, routing in routings.items():
         width = len(str(routing.num_experts - 1))
-        experts, weights = routing.expert_ids[row].tolist(), routing.weights[row].tolist()
+        experts, weights = routing.expert_ids[0].tolist(), routing.weights[0].tolist()
         chosen = [pair for pair in zip(experts, weights, strict=True) if pair[0] >= 0]
         line.append(f"  L{layer}", "dim")
         for expert, weight in chosen[:most]:

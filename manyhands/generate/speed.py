@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from manyhands.config import SamplingConfig
-from manyhands.generate.engine import generate
+from manyhands.generate.steps import generate
 from manyhands.models import Decoder
 from manyhands.moe.experts import Experts
 from manyhands.moe.packed import RecordExperts

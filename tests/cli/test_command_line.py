@@ -70,6 +70,17 @@ def test_generate_streams_the_prompt_and_more(run_dir: Path) -> None:
     assert len(told["token_ids"]) == 6 and "line 3" + told["text"] + "\n" == done.stdout
 
 
+def test_generate_takes_several_prompts(run_dir: Path) -> None:
+    """Together, printed in their order, each as it is alone."""
+    prompts, more = ("line 3", "a", "line"), ("--max-new-tokens", "6", "--temperature", "0")
+    alone = [json.loads(manyhands("generate", str(run_dir), "--prompt", p, *more, "--json").stdout) for p in prompts]
+    arguments = ("generate", str(run_dir), *(a for p in prompts for a in ("--prompt", p)), *more)
+    assert json.loads(manyhands(*arguments, "--json").stdout) == alone
+    assert manyhands(*arguments).stdout == "\n".join(f"{one['prompt']}{one['text']}\n" for one in alone)
+    shown = manyhands(*arguments, "--show-routing").stdout.split("\n\n")
+    assert [len(part.strip().splitlines()) for part in shown] == [len(one["token_ids"]) for one in alone]
+
+
 def test_generate_shows_the_experts(run_dir: Path) -> None:
     done = manyhands("generate", str(run_dir), "--prompt", "line", "--max-new-tokens", "3", "--show-routing")
     assert done.returncode == 0, done.stderr

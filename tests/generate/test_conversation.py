@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from manyhands.engine.runner import Runner
 from manyhands.errors import CheckpointError, DataError, UserError
 from manyhands.generate import Conversation, Prefix, SamplingConfig, Step, conversation, generate
-from manyhands.models import Decoder
 
 from .conftest import GQA
 
@@ -28,13 +28,13 @@ def ids_of(steps):
 def forwards(monkeypatch):
     """How many tokens of each forward pass, in order."""
     lengths = []
-    hidden = Decoder.hidden
+    run = Runner.run
 
-    def spy(self, ids_BS, *args, **kwargs):
-        lengths.append(ids_BS.shape[1])
-        return hidden(self, ids_BS, *args, **kwargs)
+    def spy(self, batch):
+        lengths.append(batch.num_tokens)
+        return run(self, batch)
 
-    monkeypatch.setattr(Decoder, "hidden", spy)
+    monkeypatch.setattr(Runner, "run", spy)
     return lengths
 
 
@@ -56,11 +56,9 @@ def test_a_prefix_saves_work_and_changes_nothing(model, forwards, then, run):
     assert forwards == [run] + [1] * 7
     for step, fresh in zip(steps, generate(model, [again], GREEDY), strict=True):
         assert step.token_ids == fresh.token_ids
-        for layer in step.routings:
-            assert torch.equal(step.routings[layer].expert_ids, fresh.routings[layer].expert_ids)
-            torch.testing.assert_close(
-                step.routings[layer].weights, fresh.routings[layer].weights, atol=1e-4, rtol=1e-4
-            )
+        for layer, routing in step.routings[0].items():
+            assert torch.equal(routing.expert_ids, fresh.routings[0][layer].expert_ids)
+            torch.testing.assert_close(routing.weights, fresh.routings[0][layer].weights, atol=1e-4, rtol=1e-4)
 
 
 def test_a_prefix_follows_any_change(model):
@@ -169,9 +167,9 @@ def test_a_model_that_answers_in_channels_has_a_second_turn(make, chatty, monkey
     talk = Conversation(make(max_position_embeddings=512), chatty, GREEDY)
 
     def scripted(*_args):
-        return iter([Step([1], [raw[:30]], [None], {}), Step([1], [raw[30:]], ["stop"], {})])
+        return iter([Step([1], [raw[:30]], [None]), Step([1], [raw[30:]], ["stop"])])
 
-    monkeypatch.setattr(conversation, "generate", scripted)
+    monkeypatch.setattr(conversation, "in_step", scripted)
     list(talk.ask("hello"))
     assert talk.messages[-1] == {"role": "assistant", "content": "Hi!"}
     list(talk.ask("again"))

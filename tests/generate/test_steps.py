@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from manyhands.engine.runner import Runner
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.generate import SamplingConfig, complete, generate
 from manyhands.models import Decoder
@@ -35,8 +36,9 @@ def test_greedy_steps_equal_full_forwards_and_their_routing(model):
         with torch.no_grad():
             out = model(torch.tensor([ids]))
         assert step.token_ids == [int(out.logits[0, -1].argmax())]
-        assert list(step.routings) == [1, 2]
-        for layer, routing in step.routings.items():
+        (routings,) = step.routings
+        assert list(routings) == [1, 2]
+        for layer, routing in routings.items():
             assert routing.expert_ids.shape == (1, 2) and routing.token_mask.tolist() == [True]
             assert torch.equal(routing.expert_ids[0], out.routings[layer].expert_ids[-1])
             torch.testing.assert_close(routing.weights[0], out.routings[layer].weights[-1], atol=1e-4, rtol=1e-4)
@@ -56,24 +58,24 @@ def test_a_batch_is_its_rows_alone_whenever_each_ends(model, tokenizer):
         assert reason_of(together, row) == reason_of(steps)
         assert [s.texts[row] for s in together][: len(steps)] == [s.texts[0] for s in steps]
         for one, batch in zip(steps, together, strict=False):
-            for layer in one.routings:
-                assert torch.equal(one.routings[layer].expert_ids[0], batch.routings[layer].expert_ids[row])
+            for layer, routing in one.routings[0].items():
+                assert torch.equal(routing.expert_ids, batch.routings[row][layer].expert_ids)
         for step in together[len(steps) :]:
             assert (step.token_ids[row], step.texts[row], step.finish_reasons[row]) == (None, "", None)
-            assert not any(routing.token_mask[row] for routing in step.routings.values())
+            assert step.routings[row] == {}
 
 
 def test_each_token_goes_through_the_model_once(make, monkeypatch):
-    shapes = []
-    hidden = Decoder.hidden
+    counts = []
+    run = Runner.run
 
-    def spy(self, ids_BS, *args, **kwargs):
-        shapes.append(tuple(ids_BS.shape))
-        return hidden(self, ids_BS, *args, **kwargs)
+    def spy(self, batch):
+        counts.append([len(row.ids) for row in batch.rows])
+        return run(self, batch)
 
-    monkeypatch.setattr(Decoder, "hidden", spy)
+    monkeypatch.setattr(Runner, "run", spy)
     assert len(list(generate(make(), PROMPTS, GREEDY))) == 20
-    assert shapes == [(4, 11)] + [(4, 1)] * 19
+    assert counts == [[7, 1, 3, 11]] + [[1] * 4] * 19
 
 
 def test_the_end_of_text_token_ends_without_being_shown(make, tokenizer):
@@ -151,11 +153,11 @@ def test_a_router_that_is_not_causal_is_refused(make, router, why):
 def test_hash_routing_and_dense_models_generate(make):
     hashed = make(moe={"router": {"num_experts": 4, "num_experts_per_tok": 1, "select": "hash"}})
     (first, *_) = generate(hashed, PROMPTS, GREEDY)
-    assert first.routings[1].expert_ids.shape == (4, 1)
+    assert [routings[1].expert_ids.shape for routings in first.routings] == [(1, 1)] * 4
     dense = Decoder(hashed.config.model_copy(update={"moe": None}))
     for parameter in dense.parameters():
         torch.nn.init.normal_(parameter)
-    assert [step.routings for step in generate(dense, [[1]], GREEDY)] == [{}] * 20
+    assert [step.routings for step in generate(dense, [[1]], GREEDY)] == [[{}]] * 20
 
 
 def test_training_mode_is_left_as_it_was_after_every_step(make):

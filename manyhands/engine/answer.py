@@ -1,0 +1,39 @@
+"""What comes out of the engine: tokens as they are made, and all of them in the end."""
+
+from dataclasses import dataclass, field
+
+from manyhands.engine.request import FinishReason, Request
+from manyhands.engine.runner import Routed
+from manyhands.moe import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One new token of one request."""
+
+    request: Request
+    token_id: int
+    text: str
+    """What became certain with this token, never half a character. Empty without a tokenizer."""
+    finish_reason: FinishReason | None
+    """Why the request ended with it, or None."""
+    _routed: Routed = field(repr=False)
+    _at: int = field(repr=False)
+
+    @property
+    def routings(self) -> dict[int, Routing]:
+        """Per sparse layer, T = 1: the routing of the forward pass the token was drawn from."""
+        return self._routed.rows(slice(self._at, self._at + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What one prompt was continued with."""
+
+    text: str
+    token_ids: list[int]
+    finish_reason: FinishReason | None
+    """None: it has not ended yet."""
+    routings: dict[int, Routing] = field(default_factory=dict)
+    """If it was asked for, per sparse layer: of every token that ran for it, the prompt's and then all new ones but
+    the last."""

@@ -1,0 +1,247 @@
+"""The engine: requests come at any time, each with its own settings; every step makes one token for each that decodes.
+
+    engine = Engine(model, tokenizer)
+    for completion in engine.generate(["def main", "class Node"], SamplingConfig(max_new_tokens=50)):
+        print(completion.text)
+
+A request's tokens depend on the request alone: it has a random generator of its own, seeded by its `sampling.seed`, and
+its attention sees its own cache. Which requests run beside it changes nothing but rounding. One that ends leaves at
+once, and its place is another's.
+
+R rows of logits, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from manyhands.config import SamplingConfig
+from manyhands.engine.answer import Completion, Token
+from manyhands.engine.batch import Batch, Row
+from manyhands.engine.blocks import BLOCK_SIZE, Blocks
+from manyhands.engine.mode import one_thread
+from manyhands.engine.prefix import Prefix
+from manyhands.engine.refuse import check_causal, check_prompt
+from manyhands.engine.request import Request
+from manyhands.engine.runner import Routed, Runner, joined
+from manyhands.engine.sampling import sample
+from manyhands.engine.scheduler import Chunk, Scheduler
+from manyhands.engine.state import State
+from manyhands.engine.stream import TextStream
+from manyhands.errors import UserError
+from manyhands.layers.cache import Cache, PagedCache, Pool
+from manyhands.models import Decoder
+from manyhands.text import Tokenizer
+
+Prompt = str | Sequence[int]
+"""Text, which gets the model's beginning-of-text token if it has one, or token ids as they are."""
+
+
+class Engine:
+    """One model, many requests. Not for several threads."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        max_sequences: int = 64,
+        max_batch_tokens: int | None = None,
+        cache_tokens: int | None = None,
+        paged: bool = False,
+    ) -> None:
+        """`max_sequences` run at a time; the others wait.
+
+        `max_batch_tokens` go through the model in one step, prompts in chunks if need be; None: no prompt is cut.
+        `cache_tokens` bounds the cache of all together, in blocks of 32; when they run out, the youngest request waits
+        and is computed again; None: no bound but the context of each. `paged` keeps the caches in such blocks, else
+        each in one piece. None of this changes what a request says, but for rounding.
+
+        Raises `UserError` for a model that cannot generate.
+        """
+        check_causal(model.config)
+        self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model)
+        context = model.config.max_position_embeddings
+        most = max_sequences * -(-context // BLOCK_SIZE)
+        blocks = Blocks(most if cache_tokens is None else max(1, cache_tokens // BLOCK_SIZE))
+        self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
+        self._pools = [Pool(BLOCK_SIZE) for _ in model.layers] if paged else None
+        self._states: WeakKeyDictionary[Request, State] = WeakKeyDictionary()
+        self._count = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether any request has not ended."""
+        return self.scheduler.busy
+
+    def add(
+        self,
+        prompt: Prompt,
+        sampling: SamplingConfig | None = None,
+        *,
+        routing: bool = False,
+        prefix: Prefix | None = None,
+    ) -> Request:
+        """Queue a prompt. An empty one starts from the end-of-text token, which stands between documents.
+
+        It ends at any of `tokenizer.eos_token_ids`; without a tokenizer there is neither text nor a token to end at.
+        `routing` keeps the routing of every token for `completion`. With a `prefix` what an earlier request with it has
+        computed is not computed again, and what this one computes is kept in it; one request has it at a time.
+
+        Raises `UserError` for a prompt that is not in the vocabulary, leaves no room in the context or in the cache.
+        """
+        sampling = SamplingConfig() if sampling is None else sampling
+        tokenizer, context = self.tokenizer, self.model.config.max_position_embeddings
+        if tokenizer is None and (sampling.stop or isinstance(prompt, str)):
+            what = "a prompt is text" if isinstance(prompt, str) else "stop strings are text"
+            raise UserError(f"{what}: generating with {'it' if isinstance(prompt, str) else 'them'} needs a tokenizer")
+        if isinstance(prompt, str):
+            assert tokenizer is not None
+            prompt = tokenizer.encode(prompt, add_special_tokens=True)
+        ids = check_prompt(self.model.config, list(prompt), tokenizer)
+        length = min(len(ids) + sampling.max_new_tokens, context)
+        request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
+        self.scheduler.add(request)
+        self._count += 1
+        self._states[request] = State(
+            generator=torch.Generator(self.runner.device).manual_seed(sampling.seed),
+            ends=tokenizer.eos_token_ids if tokenizer else frozenset(),
+            stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
+            prefix=prefix,
+            keeps_routing=routing,
+        )
+        if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
+            self._states[request].begin(request, self.model, self._new_cache(request))
+        return request
+
+    def step(self) -> list[Token]:
+        """Run one forward pass: a new token for each request that decodes, and prompts that have waited.
+
+        Nothing while only a part of a prompt was run. Raises `ManyhandsError` if the logits are not finite. A pass that
+        was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
+        """
+        plan = self.scheduler.schedule()
+        for request in plan.preempted:
+            self._states[request].forget(request)
+        if not plan.chunks:
+            return []
+        batch = Batch([self._row(chunk) for chunk in plan.chunks])
+        try:
+            forward = self.runner.run(batch)
+        except BaseException:  # Ctrl-C, say: the layers may hold different lengths
+            for chunk in plan.chunks:
+                self._states[chunk.request].forget(chunk.request)
+            raise
+        for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
+            self.scheduler.advance(chunk)
+            routings = partial(forward.routed.rows, slice(start, start + chunk.count))
+            self._states[chunk.request].ran(row.ids, routings)
+        requests = [plan.chunks[row].request for row in batch.drawing]
+        drawn = self._draw(forward.logits, requests)
+        return [
+            self._push(request, token, forward.routed, batch.last(row))
+            for request, token, row in zip(requests, drawn, batch.drawing, strict=True)
+        ]
+
+    def abort(self, request: Request) -> None:
+        """End it now, wherever it is; one that has ended stays as it is."""
+        self.scheduler.end(request, "abort")
+        self._states[request].cache = None
+
+    def completion(self, request: Request) -> Completion:
+        """What was made of a request so far."""
+        state = self._states[request]
+        routings = joined(state.routings) if state.keeps_routing else {}
+        return Completion("".join(state.text), list(request.token_ids), request.finish_reason, routings)
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        routing: bool = False,
+    ) -> list[Completion]:
+        """Continue prompts, all together; the completions in their order. `sampling` is one for all, or each its own.
+
+        Raises what `add` and `step` do.
+        """
+        requests = self.add_all(prompts, sampling, routing=routing)
+        for _ in self._tokens(requests):
+            pass
+        return [self.completion(request) for request in requests]
+
+    def stream(
+        self, prompts: Sequence[Prompt], sampling: SamplingConfig | Sequence[SamplingConfig] | None = None
+    ) -> Iterator[tuple[int, Token]]:
+        """The same, token by token as they are made, each with the number of its prompt.
+
+        Raises, on the call, what `add` does. Closing the iterator ends what has not ended. Tokens that other requests
+        get meanwhile are in their `completion`.
+        """
+        return self._tokens(self.add_all(prompts, sampling))
+
+    def add_all(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        routing: bool = False,
+        prefix: Prefix | None = None,
+    ) -> list[Request]:
+        """`add` for each, or for none if one of them is refused."""
+        if isinstance(prompts, str):
+            raise UserError("prompts are a list: give [prompt] for one")
+        each = sampling if isinstance(sampling, Sequence) else [sampling] * len(prompts)
+        if len(each) != len(prompts):
+            raise UserError(f"{len(prompts)} prompts and {len(each)} sampling settings: give one for all, or as many")
+        requests: list[Request] = []
+        try:
+            for prompt, how in zip(prompts, each, strict=True):
+                requests.append(self.add(prompt, how, routing=routing, prefix=prefix))
+        except BaseException:
+            self._abort_all(requests)
+            raise
+        return requests
+
+    def _tokens(self, requests: list[Request]) -> Iterator[tuple[int, Token]]:
+        number = {request.id: i for i, request in enumerate(requests)}
+        try:
+            while any(request.finish_reason is None for request in requests):
+                for token in self.step():
+                    if token.request.id in number:
+                        yield number[token.request.id], token
+        finally:
+            self._abort_all(requests)
+
+    def _abort_all(self, requests: list[Request]) -> None:
+        for request in requests:
+            self.abort(request)
+
+    def _new_cache(self, request: Request) -> Callable[[], Cache]:
+        if self._pools is None:
+            return self.model.new_cache
+        return partial(PagedCache, self._pools, request.table)
+
+    def _row(self, chunk: Chunk) -> Row:
+        request = chunk.request
+        cache = self._states[request].begin(request, self.model, self._new_cache(request))
+        return Row(request.next_ids(chunk.count), cache, chunk.draws)
+
+    @torch.inference_mode()
+    def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
+        """A token for each, with its own settings and generator."""
+        with one_thread():
+            drawn = [
+                sample(logits_RV[r : r + 1], request.sampling, self._states[request].generator)
+                for r, request in enumerate(requests)
+            ]
+            return [int(token) for token in drawn]
+
+    def _push(self, request: Request, token: int, routed: Routed, at: int) -> Token:
+        text, reason = self._states[request].push(request, token)
+        if reason is not None:
+            self.scheduler.end(request, reason)
+        return Token(request, token, text, reason, routed, at)

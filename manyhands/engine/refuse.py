@@ -1,0 +1,38 @@
+"""What cannot be continued, said in one line before anything runs."""
+
+from manyhands.config import ModelConfig
+from manyhands.errors import UserError
+from manyhands.text import Tokenizer
+
+
+def check_causal(config: ModelConfig) -> None:
+    """Raises `UserError` for a model whose experts look at other tokens: it would say something else one by one."""
+    moe = config.moe
+    if moe is None or moe.router.causal_safe:
+        return
+    if moe.router.select == "expert_choice":
+        why = "its experts choose tokens (select = 'expert_choice'), so a token's experts depend on the tokens after it"
+    else:
+        why = (
+            f"its experts have a limited capacity in evaluation (eval_capacity_factor = "
+            f"{moe.router.eval_capacity_factor:g}), so a token may be dropped because of the tokens beside it; "
+            "set eval_capacity_factor to null"
+        )
+    raise UserError(f"this model cannot generate: {why}")
+
+
+def check_prompt(config: ModelConfig, ids: list[int], tokenizer: Tokenizer | None) -> list[int]:
+    """The ids to start from. Raises `UserError` if they are not in the vocabulary or fill the context."""
+    limit, V = config.max_position_embeddings, config.vocab_size
+    if not ids:
+        if tokenizer is None or tokenizer.eos_token_id is None:
+            raise UserError("the prompt is empty, and there is no end-of-text token to start from; give some text")
+        ids = [tokenizer.eos_token_id]
+    if len(ids) >= limit:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens; with max_position_embeddings = {limit} it may have at most "
+            f"{limit - 1}, so that one can follow"
+        )
+    if min(ids) < 0 or max(ids) >= V:
+        raise UserError(f"the prompt holds token id {min(ids) if min(ids) < 0 else max(ids)}; vocab_size = {V}")
+    return ids

@@ -1,0 +1,84 @@
+"""A batch through a model: the logits of the rows that draw, and everybody's routing.
+
+T tokens of R rows, D model width, V vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from manyhands.engine.batch import Batch
+from manyhands.engine.mode import evaluating
+from manyhands.models import Decoder, Hidden
+from manyhands.moe import Routing
+
+
+@dataclass(frozen=True, slots=True)
+class Routed:
+    """Who went where in one pass, by sparse layer."""
+
+    layers: dict[int, Routing]
+    num_tokens: int
+    """T."""
+
+    def rows(self, tokens: slice) -> dict[int, Routing]:
+        """The routing of some of the tokens."""
+        if self.num_tokens == 1:  # decoding alone: not worth a hundred views
+            return self.layers
+        return {layer: routing.rows(tokens) for layer, routing in self.layers.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """What a pass made. Inference tensors: to be read only."""
+
+    logits: Tensor
+    """[drawing rows, V]"""
+    routed: Routed
+
+
+class Runner:
+    """Runs one model, in evaluation and in the dtype of its weights. Its training mode is as it was after each call."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.model = model
+        self._modules = list(model.modules())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.model.embed_tokens.weight.device
+
+    def run(self, batch: Batch) -> Forward:
+        """One forward pass; each row's cache is extended by its tokens, none of them twice."""
+        with torch.inference_mode(), evaluating(self._modules):
+            hidden = self.hidden(batch)
+            states_TD = hidden.states[0]
+            drawing = [batch.last(row) for row in batch.drawing]
+            if len(drawing) < batch.num_tokens:
+                states_TD = states_TD[drawing]
+            return Forward(self.model.head(states_TD), Routed(hidden.routings, batch.num_tokens))
+
+    def hidden(self, batch: Batch) -> Hidden:
+        """The pass up to the head: states [1, T, D]."""
+        ids_1T = batch.ids(self.device)[None]
+        if len(batch.rows) == 1:
+            return self.model.hidden(ids_1T, cache=batch.rows[0].cache)
+        if batch.num_tokens == len(batch.rows):  # one by one, each as it is alone, until a program takes them together
+            alone = [self.model.hidden(ids_1T[:, r : r + 1], cache=row.cache) for r, row in enumerate(batch.rows)]
+            routings = joined([hidden.routings for hidden in alone])
+            return Hidden(torch.cat([hidden.states for hidden in alone], 1), routings, {}, None)
+        return self.model.hidden_rows(ids_1T, [len(row.ids) for row in batch.rows], [r.cache for r in batch.rows])
+
+    @torch.no_grad()
+    def score(self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None) -> Hidden:
+        """A rectangle of texts, without a cache: for whoever wants every token's state and not a next token."""
+        with evaluating(self._modules):
+            return self.model.hidden(ids_BS, mask_BS, dtype=dtype)
+
+
+def joined(passes: Sequence[dict[int, Routing]]) -> dict[int, Routing]:
+    """The routing of successive passes, per sparse layer, as one."""
+    return {layer: Routing.cat([routings[layer] for routings in passes]) for layer in (passes[0] if passes else ())}

@@ -1,0 +1,67 @@
+"""What the engine knows of a request beside what the scheduler needs: its random draws, text, cache and routing."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+
+from manyhands.engine.prefix import Prefix
+from manyhands.engine.request import FinishReason, Request
+from manyhands.engine.stream import TextStream
+from manyhands.layers.cache import Cache
+from manyhands.models import Decoder
+from manyhands.moe import Routing
+
+
+@dataclass(slots=True, eq=False)
+class State:
+    """One request's. It does not hold the request, which its caller does."""
+
+    generator: torch.Generator
+    """The request's own, so that its draws do not depend on who else draws."""
+    ends: frozenset[int]
+    """Tokens that end it."""
+    stream: TextStream | None
+    prefix: Prefix | None
+    keeps_routing: bool
+    cache: Cache | None = None
+    """None while nothing is computed."""
+    routings: list[dict[int, Routing]] = field(default_factory=list)
+    """Of the passes it had a part in, its tokens'."""
+    text: list[str] = field(default_factory=list)
+
+    def begin(self, request: Request, model: Decoder, new: Callable[[], Cache]) -> Cache:
+        """Its cache: what there is, or the prefix's with what that shares with it, or a new one."""
+        if self.cache is None and self.prefix is not None:
+            self.cache = self.prefix.begin(model, request.prompt_ids)
+            request.num_computed = len(self.prefix.ids)
+        elif self.cache is None:
+            self.cache = new()
+        return self.cache
+
+    def ran(self, ids: list[int], routings: Callable[[], dict[int, Routing]]) -> None:
+        """These of its tokens are in the cache."""
+        if self.prefix is not None:
+            self.prefix.ids += ids
+        if self.keeps_routing:
+            self.routings.append(routings())
+
+    def forget(self, request: Request) -> None:
+        """Its cache is void: it was preempted, or a pass was cut short and the layers hold different lengths."""
+        self.cache, request.num_computed = None, 0
+        self.routings.clear()
+        if self.prefix is not None:
+            self.prefix.clear()
+
+    def push(self, request: Request, token: int) -> tuple[str, FinishReason | None]:
+        """It has a new token: the text that became certain with it, and why it ends."""
+        request.token_ids.append(token)
+        text = self.stream.push(token) if self.stream and token not in self.ends else ""
+        stopped = token in self.ends or (self.stream is not None and self.stream.stopped)
+        full = request.num_tokens == request.max_length
+        reason: FinishReason | None = "stop" if stopped else "length" if full else None
+        if reason is not None:
+            text += self.stream.finish() if self.stream else ""
+            self.cache = None
+        self.text.append(text)
+        return text, reason
