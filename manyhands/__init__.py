@@ -24,8 +24,7 @@ from manyhands.errors import (
     TrainingHalted,
     UserError,
 )
-
-__version__ = "0.1.0"
+from manyhands.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, load_model, save

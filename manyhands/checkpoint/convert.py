@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands import __version__
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.model import find, from_source, load_model
@@ -28,6 +27,7 @@ from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
+from manyhands.version import __version__
 
 SAMPLE_TOKENS = 48
 Progress = Callable[[str, int, int], None]

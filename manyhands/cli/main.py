@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-import manyhands
 from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
 from manyhands.errors import ManyhandsError
 from manyhands.terminal import shown
+from manyhands.version import __version__
 
 app = typer.Typer(
     name="manyhands",
@@ -35,7 +35,7 @@ app.command("bench")(bench.bench)
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"manyhands {manyhands.__version__}")
+        print(f"manyhands {__version__}")
         raise typer.Exit
 
 

@@ -18,8 +18,8 @@ _LABELS = {
 
 def sheet(entry: "Entry", counts: "Counts | None", mixture: tuple[int, int, int] | None, width: int = 80) -> list[str]:
     """Its lines, at most `width` wide but for addresses, which stay whole."""
+    from manyhands.format import show
     from manyhands.plan.published import compare
-    from manyhands.plan.report.units import show
 
     lines = [f"{entry.name} ({entry.id})"]
     lines += _wrap(f"{entry.org}, released {entry.released}; licence: {entry.license}", width)

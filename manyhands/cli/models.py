@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from manyhands.errors import ConfigError
+from manyhands.format import rounded
 
 if TYPE_CHECKING:
     from manyhands.catalog import Entry
@@ -106,7 +107,7 @@ def _sizes(entry: "Entry", counts: "Counts | None") -> tuple[str, str, str]:
     if counts is not None:
         mark = MARKS.get(entry.architecture, "")
         numbers = (counts.total, counts.active, counts.active_without_embedding)
-        total, active, without = (_short(number) + mark for number in numbers)
+        total, active, without = (rounded(number) + mark for number in numbers)
         return total, active, without
     total_, active_ = (_quoted(entry, what) for what in ("total", "active"))
     return total_, active_, ""
@@ -139,15 +140,6 @@ def _mixture(entry: "Entry") -> tuple[int, int, int] | None:
         return None
     shared = getattr(mixture, "shared_intermediate_size", 0)
     return mixture.num_experts, shared // mixture.moe_intermediate_size if shared else 0, mixture.num_experts_per_tok
-
-
-def _short(number: float) -> str:
-    """`671B`, `37.6B`, `789M`: three digits and more of whole numbers."""
-    for scale, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
-        if number >= scale:
-            value = number / scale
-            return f"{value:.0f}{letter}" if value >= 100 else f"{value:.3g}{letter}"
-    return f"{number:.0f}"
 
 
 def _described(entry: "Entry", counts: "Counts | None") -> dict[str, Any]:

@@ -2,8 +2,8 @@
 
 from collections.abc import Mapping
 
+from manyhands.format import show
 from manyhands.plan.remember import Here
-from manyhands.plan.report.units import show
 
 SLOW_DISK = 1e9
 LITTLE_MEMORY = 32e9

@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 from markupsafe import Markup
 
-from manyhands.trace.format import compact
+from manyhands.format import compact
 from manyhands.trace.series import Floats
 
 _LABEL_PIXELS = 15  # least distance between two reference labels

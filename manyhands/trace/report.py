@@ -13,8 +13,8 @@ from markupsafe import Markup
 from manyhands.config import RunConfig
 from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
+from manyhands.format import compact, duration, number
 from manyhands.trace.charts import Line, line_chart, load_chart
-from manyhands.trace.format import compact, duration, number
 from manyhands.trace.series import (
     Floats,
     Record,

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-import manyhands
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
 from manyhands.config.history import go_on, record, repeat, settings_at
@@ -35,6 +34,7 @@ from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import LanguageModelling, Task
+from manyhands.version import __version__
 
 _TRACED = 200_000  # tokens that the report looks at after the last validation
 _SAVING_SHARE = 20  # saving by time takes one part in so many of the time at most
@@ -350,7 +350,7 @@ def _announce(trainer: Trainer) -> None:
         "start",
         step=trainer.state.progress.step,
         time=datetime.now(UTC).isoformat(timespec="seconds"),
-        version=manyhands.__version__,
+        version=__version__,
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         parameters=parameters,

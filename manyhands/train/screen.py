@@ -20,8 +20,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from manyhands.format import compact, duration, number
 from manyhands.terminal import shown
-from manyhands.trace.format import compact, duration, number
 from manyhands.trace.strip import strip
 
 P = ParamSpec("P")

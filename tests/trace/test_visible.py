@@ -1,39 +1,10 @@
 """What the screen and the report print: numbers, strips of load, tokens."""
 
-import pytest
 import torch
 
-from manyhands.trace.format import compact, duration, number
 from manyhands.trace.strip import strip
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import visible, what_experts_take
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (812, "812"),
-        (5912, "5.9k"),
-        (999_960, "1M"),
-        (9_312_000, "9.31M"),
-        (42_000_000, "42M"),
-        (1.2e9, "1.2B"),
-    ],
-)
-def test_compact(value: float, text: str) -> None:
-    assert compact(value) == text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"), [(7.6, "8s"), (59.7, "1m00s"), (125, "2m05s"), (11_220, "3h07m"), (187_200, "2d04h")]
-)
-def test_duration(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
-
-
-def test_number() -> None:
-    assert [number(v, 2) for v in (1.239, None, float("nan"))] == ["1.24", "–", "–"]
 
 
 def test_the_fair_share_stands_at_half_height() -> None:

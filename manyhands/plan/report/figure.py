@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from manyhands.plan.report.units import show
+from manyhands.format import show
 
 
 @dataclass(frozen=True, slots=True)

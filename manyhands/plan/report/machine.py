@@ -1,5 +1,6 @@
 """Sections that need a machine or a price: speed, experts on disk, money, training."""
 
+from manyhands.format import show
 from manyhands.plan.compute import training_flops
 from manyhands.plan.fit import shown_share, usable
 from manyhands.plan.machine import Machine
@@ -8,7 +9,6 @@ from manyhands.plan.price import device_hours, price_per_million, utilisation
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
-from manyhands.plan.report.units import show
 from manyhands.plan.roof import LINK_LATENCY, NETWORK_LATENCY, Bound, decode_bound, prefill_bound
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes

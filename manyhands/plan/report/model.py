@@ -1,5 +1,6 @@
 """Sections that need only the model: parameters, FLOPs, caches, memory, bytes read."""
 
+from manyhands.format import show
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import attention_flops, forward_flops, mean_attention_flops, training_flops
 from manyhands.plan.count import Counts
@@ -7,7 +8,6 @@ from manyhands.plan.fit import RESERVE, activation_bits, shown_share, usable
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, contexts, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table, Truth
-from manyhands.plan.report.units import show
 from manyhands.plan.storage import BF16, INT4, INT8, Storage, weight_bytes
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes, expert_bytes

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from manyhands.errors import ConfigError
 from manyhands.files import check_replaceable, writing
+from manyhands.format import show
 from manyhands.plan.compute import forward_flops
 from manyhands.plan.count import Counts, count_model
 from manyhands.plan.offload import offload_seconds
 from manyhands.plan.report.ask import Ask, short
-from manyhands.plan.report.units import show
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes
 

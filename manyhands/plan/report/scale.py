@@ -1,6 +1,7 @@
 """Sections of `--scale`: expert parallelism on paper, and the scaling law."""
 
 from manyhands.errors import ConfigError
+from manyhands.format import show
 from manyhands.plan import law
 from manyhands.plan.machine import Machine
 from manyhands.plan.parallel import (
@@ -15,7 +16,6 @@ from manyhands.plan.parallel import (
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
-from manyhands.plan.report.units import show
 from manyhands.plan.sizes import Sizes
 from manyhands.plan.storage import weight_bytes
 from manyhands.plan.subject import Subject
