@@ -12,7 +12,8 @@ from manyhands.check.shrink import shrink
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.tensor_files import DTYPES
-from manyhands.config.shapes import GATED_ACTIVATIONS, Shape, tensor_shapes
+from manyhands.config.activation import GATED
+from manyhands.config.shapes import Shape, tensor_shapes
 
 MOST_BYTES = 2 << 30
 """Stored bytes that are looked through: seconds from memory, half a minute from a slow disk."""
@@ -120,7 +121,7 @@ def slices(source: Source) -> tuple[dict[str, Tensor], str]:
 
 def _slice(source: Source, name: str, whole: Shape, shape: Shape, chosen: list[int]) -> Tensor:
     if ".mlp.experts." in name:
-        gated = source.config.moe is not None and source.config.moe.hidden_act in GATED_ACTIVATIONS
+        gated = source.config.moe is not None and source.config.moe.hidden_act in GATED
         halves = gated and "up_proj" in name
         return torch.stack([_cut(expert(source, name, e, whole[1:]), shape[1:], halves) for e in chosen])
     tensor = our_tensor(source, name, whole, None, torch.device("cpu"))

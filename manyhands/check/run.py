@@ -19,10 +19,10 @@ from manyhands.check.shrink import shrink
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.checkpoint.source import Source
 from manyhands.config import BalanceConfig, ModelConfig, suggest
+from manyhands.config.activation import GATED
 from manyhands.engine.mode import one_thread
 from manyhands.errors import ConfigError
 from manyhands.kernels import BACKENDS, check_name, native
-from manyhands.kernels.experts import GATED
 
 Progress = Callable[[str, int, int], None]
 Job = tuple[str, str, str, Callable[[], Iterator[tuple[list[Row], Routings]]]]

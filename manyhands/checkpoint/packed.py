@@ -26,7 +26,8 @@ from manyhands.checkpoint.quantized import Header, Logical
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.tensor_files import DTYPES, NAMES, Stored, TensorFiles
 from manyhands.config import ModelConfig, PackedConfig
-from manyhands.config.shapes import GATED_ACTIVATIONS, Shape, tensor_shapes
+from manyhands.config.activation import GATED
+from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families.manyhands import MANYHANDS
 from manyhands.layers.packed_linear import RecordLinear
@@ -69,7 +70,7 @@ def records_of(config: ModelConfig, packed: PackedConfig) -> Iterator[Record]:
             assert config.moe is not None
             E, D, F = shape
             activation, bias = config.moe.hidden_act, config.moe.expert_bias
-            gated, p = activation in GATED_ACTIVATIONS, packed.experts
+            gated, p = activation in GATED, packed.experts
             layout = expert_layout(D, F, activation, p.format, p.group_size, gated=gated, bias=bias)
             up = f"{module}.{'gate_up_proj' if gated else 'up_proj'}"
             sections = {up: "up", name: "down"}

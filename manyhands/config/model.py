@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from manyhands.config.activation import Activation
 from manyhands.config.base import Strict
 
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
@@ -15,8 +16,6 @@ Count = Annotated[int, Field(strict=True, ge=0, le=1 << 20)]
 Rate = Annotated[float, Field(ge=0.0, le=1e6)]
 Rotations = Annotated[float, Field(ge=1e-6, le=1e6)]
 Multiplier = Annotated[float, Field(gt=0.0, le=1e6)]
-Activation = Literal["swiglu", "swiglu_oai", "geglu", "geglu_tanh", "gelu", "relu"]
-"""swiglu_oai is gpt-oss's: clamped, with a steeper sigmoid; geglu_tanh uses the tanh form of GELU (Grok-1)."""
 INITIALIZER_RANGE = 0.02
 """Standard deviation of a fresh matrix (GPT-2, Radford et al. 2019), where nobody asks for another."""
 LayerType = Literal["full_attention", "sliding_attention"]

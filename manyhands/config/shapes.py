@@ -5,11 +5,10 @@ V vocabulary, D width, L layers, E experts, F expert width, H heads, G key/value
 
 from collections.abc import Iterator
 
+from manyhands.config.activation import GATED
 from manyhands.config.model import AttentionConfig, ModelConfig, MoEConfig
 
 Shape = tuple[int, ...]
-GATED_ACTIVATIONS = frozenset({"swiglu", "swiglu_oai", "geglu", "geglu_tanh"})
-"""Activations of a gate times a second projection; the others have one projection up."""
 
 
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
@@ -82,7 +81,7 @@ def _mla(a: AttentionConfig, D: int) -> Iterator[tuple[str, Shape]]:
 
 
 def _feed_forward(D: int, F: int, activation: str) -> Iterator[tuple[str, Shape]]:
-    if activation in GATED_ACTIVATIONS:
+    if activation in GATED:
         yield "gate_proj.weight", (F, D)
     yield "up_proj.weight", (F, D)
     yield "down_proj.weight", (D, F)
@@ -97,7 +96,7 @@ def _moe(moe: MoEConfig, D: int) -> Iterator[tuple[str, Shape]]:
         yield "router.noise_weight", (E, D)
     if router.bias:
         yield "router.e_score_correction_bias", (E,)
-    gated = moe.hidden_act in GATED_ACTIVATIONS
+    gated = moe.hidden_act in GATED
     up, rows = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)
     yield f"experts.{up}", (E, rows, D)
     yield "experts.down_proj", (E, D, F)

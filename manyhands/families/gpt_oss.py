@@ -7,6 +7,7 @@ Source: transformers `models/gpt_oss`. In files the experts are [E, D, 2F] with 
 from collections.abc import Iterator
 
 from manyhands.config import ModelConfig, parse
+from manyhands.config.activation import ACTIVATIONS
 from manyhands.families.base import Family, Json, Layout, Piece, pooled_over_experts
 from manyhands.families.fields import Fields, decoder_fields, head_fields, norm_top1, written
 
@@ -15,6 +16,7 @@ YARN: Json = {
     "original_max_position_embeddings": 4096,
 }  # fmt: skip
 """The rotation where the file has none."""
+_SWIGLU = ACTIVATIONS["swiglu_oai"]
 
 
 def read(f: Fields) -> ModelConfig:
@@ -22,8 +24,8 @@ def read(f: Fields) -> ModelConfig:
     if f.values.get("rope_parameters") is None and not f.values.get("rope_scaling"):
         f.values["rope_parameters"] = YARN
     f.activation()
-    f.only("swiglu_limit", 7.0)
-    f.only("swiglu_alpha", 1.702)
+    f.only("swiglu_limit", _SWIGLU.limit)
+    f.only("swiglu_alpha", _SWIGLU.alpha)
     f.ignore("experts_per_token")  # an older name of num_experts_per_tok, beside it
     k, width, layers = f.integer("num_experts_per_tok"), f.integer("intermediate_size"), f.integer("num_hidden_layers")
     types = f.layers("layer_types", layers)
@@ -64,8 +66,8 @@ def write(config: ModelConfig) -> Json:
         "attention_bias": a.attention_bias,
         "sliding_window": a.sliding_window,
         "layer_types": config.layer_types,
-        "swiglu_limit": 7.0,
-        "swiglu_alpha": 1.702,
+        "swiglu_limit": _SWIGLU.limit,
+        "swiglu_alpha": _SWIGLU.alpha,
     }
 
 

@@ -10,10 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from manyhands.config.model import Activation
+from manyhands.config.activation import GATED, Activation
 from manyhands.errors import ConfigError
 from manyhands.kernels import BACKENDS, ExpertWeights, run_experts
-from manyhands.kernels.experts import GATED, activate
+from manyhands.kernels.experts import activate
 
 _PROBE = (-1e4, -30.0, -7.5, -6.5, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0, 6.5, 7.5, 30.0, 1e4)
 

@@ -9,14 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyhands.config.activation import ACTIVATIONS, GATED
 from manyhands.errors import ConfigError
 from manyhands.kernels.moment import transformed
 from manyhands.kernels.twice import gradients_through
 
-GATED = frozenset({"swiglu", "swiglu_oai", "geglu", "geglu_tanh"})
-SWIGLU_OAI_ALPHA = 1.702
-SWIGLU_OAI_LIMIT = 7.0
-"""gpt-oss (openai/gpt-oss, torch/model.py): the sigmoid's gain, and where gate and up are clamped."""
+_OAI = ACTIVATIONS["swiglu_oai"]
 
 
 class ExpertWeights(NamedTuple):
@@ -53,8 +51,8 @@ def activate(h: Tensor, activation: str) -> Tensor:
     if activation in GATED:
         gate, up = h.chunk(2, dim=-1)
         if activation == "swiglu_oai":  # the gate is clamped from above only
-            gate, up = gate.clamp(max=SWIGLU_OAI_LIMIT), up.clamp(-SWIGLU_OAI_LIMIT, SWIGLU_OAI_LIMIT)
-            return (up + 1) * gate * torch.sigmoid(SWIGLU_OAI_ALPHA * gate)
+            gate, up = gate.clamp(max=_OAI.limit), up.clamp(-_OAI.limit, _OAI.limit)
+            return (up + 1) * gate * torch.sigmoid(_OAI.alpha * gate)
         assert activation in ("geglu", "geglu_tanh")
         return F.gelu(gate, approximate="tanh" if activation == "geglu_tanh" else "none") * up
     if activation == "gelu":

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from manyhands.kernels.experts import GATED, activate
+from manyhands.config.activation import GATED
+from manyhands.kernels.experts import activate
 from manyhands.layers.linear import Linear, reset_parts
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands.config.activation import GATED
 from manyhands.kernels.covered import ATTENTION, MIXTURE, MODEL, ROPE
-from manyhands.kernels.experts import GATED
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import library, step, views
 from manyhands.kernels.native.library import (

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
+from manyhands.config.activation import GATED
 from manyhands.config.model import INITIALIZER_RANGE
 from manyhands.kernels import ExpertWeights, check_name, run_experts
-from manyhands.kernels.experts import GATED
 from manyhands.moe.routing import Routing
 
 

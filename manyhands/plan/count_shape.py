@@ -15,6 +15,7 @@ from manyhands.catalog.shape import (
     MoEShape,
     Shape,
 )
+from manyhands.config.activation import Form
 from manyhands.plan.count import Counts
 
 
@@ -124,7 +125,7 @@ def _mamba(m: MambaShape, D: int) -> int:
 
 
 def _feed_forward(D: int, F: int, gated: bool, bias: bool = False) -> int:
-    matrices = 3 if gated else 2
+    matrices = Form(gated).matrices
     return matrices * D * F + ((matrices - 1) * F + D if bias and F else 0)
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from manyhands.config.activation import GATED
 from manyhands.kernels import ExpertWeights, run_experts
-from manyhands.kernels.experts import GATED
 
 
 @dataclass

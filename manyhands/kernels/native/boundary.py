@@ -6,8 +6,9 @@ T tokens, K experts per token, E experts, D model width, F expert width, H hidde
 import torch
 from torch import Tensor
 
+from manyhands.config.activation import GATED
 from manyhands.errors import ConfigError
-from manyhands.kernels.experts import GATED, ExpertWeights
+from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native.library import ACTIVATION_CODES
 from manyhands.quant import Layout
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.kernels.experts import GATED, ExpertWeights
+from manyhands.config.activation import GATED
+from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import boundary, library, views
 from manyhands.kernels.native.library import CExperts, CGradients, CRows, CStacked
 from manyhands.quant import Layout

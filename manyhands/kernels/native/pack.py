@@ -4,7 +4,8 @@ from ctypes import byref
 
 from torch import Tensor
 
-from manyhands.kernels.experts import GATED, ExpertWeights
+from manyhands.config.activation import GATED
+from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import boundary, library, views
 from manyhands.quant import PackedExperts, expert_layout
 from manyhands.quant.packed import empty_records
