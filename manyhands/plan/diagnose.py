@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from manyhands.format import show
-from manyhands.plan.remember import Here
+from manyhands.plan.here import Here
 
 SLOW_DISK = 1e9
 LITTLE_MEMORY = 32e9

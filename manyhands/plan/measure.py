@@ -14,9 +14,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.plan.here import Here, machine_key
 from manyhands.plan.host import cpu_features, cpu_name, usable_cores, usable_memory
 from manyhands.plan.machine import Machine
-from manyhands.plan.remember import Here, machine_key
 
 if TYPE_CHECKING:
     import torch

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 from manyhands.config import ModelConfig, PackedConfig, parse
 from manyhands.errors import ConfigError
 from manyhands.plan.count import Counts, count_model
-from manyhands.plan.native import native_storage
 from manyhands.plan.own_files import storage_of_files
 from manyhands.plan.sizes import Sizes, sizes_of
 from manyhands.plan.storage import Storage
+from manyhands.plan.stored_dtype import native_storage
 from manyhands.strict_json import read_object
 
 if TYPE_CHECKING:

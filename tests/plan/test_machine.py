@@ -9,8 +9,8 @@ from manyhands.catalog import load
 from manyhands.errors import ConfigError
 from manyhands.plan import count_model, measure, remember
 from manyhands.plan.diagnose import diagnose
+from manyhands.plan.here import Here
 from manyhands.plan.machine import Machine, machine_named, machine_names
-from manyhands.plan.remember import Here
 from manyhands.plan.roof import decode_bound, prefill_bound
 from manyhands.plan.sizes import sizes_of
 from manyhands.plan.storage import BF16, INT4

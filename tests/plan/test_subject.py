@@ -10,8 +10,8 @@ from manyhands.catalog import load
 from manyhands.errors import ConfigError
 from manyhands.families import FAMILIES, export_config
 from manyhands.plan.load_file import read_load
-from manyhands.plan.native import native_storage
 from manyhands.plan.storage import weight_bytes
+from manyhands.plan.stored_dtype import native_storage
 from manyhands.plan.subject import read_subject
 
 MIXTRAL: dict[str, Any] = {

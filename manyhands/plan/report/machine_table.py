@@ -1,6 +1,6 @@
 """The section that shows a measured machine."""
 
-from manyhands.plan.remember import Here
+from manyhands.plan.here import Here
 from manyhands.plan.report.figure import Figure, Section
 
 
