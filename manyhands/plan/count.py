@@ -44,11 +44,6 @@ class Counts:
     buffers: int = 0
     """Numbers that are saved with the model and are no parameters: V3's e_score_correction_bias. In no other count."""
 
-    @property
-    def sparsity(self) -> float:
-        """The share of all parameters that does not work for a given token."""
-        return 1 - self.active / self.total
-
 
 def count_model(config: ModelConfig) -> Counts:
     """Count every tensor of `config`. Equal, to the last parameter, to the model that is built from it."""

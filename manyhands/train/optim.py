@@ -42,11 +42,6 @@ class Optimizers:
         """All parameter groups."""
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    @property
-    def named_groups(self) -> dict[str, list[str]]:
-        """Group name → names of its parameters."""
-        return {group["name"]: list(group["param_names"]) for group in self.groups}
-
     def set_lr(self, lr: float) -> None:
         """Give every group `lr` times its `lr_scale`."""
         for group in self.groups:

@@ -10,7 +10,7 @@ from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Formula, Section, Table
 from manyhands.plan.roof import decode_bound, prefill_bound
 from manyhands.plan.sizes import Sizes
-from manyhands.plan.storage import BF16, INT4, Storage, weight_bytes
+from manyhands.plan.storage import BF16, INT4, weight_bytes
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes
 
@@ -162,8 +162,3 @@ def _prefill(s: Subject, q: Ask) -> float | None:
         return None
     bound = prefill_bound(q.machine, _sizes(s), s.counts, q.storage, q.prompt_length)
     return bound.tokens_per_second if bound.rate is not None else None
-
-
-def storage_of(subject: Subject, asked: Storage | None) -> Storage:
-    """The format that was asked for; the native one, or bf16, if none was."""
-    return asked or subject.native or BF16
