@@ -1,5 +1,6 @@
 """One strict reader of JSON, and everything that reads a description from a file goes through it."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -94,3 +95,68 @@ def test_a_tokenizer_is_as_strict(name: str) -> None:
     text, words = BAD[name]
     with pytest.raises(ValueError, match=words):
         vet(text.encode())
+
+
+@pytest.mark.parametrize("number", ["1" + "0" * 400 + ".0", "1e0309", "2E+308", "9" * 300 + "e99", "1" * 65, "-1e9999"])
+def test_no_way_of_writing_an_endless_number_is_missed(number: str) -> None:
+    with pytest.raises(ValueError, match="a = "):
+        strict_json.loads('{"a": ' + number + "}")
+
+
+@pytest.mark.parametrize("number", ["1e308", "1E-400", "0.1", "-0.0", "1" * 64, "1" + "0" * 300 + ".5", "1.5e007"])
+def test_numbers_are_read_as_python_reads_them(number: str) -> None:
+    assert repr(strict_json.loads(f"[{number}]")) == repr(json.loads(f"[{number}]"))
+
+
+EXCEPTIONS = {
+    "strict_json.py": "the reader itself",
+    "text/chat_worker.py": "our own words through a pipe, in a process that imports nothing it can do without",
+    "text/pattern_worker.py": "the same",
+    "text/formats.py": "rows of somebody's corpus: one field is taken, what else stands there is not ours to judge",
+    "train/journal.py": "our own lines, written without NaN, and read by the hundred thousand",
+    "train/state.py": "our own file, checked by its digest; the guard's last values may be infinite",
+    "train/budget.py": "the same file",
+}
+"""Modules that read JSON with Python's own reader, and why."""
+YAML = "config/strict_yaml.py"
+
+
+def readers(source: str) -> set[str]:
+    """How `source` reads JSON or YAML by itself: `json`, `yaml`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Attribute):
+            names = [ast.unparse(node)]
+        else:
+            continue
+        for name in names:
+            if name in ("json.load", "json.loads", "json.JSONDecoder") or name.endswith(".model_validate_json"):
+                found.add("json")
+            if name.startswith("yaml.") and ("load" in name.lower() or name == "yaml.compose"):
+                found.add("yaml")
+    return found
+
+
+def test_nothing_else_reads_json_or_yaml() -> None:
+    package = Path(strict_json.__file__).parent
+    found = {path.relative_to(package).as_posix(): readers(path.read_text("utf-8")) for path in package.rglob("*.py")}
+    assert {name for name, kinds in found.items() if "json" in kinds} == set(EXCEPTIONS)
+    assert {name for name, kinds in found.items() if "yaml" in kinds} == {YAML}
+
+
+@pytest.mark.parametrize(
+    ("source", "kind"),
+    [
+        ("json.loads(text)", "json"),
+        ("from json import load", "json"),
+        ("Config.model_validate_json(text)", "json"),
+        ("yaml.safe_load(text)", "yaml"),
+        ("from yaml import load", "yaml"),
+        ("class L(yaml.SafeLoader): pass", "yaml"),
+    ],
+)
+def test_the_scan_sees(source: str, kind: str) -> None:
+    assert readers(source) == {kind}
+    assert not readers("strict_json.loads(text)\nread_yaml(text)\njson.dumps(1)\nyaml.safe_dump(1)")

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from manyhands import strict_json
 from manyhands.checkpoint.quantized import Header, Logical
 from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.tensor_files import DTYPES, NAMES, Stored, TensorFiles
@@ -120,7 +121,7 @@ def _check_metadata(files: TensorFiles, packed: PackedConfig) -> None:
         if METADATA not in metadata:
             continue
         try:
-            written = PackedConfig.model_validate_json(metadata[METADATA])
+            written = PackedConfig.model_validate(strict_json.loads(metadata[METADATA]))
         except ValueError:
             raise CheckpointError(f"{files.directory / file}: __metadata__: {METADATA} cannot be read") from None
         for name in ("experts", "linear"):

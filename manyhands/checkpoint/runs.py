@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from manyhands import strict_json
 from manyhands.checkpoint.files import remove, sweep
 from manyhands.checkpoint.manifest import MANIFEST, verify
 from manyhands.config.load import load_run
@@ -61,16 +62,16 @@ class RunDirectory:
     def _is_marked(self) -> bool:
         try:
             if self.mark_file.is_file() and not self.mark_file.is_symlink():
-                return bool(json.loads(self.mark_file.read_bytes()[:1024]) == _MARK)
+                return bool(strict_json.loads(self.mark_file.read_bytes()[:1024]) == _MARK)
             if not self.config_file.is_file():
                 return False
             load_run(self.config_file)
             with open(self.journal_file, "rb") as journal:
-                return bool(json.loads(journal.readline(1 << 20))["kind"] == "start")
+                return bool(strict_json.loads(journal.readline(1 << 20))["kind"] == "start")
         except FileNotFoundError:  # no journal yet
             data = all((self.data_dir / name).is_file() for name in ("data.json", "train.npy", "valid.npy"))
             return data or bool(self.checkpoints())
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, ConfigError):
+        except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return False
 
     @contextmanager

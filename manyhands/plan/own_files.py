@@ -1,9 +1,9 @@
 """What a checkpoint of ours holds, to the byte: from the headers of its safetensors files, by component."""
 
-import json
 from math import prod
 from pathlib import Path
 
+from manyhands import strict_json
 from manyhands.plan.count import BUFFERS, Counts, component
 from manyhands.plan.storage import Storage
 
@@ -23,7 +23,7 @@ def storage_of_files(directory: Path, counts: Counts, packed: bool) -> Storage |
                 length = int.from_bytes(stream.read(8), "little")
                 if length > _LIMIT:
                     return None
-                header = json.loads(stream.read(length))
+                header = strict_json.loads(stream.read(length))
             for name, entry in header.items():
                 if name != "__metadata__" and not name.endswith(BUFFERS):
                     sizes[component(name)] += prod(entry["shape"]) * _BYTES[entry["dtype"]]

@@ -5,9 +5,10 @@ Reasoning models write both into one text, between special tokens: gpt-oss in ch
 message, and people want to read the answer. Which of the two a model writes stands in its template.
 """
 
-import json
 import re
 from typing import Any, Literal
+
+from manyhands import strict_json
 
 Style = Literal["channels", "think", "plain"]
 
@@ -158,6 +159,6 @@ def _may_become(text: str, markers: tuple[str, ...]) -> bool:
 
 def _json(text: str) -> Any:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return strict_json.loads(text)
+    except ValueError:
         return text

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from manyhands import strict_json
 from manyhands.errors import CheckpointError, DataError, ManyhandsError
 from manyhands.text.chat_worker import OUTPUT, SECONDS
 
@@ -252,8 +253,8 @@ def _parsed(arguments: Any) -> Any:
     if not isinstance(arguments, str):
         return arguments
     try:
-        value = json.loads(arguments)
-    except (ValueError, RecursionError):
+        value = strict_json.loads(arguments)
+    except ValueError:
         return arguments
     return value if isinstance(value, dict) else arguments
 
