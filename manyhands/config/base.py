@@ -83,10 +83,10 @@ def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
         return f"{path}: this field is required"
     if not path:  # a rule about several fields; its own message names them
         return message
-    return f"{path} = {_shown(problem['input'])}: {message}"
+    return f"{path} = {short_repr(problem['input'])}: {message}"
 
 
-def _shown(value: Any) -> str:
+def short_repr(value: Any) -> str:
     """`repr`, cut to 80 characters without ever being built in full: YAML aliases make small files huge values."""
     try:
         text = _SHORT.repr(value)

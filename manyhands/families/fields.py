@@ -1,16 +1,14 @@
 """A `config.json` being read. Every field is taken, known to be harmless, or refused by name: never ignored."""
 
-import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
 from manyhands.config import ModelConfig, RopeConfig, parse, suggest
+from manyhands.config.base import short_repr
 from manyhands.errors import ConfigError
 from manyhands.families.harmless import is_harmless
 
 MISSING: Any = object()
-_SHORT = reprlib.Repr()
-_SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother = 3, 80, 80
 
 
 class UnknownField(ConfigError):
@@ -148,8 +146,8 @@ class Fields:
 
     def wrong(self, name: str, right: str, value: Any = MISSING) -> ConfigError:
         """The error for one field."""
-        shown = _SHORT.repr(self.values.get(name) if value is MISSING else value)
-        return ConfigError(f"{self.where}: {name} = {shown if len(shown) < 80 else shown[:77] + '...'}: {right}")
+        shown = short_repr(self.values.get(name) if value is MISSING else value)
+        return ConfigError(f"{self.where}: {name} = {shown}: {right}")
 
 
 def decoder_fields(f: Fields, *, tied: bool = False, eps: float = 1e-6) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from manyhands.files import write_atomic
 from manyhands.format import compact, duration, number
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.series import (
+    LAST_STEPS,
     Floats,
     Record,
     bin_mean,
@@ -29,8 +30,6 @@ from manyhands.trace.series import (
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import what_experts_take
 
-LAST_STEPS = 50
-"""Steps over which the final load and MaxVio are taken."""
 _POINTS = 400  # per line
 _LINE_POINTS = 6000  # over all lines of one chart
 _CELLS = 100_000  # over all heat maps

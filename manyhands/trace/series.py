@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
 R = TypeVar("R", bound=Record)
+LAST_STEPS = 50
+"""The window of a run's final figures (MaxVio, dead experts), on the screen and in the report."""
 
 
 def last_steps(steps: Sequence[R], count: int) -> list[R]:

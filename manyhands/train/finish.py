@@ -13,12 +13,11 @@ from manyhands.generate.evaluate import Evaluation
 from manyhands.models import Decoder
 from manyhands.text import evaluation_batches
 from manyhands.trace.report import write_report
-from manyhands.trace.series import last_steps
+from manyhands.trace.series import LAST_STEPS, last_steps
 from manyhands.trace.tokens import TokenShare
 from manyhands.train.data import RunData
 from manyhands.train.journal import read_journal
 
-LAST_STEPS = 50  # the window of the final MaxVio
 _TRACE_TOKENS = 200_000  # validation tokens looked at for "what each expert takes"
 
 
