@@ -50,7 +50,8 @@ def theirs() -> Any:
 def test_it_runs(page: str, code: str, tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    names: dict[str, Any] = {"x": torch.randn(2, 5, 512), "ids": torch.randint(3, 280, (1, 6)), "tokenizer": tokenizer}
+    names: dict[str, Any] = {"mh": mh, "torch": torch, "x": torch.randn(2, 5, 512), "tokenizer": tokenizer}
+    names["ids"] = torch.randint(3, 280, (1, 6))
     if "runs/quickstart" in code:
         mh.save(small(), "runs/quickstart", tokenizer)
     if "OLMoE" in code:
@@ -67,11 +68,11 @@ def test_it_runs(page: str, code: str, tokenizer: Tokenizer, tmp_path: Path, mon
     if "manyhands.hf" in code:
         names["model"] = theirs()
     exec(code, names)  # noqa: S102  # it is ours, and what readers paste
-    if "y" in names:
+    if "routing" in names:
         y, routing = names["y"], names["routing"]
         assert y.shape == names["x"].shape and torch.isfinite(y).all() and y.std() > 1e-4, "initialised, not memory"
         assert routing.logits.abs().max() < 10 and len(routing.expert_ids.unique()) > 2
 
 
 def test_every_page_was_read() -> None:
-    assert {param.values[0] for param in SNIPPETS} >= {"README.md", "checkpoints.md", "quantization.md"}
+    assert {param.values[0] for param in SNIPPETS} >= {"README.md", "api.md", "checkpoints.md", "quantization.md"}
