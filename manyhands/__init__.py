@@ -5,6 +5,7 @@ import manyhands as mh
 model, tokenizer = mh.load("runs/quickstart")     # or a Hugging Face checkpoint, or its name on the hub
 out = model(ids)                                  # out.logits, out.routings[layer], out.cache
 model.save("somewhere")                           # a directory that transformers loads
+mh.generate(model, tokenizer, ["def main"])       # texts continued; mh.Engine takes requests as they come
 
 moe = mh.MoELayer(mh.MoEConfig(router=mh.RouterConfig(num_experts=8, num_experts_per_tok=2)), hidden_size=512)
 y, routing = moe(x)
@@ -28,14 +29,19 @@ from manyhands.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, load_model, save
-    from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, RunConfig
+    from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, RunConfig, SamplingConfig
+    from manyhands.engine.answer import Completion
+    from manyhands.engine.engine import Engine
+    from manyhands.generate.steps import complete as generate
     from manyhands.models import Decoder, init_weights
     from manyhands.moe import LoadCounter, MoELayer, Router, Routing, balance_objective
     from manyhands.moe.balance import update_bias
 
 _HOMES = {
     "BalanceConfig": "manyhands.config",
+    "Completion": "manyhands.engine.answer",
     "Decoder": "manyhands.models",
+    "Engine": "manyhands.engine.engine",
     "LoadCounter": "manyhands.moe",
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
@@ -45,7 +51,9 @@ _HOMES = {
     "RouterConfig": "manyhands.config",
     "Routing": "manyhands.moe",
     "RunConfig": "manyhands.config",
+    "SamplingConfig": "manyhands.config",
     "balance_objective": "manyhands.moe",
+    "generate": "manyhands.generate.steps",
     "init_weights": "manyhands.models",
     "load": "manyhands.checkpoint.model",
     "load_model": "manyhands.checkpoint.model",
@@ -57,9 +65,11 @@ __all__ = [
     "BalanceConfig",
     "CheckFailed",
     "CheckpointError",
+    "Completion",
     "ConfigError",
     "DataError",
     "Decoder",
+    "Engine",
     "Interrupted",
     "LoadCounter",
     "ManyhandsError",
@@ -72,10 +82,12 @@ __all__ = [
     "Routing",
     "RunConfig",
     "RunLocked",
+    "SamplingConfig",
     "StorageError",
     "TrainingHalted",
     "UserError",
     "balance_objective",
+    "generate",
     "init_weights",
     "load",
     "load_model",
@@ -90,6 +102,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
     import importlib
 
+    if name == "generate":  # a room and a function: the room can be called
+        return importlib.import_module("manyhands.generate")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

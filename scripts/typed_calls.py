@@ -14,6 +14,7 @@ def calls(ids: torch.Tensor, x: torch.Tensor) -> None:
     assert_type(routing, mh.Routing)
     assert_type(mh.Router(mh.RouterConfig(), 64)(x), mh.Routing)
     assert_type(mh.Decoder(mh.ModelConfig())(ids).logits, torch.Tensor)
-    model, _ = mh.load("runs/quickstart")
+    model, tokenizer = mh.load("runs/quickstart")
+    assert_type(mh.generate(model, tokenizer, ["text"]), list[mh.Completion])
     assert_type(model(ids).routings, dict[int, mh.Routing])
     model("text")  # type: ignore[arg-type]  # and this must be seen: an ignore that is not needed is an error

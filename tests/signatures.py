@@ -24,6 +24,8 @@ def signature(path: str) -> str:
 
 def _text(parameter: inspect.Parameter) -> str:
     value: Any = parameter.default
+    if repr(value) == "<factory>":  # of a dataclass
+        return "…"
     return f"{type(value).__name__}()" if isinstance(value, BaseModel) else repr(value)
 
 
