@@ -11,7 +11,11 @@ from torch import Tensor
 
 from manyhands.engine.batch import Batch
 from manyhands.engine.mode import evaluating
+from manyhands.kernels.native import step
+from manyhands.layers.cache import ContiguousLayer
 from manyhands.models import Decoder, Hidden
+from manyhands.models.decoder import Block
+from manyhands.models.fused import MOST_APART, FusedStep, fused_step
 from manyhands.moe import Routing
 
 
@@ -45,6 +49,7 @@ class Runner:
     def __init__(self, model: Decoder) -> None:
         self.model = model
         self._modules = list(model.modules())
+        self._fused: dict[int, FusedStep | None] = {}  # by number of sequences; None: there can be none
 
     @property
     def device(self) -> torch.device:
@@ -66,11 +71,33 @@ class Runner:
         ids_1T = batch.ids(self.device)[None]
         if len(batch.rows) == 1:
             return self.model.hidden(ids_1T, cache=batch.rows[0].cache)
-        if batch.num_tokens == len(batch.rows):  # one by one, each as it is alone, until a program takes them together
-            alone = [self.model.hidden(ids_1T[:, r : r + 1], cache=row.cache) for r, row in enumerate(batch.rows)]
-            routings = joined([hidden.routings for hidden in alone])
-            return Hidden(torch.cat([hidden.states for hidden in alone], 1), routings, {}, None)
-        return self.model.hidden_rows(ids_1T, [len(row.ids) for row in batch.rows], [r.cache for r in batch.rows])
+        counts, caches = [len(row.ids) for row in batch.rows], [row.cache for row in batch.rows]
+        if batch.num_tokens > len(counts) or not self._direct(batch):
+            return self.model.hidden_rows(ids_1T, counts, caches)
+        parts = [slice(first, first + MOST_APART) for first in range(0, len(counts), MOST_APART)]
+        done = [
+            self.model.hidden_rows(ids_1T[:, rows], counts[rows], caches[rows], self._program(len(counts[rows])))
+            for rows in parts
+        ]
+        if len(done) == 1:
+            return done[0]
+        routings = joined([hidden.routings for hidden in done])
+        return Hidden(torch.cat([hidden.states for hidden in done], 1), routings, {}, None)
+
+    def _direct(self, batch: Batch) -> bool:
+        """Whether native calls can take the rows' next tokens, one of each."""
+        weight = self.model.embed_tokens.weight.detach()
+        firsts = [row.cache.layers[0] for row in batch.rows]
+        ready = all(isinstance(layer, ContiguousLayer) and layer.dtype == weight.dtype for layer in firsts)
+        return ready and step.direct(weight) and self._program(min(len(firsts), MOST_APART)) is not None
+
+    def _program(self, B: int) -> FusedStep | None:
+        """The native calls for B rows with a token and a cache each, where there can be any."""
+        found = self._fused.get(B)
+        if B not in self._fused or (found is not None and not found.current(self.model)):
+            ours = all(type(block) is Block for block in self.model.layers)
+            found = self._fused[B] = fused_step(self.model, B, apart=True) if ours else None
+        return found
 
     @torch.no_grad()
     def score(self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None) -> Hidden:

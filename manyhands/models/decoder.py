@@ -252,17 +252,20 @@ class Decoder(nn.Module):
         x = self._embed(ids_BS, dtype)
         plain = not (recompute or keep_outputs or clip_above is not None)
         if cache is not None and plain and (fused := self._fused(x, cache)) is not None:
-            states, found = fused.run(x, positions, cache, real_BS[:, 0])
+            states, found = fused.run(x, positions, [cache], real_BS[:, 0])
             return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, cache)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
         x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs)
         return self._hidden(self.norm(x), routings, largest, cache)
 
-    def hidden_rows(self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache]) -> Hidden:
+    def hidden_rows(
+        self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], fused: FusedStep | None = None
+    ) -> Hidden:
         """Everything but the head, for several sequences of different lengths at once, without padding.
 
         `ids_1T` are their next tokens, one sequence behind the other, `counts` of each; each has a cache of its own,
-        of one row, extended in place. States are [1, T, D], routings those of the T tokens.
+        of one row, extended in place. States are [1, T, D], routings those of the T tokens. `fused` are the calls for
+        these sequences, where each has one token.
         """
         if any(len(cache.layers) != len(self.layers) for cache in caches):
             raise ConfigError(f"a cache has not the model's {len(self.layers)} layers")
@@ -270,9 +273,12 @@ class Decoder(nn.Module):
             cache.extend(ids, None) for cache, ids in zip(caches, torch.split(ids_1T, list(counts), 1), strict=True)
         ]
         positions = find_rows(self.config, counts, [cache.length for cache in caches], real, ids_1T.device)
+        real_1T, x = torch.ones_like(ids_1T, dtype=torch.bool), self._embed(ids_1T, None)
+        if fused is not None:
+            states, found = fused.run(x, positions, caches, real_1T[0])
+            return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, None)
         layers = [[cache.layers[layer] for cache in caches] for layer in range(len(self.layers))]
-        real_1T = torch.ones_like(ids_1T, dtype=torch.bool)
-        x, routings, largest = self._blocks(self._embed(ids_1T, None), positions, layers, real_1T, ids_1T)
+        x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T)
         return self._hidden(self.norm(x), routings, largest, None)
 
     def _embed(self, ids_BS: Tensor, dtype: torch.dtype | None) -> Tensor:

@@ -7,7 +7,7 @@ else goes block by block. Between the layers everything is float32, whatever the
 B sequences of one token each, D model width, L sparse layers, E experts, K experts per token.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from ctypes import Array, Structure, addressof, c_void_p
 from operator import is_
 from typing import Any
@@ -43,6 +43,8 @@ from manyhands.moe import Experts, MoELayer, Router, Routing
 from manyhands.moe.packed import RecordExperts
 
 MOST_SEQUENCES = 8
+MOST_APART = 16
+"""With a cache each: the native kernels take no more rows of plain weights in one call."""
 NORM, LINEARS, PLACE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
 
 
@@ -57,8 +59,8 @@ class FusedStep:
     """
 
     @torch.inference_mode(False)  # a cache may be continued outside of the mode it was begun in
-    def __init__(self, model: Any, B: int) -> None:
-        """Raises `Unfit`."""
+    def __init__(self, model: Any, B: int, apart: bool = False) -> None:
+        """`apart`: each of the B sequences has a cache of its own. Raises `Unfit`."""
         config = model.config
         if not MODEL.covers(config) or not ROPE.covers(config.rope):
             raise Unfit
@@ -69,6 +71,7 @@ class FusedStep:
         if self._snapshot.heard:
             raise Unfit
         self.B = B
+        self._caches = [slice(b, b + 1) for b in range(B)] if apart else [slice(0, B)]
         self._copies: list[Tensor] = []
         self._sources: list[Tensor] = []
         self._held: list[Any] = []  # what the calls point to must live as long
@@ -100,14 +103,21 @@ class FusedStep:
             and self._snapshot.holds()
         )
 
-    def run(self, x_B1D: Tensor, positions: Positions, cache: Cache, mask_B: Tensor) -> tuple[Tensor, list[Routing]]:
-        """[B, 1, D] after the embedding -> [B, 1, D] after the final norm, and the routing of each sparse layer."""
-        D = x_B1D.shape[-1]
-        self._tensors["x", D].copy_(x_B1D[:, 0])
+    def run(
+        self, x: Tensor, positions: Positions, caches: Sequence[Cache], mask_B: Tensor
+    ) -> tuple[Tensor, list[Routing]]:
+        """[B, 1, D] after the embedding -> the same after the final norm, and the routing of each sparse layer.
+
+        [1, B, D] for sequences with a cache each.
+        """
+        D = x.shape[-1]
+        self._tensors["x", D].copy_(x.view(self.B, D))
         for table, now in zip((self._cos, self._sin), positions.rope, strict=True):
-            table.copy_(now[:, 0, 0])
+            table.copy_(now.flatten(0, 2))
+        rows = [row for _, row in positions.rows] or [positions]
         for i, (place, struct, attention, sliding) in enumerate(self._attentions):
-            layer = cache.layers[i]
+            number, which = divmod(i, len(self._caches))
+            layer = caches[which].layers[number]
             assert isinstance(layer, ContiguousLayer)
             buffers = tuple(layer.grow(1))
             if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
@@ -115,11 +125,11 @@ class FusedStep:
                 self._seen[i] = buffers
             self._calls[place].n[1] = layer.length - 1
             attention.length = layer.length
-            step.look_through(attention, positions.mask_of(sliding))
+            step.look_through(attention, rows[which].mask_of(sliding))
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
         library.call("mh_steps", self._calls, len(self._calls), views.run(-1, 0))
-        states = self._tensors["states", D].to(x_B1D.dtype, copy=True)[:, None]
+        states = self._tensors["states", D].to(x.dtype, copy=True).view(x.shape)
         if not self._sparse:
             return states, []
         parts = [t.clone().unbind(0) for t in (self._ids, *self._routed)]
@@ -223,16 +233,23 @@ class FusedStep:
         projections = {"q": (attention.q_proj, H * d), "k": (attention.k_proj, G * d), "v": (attention.v_proj, G * d)}
         self._linears("normed", D, projections)
         norms = [attention.q_norm, attention.k_norm]
-        tables = (self._cos.data_ptr(), self._sin.data_ptr(), 2 * self._cos.shape[1], self.B)
         structs = [step.NO_NORM if n is None else self._norm_of(n) for n in norms]
-        rotation = CRotation(*tables, attention.interleave, *structs, step.NORMS[a.qk_norm])
         sinks = self._float32(attention.sinks, H)
-        cache, placed, heads = CCache(), self._pointer("placed", H * d), self._pointer("heads", H * d)
-        how = CAttention(self.B, 1, H, 0, None, 0, 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
-        self._attentions.append((len(self._steps), cache, how, attention.sliding))
-        projected = self._buffer("q", H * d), self._buffer("k", G * d), self._buffer("v", G * d)
-        self._call(PLACE, *projected, rotation, cache, placed, n=(self.B, 0))
-        self._call(ATTEND, how, placed, cache, heads)
+        for name in ("placed", "heads"):
+            self._buffer(name, H * d)
+        for part in self._caches:
+            B, pairs = part.stop - part.start, self._cos.shape[1]
+            cos, sin, placed, heads = (
+                t[part].data_ptr()
+                for t in (self._cos, self._sin, self._tensors["placed", H * d], self._tensors["heads", H * d])
+            )
+            rotation = CRotation(cos, sin, 2 * pairs, B, attention.interleave, *structs, step.NORMS[a.qk_norm])
+            how = CAttention(B, 1, H, 0, None, 0, 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
+            cache = CCache()
+            self._attentions.append((len(self._steps), cache, how, attention.sliding))
+            projected = [views.rows(self._tensors[name, n * d][part]) for name, n in (("q", H), ("k", G), ("v", G))]
+            self._call(PLACE, *projected, rotation, cache, placed, n=(B, 0))
+            self._call(ATTEND, how, placed, cache, heads)
         self._linears("heads", H * d, {"y": (attention.o_proj, D)})
 
     def _feed_forward(self, mlp: nn.Module, to: str) -> None:
@@ -296,9 +313,9 @@ class FusedStep:
         raise Unfit
 
 
-def fused_step(model: Any, B: int) -> FusedStep | None:
+def fused_step(model: Any, B: int, apart: bool = False) -> FusedStep | None:
     """The calls for `model`, or None where a part does not fit or somebody listens to one (forward hooks)."""
     try:
-        return FusedStep(model, B)
+        return FusedStep(model, B, apart)
     except Unfit:
         return None

@@ -9,6 +9,7 @@ from manyhands.kernels import native
 from manyhands.kernels.native import step
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, init_weights
+from manyhands.models.fused import fused_step
 from manyhands.moe import Experts
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
@@ -159,3 +160,26 @@ def test_the_same_numbers_whatever_the_number_of_threads() -> None:
     finally:
         torch.set_num_threads(before)
     assert torch.equal(*found)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("format", ["float32", "plain"])
+@pytest.mark.parametrize("name", CASES)
+def test_rows_with_a_cache_each_are_what_each_is_alone(name: str, format: str) -> None:
+    model, ids = packed_model(CASES[name], format), torch.randint(0, 50, (3, 20))
+    lengths = [12, 3, 7]
+    rows, alone = ([model.new_cache() for _ in lengths] for _ in range(2))
+    for caches in (rows, alone):
+        for b, n in enumerate(lengths):
+            model.hidden(ids[b : b + 1, :n], None, caches[b])
+    fused = fused_step(model, 3, apart=True)
+    assert fused is not None
+    for i in range(5):
+        new = torch.stack([ids[b, n + i] for b, n in enumerate(lengths)])
+        found = model.hidden_rows(new[None], [1, 1, 1], rows, fused)
+        for b in range(3):
+            right = model.hidden(new[b].view(1, 1), None, alone[b])
+            assert alone[b].fused[1] is not None
+            torch.testing.assert_close(found.states[:, b : b + 1], right.states, atol=3e-5, rtol=3e-5)
+            for layer, routing in right.routings.items():
+                assert torch.equal(found.routings[layer].expert_ids[b : b + 1], routing.expert_ids)
