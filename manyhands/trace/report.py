@@ -15,14 +15,13 @@ from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
 from manyhands.format import compact, duration, number
 from manyhands.trace.charts import Line, line_chart, load_chart
+from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer
 from manyhands.trace.series import (
-    LAST_STEPS,
     Floats,
     Record,
     bin_mean,
     column,
     envelope,
-    last_steps,
     layer_column,
     layer_load,
     smooth,
@@ -110,7 +109,7 @@ def render_report(
         charts=_charts(steps, evals, compressors),
         balance=_balance_charts(steps, layers),
         rows=rows,
-        fair=100 / len(steps[-1]["moe"][layers[0]]["load"]) if layers else None,
+        fair=100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
         last_steps=min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
         taken=what_experts_take(tokens, decode, tokens.layers) if tokens else [],
         skipped=[step for step in steps if step.get("skipped")],
@@ -237,7 +236,7 @@ def _by_depth(position: int, count: int) -> str:
 def _layer_rows(steps: Sequence[Record], layers: Sequence[str]) -> list[LayerRow]:
     rows = []
     for layer in layers:
-        here = [step for step in steps if layer in (step.get("moe") or {})]
+        here = [step for step in steps if of_layer(step, layer)]
         last = last_steps(here, LAST_STEPS)
         load_nE = layer_load(here, layer)
         final_E = layer_load(last, layer).mean(axis=0)

@@ -4,21 +4,15 @@ n steps   E experts   C columns (points or heat-map cells along the steps)
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from manyhands.trace.journal import of_layer
+
 Floats = NDArray[np.float64]
 Record = Mapping[str, Any]
-R = TypeVar("R", bound=Record)
-LAST_STEPS = 50
-"""The window of a run's final figures (MaxVio, dead experts), on the screen and in the report."""
-
-
-def last_steps(steps: Sequence[R], count: int) -> list[R]:
-    """The `step` records of the last `count` steps: fewer records where not every step was logged, but one at least."""
-    return [step for step in steps if step["step"] > steps[-1]["step"] - count]
 
 
 def column(records: Sequence[Record], name: str) -> Floats:
@@ -29,12 +23,12 @@ def column(records: Sequence[Record], name: str) -> Floats:
 
 def layer_column(steps: Sequence[Record], layer: str, name: str) -> Floats:
     """[n]: one figure of one MoE layer at every step; NaN where it is missing."""
-    return column([(step.get("moe") or {}).get(layer, {}) for step in steps], name)
+    return column([of_layer(step, layer) for step in steps], name)
 
 
 def layer_load(steps: Sequence[Record], layer: str) -> Floats:
     """[n, E]: the load of one MoE layer in fair shares (1: the expert takes exactly 1/E of the pairs)."""
-    loads = [load for step in steps if (load := (step.get("moe") or {}).get(layer, {}).get("load"))]
+    loads = [load for step in steps if (load := of_layer(step, layer).get("load"))]
     load_nE = np.array(loads, dtype=np.float64)
     fair_nE: Floats = load_nE * load_nE.shape[1]
     return fair_nE

@@ -12,11 +12,10 @@ from manyhands.config import RunConfig
 from manyhands.generate.evaluate import Evaluation
 from manyhands.models import Decoder
 from manyhands.text import evaluation_batches
+from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer, read_journal
 from manyhands.trace.report import write_report
-from manyhands.trace.series import LAST_STEPS, last_steps
 from manyhands.trace.tokens import TokenShare
 from manyhands.train.data import RunData
-from manyhands.train.journal import read_journal
 
 _TRACE_TOKENS = 200_000  # validation tokens looked at for "what each expert takes"
 
@@ -149,14 +148,14 @@ def _warnings(run: RunConfig, evaluation: Evaluation, balance: dict[int, LayerBa
 
 def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
     """Balance of one layer over these `step` records."""
-    of_layer = [record["moe"][layer] for record in steps]
-    total_E = [sum(loads) for loads in zip(*(entry["load"] for entry in of_layer), strict=True)]
-    vio = [entry["max_vio"] for entry in of_layer]
+    figures = [of_layer(record, layer) for record in steps]
+    total_E = [sum(loads) for loads in zip(*(entry["load"] for entry in figures), strict=True)]
+    vio = [entry["max_vio"] for entry in figures]
     return LayerBalance(
         max_vio=sum(vio) / len(vio),
         max_vio_worst=max(vio),
         dead=sum(share == 0.0 for share in total_E),
-        dropped=sum(entry["dropped"] for entry in of_layer) / len(of_layer),
+        dropped=sum(entry["dropped"] for entry in figures) / len(figures),
     )
 
 

@@ -22,11 +22,11 @@ from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.models import Decoder, init_weights
 from manyhands.parallel.ranks import Alone, Ranks
 from manyhands.text import evaluation_batches
+from manyhands.trace.journal import Journal
 from manyhands.train.budget import Budget, planned, with_plan
 from manyhands.train.data import RunData, prepare_data
 from manyhands.train.finish import Summary, finish
 from manyhands.train.guard import SpikeGuard, StopSignals
-from manyhands.train.journal import Journal
 from manyhands.train.optim import build_optimizers
 from manyhands.train.ready import check_ready
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
@@ -34,6 +34,7 @@ from manyhands.train.screen import Screen
 from manyhands.train.state import Progress, TrainState, count_parameters, pick_device, pick_dtype
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import LanguageModelling, Task
+from manyhands.train.trackers import open_tracker
 from manyhands.version import __version__
 
 _TRACED = 200_000  # tokens that the report looks at after the last validation
@@ -265,7 +266,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             progress.max_steps = now.train.max_steps
             screen.set_max_steps(progress.max_steps)
             description = run.model_dump(mode="json")
-            with Journal(directory.journal_file, run.train.trackers, progress.step, description) as journal:
+            trackers = [open_tracker(name, directory.path, progress.step, description) for name in run.train.trackers]
+            with Journal(directory.journal_file, trackers) as journal:
                 dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
                 trainer = Trainer(run, directory, data, state, journal, screen, dtype, now, task)
                 _announce(trainer)

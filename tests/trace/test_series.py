@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from manyhands.trace.series import bin_mean, column, envelope, last_steps, layer_column, layer_load, smooth
+from manyhands.trace.series import bin_mean, column, envelope, layer_column, layer_load, smooth
 
 
 def test_columns_turn_null_and_missing_into_nan() -> None:
@@ -39,9 +39,3 @@ def test_a_smoothed_curve_does_not_end_in_one_noisy_step() -> None:
     y[-1] += 1.0
     assert smooth(y, 10)[-1] < 2.5 and smooth(y, 20)[-1] < 2.25
     assert smooth(y[::-1], 20)[0] < 2.25
-
-
-def test_the_last_steps_are_steps_not_records() -> None:
-    steps = [{"step": step} for step in range(10, 201, 10)]
-    assert [record["step"] for record in last_steps(steps, 50)] == [160, 170, 180, 190, 200]
-    assert last_steps(steps[-1:], 5) == [{"step": 200}] and last_steps([], 5) == []

@@ -13,8 +13,8 @@ from manyhands.checkpoint.state import load_tensors
 from manyhands.config.history import differences, settings_at
 from manyhands.config.load import dump_run, load_run, parse_run
 from manyhands.errors import ConfigError, TrainingHalted
+from manyhands.trace.journal import read_journal
 from manyhands.train import loop
-from manyhands.train.journal import read_journal
 
 from ..small_runs import small_run, steps_of_a_second, write_text
 

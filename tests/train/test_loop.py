@@ -20,9 +20,9 @@ from manyhands.checkpoint.state import load_tensors
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
 from manyhands.text import Tokenizer
+from manyhands.trace.journal import read_journal
 from manyhands.train import loop, step, task
 from manyhands.train.guard import StopSignals
-from manyhands.train.journal import read_journal
 
 from ..small_runs import SMALL, small_run, steps_of_a_second, write_text
 

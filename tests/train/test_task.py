@@ -13,9 +13,9 @@ from manyhands.config import RunConfig
 from manyhands.errors import DataError
 from manyhands.models import Decoder, init_weights
 from manyhands.parallel.ranks import Ranks
+from manyhands.trace.journal import read_journal
 from manyhands.train import loop
 from manyhands.train.guard import SpikeGuard
-from manyhands.train.journal import read_journal
 from manyhands.train.optim import Optimizers
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import Count, Forward, LanguageModelling, Loss, Task, next_token_loss

@@ -1,14 +1,16 @@
 import json
 import resource
-import sys
-import types
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from manyhands.errors import ConfigError, DataError, StorageError
-from manyhands.train.journal import Journal, flatten, read_journal
+from manyhands.config.load import load_preset
+from manyhands.errors import DataError, StorageError
+from manyhands.moe import LoadCounter
+from manyhands.plan.load_file import read_load
+from manyhands.trace.journal import Journal, flatten, last_steps, of_layer, read_journal
 
 
 def step(number: int, loss: float, **more: object) -> dict:
@@ -102,83 +104,6 @@ def test_names_of_metrics() -> None:
     assert flatten({"kind": "end", "step": 3, "elapsed": 1.0}) == {}
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
-def test_a_missing_tracker_is_one_line_that_says_what_to_do(
-    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
-    with pytest.raises(ConfigError, match=f"{name} is not installed; run: pip install {name}"):
-        Journal(tmp_path / "j", [name])
-    assert not (tmp_path / "j").exists()
-
-
-class FakeTracker(types.ModuleType):
-    """Looks like wandb."""
-
-    def __init__(self, broken: bool = False) -> None:
-        super().__init__("wandb")
-        self.calls: list[object] = []
-        self.broken = broken
-
-    def init(self, **kwargs: object) -> None:
-        self.calls.append(kwargs)
-
-    def log(self, metrics: dict, step: int) -> None:
-        if self.broken:
-            raise ConnectionError("no network")
-        self.calls.append((metrics, step))
-
-    def finish(self) -> None:
-        self.calls.append("finish")
-
-
-def test_a_tracker_gets_steps_and_evals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake = FakeTracker()
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    with Journal(tmp_path / "j", ["wandb"], 7, {"optim": {"lr": 1}}) as journal:
-        journal.write("start", step=0, parameters=5)
-        journal.write("step", step=1, loss=2.0)
-    started, *rest = fake.calls
-    assert rest == [({"train/loss": 2.0}, 1), "finish"]
-    with Journal(tmp_path / "j", ["wandb"], 8, {"optim": {"lr": 2}}):
-        pass
-    again = fake.calls[3]
-    for call, lr in ((started, 1), (again, 2)):
-        assert isinstance(call, dict) and call["config"] == {"optim": {"lr": lr}} and call["resume"] == "allow"
-        assert call["name"] == tmp_path.name and call["id"] == started["id"]  # the same run goes on
-
-
-def test_tensorboard_forgets_what_a_killed_process_told_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module, calls = types.ModuleType("tensorboard"), []
-
-    class Writer:
-        def __init__(self, **kwargs: object) -> None:
-            calls.append(kwargs)
-
-        def add_text(self, *args: object) -> None:
-            calls.append(args)
-
-        def close(self) -> None:
-            pass
-
-    module.SummaryWriter = Writer  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    Journal(tmp_path / "j", ["tensorboard"], 40, {"optim": {}}).close()
-    assert calls[0] == {"log_dir": str(tmp_path / "tensorboard"), "purge_step": 41}
-    assert calls[1][0] == "config" and '"optim"' in calls[1][1]
-
-
-def test_a_tracker_that_fails_does_not_end_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", FakeTracker(broken=True))
-    with Journal(tmp_path / "j", ["wandb"]) as journal:
-        journal.write("step", step=1, loss=2.0)
-        journal.write("step", step=2, loss=2.0)
-    assert len(read_journal(tmp_path / "j")) == 2
-    assert [record.getMessage() for record in caplog.records] == ["RunTracker stopped: no network"]
-
-
 def test_a_full_disk_is_a_storage_error_and_leaves_no_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "j"
     with Journal(path) as journal:
@@ -193,3 +118,24 @@ def test_a_full_disk_is_a_storage_error_and_leaves_no_torn_line(tmp_path: Path) 
         assert path.read_text().endswith("\n")
         third = journal.write("step", step=3, loss=3.0)
     assert read_journal(path) == [first, third]
+
+
+def test_the_last_steps_are_steps_not_records() -> None:
+    steps = [{"step": step} for step in range(10, 201, 10)]
+    assert [record["step"] for record in last_steps(steps, 50)] == [160, 170, 180, 190, 200]
+    assert last_steps(steps[-1:], 5) == [{"step": 200}] and last_steps([], 5) == []
+
+
+def test_a_plan_reads_the_loads_that_a_run_writes(tmp_path: Path) -> None:
+    """`plan` lies below this room and reads the two names it needs by itself."""
+    run = load_preset("tiny")
+    E = run.model.moe.router.num_experts if run.model.moe else 0
+    counter = LoadCounter.empty(E)
+    counter.counts = torch.arange(E)
+    with Journal(tmp_path / "run.jsonl") as journal:
+        moe = {str(layer): asdict(counter.summary()) for layer in run.model.sparse_layers}
+        record = journal.write("step", step=1, loss=1.0, moe=moe)
+    shares = read_load(tmp_path / "run.jsonl", run.model)
+    assert shares[0] == pytest.approx([e / sum(range(E)) for e in range(E)], abs=1e-6)
+    assert of_layer(record, str(run.model.sparse_layers[0]))["load"] == pytest.approx(shares[0])
+    assert of_layer({"kind": "eval"}, "1") == {}

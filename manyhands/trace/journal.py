@@ -1,12 +1,19 @@
-"""The journal of a run: one JSON object per line, and the same numbers to a tracker if one is asked for.
+"""The journal of a run: one JSON object per line. Its format is known here alone; writers and readers use this.
 
-Every record has a `kind` (`start`, `step`, `eval`, `checkpoint`, `end`) and a `step`. A line is written with one
+Every record has a `kind` and a `step`:
+
+start        a session begins: versions, threads, parameters
+step         loss, balance terms, lr, grad_norm, tokens, clocks, skipped; `moe`: {layer: figures of its load}
+eval         valid_loss, valid_bits_per_byte, valid_perplexity, tokens
+change plan  other settings from here on; the steps a time budget gave
+checkpoint   where it was saved
+end          why the session ended
+
+A line is written with one
 system call, so a killed process leaves at most one torn line, at the end. A run that resumes from an older
 checkpoint goes back in steps and appends; the reader keeps what was written last.
 """
 
-import hashlib
-import importlib
 import json
 import logging
 import math
@@ -14,28 +21,36 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
-from manyhands.errors import ConfigError, DataError, StorageError
+from manyhands.errors import DataError, StorageError
 
 Record = dict[str, Any]
+R = TypeVar("R", bound=Mapping[str, Any])
+LAST_STEPS = 50
+"""The window of a run's final figures (MaxVio, dead experts), on the screen and in the report."""
+
+
+class Tracker(Protocol):
+    """Where metrics go besides the journal."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Record `metrics` at `step`."""
+
+    def close(self) -> None:
+        """Send what is left."""
 
 
 class Journal:
-    """Append records to `path`; `trackers` are names from `TrainConfig.trackers`.
-
-    Trackers get `config`, the run's description, and forget what a killed process told them beyond `step`.
+    """Append records to `path`, and give the numbers of each to `trackers`; closing it closes them.
 
     A torn last line of a killed run is removed first, so that the next record starts on its own line.
-    Raises `ConfigError` for a tracker that is not installed, `StorageError` if the disk refuses a write; the
-    records before it are intact.
+    Raises `StorageError` if the disk refuses a write; the records before it are intact.
     """
 
-    def __init__(
-        self, path: str | Path, trackers: Sequence[str] = (), step: int = 0, config: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, path: str | Path, trackers: Sequence[Tracker] = ()) -> None:
         self.path = Path(path)
-        self._trackers = [open_tracker(name, self.path.parent, step, config or {}) for name in trackers]
+        self._trackers = list(trackers)
         try:
             _end_on_a_whole_line(self.path)
             self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (closed in `close`)
@@ -112,6 +127,17 @@ def read_journal(path: str | Path) -> list[Record]:
     return list(records.values())
 
 
+def of_layer(record: Mapping[str, Any], layer: str) -> Mapping[str, Any]:
+    """The figures of one sparse layer in a `step` record: `load`, `max_vio`, … (`LoadSummary`); empty if none."""
+    figures: Mapping[str, Any] = (record.get("moe") or {}).get(layer, {})
+    return figures
+
+
+def last_steps(steps: Sequence[R], count: int) -> list[R]:
+    """The `step` records of the last `count` steps: fewer records where not every step was logged, but one at least."""
+    return [step for step in steps if step["step"] > steps[-1]["step"] - count]
+
+
 def flatten(record: Record) -> dict[str, float]:
     """The numbers of a `step` or `eval` record under slashed names: `train/loss`, `moe/layer03/max_vio`."""
     if record["kind"] not in ("step", "eval"):
@@ -121,67 +147,6 @@ def flatten(record: Record) -> dict[str, float]:
     for layer, values in (record.get("moe") or {}).items():
         metrics |= {f"moe/layer{int(layer):02d}/{name}": value for name, value in values.items()}
     return {name: float(value) for name, value in metrics.items() if isinstance(value, (bool, int, float))}
-
-
-class Tracker(Protocol):
-    """Where metrics go besides the journal."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record `metrics` at `step`."""
-
-    def close(self) -> None:
-        """Send what is left."""
-
-
-class TensorBoard:
-    """Event files in `<run>/tensorboard`."""
-
-    def __init__(self, run_dir: Path, step: int, config: Mapping[str, Any]) -> None:
-        module = importlib.import_module("torch.utils.tensorboard")
-        self._writer = module.SummaryWriter(log_dir=str(run_dir / "tensorboard"), purge_step=step + 1)
-        self._writer.add_text("config", f"```json\n{json.dumps(config, indent=1)}\n```", step)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record `metrics` at `step`."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush and close."""
-        self._writer.close()
-
-
-class RunTracker:
-    """Weights & Biases, or trackio, which has the same interface. The run is named after its directory.
-
-    A run that goes on is the same run there: wandb knows it by an id made from the directory's path, trackio by name.
-    """
-
-    def __init__(self, module_name: str, run_dir: Path, config: Mapping[str, Any]) -> None:
-        self._module = importlib.import_module(module_name)
-        path = run_dir.resolve()
-        known: dict[str, Any] = {"project": "manyhands", "name": path.name, "config": dict(config), "resume": "allow"}
-        if module_name == "wandb":
-            known["id"] = hashlib.sha256(str(path).encode()).hexdigest()[:16]
-        self._module.init(**known)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Record `metrics` at `step`."""
-        self._module.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        """Finish the run."""
-        self._module.finish()
-
-
-def open_tracker(name: str, run_dir: Path, step: int = 0, config: Mapping[str, Any] | None = None) -> Tracker:
-    """The tracker called `name`. Raises `ConfigError` with the command that installs it."""
-    try:
-        if name == "tensorboard":
-            return TensorBoard(run_dir, step, config or {})
-        return RunTracker(name, run_dir, config or {})
-    except ImportError:
-        raise ConfigError(f"train.trackers: {name} is not installed; run: pip install {name}") from None
 
 
 def _plain(value: Any, digits: int | None = None) -> Any:
