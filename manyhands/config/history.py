@@ -16,10 +16,11 @@ from manyhands.errors import ConfigError
 if TYPE_CHECKING:
     from manyhands.config.run import RunConfig
 
+_KIND = ("optim.name", "optim.router_optim")
 _ORDER = ("seed", "sequence_length", "batch_size", "dtype")
 _WATCHED = ("log_every", "eval_every", "save_every", "save_seconds", "keep_checkpoints", "trackers")
 _COMPUTED = ("device", "experts_implementation", "recompute")
-SAME = ("data.", "model.", "optim.name", "optim.router_optim", *(f"train.{name}" for name in _ORDER))
+SAME = ("start", "trainable", "data.", "model.", *_KIND, *(f"train.{name}" for name in _ORDER))
 """Names, or beginnings of names, of the fields that make a run what it is."""
 FREE = tuple(f"train.{name}" for name in _WATCHED + _COMPUTED)
 """Fields that change nothing of what is learnt; no record is kept of them."""
@@ -74,11 +75,14 @@ def _without(history: tuple[Change, ...], paths: set[str], after: int) -> tuple[
 def differences(before: "RunConfig", after: "RunConfig") -> dict[str, tuple[Any, Any]]:
     """`{section.name: (before, after)}` of the fields that differ; histories are not compared."""
     found = {}
-    for section, field in type(before).model_fields.items():
+    for section in type(before).model_fields:
         if section == "history":
             continue
         old, new = getattr(before, section), getattr(after, section)
-        assert isinstance(old, Strict), field
+        if not isinstance(old, Strict):
+            if old != new:
+                found[section] = (old, new)
+            continue
         for name in type(old).model_fields:
             if getattr(old, name) != getattr(new, name):
                 found[f"{section}.{name}"] = (getattr(old, name), getattr(new, name))

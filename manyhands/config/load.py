@@ -49,8 +49,12 @@ def parse_run(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig
 
 
 def dump_run(run: RunConfig) -> str:
-    """The resolved run as YAML; `parse_run` reads it back to an equal value."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    """The resolved run as YAML; `parse_run` reads it back to an equal value.
+
+    A field of no section is left out where it says nothing: files of runs that do not use it stay as they were.
+    """
+    idle = {name for name in ("start", "trainable") if getattr(run, name) == type(run).model_fields[name].default}
+    return yaml.safe_dump(run.model_dump(mode="json", exclude=idle), sort_keys=False, allow_unicode=True)
 
 
 def _read_yaml(text: str, complaint: str) -> Any:

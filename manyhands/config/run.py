@@ -119,6 +119,12 @@ class TrainConfig(Strict):
 class RunConfig(Strict):
     """Everything a run needs. The resolved file is saved beside the output and is enough to repeat it."""
 
+    start: Annotated[str, Field(min_length=1)] | None = None
+    """A checkpoint, a run, or a name on the Hugging Face hub to begin from: the model is then its, with its weights
+    and, without `data.tokenizer`, its tokenizer; a `model` section may only say the same."""
+    trainable: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)] = ("*",)
+    """Patterns over the names of the parameters that are trained (`*` is anything); `!` in front of one leaves out what
+    it matches. The others are frozen."""
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     balance: BalanceConfig = BalanceConfig()
@@ -136,7 +142,7 @@ class RunConfig(Strict):
             raise ValueError(
                 f"train.micro_batch_size = {micro} does not divide train.batch_size = {self.train.batch_size}"
             )
-        if self.train.sequence_length > self.model.max_position_embeddings:
+        if self.describes_model and self.train.sequence_length > self.model.max_position_embeddings:
             raise ValueError(
                 f"train.sequence_length = {self.train.sequence_length} exceeds "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}"
@@ -148,6 +154,11 @@ class RunConfig(Strict):
                     raise ValueError(f"history: {path!r} is not a setting that may change while a run goes on")
             settings_at(self, change.step)
         moe = self.model.moe
-        if self.balance.load_coef and (moe is None or not moe.router.noisy):
+        if self.describes_model and self.balance.load_coef and (moe is None or not moe.router.noisy):
             raise ValueError("balance.load_coef needs a noisy router: model.moe.router.noisy = true")
         return self
+
+    @property
+    def describes_model(self) -> bool:
+        """Whether `model` is this run's: one that starts from a checkpoint need not say what that holds."""
+        return self.start is None or "model" in self.model_fields_set

@@ -40,8 +40,12 @@ class RunData:
     """Of each of `FILES`."""
 
 
-def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) -> RunData:
+def prepare_data(
+    directory: Path, run: RunConfig, say: Callable[[str], None], ready_made: Callable[[], Tokenizer] | None = None
+) -> RunData:
     """Read, split, tokenise and store the text under `directory`, or open what is already there.
+
+    Without `data.tokenizer` the text is cut by `ready_made`, a checkpoint's tokenizer, or else by one made of it.
 
     Raises `DataError` for text that cannot be read or is too little, and for files that are not what was prepared;
     `ConfigError` for a tokenizer that does not fit the model's vocabulary.
@@ -56,11 +60,11 @@ def prepare_data(directory: Path, run: RunConfig, say: Callable[[str], None]) ->
         if total < MIN_BYTES:
             raise DataError(f"{', '.join(run.data.sources)}: {total} bytes of text are too few; {MIN_BYTES} are needed")
         say(f"read {len(documents):,} documents, {total / 1e6:.1f} MB ({len(valid):,} for validation)")
-        tokenizer = _tokenizer(run, train, say)
+        tokenizer = _tokenizer(run, train, say, ready_made)
         tokenizer.save(tokenizer_path)
         if Tokenizer.from_file(tokenizer_path).eos_token_id != tokenizer.eos_token_id:
             raise DataError(
-                f"data.tokenizer={run.data.tokenizer}: its end of text is named beside tokenizer.json alone, "
+                f"{_named(run)}: its end of text is named beside tokenizer.json alone, "
                 "which is all that a run keeps: a model would never stop; "
                 "name one of tokenizer.json's tokens <|endoftext|> or </s>"
             )
@@ -135,9 +139,17 @@ def _checked(done: Path, say: Callable[[str], None]) -> tuple[dict[str, float], 
     return reached, digests
 
 
-def _tokenizer(run: RunConfig, train: list[Document], say: Callable[[str], None]) -> Tokenizer:
+def _named(run: RunConfig) -> str:
+    return f"data.tokenizer={run.data.tokenizer}" if run.data.tokenizer or not run.start else f"start={run.start}"
+
+
+def _tokenizer(
+    run: RunConfig, train: list[Document], say: Callable[[str], None], ready_made: Callable[[], Tokenizer] | None
+) -> Tokenizer:
     vocab = run.model.vocab_size
-    if run.data.tokenizer is None:
+    if run.data.tokenizer is None and ready_made is not None:
+        tokenizer = ready_made()
+    elif run.data.tokenizer is None:
         say(f"training a byte-level BPE of {vocab:,} tokens")
         tokenizer = Tokenizer.train((document.text for document in train), vocab)
     else:

@@ -1,111 +1,22 @@
-"""What stops or skips a step: a signal, a value that is not finite, a spike.
+"""What skips a step or ends a run: a value that is not finite, a spike. The weights change only if both say nothing."""
 
-The loop asks in this order, and changes weights only if all three say nothing: `first_non_finite` of loss and
-gradients, `SpikeGuard.observe`, and between steps `StopSignals.requested`.
-"""
-
-import contextlib
 import math
-import os
-import select
-import signal
 import sys
-import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
-from types import FrameType, TracebackType
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from manyhands.config import GuardConfig
-from manyhands.errors import Interrupted, TrainingHalted
+from manyhands.errors import TrainingHalted
 
 _LEAST_OBSERVATIONS = 32
-_GRACE_SECONDS = 2.0  # for a native call to end before a signal ends the process without clean-up
 _ORDINARY = {"losses": 1.02, "grad_norms": 3.0}  # times the mean: a norm doubles in one update of 300, and is clipped
 _BEYOND_LARGEST = 1.5  # times as far from the mean as the window's largest: some tails are longer than any deviation
 _SAME_LEVEL = 2.0  # values within this factor are one level
 _LEVEL_FACTOR = 8.0  # a level higher than this times the old one is a run that diverged
-
-
-class StopSignals:
-    """Inside the block the first SIGTERM or SIGINT is noted in `requested`; the second ends the process at once.
-
-    The exit code of that is 128 + the signal's number. Python runs handlers between two of its own instructions, so a
-    long native call would delay them: a thread that waits for the signals' numbers on a pipe does not wait for it.
-    Outside the main thread, where Python delivers no signals, it does nothing.
-    """
-
-    def __init__(self) -> None:
-        self.requested: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-        self._preparing = False
-        self._pipe: tuple[int, int] | None = None
-        self._thread: threading.Thread | None = None
-        self._wakeup = -1
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[1], False)
-            self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-            self._thread = threading.Thread(target=self._watch, args=(self._pipe[0],), daemon=True)
-            self._thread.start()
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        if self._pipe is not None and self._thread is not None:
-            signal.set_wakeup_fd(self._wakeup)
-            os.close(self._pipe[1])  # ends the thread
-            self._thread.join()
-            os.close(self._pipe[0])
-            self._pipe = self._thread = None
-
-    @contextlib.contextmanager
-    def preparing(self) -> Iterator[None]:
-        """While there is nothing to save: the first signal raises `Interrupted`, within seconds whatever is running."""
-        self._preparing = True
-        try:
-            yield
-        finally:
-            self._preparing = False
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.requested is not None:
-            os._exit(128 + number)  # not SystemExit: `finally` blocks could take as long as the save that hangs
-        self.requested = signal.Signals(number)
-        if self._preparing:
-            self._preparing = False
-            raise _nothing_saved(self.requested)
-
-    def _watch(self, pipe: int) -> None:
-        """The same for a main thread that is in a native call."""
-        seen = 0
-        while arrived := os.read(pipe, 1):
-            number = arrived[0]
-            if number not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            seen += 1
-            if seen > 1:
-                os._exit(128 + number)
-            if self._preparing and not select.select([pipe], [], [], _GRACE_SECONDS)[0] and self._preparing:
-                print(f"manyhands: {_nothing_saved(signal.Signals(number))}", file=sys.stderr, flush=True)
-                os._exit(128 + number)
-
-
-def _nothing_saved(number: signal.Signals) -> Interrupted:
-    stopped = Interrupted(f"{number.name} before the first step: nothing was trained; start again")
-    stopped.exit_code = 128 + number
-    return stopped
 
 
 def first_non_finite(named_tensors: Iterable[tuple[str, Tensor | None]]) -> str | None:

@@ -11,9 +11,11 @@ from manyhands.kernels import check_name
 from manyhands.models import Decoder
 from manyhands.text.tokenizer import MIN_VOCAB_SIZE
 from manyhands.train.optim import build_optimizers
-from manyhands.train.state import pick_device
+from manyhands.train.state import count_parameters, count_trained, pick_device
+from manyhands.train.trainable import freeze
 
-_BYTES_PER_PARAMETER = 12  # weight, gradient, and one moment at least, in float32
+_BYTES_TRAINED = 12  # weight, gradient, and one moment at least, in float32
+_BYTES_FROZEN = 4
 
 
 def check_ready(run: RunConfig) -> None:
@@ -24,7 +26,7 @@ def check_ready(run: RunConfig) -> None:
     for tracker in run.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"train.trackers: {tracker} is not installed; run: pip install {tracker}")
-    if run.data.tokenizer is None and run.model.vocab_size < MIN_VOCAB_SIZE:
+    if run.data.tokenizer is None and run.start is None and run.model.vocab_size < MIN_VOCAB_SIZE:
         raise ConfigError(
             f"model.vocab_size = {run.model.vocab_size}: a byte-level vocabulary needs {MIN_VOCAB_SIZE} tokens at least"
         )
@@ -32,17 +34,18 @@ def check_ready(run: RunConfig) -> None:
         raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
     with torch.device("meta"):
         model = Decoder(run.model, run.train.experts_implementation)
+    freeze(model, run.trainable)
     build_optimizers(model, run.optim)
-    _check_memory(sum(p.numel() for p in model.parameters()), run.train.device)
+    _check_memory(count_parameters(model)[0], count_trained(model), run.train.device)
 
 
-def _check_memory(parameters: int, device: str) -> None:
+def _check_memory(parameters: int, trained: int, device: str) -> None:
     chosen = pick_device(device)
     if chosen.type == "cuda":
         have, where = torch.cuda.get_device_properties(chosen).total_memory, "the GPU"
     else:
         have, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this machine"
-    need = parameters * _BYTES_PER_PARAMETER
+    need = (parameters - trained) * _BYTES_FROZEN + trained * _BYTES_TRAINED
     if need > have:
         raise ConfigError(
             f"the model has {parameters / 1e9:,.1f} billion parameters, which need {need / 1e9:,.0f} GB and more to "

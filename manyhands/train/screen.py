@@ -111,6 +111,8 @@ class Screen:
                 f", {compact(record['active_parameters'])} active per token"
                 f"{self._dot}{record['num_experts']} experts, {record['num_experts_per_tok']} per token"
             )
+        if "trained_parameters" in record:
+            self._about += f"{self._dot}{compact(record['trained_parameters'])} of them trained"
         if self._live is None:
             self._console.print(self._about)
 

@@ -89,6 +89,11 @@ class TrainState:
         self.progress = progress
 
 
+def count_trained(model: Decoder) -> int:
+    """Parameters that are trained."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
 def count_parameters(model: Decoder) -> tuple[int, int]:
     """(all, active per token): an expert counts as active if a token visits it; the embedding counts as stored."""
     total = sum(p.numel() for p in model.parameters())

@@ -14,7 +14,7 @@ from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.models import Decoder, init_weights
 from manyhands.moe import Experts, MoELayer, Router
-from manyhands.train.loop import seed_noise
+from manyhands.train.fresh import seed_noise
 
 
 def model(router: dict | None = None, **moe) -> Decoder:

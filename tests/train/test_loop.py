@@ -22,7 +22,8 @@ from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
 from manyhands.text import Tokenizer
 from manyhands.trace.journal import read_journal
 from manyhands.train import loop, step, task
-from manyhands.train.guard import StopSignals
+from manyhands.train.guard import SpikeGuard
+from manyhands.train.signals import StopSignals
 
 from ..small_runs import SMALL, small_run, steps_of_a_second, write_text
 
@@ -344,7 +345,7 @@ def test_time_is_that_of_steps_and_validation_is_told_apart(
 def test_the_summary_counts_what_was_not_logged(
     every: int, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop.SpikeGuard, "observe", lambda self, *pair: next(steps) in (3, 5, 8))
+    monkeypatch.setattr(SpikeGuard, "observe", lambda self, *pair: next(steps) in (3, 5, 8))
     steps = iter(range(1, 100))
     summary = loop.train(
         tmp_path / "run", small_run(text, "train.max_steps=20", f"train.log_every={every}"), quiet=True

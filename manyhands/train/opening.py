@@ -1,0 +1,94 @@
+"""What a session says when it begins: what is trained, where it goes on, what changed."""
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+
+from manyhands.config import RunConfig
+from manyhands.config.history import settings_at
+from manyhands.trace.journal import Journal
+from manyhands.train.schedule import learning_rate, no_faster_than_warmup
+from manyhands.train.screen import Screen
+from manyhands.train.start import Start
+from manyhands.train.state import Progress, TrainState, count_parameters, count_trained
+from manyhands.version import __version__
+
+
+def announce(
+    run: RunConfig, state: TrainState, journal: Journal, screen: Screen, dtype: torch.dtype, start: Start | None
+) -> None:
+    """The `start` record; `start` is the checkpoint that the run has just begun from."""
+    moe = run.model.moe
+    parameters, active = count_parameters(state.model)
+    trained = count_trained(state.model)
+    more: dict[str, Any] = {} if trained == parameters else {"trained_parameters": trained}
+    if start is not None:
+        more["start"] = start.described()
+    record = journal.write(
+        "start",
+        step=state.progress.step,
+        time=datetime.now(UTC).isoformat(timespec="seconds"),
+        version=__version__,
+        torch=torch.__version__,
+        threads=torch.get_num_threads(),
+        parameters=parameters,
+        active_parameters=active,
+        num_experts=moe.router.num_experts if moe else None,
+        num_experts_per_tok=moe.router.num_experts_per_tok if moe else None,
+        sparse_layers=run.model.sparse_layers,
+        dtype=str(dtype).removeprefix("torch."),
+        **more,
+    )
+    screen.start(record)
+    if start is not None:
+        screen.note(f"starting from {start.source}")
+    if moe is None:
+        screen.note("a dense model: model.moe is not set, so there are no experts")
+    if moe is not None and not moe.router.causal_safe:
+        screen.note(
+            "warning: this router looks at other tokens, the later ones too; its loss is not a causal "
+            "model's, and generate will refuse it"
+        )
+
+
+def say_changes(
+    before: RunConfig,
+    now: RunConfig,
+    changes: Mapping[str, tuple[Any, Any]],
+    progress: Progress,
+    journal: Journal,
+    screen: Screen,
+) -> None:
+    """Each changed setting, and how the learning rate goes on."""
+    if progress.lr is None and progress.step:  # saved by a version that did not keep it
+        old = settings_at(before, progress.step)
+        progress.lr = learning_rate(progress.step - 1, old.train.max_steps, old.optim.lr, old.schedule)
+    if not changes or not progress.step:
+        return
+    for path, (was, new) in changes.items():
+        screen.note(f"from step {progress.step} on: {path} {was} -> {new}")
+    journal.write(
+        "change",
+        step=progress.step,
+        changes={path: {"before": was, "after": new} for path, (was, new) in changes.items()},
+    )
+    if progress.step >= progress.max_steps or progress.lr is None:
+        return
+    rate = learning_rate(progress.step, progress.max_steps, now.optim.lr, now.schedule)
+    reached = no_faster_than_warmup(rate, progress.lr, now.optim.lr, progress.max_steps, now.schedule)
+    how = (
+        "" if reached == rate else f", rising by {now.optim.lr / max(1, now.schedule.warmup_steps):.2e} a step at most"
+    )
+    screen.note(f"the learning rate goes from {progress.lr:.2e} to its schedule's {rate:.2e}{how}")
+
+
+def where(progress: Progress, run: RunConfig) -> str:
+    """From which step the run goes on, or how it could."""
+    if progress.step < progress.max_steps:
+        return f"continuing from step {progress.step}"
+    longer = "a larger train.max_steps"
+    if run.train.max_seconds is not None:
+        longer = f"train.max_seconds above {run.train.max_seconds:g}, its time budget, or {longer}"
+    return f"finished at step {progress.step}: nothing left to train; {longer} goes on"

@@ -1,0 +1,94 @@
+"""A start from a checkpoint: its model, its weights, its tokenizer, in the place of new ones."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from manyhands.checkpoint.manifest import MANIFEST, read_manifest
+from manyhands.checkpoint.model import find, load_model
+from manyhands.checkpoint.source import CONFIG, open_source
+from manyhands.config import ModelConfig, RunConfig, Strict, parse
+from manyhands.errors import ConfigError, UserError
+from manyhands.models import Decoder
+from manyhands.text import Tokenizer
+from manyhands.text.tokenizer_files import has_tokenizer
+
+_STATE = ("optimizer.safetensors", "rng.safetensors")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A checkpoint whose files were verified, as far as they can be."""
+
+    source: str
+    """As `RunConfig.start` has it."""
+    directory: Path
+    config: ModelConfig
+
+    @classmethod
+    def open(cls, source: str) -> "Start":
+        """The checkpoint, run or hub name `source`. Raises `CheckpointError`; `UserError` for packed weights."""
+        directory = find(source)
+        opened = open_source(directory)
+        if opened.records:
+            raise UserError(
+                f"start = {source!r}: packed weights cannot be trained; "
+                f"unpack them first: manyhands convert {source} DIRECTORY"
+            )
+        return cls(source, directory, opened.config)
+
+    def tokenizer(self) -> Tokenizer:
+        """Raises `ConfigError` if there is none."""
+        if not has_tokenizer(self.directory):
+            raise ConfigError(f"start = {self.source!r} has no tokenizer: say data.tokenizer=FILE")
+        return Tokenizer.from_directory(self.directory)
+
+    def load_into(self, model: Decoder) -> None:
+        """Give `model` its weights, in float32."""
+        weights = load_model(self.directory, dtype=torch.float32).state_dict()
+        model.load_state_dict(weights)
+
+    def described(self) -> dict[str, str | dict[str, str]]:
+        """For the journal: what the run started from, with the SHA-256 of the files that make the model."""
+        if (self.directory / MANIFEST).is_file():
+            digests = {name: entry.sha256 for name, entry in read_manifest(self.directory).files.items()}
+        else:
+            digests = {path.name: _digest(path) for path in sorted(self.directory.iterdir()) if _is_model(path.name)}
+        of_model = {name: digest for name, digest in digests.items() if _is_model(name)}
+        return {"source": self.source, "directory": str(self.directory.resolve()), "sha256": of_model}
+
+
+def with_model(run: RunConfig, config: ModelConfig) -> RunConfig:
+    """`run` with the model that it starts from. Raises `ConfigError` naming a field that says otherwise."""
+    if "model" in run.model_fields_set:
+        _same(run.model, config, "model", run.start)
+    values = {name: getattr(run, name) for name in type(run).model_fields if name != "model"}
+    return parse(RunConfig, {**values, "model": config})
+
+
+def _same(said: Strict, found: Strict, path: str, start: str | None) -> None:
+    for name in type(said).model_fields:
+        if name not in said.model_fields_set:
+            continue
+        mine, theirs = getattr(said, name), getattr(found, name, None)
+        if mine == theirs:
+            continue
+        if isinstance(mine, Strict) and isinstance(theirs, Strict):
+            _same(mine, theirs, f"{path}.{name}", start)
+            continue
+        raise ConfigError(
+            f"{path}.{name} = {mine!r} contradicts start = {start!r}, whose model has {theirs!r}: "
+            "leave the model section away"
+        )
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file says what the model is, or holds its weights. A run's checkpoint has its training state beside."""
+    return name == CONFIG or (name.endswith(".safetensors") and name not in _STATE)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,45 @@
+"""Which parameters a run trains, by patterns over their names.
+
+`*` stands for anything, dots too. `!` in front of a pattern leaves out what it matches; where every pattern has one,
+all the others are trained.
+
+    ["layers.*.mlp.experts.*"]                       the routed experts alone
+    ["!embed_tokens.*", "!layers.*.mlp.router.*"]    all but the embedding and the routers
+"""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from manyhands.errors import ConfigError
+
+
+def chosen(names: Iterable[str], patterns: Sequence[str]) -> set[str]:
+    """Those of `names` that are trained.
+
+    Raises `ConfigError` for a pattern that matches none, naming near ones, and if nothing is left to train.
+    """
+    known = list(names)
+    taken: set[str] = set()
+    left_out: set[str] = set()
+    for pattern in patterns:
+        bare = pattern.removeprefix("!")
+        matched = {name for name in known if fnmatchcase(name, bare)}
+        if not matched:
+            near = difflib.get_close_matches(bare, known, n=3, cutoff=0.3) or known[:3]
+            raise ConfigError(f"trainable: {pattern!r} matches no parameter; near: {', '.join(near)}")
+        (left_out if pattern.startswith("!") else taken).update(matched)
+    if all(pattern.startswith("!") for pattern in patterns):
+        taken = set(known)
+    if not taken - left_out:
+        raise ConfigError(f"trainable: {list(patterns)} leaves nothing to train")
+    return taken - left_out
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Only what `patterns` choose gets a gradient from here on, and with it an optimiser's state and decay."""
+    trained = chosen((name for name, _ in model.named_parameters()), patterns)
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in trained)
