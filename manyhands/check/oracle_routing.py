@@ -7,6 +7,7 @@ T tokens, K experts per token, E experts, G groups.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -117,11 +118,20 @@ def route(
     return _with_capacity(routing, config, factor, tested, rounding)
 
 
-def _score(logits: Tensor, config: RouterConfig) -> Tensor:
-    if config.score == "sigmoid":
-        return 1.0 / (1.0 + (-logits).exp())
+def _softmax(logits: Tensor) -> Tensor:
     powers = (logits - logits.amax(-1, keepdim=True)).exp()
     return powers / powers.sum(-1, keepdim=True)
+
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": _softmax,
+    "sigmoid": lambda logits: 1.0 / (1.0 + (-logits).exp()),
+}
+"""Every `RouterConfig.score`, once more."""
+
+
+def _score(logits: Tensor, config: RouterConfig) -> Tensor:
+    return SCORES[config.score](logits)
 
 
 def best(values: Tensor, k: int) -> Tensor:

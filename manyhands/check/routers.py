@@ -15,6 +15,7 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.subject import gradients
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.moe import LoadCounter, MoELayer
+from manyhands.moe.router import SCORES
 
 RouterRows = tuple[list[Row], Routings]
 B, S, D, F, VOCAB = 4, 11, 32, 16, 97  # T = 44: no multiple of a vector width, so that tails are covered
@@ -57,7 +58,10 @@ ROUTERS: dict[str, RouterConfig] = {
     "hash": RouterConfig(select="hash", num_experts_per_tok=1, routed_scaling_factor=0.5),
     "expert choice": RouterConfig(select="expert_choice", routed_scaling_factor=1.5),
 }
-"""One of each published kind, in small; experts alternate between activations and biases, see `layer_config`."""
+_MET = {router.score for router in ROUTERS.values()}
+ROUTERS |= {f"score {name}": RouterConfig.model_validate({"score": name}) for name in SCORES if name not in _MET}
+"""One of each published kind, in small, and each score that none of them has; experts alternate between activations
+and biases, see `layer_config`."""
 
 
 def layer_config(name: str) -> MoEConfig:

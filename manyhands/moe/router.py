@@ -23,13 +23,13 @@ from manyhands.moe.routing import Routing, top_k_stable
 
 FEW_TOKENS = 16
 """Up to so many the native kernels route; the operators below cost more than the work."""
-SCORES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
+SCORE_CODES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
 ROUTE = Coverage(
     {
         **dict.fromkeys(("num_experts", "num_experts_per_tok", "norm_topk_prob", "norm_top1", "logit_bias", "bias")),
         **dict.fromkeys(("routed_scaling_factor", "n_group", "topk_group")),
         "select": ("topk",),
-        "score": tuple(SCORES),
+        "score": tuple(SCORE_CODES),
         "group_score": tuple(GROUP_SCORES),
         # these act in training only, where the kernels do not route
         **dict.fromkeys(("noisy", "jitter", "random_second", "init", "capacity_factor")),
@@ -145,7 +145,7 @@ class Router(nn.Module):
         c, tensors = self.config, (self.weight, self.bias, self.e_score_correction_bias)
         return CRouter(
             *(None if t is None else t.data_ptr() for t in tensors),
-            *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, SCORES[c.score]),
+            *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, SCORE_CODES[c.score]),
             *(c.n_group, c.topk_group, GROUP_SCORES[c.group_score]),
             c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.norm_top1),
             c.routed_scaling_factor,
@@ -187,13 +187,18 @@ def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None
         return F.linear(x_TD, weight_ED, bias_E)
 
 
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {
+    "softmax": lambda logits_TE: logits_TE.softmax(-1),
+    "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
+}
+"""Every `RouterConfig.score`. The oracle has a table of its own, `check/oracle_routing.py`."""
+
+
 def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
-    """[T, E] float32: softmax over the experts, or a sigmoid for each."""
-    if config.score == "softmax":
-        return logits_TE.softmax(-1)
-    if config.score == "sigmoid":
-        return logits_TE.sigmoid()
-    raise ConfigError(f"score = {config.score!r}: there is no such score; " + suggest(config.score, list(SCORES)))
+    """[T, E] float32: what the experts are chosen and weighed by. Raises `ConfigError` for a score nobody wrote."""
+    if config.score not in SCORES:
+        raise ConfigError(f"score = {config.score!r}: there is no such score; " + suggest(config.score, list(SCORES)))
+    return SCORES[config.score](logits_TE)
 
 
 def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:

@@ -1,8 +1,14 @@
 """score → select → weigh against hand-checked cases: §0, §6 and §7 of docs/algorithms.md."""
 
+from typing import get_args
+
 import pytest
 import torch
 import torch.nn.functional as F
+
+from manyhands.check import ROUTERS, oracle_routing
+from manyhands.config import RouterConfig
+from manyhands.moe.router import SCORES
 
 from .make_routing import logit, make_router, route_logits, tokens
 
@@ -144,3 +150,9 @@ def test_scale_multiplies_the_weights_of_every_selection() -> None:
         scaled = make_router(num_experts=4, num_experts_per_tok=k, select=select, routed_scaling_factor=2.5)
         x = tokens(8, 8)
         torch.testing.assert_close(scaled(x, None, ids).weights, 2.5 * plain(x, None, ids).weights)
+
+
+def test_every_score_is_computed_and_checked() -> None:
+    """The names that a config may have, the router's table, the oracle's table and what `check` runs are one list."""
+    names = set(get_args(RouterConfig.model_fields["score"].annotation))
+    assert names == set(SCORES) == set(oracle_routing.SCORES) == {router.score for router in ROUTERS.values()}
