@@ -33,3 +33,12 @@ def test_watch_transformers(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
     *layers, last = capsys.readouterr().out.splitlines()
     assert len(layers) == 2 and all("tokens per expert" in line for line in layers)
     assert float(last.split()[-1]) < 1e-5
+
+
+def test_many_prompts(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    train(tmp_path / "run", small_run(write_text(tmp_path), "train.max_steps=2"), quiet=True)
+    monkeypatch.setattr("sys.argv", ["many_prompts.py", str(tmp_path / "run"), "line 5", "a"])
+    runpy.run_path(str(EXAMPLES / "many_prompts.py"), run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 8 and all("tokens per expert" in line for line in lines[1::2])
+    assert len(set(lines[::2])) == 4, "a seed each"

@@ -1,10 +1,12 @@
 """The engine against the model without cache, without batch, without engine."""
 
 import copy
+import sys
 
 import pytest
 import torch
 
+import manyhands as mh
 from manyhands.engine.runner import Runner
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.generate import SamplingConfig, complete, generate
@@ -188,3 +190,12 @@ def test_damaged_weights_are_an_error_in_one_line(make):
     torch.nn.init.constant_(model.layers[2].mlp.experts.down_proj, float("nan"))
     with pytest.raises(ManyhandsError, match="NaN or infinite"):
         list(generate(model, [[1]], GREEDY))
+
+
+def test_the_room_is_the_function(make, tokenizer):
+    """`mh.generate(…)`, whether or not somebody has imported `manyhands.generate` before."""
+    model, sampling = make(), SamplingConfig(temperature=0, max_new_tokens=4)
+    completions = mh.generate(model, tokenizer, ["def", [5, 6, 7]], sampling)
+    assert completions == complete(model, tokenizer, ["def", [5, 6, 7]], sampling)
+    assert completions[1].token_ids == ids_of(list(generate(model, [[5, 6, 7]], sampling, tokenizer)))
+    assert mh.generate is sys.modules["manyhands.generate"]
