@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.catalog.entry import COMPARED, FACTS, Entry, Figure, Kind, Storage
-from manyhands.catalog.shape import DecoderShape, EncoderDecoderShape, ExpertsShape, LstmShape, Shape
+from manyhands.catalog.shape import DecoderShape, ExpertsShape, Shape
 from manyhands.config import parse
 from manyhands.errors import ConfigError
 
@@ -21,12 +21,10 @@ __all__ = [
     "COMPARED",
     "FACTS",
     "DecoderShape",
-    "EncoderDecoderShape",
     "Entry",
     "ExpertsShape",
     "Figure",
     "Kind",
-    "LstmShape",
     "Shape",
     "Storage",
     "entries",

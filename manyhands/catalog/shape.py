@@ -1,13 +1,14 @@
-"""Layer shapes of systems that no family of ours reads: enough to count every parameter, and no more.
+"""Layer shapes of systems that no configuration describes: enough to count every parameter, and no more.
 
-A system that one of `manyhands.families` reads has that family's `config.json` fields instead.
+A system that one of `manyhands.families` reads has that family's `config.json` fields instead, and one whose kind of
+model is described has its configuration: encoder-decoders and recurrent models.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from manyhands.config import Strict
+from manyhands.config import EncoderDecoderConfig, RecurrentConfig, Strict
 
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 24)]
@@ -101,43 +102,6 @@ class DecoderShape(Strict):
         return self.num_hidden_layers - (self.moe.layers if self.moe else 0)
 
 
-class EncoderDecoderShape(Strict):
-    """T5 (arXiv 1910.10683) and its sparse descendants Switch and ST-MoE: RMSNorm, relative position biases."""
-
-    kind: Literal["encoder_decoder"] = "encoder_decoder"
-    hidden_size: Size
-    vocab_size: Size
-    tie_word_embeddings: bool
-    intermediate_size: Size
-    gated: bool
-    num_attention_heads: Size
-    head_dim: Size
-    encoder_layers: Size
-    decoder_layers: Size
-    relative_buckets: Count = 32
-    num_experts: Count = 0
-    num_experts_per_tok: Count = 0
-    encoder_moe_layers: Count = 0
-    decoder_moe_layers: Count = 0
-    encoder_extra_dense: Count = 0
-    """Dense feed-forward networks beyond one per layer (ST-MoE follows each sparse one with a dense one)."""
-    decoder_extra_dense: Count = 0
-
-
-class LstmShape(Strict):
-    """Shazeer 2017 (arXiv 1701.06538): one hierarchical mixture between LSTM layers. Without embedding and softmax."""
-
-    kind: Literal["lstm"] = "lstm"
-    hidden_size: Size
-    lstm_layers: Size
-    num_experts: Size
-    num_experts_per_tok: Size
-    moe_intermediate_size: Size
-    num_groups: Size
-    """The first level of the hierarchy chooses among this many groups."""
-    groups_per_tok: Size
-
-
 class ExpertsShape(Strict):
     """The experts alone, where the paper's table counts little else (GShard)."""
 
@@ -150,4 +114,4 @@ class ExpertsShape(Strict):
     num_experts_per_tok: Size
 
 
-Shape = DecoderShape | EncoderDecoderShape | LstmShape | ExpertsShape
+Shape = DecoderShape | EncoderDecoderConfig | RecurrentConfig | ExpertsShape

@@ -135,7 +135,7 @@ def _mixture(entry: "Entry") -> tuple[int, int, int] | None:
     config, shape = entry.config, entry.shape
     if config is not None and config.moe is not None:
         return config.moe.router.num_experts, config.moe.n_shared_experts, config.moe.router.num_experts_per_tok
-    mixture: Any = getattr(shape, "moe", None) or shape
+    mixture: Any = getattr(shape, "moe", None) or getattr(shape, "router", None) or shape
     if not getattr(mixture, "num_experts", 0):
         return None
     shared = getattr(mixture, "shared_intermediate_size", 0)

@@ -1,8 +1,14 @@
 """Frozen, strict descriptions of a model and of a run. Imports no torch."""
 
+from manyhands.config.attention import AttentionConfig, RopeConfig
 from manyhands.config.base import Strict, parse, suggest
-from manyhands.config.model import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
+from manyhands.config.decoder import ModelConfig
+from manyhands.config.encoder_decoder import EncoderDecoderConfig
+from manyhands.config.model import AnyModelConfig, read_model_config
+from manyhands.config.moe import MoEConfig
 from manyhands.config.packing import PackedConfig, Packing
+from manyhands.config.recurrent import RecurrentConfig
+from manyhands.config.router import RouterConfig
 from manyhands.config.run import (
     BalanceConfig,
     DataConfig,
@@ -15,15 +21,18 @@ from manyhands.config.run import (
 from manyhands.config.sampling import SamplingConfig
 
 __all__ = [
+    "AnyModelConfig",
     "AttentionConfig",
     "BalanceConfig",
     "DataConfig",
+    "EncoderDecoderConfig",
     "GuardConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",
     "PackedConfig",
     "Packing",
+    "RecurrentConfig",
     "RopeConfig",
     "RouterConfig",
     "RunConfig",
@@ -32,5 +41,6 @@ __all__ = [
     "Strict",
     "TrainConfig",
     "parse",
+    "read_model_config",
     "suggest",
 ]

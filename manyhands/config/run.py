@@ -5,8 +5,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
+from manyhands.config.decoder import ModelConfig
 from manyhands.config.history import SAME, Change, settings_at
-from manyhands.config.model import Count, ModelConfig, Rate, Size
+from manyhands.config.numbers import Count, Rate, Size
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 

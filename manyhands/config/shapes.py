@@ -6,7 +6,9 @@ V vocabulary, D width, L layers, E experts, F expert width, H heads, G key/value
 from collections.abc import Iterator
 
 from manyhands.config.activation import GATED
-from manyhands.config.model import AttentionConfig, ModelConfig, MoEConfig
+from manyhands.config.attention import AttentionConfig
+from manyhands.config.decoder import ModelConfig
+from manyhands.config.moe import MoEConfig
 
 Shape = tuple[int, ...]
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from manyhands.config.model import INITIALIZER_RANGE
+from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CLinear

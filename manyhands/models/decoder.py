@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from manyhands.config import ModelConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
 from manyhands.layers.attention import Attention, Caches, Positions, causal_mask
@@ -177,7 +178,7 @@ class Decoder(nn.Module):
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
         super().__init__()
-        self.config = config
+        self.config = config = as_decoder(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
             Block(config, layer, experts_implementation) for layer in range(config.num_hidden_layers)

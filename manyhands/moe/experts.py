@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
 from manyhands.config.activation import GATED
-from manyhands.config.model import INITIALIZER_RANGE
+from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels import ExpertWeights, check_name, run_experts
 from manyhands.moe.routing import Routing
 

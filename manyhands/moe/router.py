@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import RouterConfig, suggest
-from manyhands.config.model import INITIALIZER_RANGE
+from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
 from manyhands.kernels.coverage import Coverage
 from manyhands.kernels.moment import held

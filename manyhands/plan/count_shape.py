@@ -8,15 +8,14 @@ from collections import Counter
 from manyhands.catalog.shape import (
     AttentionShape,
     DecoderShape,
-    EncoderDecoderShape,
     ExpertsShape,
-    LstmShape,
     MambaShape,
     MoEShape,
     Shape,
 )
-from manyhands.config.activation import Form
+from manyhands.config import EncoderDecoderConfig, RecurrentConfig
 from manyhands.plan.count import Counts
+from manyhands.plan.count_kind import count_any, feed_forward
 
 
 def count_shape(shape: Shape) -> Counts:
@@ -24,12 +23,10 @@ def count_shape(shape: Shape) -> Counts:
     match shape:
         case DecoderShape():
             return _decoder(shape)
-        case EncoderDecoderShape():
-            return _encoder_decoder(shape)
-        case LstmShape():
-            return _lstm(shape)
         case ExpertsShape():
             return _experts(shape)
+        case _:
+            return count_any(shape)
 
 
 def experts_in_model(shape: Shape) -> int:
@@ -37,29 +34,13 @@ def experts_in_model(shape: Shape) -> int:
     match shape:
         case DecoderShape():
             return shape.moe.num_experts * shape.moe.layers if shape.moe else 0
-        case EncoderDecoderShape():
-            return shape.num_experts * (shape.encoder_moe_layers + shape.decoder_moe_layers)
-        case LstmShape():
+        case EncoderDecoderConfig():
+            sparse = shape.num_sparse_encoder_layers + shape.num_sparse_decoder_layers
+            return shape.router.num_experts * sparse if shape.router else 0
+        case RecurrentConfig():
             return shape.num_experts
         case ExpertsShape():
             return shape.num_experts * shape.moe_layers
-
-
-def sequence_flops(shape: EncoderDecoderShape, tokens_in: int, tokens_out: int) -> int:
-    """Forward FLOPs of one pair of sequences, routers left out: 2 · weights · tokens, attention, and the head.
-
-    A decoder's token sees half of the outputs and all of the inputs. With 512 and 114 this is the "FLOPs/seq" of
-    arXiv 2101.03961, table 9, to about 5 %.
-    """
-    D, wide = shape.hidden_size, shape.num_attention_heads * shape.head_dim
-    routers = D * shape.num_experts
-    encoder, decoder = _stack(shape, decoder=False)[1], _stack(shape, decoder=True)[1]
-    encoder -= routers * shape.encoder_moe_layers
-    decoder -= routers * shape.decoder_moe_layers
-    weights = tokens_in * encoder + tokens_out * (decoder + D * shape.vocab_size)
-    seen_in = tokens_in * tokens_in * shape.encoder_layers
-    seen_out = (tokens_out * tokens_out // 2 + tokens_out * tokens_in) * shape.decoder_layers
-    return 2 * weights + 2 * 2 * wide * (seen_in + seen_out)
 
 
 def _decoder(s: DecoderShape) -> Counts:
@@ -73,7 +54,7 @@ def _decoder(s: DecoderShape) -> Counts:
     idle = {"attention": attention_layers * (a.num_experts - a.num_experts_per_tok) * each}
     if s.mamba:
         parts["state space"] = s.mamba.layers * _mamba(s.mamba, D)
-    parts["dense feed-forward"] = s.dense_layers * _feed_forward(D, s.intermediate_size, s.gated, s.mlp_bias)
+    parts["dense feed-forward"] = s.dense_layers * feed_forward(D, s.intermediate_size, s.gated, s.mlp_bias)
     parts["norms"] = (s.norms_per_layer * s.num_hidden_layers + 1) * D * (2 if s.norm_bias else 1)
     buffers = 0
     if s.moe:
@@ -96,11 +77,11 @@ def _decoder(s: DecoderShape) -> Counts:
 
 def _moe(parts: Counter[str], m: MoEShape, D: int) -> int:
     """Adds the sparse layers to `parts`; returns what does not work for a token."""
-    expert = _feed_forward(D, m.moe_intermediate_size, m.gated)
+    expert = feed_forward(D, m.moe_intermediate_size, m.gated)
     parts["routed experts"] += m.layers * m.num_experts * expert
     parts["router"] += m.layers * (D * m.num_experts + (D if m.output_bias else 0))
-    parts["shared experts"] += m.layers * _feed_forward(D, m.shared_intermediate_size, True)
-    parts["dense feed-forward"] += m.layers * _feed_forward(D, m.residual_intermediate_size, True)
+    parts["shared experts"] += m.layers * feed_forward(D, m.shared_intermediate_size, True)
+    parts["dense feed-forward"] += m.layers * feed_forward(D, m.residual_intermediate_size, True)
     return m.layers * (m.num_experts - m.num_experts_per_tok) * expert
 
 
@@ -124,67 +105,8 @@ def _mamba(m: MambaShape, D: int) -> int:
     return project_in + convolution + to_parameters + time_step + transition + skip + project_out + norms
 
 
-def _feed_forward(D: int, F: int, gated: bool, bias: bool = False) -> int:
-    matrices = Form(gated).matrices
-    return matrices * D * F + ((matrices - 1) * F + D if bias and F else 0)
-
-
-def _encoder_decoder(s: EncoderDecoderShape) -> Counts:
-    embedding = s.vocab_size * s.hidden_size
-    head = 0 if s.tie_word_embeddings else embedding
-    parts, body = Counter({"embedding": embedding, "head": head}), 0
-    for decoder in (False, True):
-        stack, active = _stack(s, decoder=decoder)
-        parts.update(stack)
-        body += active
-    # one table of relative positions each for encoder and decoder: looked up, so no part of the active counts
-    tables = 2 * s.relative_buckets * s.num_attention_heads
-    parts["attention"] += tables
-    idle = {"attention": tables, "routed experts": sum(parts.values()) - tables - embedding - head - body}
-    return Counts(
-        total=sum(parts.values()),
-        active=body + embedding + head,
-        active_without_embedding=body + (head or embedding),
-        body=body,
-        embedding=embedding,
-        by_component={name: count for name, count in parts.items() if count},
-        idle={name: count for name, count in idle.items() if count},
-    )
-
-
-def _stack(s: EncoderDecoderShape, *, decoder: bool) -> tuple[Counter[str], int]:
-    """(parts, active) of the encoder or the decoder."""
-    D, layers = s.hidden_size, s.decoder_layers if decoder else s.encoder_layers
-    sparse, extra = s.encoder_moe_layers, s.encoder_extra_dense
-    if decoder:
-        sparse, extra = s.decoder_moe_layers, s.decoder_extra_dense
-    network = _feed_forward(D, s.intermediate_size, s.gated)
-    parts = Counter(
-        {
-            "attention": (2 if decoder else 1) * layers * 4 * D * s.num_attention_heads * s.head_dim,
-            "dense feed-forward": (layers - sparse + extra) * network,
-            "routed experts": sparse * s.num_experts * network,
-            "router": sparse * D * s.num_experts,
-            "norms": ((3 if decoder else 2) * layers + extra + 1) * D,
-        }
-    )
-    return parts, sum(parts.values()) - sparse * (s.num_experts - s.num_experts_per_tok) * network
-
-
-def _lstm(s: LstmShape) -> Counts:
-    """Gates and noise at both levels; a token evaluates the first and its groups' part of the second."""
-    D, expert = s.hidden_size, _feed_forward(s.hidden_size, s.moe_intermediate_size, gated=False)
-    recurrent = s.lstm_layers * 4 * 2 * D * D
-    gates = 2 * D * (s.num_groups + s.num_experts)
-    gates_used = 2 * D * (s.num_groups + s.groups_per_tok * s.num_experts // s.num_groups)
-    body = recurrent + s.num_experts_per_tok * expert + gates_used
-    parts = {"recurrent": recurrent, "router": gates, "routed experts": s.num_experts * expert}
-    idle = {"router": gates - gates_used, "routed experts": (s.num_experts - s.num_experts_per_tok) * expert}
-    return Counts(sum(parts.values()), body, body, body, embedding=0, by_component=parts, idle=idle)
-
-
 def _experts(s: ExpertsShape) -> Counts:
-    layer = s.moe_layers * _feed_forward(s.hidden_size, s.moe_intermediate_size, s.gated)
+    layer = s.moe_layers * feed_forward(s.hidden_size, s.moe_intermediate_size, s.gated)
     total, active = layer * s.num_experts, layer * s.num_experts_per_tok
     parts, idle = {"routed experts": total}, {"routed experts": total - active}
     return Counts(total, active, active, active, embedding=0, by_component=parts, idle=idle)

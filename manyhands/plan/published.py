@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
-from manyhands.catalog import EncoderDecoderShape, Entry, Figure, entries
+from manyhands.catalog import Entry, Figure, entries
 from manyhands.catalog.entry import split_printed
-from manyhands.config import ModelConfig
+from manyhands.config import EncoderDecoderConfig, ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.plan.compute import training_flops
 from manyhands.plan.count import Counts, count_model
-from manyhands.plan.count_shape import count_shape, experts_in_model, sequence_flops
+from manyhands.plan.count_kind import sequence_flops
+from manyhands.plan.count_shape import count_shape, experts_in_model
 from manyhands.plan.shape_sizes import shape_sizes
 from manyhands.plan.sizes import sizes_of
 from manyhands.plan.storage import tensor_class
@@ -152,7 +153,7 @@ class _Computed:
 
     def _sequence_flops(self) -> float:
         shape = self.entry.shape
-        assert isinstance(shape, EncoderDecoderShape), self.entry.id
+        assert isinstance(shape, EncoderDecoderConfig), self.entry.id
         return sequence_flops(shape, 512, 114)
 
     def _checkpoint(self) -> float:

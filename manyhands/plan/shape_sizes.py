@@ -1,6 +1,7 @@
 """`Sizes` of a catalogue's shape: decoders that no family of ours reads, so attention and caches still have figures."""
 
 from manyhands.catalog.shape import DecoderShape, Shape
+from manyhands.config import AnyModelConfig
 from manyhands.plan.sizes import Sizes
 
 
@@ -26,7 +27,7 @@ def shape_sizes(shape: Shape) -> Sizes | None:
     )
 
 
-def left_out(shape: Shape) -> tuple[str, ...]:
+def left_out(shape: Shape | AnyModelConfig) -> tuple[str, ...]:
     """What the figures do not contain, for people."""
     if not isinstance(shape, DecoderShape):
         return ("not a decoder: parameters and memory only",)

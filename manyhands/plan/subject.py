@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.config import ModelConfig, PackedConfig, parse
+from manyhands.config import AnyModelConfig, ModelConfig, PackedConfig, parse, read_model_config
 from manyhands.errors import ConfigError
 from manyhands.plan.count import Counts, count_model
 from manyhands.plan.own_files import storage_of_files
@@ -81,6 +81,15 @@ def _ours(config: ModelConfig, name: str, origin: str) -> Subject:
     return Subject(name, origin, count_model(config), config, sizes_of(config), storage)
 
 
+def _any_kind(config: AnyModelConfig, name: str, origin: str) -> Subject:
+    from manyhands.plan.count_kind import count_any
+    from manyhands.plan.shape_sizes import left_out
+
+    if isinstance(config, ModelConfig):
+        return _ours(config, name, origin)
+    return Subject(name, origin, count_any(config), notes=left_out(config))
+
+
 def _config_file(path: Path, name: str) -> Subject:
     from manyhands.families import FAMILIES, read_config
     from manyhands.plan.guess import guess_config
@@ -91,6 +100,8 @@ def _config_file(path: Path, name: str) -> Subject:
     model_type = values.get("model_type")
     if model_type is not None and not isinstance(model_type, str):
         raise ConfigError(f"{path}: model_type = {repr(model_type)[:60]}: expected a name")
+    if model_type is None and "kind" in values:
+        return _any_kind(read_model_config(values, str(path)), name, str(path))
     if model_type in FAMILIES:
         family, config = read_config(values, str(path))
         origin = f"{path} ({family.published})"

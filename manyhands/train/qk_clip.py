@@ -6,7 +6,7 @@ Letters: H query heads, G key/value heads, D model width. Source: Kimi K2, arXiv
 import torch
 from torch import Tensor, nn
 
-from manyhands.config.model import AttentionConfig
+from manyhands.config.attention import AttentionConfig
 
 
 @torch.no_grad()

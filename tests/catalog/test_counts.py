@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from manyhands.catalog import DecoderShape, EncoderDecoderShape, load
+from manyhands.catalog import DecoderShape, load
+from manyhands.config import EncoderDecoderConfig
 from manyhands.plan.count_shape import count_shape, experts_in_model
 from manyhands.plan.published import block_scales, counts_of, mtp_parameters
 
@@ -84,14 +85,14 @@ def _decoder(s: DecoderShape, **more: Any) -> dict[str, Any]:
     }
 
 
-def _t5(s: EncoderDecoderShape) -> dict[str, Any]:
+def _t5(s: EncoderDecoderConfig) -> dict[str, Any]:
     return {
         "vocab_size": s.vocab_size,
         "d_model": s.hidden_size,
         "d_kv": s.head_dim,
         "d_ff": s.intermediate_size,
-        "num_layers": s.encoder_layers,
-        "num_decoder_layers": s.decoder_layers,
+        "num_layers": s.num_hidden_layers,
+        "num_decoder_layers": s.num_decoder_layers,
         "num_heads": s.num_attention_heads,
         "tie_word_embeddings": s.tie_word_embeddings,
     }
@@ -149,11 +150,12 @@ def _jamba(s: DecoderShape) -> dict[str, Any]:
     return _decoder(s, **where, **experts, intermediate_size=s.intermediate_size, mamba_dt_rank=s.mamba.time_step_rank)
 
 
-def _switch(s: EncoderDecoderShape) -> dict[str, Any]:
+def _switch(s: EncoderDecoderConfig) -> dict[str, Any]:
+    assert s.router is not None
     sparse = {
-        "num_sparse_encoder_layers": s.encoder_moe_layers,
-        "num_sparse_decoder_layers": s.decoder_moe_layers,
-        "num_experts": s.num_experts,
+        "num_sparse_encoder_layers": s.num_sparse_encoder_layers,
+        "num_sparse_decoder_layers": s.num_sparse_decoder_layers,
+        "num_experts": s.router.num_experts,
     }
     return _t5(s) | sparse
 

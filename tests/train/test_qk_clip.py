@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from manyhands.config.model import AttentionConfig
+from manyhands.config.attention import AttentionConfig
 from manyhands.train.qk_clip import qk_clip_
 
 D, TOKENS, HEADS = 24, 10, 4

@@ -1,0 +1,109 @@
+"""Attention and its rotary position embedding."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from manyhands.config.base import Strict
+from manyhands.config.numbers import Multiplier, Rate, Rotations, Size
+
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
+class RopeConfig(Strict):
+    """Rotary position embedding: plain, linear interpolation, YaRN (arXiv 2309.00071), or Llama 3.1's."""
+
+    rope_theta: Annotated[float, Field(gt=1.0, le=1e12)] = 10_000.0
+    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    factor: Annotated[float, Field(ge=1.0, le=1e4)] = 1.0
+    original_max_position_embeddings: Size | None = None
+    beta_fast: Rotations = 32.0
+    beta_slow: Rotations = 1.0
+    mscale: Rate | None = None
+    mscale_all_dim: Rate | None = None
+    attention_factor: Rate | None = None
+    truncate: bool = True
+    """YaRN: round the borders of its ramp to whole dimensions (gpt-oss does not)."""
+    low_freq_factor: Rotations = 1.0
+    high_freq_factor: Rotations = 4.0
+    """llama3: wavelengths over original / low are divided by factor, those under original / high are kept."""
+    partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """The share of a head's width that is rotated, from its start (GLM-4.5: half)."""
+    interleave: bool = False
+    """Rotate neighbouring pairs (DeepSeek's checkpoints) instead of the two halves (Llama)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RopeConfig":
+        if self.rope_type in ("yarn", "llama3") and self.original_max_position_embeddings is None:
+            raise ValueError(f"rope_type = {self.rope_type!r} needs original_max_position_embeddings")
+        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
+            raise ValueError("rope_type = 'llama3' needs high_freq_factor > low_freq_factor")
+        return self
+
+
+class AttentionConfig(Strict):
+    """Multi-head and grouped-query attention, or multi-head latent attention (MLA, arXiv 2405.04434)."""
+
+    kind: Literal["gqa", "mla"] = "gqa"
+    num_attention_heads: Size = 4
+    num_key_value_heads: Size | None = None
+    """gqa: defaults to num_attention_heads, which is plain multi-head attention."""
+    head_dim: Size = 64
+    qk_norm: Literal["none", "head", "full", "head_after_rope"] = "none"
+    """RMSNorm of queries and keys: per head (Qwen3), over the full projected width (OLMoE), or per head after the
+    rotation (Hunyuan)."""
+    attention_bias: bool = False
+    """Biases on the query, key and value projections."""
+    output_bias: bool = False
+    sliding_window: Size | None = None
+    """A token sees itself and the sliding_window - 1 tokens before it."""
+    layer_types: tuple[LayerType, ...] | None = None
+    """Which layers have the window, one entry per layer (gpt-oss: every other one). None: all of them."""
+    sinks: bool = False
+    """A learned logit per head that takes attention and gives no value (gpt-oss)."""
+    attn_logit_softcap: Multiplier | None = None
+    """Logits become cap·tanh(logits / cap) before the softmax (Grok-1: 30)."""
+    attention_multiplier: Multiplier | None = None
+    """What queries times keys are multiplied by, if not head_dim^-0.5 (Granite)."""
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size = 512
+    qk_nope_head_dim: Size = 128
+    qk_rope_head_dim: Size = 64
+    v_head_dim: Size = 128
+    latent_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    """mla: epsilon of the two norms inside, if it is not rms_norm_eps (DeepSeek's is always 1e-6)."""
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads, with the default resolved."""
+        return self.num_key_value_heads or self.num_attention_heads
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return self.qk_rope_head_dim if self.kind == "mla" else self.head_dim
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "AttentionConfig":
+        if self.num_attention_heads % self.kv_heads:
+            raise ValueError(
+                f"num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = "
+                f"{self.num_attention_heads}"
+            )
+        if self.layer_types is not None and self.sliding_window is None and "sliding_attention" in self.layer_types:
+            raise ValueError("layer_types has 'sliding_attention', which needs a sliding_window")
+        if self.kind == "mla":
+            if self.qk_norm != "none":
+                raise ValueError("qk_norm cannot be used with kind = 'mla': the keys are never materialised")
+            if self.num_key_value_heads not in (None, self.num_attention_heads):
+                raise ValueError("num_key_value_heads has no meaning with kind = 'mla'")
+            for name in ("sinks", "attn_logit_softcap", "attention_multiplier"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} has no meaning with kind = 'mla'")
+        return self
+
+    def window(self, layer: int) -> int | None:
+        """The sliding window of decoder layer `layer` (from 0); None where it sees everything."""
+        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
+            return None
+        return self.sliding_window

@@ -1,0 +1,98 @@
+"""A decoder-only language model: the kind that manyhands builds."""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from manyhands.config.activation import Activation
+from manyhands.config.attention import AttentionConfig, RopeConfig
+from manyhands.config.model import DECODER, AnyModelConfig, not_built, register
+from manyhands.config.moe import MoEConfig
+from manyhands.config.numbers import Layers, Multiplier, Size
+from manyhands.errors import ConfigError
+
+INITIALIZER_RANGE = 0.02
+"""Standard deviation of a fresh matrix (GPT-2, Radford et al. 2019), where nobody asks for another."""
+
+
+@register
+class ModelConfig(AnyModelConfig):
+    """A decoder-only language model, dense (`moe` is None) or sparse."""
+
+    kind: Literal["decoder"] = Field(default="decoder", exclude=True, repr=False)
+    """A file without a kind describes a decoder, so none is written for one."""
+    vocab_size: Size = 4096
+    hidden_size: Size = 256
+    num_hidden_layers: Layers = 4
+    intermediate_size: Size = 1024
+    """Width of the dense feed-forward networks."""
+    hidden_act: Activation = "swiglu"
+    max_position_embeddings: Size = 2048
+    rms_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
+    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = INITIALIZER_RANGE
+    tie_word_embeddings: bool = False
+    output_norms: bool = False
+    """Also normalise what attention and feed-forward give, before it is added (Grok-1's four norms)."""
+    embedding_multiplier: Multiplier = 1.0
+    residual_multiplier: Multiplier = 1.0
+    """What each block's contribution is multiplied by before it is added (Granite)."""
+    output_multiplier: Multiplier = 1.0
+    """What the logits are multiplied by (Grok-1; the inverse of Granite's logits_scaling)."""
+    attention: AttentionConfig = AttentionConfig()
+    rope: RopeConfig = RopeConfig()
+    moe: MoEConfig | None = None
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) is a mixture of experts."""
+        return self.moe is not None and self.moe.is_sparse(layer)
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the rotated part of a head."""
+        return int(self.attention.rope_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The numbers of the sparse layers, from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
+
+    @property
+    def dense_layers(self) -> list[int]:
+        """The numbers of the layers that are not sparse, from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if not self.is_sparse(layer)]
+
+    @property
+    def layer_types(self) -> list[str]:
+        """`full_attention` or `sliding_attention`, layer by layer."""
+        windows = (self.attention.window(layer) for layer in range(self.num_hidden_layers))
+        return ["full_attention" if window is None else "sliding_attention" for window in windows]
+
+    @field_validator("kind", mode="before")
+    @classmethod
+    def _decoder(cls, kind: Any) -> Any:
+        if kind != DECODER:
+            raise ValueError(not_built(kind))
+        return kind
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ModelConfig":
+        if self.moe is not None and not self.sparse_layers:
+            raise ValueError(
+                f"moe is set but no layer is sparse: first_k_dense_replace = {self.moe.first_k_dense_replace}, "
+                f"decoder_sparse_step = {self.moe.decoder_sparse_step}, num_hidden_layers = {self.num_hidden_layers}"
+            )
+        if self.moe is not None and (beyond := [n for n in self.moe.mlp_only_layers if n >= self.num_hidden_layers]):
+            raise ValueError(f"mlp_only_layers names layer {beyond[0]} of {self.num_hidden_layers} (from 0)")
+        types = self.attention.layer_types
+        if types is not None and len(types) != self.num_hidden_layers:
+            raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers = {self.num_hidden_layers}")
+        if not self.rope_dim or self.rope_dim % 2:
+            raise ValueError(f"the rotated head width is {self.rope_dim}; it must be even, and not 0")
+        return self
+
+
+def as_decoder(config: AnyModelConfig) -> ModelConfig:
+    """`config`, for who can only do with a decoder. Raises `ConfigError` for another kind."""
+    if isinstance(config, ModelConfig):
+        return config
+    raise ConfigError(f"kind = {config.kind!r}: {not_built(config.kind)}")

@@ -1,0 +1,51 @@
+"""The sparse layers of a model."""
+
+from typing import Annotated
+
+from pydantic import Field, model_validator
+
+from manyhands.config.activation import Activation
+from manyhands.config.base import Strict
+from manyhands.config.numbers import Count, Size
+from manyhands.config.router import RouterConfig
+
+
+class MoEConfig(Strict):
+    """The sparse layers: which layers they are, their router, their experts, the shared experts beside them."""
+
+    router: RouterConfig = RouterConfig()
+    moe_intermediate_size: Size = 128
+    hidden_act: Activation = "swiglu"
+    expert_bias: bool = False
+    n_shared_experts: Count = 0
+    """Experts every token visits, summed to the routed output; one feed-forward n times as wide (DeepSeekMoE)."""
+    shared_expert_intermediate_size: Size | None = None
+    """Width of the shared feed-forward, if it is not n_shared_experts · moe_intermediate_size (Qwen2-MoE)."""
+    shared_expert_gate: bool = False
+    """Multiply the shared output by sigmoid(w·x), as Qwen1.5-MoE does."""
+    first_k_dense_replace: Count = 0
+    """The first k layers keep a dense feed-forward network (DeepSeek)."""
+    decoder_sparse_step: Size = 1
+    """Every n-th layer is sparse: layer i is when (i + 1) is a multiple of n (Qwen, Switch)."""
+    mlp_only_layers: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
+    """Layers that stay dense whatever the two fields above say (Qwen)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "MoEConfig":
+        if self.shared_expert_gate and not self.n_shared_experts:
+            raise ValueError("shared_expert_gate needs n_shared_experts >= 1")
+        if self.shared_expert_intermediate_size is not None and not self.n_shared_experts:
+            raise ValueError("shared_expert_intermediate_size needs n_shared_experts >= 1")
+        return self
+
+    @property
+    def shared_width(self) -> int:
+        """Width of the feed-forward every token visits; 0 without one."""
+        if not self.n_shared_experts:
+            return 0
+        return self.shared_expert_intermediate_size or self.n_shared_experts * self.moe_intermediate_size
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether decoder layer `layer` (from 0) is a mixture of experts."""
+        regular = layer >= self.first_k_dense_replace and (layer + 1) % self.decoder_sparse_step == 0
+        return regular and layer not in self.mlp_only_layers

@@ -1,0 +1,87 @@
+"""A router as data."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from manyhands.config.base import Strict
+from manyhands.config.numbers import Count
+
+
+class RouterConfig(Strict):
+    """A router as data: `score → select → weigh`. Every published router is one value of this class.
+
+    score    `softmax` over all experts, or `sigmoid` per expert (DeepSeek-V3).
+    select   top-k of score (+ bias), optionally within groups; `expert_choice` lets experts pick tokens
+             (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426).
+    weigh    the unbiased scores of the chosen experts, divided by their sum if `norm_topk_prob`, times
+             `routed_scaling_factor`. With one expert per token the raw gate is kept (Switch, arXiv 2101.03961):
+             divided by itself it would be 1 and the router would get no gradient; `norm_top1` divides all the same.
+    """
+
+    num_experts: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 8
+    num_experts_per_tok: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 2
+    select: Literal["topk", "expert_choice", "hash"] = "topk"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    norm_topk_prob: bool = True
+    norm_top1: bool = False
+    """With num_experts_per_tok = 1, give weight 1 instead of the gate: what transformers' renormalising routers do."""
+    logit_bias: bool = False
+    """A learned bias on the logits (gpt-oss)."""
+    routed_scaling_factor: Annotated[float, Field(gt=0.0, le=1e3)] = 1.0
+    bias: bool = False
+    """Keep `e_score_correction_bias`, added to the scores for selection only (arXiv 2408.15664)."""
+    n_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    topk_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    group_score: Literal["top2_sum", "max"] = "top2_sum"
+    """How a group is scored: V3 sums its two best biased scores, V2 takes its best score."""
+    noisy: bool = False
+    """Shazeer's noisy top-k (arXiv 1701.06538): learned Gaussian noise on the logits while training."""
+    jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Switch: multiply a copy of the router's input by U(1-jitter, 1+jitter) while training."""
+    random_second: bool = False
+    """GShard (arXiv 2006.16668): keep the second expert with probability min(1, 2·weight) while training."""
+    init: Literal["normal", "zeros", "switch"] = "normal"
+    """N(0, initializer_range²); zeros (Shazeer); or truncated normal, σ = √(0.1 / hidden_size) (Switch)."""
+    capacity_factor: Annotated[float, Field(gt=0.0, le=1e4)] | None = None
+    """Room per expert while training, as a multiple of its fair share T·K/E. None: dropless."""
+    eval_capacity_factor: Annotated[float, Field(gt=0.0, le=1e4)] | None = None
+    """The same in evaluation. None: dropless in evaluation."""
+    min_capacity: Count = 4
+    drop_policy: Literal["position", "probability"] = "position"
+    """Who stays when an expert is full: the first tokens (first choices before second), or the most probable."""
+
+    @property
+    def causal_safe(self) -> bool:
+        """Whether a token's routing in evaluation is independent of the tokens beside it."""
+        return self.select != "expert_choice" and self.eval_capacity_factor is None
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RouterConfig":
+        k, e = self.num_experts_per_tok, self.num_experts
+        if k > e:
+            raise ValueError(f"num_experts_per_tok = {k} exceeds num_experts = {e}")
+        if e % self.n_group:
+            raise ValueError(f"n_group = {self.n_group} does not divide num_experts = {e}")
+        if self.topk_group > self.n_group:
+            raise ValueError(f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
+        if k > self.topk_group * (e // self.n_group):
+            raise ValueError(
+                f"num_experts_per_tok = {k} exceeds the {self.topk_group * (e // self.n_group)} experts "
+                f"of the topk_group = {self.topk_group} chosen groups"
+            )
+        if self.random_second and k != 2:
+            raise ValueError(f"random_second needs num_experts_per_tok = 2, not {k}")
+        if self.norm_top1 and (k != 1 or not self.norm_topk_prob):
+            raise ValueError("norm_top1 goes with num_experts_per_tok = 1 and norm_topk_prob")
+        if self.select != "topk":
+            for name in ("bias", "noisy", "random_second"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} has no meaning with select = {self.select!r}; it goes with 'topk'")
+            if self.n_group > 1:
+                raise ValueError(f"n_group has no meaning with select = {self.select!r}; it goes with 'topk'")
+        if self.select == "expert_choice" and (self.capacity_factor or self.eval_capacity_factor):
+            raise ValueError("select = 'expert_choice' is balanced by construction: leave the capacity factors out")
+        if self.select == "hash" and k != 1:
+            raise ValueError(f"select = 'hash' sends a token to one expert: num_experts_per_tok = 1, not {k}")
+        return self

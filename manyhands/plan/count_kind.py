@@ -1,0 +1,100 @@
+"""Parameters of a model of any kind, from its configuration.
+
+D model width, F feed-forward width, E experts, K experts per token.
+"""
+
+from collections import Counter
+
+from manyhands.config import AnyModelConfig, EncoderDecoderConfig, ModelConfig, RecurrentConfig
+from manyhands.config.activation import ACTIVATIONS, Form
+from manyhands.errors import ConfigError
+from manyhands.plan.count import Counts, count_model
+
+
+def count_any(config: AnyModelConfig) -> Counts:
+    """Count every parameter of `config`. Raises `ConfigError` for a kind that is not counted."""
+    match config:
+        case ModelConfig():
+            return count_model(config)
+        case EncoderDecoderConfig():
+            return _encoder_decoder(config)
+        case RecurrentConfig():
+            return _recurrent(config)
+    raise ConfigError(f"kind = {config.kind!r}: manyhands does not count this kind yet")
+
+
+def sequence_flops(config: EncoderDecoderConfig, tokens_in: int, tokens_out: int) -> int:
+    """Forward FLOPs of one pair of sequences, routers left out: 2 · weights · tokens, attention, and the head.
+
+    A decoder's token sees half of the outputs and all of the inputs. With 512 and 114 this is the "FLOPs/seq" of
+    arXiv 2101.03961, table 9, to about 5 %.
+    """
+    D, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+    routers = D * config.router.num_experts if config.router else 0
+    encoder, decoder = _stack(config, decoder=False)[1], _stack(config, decoder=True)[1]
+    encoder -= routers * config.num_sparse_encoder_layers
+    decoder -= routers * config.num_sparse_decoder_layers
+    weights = tokens_in * encoder + tokens_out * (decoder + D * config.vocab_size)
+    seen_in = tokens_in * tokens_in * config.num_hidden_layers
+    seen_out = (tokens_out * tokens_out // 2 + tokens_out * tokens_in) * config.num_decoder_layers
+    return 2 * weights + 2 * 2 * wide * (seen_in + seen_out)
+
+
+def feed_forward(D: int, F: int, gated: bool, bias: bool = False) -> int:
+    """Parameters of one network."""
+    matrices = Form(gated).matrices
+    return matrices * D * F + ((matrices - 1) * F + D if bias and F else 0)
+
+
+def _encoder_decoder(s: EncoderDecoderConfig) -> Counts:
+    embedding = s.vocab_size * s.hidden_size
+    head = 0 if s.tie_word_embeddings else embedding
+    parts, body = Counter({"embedding": embedding, "head": head}), 0
+    for decoder in (False, True):
+        stack, active = _stack(s, decoder=decoder)
+        parts.update(stack)
+        body += active
+    # one table of relative positions each for encoder and decoder: looked up, so no part of the active counts
+    tables = 2 * s.relative_attention_num_buckets * s.num_attention_heads
+    parts["attention"] += tables
+    idle = {"attention": tables, "routed experts": sum(parts.values()) - tables - embedding - head - body}
+    return Counts(
+        total=sum(parts.values()),
+        active=body + embedding + head,
+        active_without_embedding=body + (head or embedding),
+        body=body,
+        embedding=embedding,
+        by_component={name: count for name, count in parts.items() if count},
+        idle={name: count for name, count in idle.items() if count},
+    )
+
+
+def _stack(s: EncoderDecoderConfig, *, decoder: bool) -> tuple[Counter[str], int]:
+    """(parts, active) of the encoder or the decoder."""
+    D, layers, sparse, extra = s.hidden_size, s.num_hidden_layers, s.num_sparse_encoder_layers, s.extra_encoder_networks
+    if decoder:
+        layers, sparse, extra = s.num_decoder_layers, s.num_sparse_decoder_layers, s.extra_decoder_networks
+    E, K = (s.router.num_experts, s.router.num_experts_per_tok) if s.router else (0, 0)
+    network = feed_forward(D, s.intermediate_size, ACTIVATIONS[s.hidden_act].gated)
+    parts = Counter(
+        {
+            "attention": (2 if decoder else 1) * layers * 4 * D * s.num_attention_heads * s.head_dim,
+            "dense feed-forward": (layers - sparse + extra) * network,
+            "routed experts": sparse * E * network,
+            "router": sparse * D * E,
+            "norms": ((3 if decoder else 2) * layers + extra + 1) * D,
+        }
+    )
+    return parts, sum(parts.values()) - sparse * (E - K) * network
+
+
+def _recurrent(s: RecurrentConfig) -> Counts:
+    """Gates and noise at both levels; a token evaluates the first and its groups' part of the second."""
+    D, expert = s.hidden_size, feed_forward(s.hidden_size, s.moe_intermediate_size, ACTIVATIONS[s.hidden_act].gated)
+    recurrent = s.num_hidden_layers * 4 * 2 * D * D
+    gates = 2 * D * (s.n_group + s.num_experts)
+    gates_used = 2 * D * (s.n_group + s.topk_group * s.num_experts // s.n_group)
+    body = recurrent + s.num_experts_per_tok * expert + gates_used
+    parts = {"recurrent": recurrent, "router": gates, "routed experts": s.num_experts * expert}
+    idle = {"router": gates - gates_used, "routed experts": (s.num_experts - s.num_experts_per_tok) * expert}
+    return Counts(sum(parts.values()), body, body, body, embedding=0, by_component=parts, idle=idle)
