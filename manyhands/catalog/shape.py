@@ -53,7 +53,7 @@ class MoEShape(Strict):
     moe_intermediate_size: Size
     gated: bool = True
     shared_intermediate_size: Count = 0
-    """Width of the feed-forward every token visits beside its experts."""
+    """Width of the feed-forward that every token visits in addition to its experts."""
     residual_intermediate_size: Count = 0
     """Width of a dense network in parallel with the whole sparse layer (Arctic)."""
     output_bias: bool = False

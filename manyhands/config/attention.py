@@ -30,7 +30,7 @@ class RopeConfig(Strict):
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The share of a head's width that is rotated, from its start (GLM-4.5: half)."""
     interleave: bool = False
-    """Rotate neighbouring pairs (DeepSeek's checkpoints) instead of the two halves (Llama)."""
+    """Rotate adjacent pairs (DeepSeek's checkpoints) instead of the two halves (Llama)."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeConfig":

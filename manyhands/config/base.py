@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # checkers see pydantic's own class, and with it the fields a
 else:
 
     class _Speaking(type(BaseModel)):
-        """Calls that fail raise `ConfigError`. Values inside others do not come here: the whole path stays known."""
+        """Calls that fail raise `ConfigError`. Nested values are built by pydantic, so errors keep the whole path."""
 
         def __call__(cls, *args, **values):
             """An instance."""
@@ -39,13 +39,13 @@ else:
                 raise _config_error(cls, error, cls.__name__) from None
 
     class _Model(BaseModel, metaclass=_Speaking):
-        """A model of pydantic's whose mistakes are ours to tell."""
+        """pydantic's model, with `ConfigError` for invalid values."""
 
 
 class Strict(_Model):
     """Base of all configs: frozen, no unknown fields, no NaN or infinity, integers not converted from other types.
 
-    A call with values that cannot be raises `ConfigError` with one line.
+    A call with invalid values raises `ConfigError` with one line.
     """
 
     model_config = ConfigDict(

@@ -12,7 +12,7 @@ from manyhands.config.numbers import Layers, Multiplier, Size
 from manyhands.errors import ConfigError
 
 INITIALIZER_RANGE = 0.02
-"""Standard deviation of a fresh matrix (GPT-2, Radford et al. 2019), where nobody asks for another."""
+"""Standard deviation of a fresh matrix (GPT-2, Radford et al. 2019), unless a config names another."""
 
 
 @register
@@ -92,7 +92,7 @@ class ModelConfig(AnyModelConfig):
 
 
 def as_decoder(config: AnyModelConfig) -> ModelConfig:
-    """`config`, for who can only do with a decoder. Raises `ConfigError` for another kind."""
+    """`config`, if it describes a decoder. Raises `ConfigError` for another kind."""
     if isinstance(config, ModelConfig):
         return config
     raise ConfigError(f"kind = {config.kind!r}: {not_built(config.kind)}")

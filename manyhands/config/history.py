@@ -1,7 +1,7 @@
 """What may change while a run goes on, and the record of it.
 
-A run is its data, its model, the kind of its optimiser, and the order in which it sees the data: whoever changes one
-of these has another run. How it is watched, saved and computed changes nothing. The rest are settings: they may change
+A run is its data, its model, the kind of its optimiser, and the order in which it sees the data: a change to one of
+these makes another run. How it is watched, saved and computed changes nothing. The rest are settings: they may change
 at a step, and `history` in run.yaml keeps every such change, so that the file still repeats the run.
 """
 
@@ -47,7 +47,7 @@ def settings_at(run: "RunConfig", step: int) -> "RunConfig":
 
 
 def record(history: tuple[Change, ...], step: int, changes: Mapping[str, tuple[Any, Any]]) -> tuple[Change, ...]:
-    """`history` with `{field: (before, after)}` at `step`. What it foresaw for these fields later on is dropped.
+    """`history` with `{field: (before, after)}` at `step`. Changes planned for these fields later on are dropped.
 
     The first change of a field also writes down, at step 0, what it was before.
     """
@@ -93,7 +93,7 @@ def go_on(before: "RunConfig", wanted: "RunConfig", step: int, where: str) -> tu
     """The run of `where`, described by `before`, going on after `step` steps as `wanted` says.
 
     Returns it with its history, and the settings that changed, `{field: (before, after)}`. With a time budget
-    `train.max_steps` is only where the budget starts to count from, so that who changes it alone means it instead.
+    `train.max_steps` is only the first estimate, so a change of it alone replaces the budget.
 
     Raises `ConfigError` naming the first field that would make it another run.
     """

@@ -1,6 +1,6 @@
 """A model of any kind: `kind` says which class describes it, and a description without one is a decoder's.
 
-A new kind is a class that inherits `AnyModelConfig` and is registered, in a file of its own beside `decoder.py`;
+A new kind is a class that inherits `AnyModelConfig` and is registered, in a file of its own like `decoder.py`;
 `manyhands/config/__init__.py` imports those that ship. Only decoders are built so far.
 """
 
@@ -40,7 +40,7 @@ def read_model_config(values: Mapping[str, Any], where: str = "") -> AnyModelCon
 
 
 def not_built(kind: Any) -> str:
-    """Why a model of this kind is refused by whoever builds, trains or runs one."""
+    """Why a model of this kind cannot be built, trained or run."""
     if isinstance(kind, str) and kind in KINDS:
         return f"manyhands does not build this kind yet; it builds {DECODER!r}"
     return _unknown(kind).partition(": ")[2]

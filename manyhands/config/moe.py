@@ -11,7 +11,7 @@ from manyhands.config.router import RouterConfig
 
 
 class MoEConfig(Strict):
-    """The sparse layers: which layers they are, their router, their experts, the shared experts beside them."""
+    """The sparse layers: which layers they are, their router, their experts, and the shared experts."""
 
     router: RouterConfig = RouterConfig()
     moe_intermediate_size: Size = 128

@@ -1,6 +1,6 @@
 """How the weights of a quantised model are stored: the `packed` section of our `config.json`.
 
-Names, shapes and sizes of the records follow from it and from the model's description; they stand nowhere else.
+Names, shapes and sizes of the records follow from it and from the model's description; nothing repeats them.
 """
 
 from typing import Literal

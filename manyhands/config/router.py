@@ -49,11 +49,11 @@ class RouterConfig(Strict):
     """The same in evaluation. None: dropless in evaluation."""
     min_capacity: Count = 4
     drop_policy: Literal["position", "probability"] = "position"
-    """Who stays when an expert is full: the first tokens (first choices before second), or the most probable."""
+    """What an expert that is full keeps: the first tokens (first choices before second), or the most probable."""
 
     @property
     def causal_safe(self) -> bool:
-        """Whether a token's routing in evaluation is independent of the tokens beside it."""
+        """Whether a token's routing in evaluation is independent of the other tokens."""
         return self.select != "expert_choice" and self.eval_capacity_factor is None
 
     @model_validator(mode="after")

@@ -67,7 +67,7 @@ def _look_through(node: Any, known: dict[int, int | None]) -> int:
     if id(node) in known:
         size = known[id(node)]
         if size is None:
-            raise _refusal(node, "an alias stands inside what it names")
+            raise _refusal(node, "an alias refers to a value that contains it")
         return size
     known[id(node)] = None
     parts = node.value if isinstance(node, yaml.SequenceNode) else []

@@ -18,7 +18,7 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One part of one of our tensors and where it stands in the family's files. Pieces never overlap."""
+    """One part of one of our tensors and where it is in the family's files. Pieces never overlap."""
 
     ours: str
     theirs: str
@@ -44,8 +44,8 @@ class Family:
     """The same configuration as `config.json` fields; `export_config` checks that reading them gives it back."""
     pieces: Callable[[ModelConfig], Iterable[Piece]]
     aux_loss_scale: Callable[[ModelConfig], float] | None = None
-    """The reference's balance loss is this times our f·P of the pooled layers (see `moe.pool_layers`); None where it
-    has none."""
+    """The reference's balance loss is this times our f·P of the pooled layers (`moe.balance.pool_layers`); None where
+    it has none."""
     kept: Callable[[Json], tuple[str, ...]] = lambda _: ()
     """From `config.json`: prefixes of tensors this model does not compute with and a round trip keeps (an MTP module,
     a vision tower)."""
@@ -54,7 +54,7 @@ class Family:
     dropped: tuple[str, ...] = (".rotary_emb.inv_freq",)
     """Endings of tensors that are recomputed and not kept."""
     text_field: str | None = None
-    """The field of `config.json` that holds the language model's own, where others stand beside it."""
+    """The field of `config.json` that holds the language model's fields, where the model has other parts too."""
     saved_float32: tuple[str, ...] = ("e_score_correction_bias",)
     """Endings of our tensors that are written in float32 whatever the dtype of the rest."""
 

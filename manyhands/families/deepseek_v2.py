@@ -1,6 +1,6 @@
 """DeepSeek-V2 and V2-Lite (arXiv 2405.04434): latent attention; groups scored by their best expert.
 
-Source: transformers `models/deepseek_v2`. The rotation is of neighbouring pairs. The norms inside latent attention
+Source: transformers `models/deepseek_v2`. Adjacent pairs are rotated. The norms inside latent attention
 have ε = 1e-6 whatever `rms_norm_eps` says.
 """
 

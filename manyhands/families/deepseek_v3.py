@@ -2,7 +2,7 @@
 
 Source: transformers `models/deepseek_v3` and deepseek-ai/DeepSeek-V3 `inference/model.py`. The multi-token-prediction
 module is stored as one more layer, which this model does not compute with; a round trip keeps it. The published
-weights are FP8 in blocks of 128 × 128 (`checkpoint/quantized.py`).
+weights are FP8 in blocks of 128 × 128 (`checkpoint/quantized/`).
 """
 
 from typing import Any

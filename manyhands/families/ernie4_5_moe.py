@@ -1,4 +1,4 @@
-"""ERNIE-4.5-21B-A3B and 300B-A47B (language models): softmax scores with a selection bias, neighbouring pairs rotated.
+"""ERNIE-4.5-21B-A3B and 300B-A47B (language models): softmax scores with a selection bias, adjacent pairs rotated.
 
 Source: transformers `models/ernie4_5_moe`. Its balance loss chooses experts without the bias, ours counts what was
 chosen: there is no scale between them. The bias is stored as [1, E]; the MTP module is kept and not computed with.

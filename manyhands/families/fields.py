@@ -102,7 +102,7 @@ class Fields:
         """
         given = [name for name in ("rope_parameters", "rope_scaling") if self.section(name) and self.values[name]]
         if len(given) == 2 and self.values["rope_parameters"] != self.values["rope_scaling"]:
-            raise self.wrong("rope_scaling", "rope_parameters stands beside it and says something else")
+            raise self.wrong("rope_scaling", "rope_parameters is given too, and says something else")
         scaling = self.section(given[0]) if given else None
         theta = self.number("rope_theta", None)
         share, said = self.number("partial_rotary_factor", None), self

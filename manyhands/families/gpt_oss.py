@@ -1,7 +1,7 @@
 """gpt-oss-20b and 120b (arXiv 2508.10925): sinks, a window in every other layer, biases everywhere, clamped SwiGLU.
 
 Source: transformers `models/gpt_oss`. In files the experts are [E, D, 2F] with gate and up interleaved; ours are
-[E, 2F, D] with the gate first. The published weights are MXFP4; `checkpoint/quantized.py` reads them as this layout.
+[E, 2F, D] with the gate first. The published weights are MXFP4; `checkpoint/quantized/` reads them as this layout.
 """
 
 from collections.abc import Iterator

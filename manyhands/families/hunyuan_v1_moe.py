@@ -42,7 +42,7 @@ _UNUSED = (
     "mask_init_id", "im_start_id", "im_end_id", "im_newline_id", "image_token_id", "text_start_id", "text_end_id",
     "video_start_id", "video_end_id", "num_media_embeds",
 )  # fmt: skip
-"""Of the publisher's other models, which the same file describes; without effect beside what `_ONLY` asks for."""
+"""Of the publisher's other models, which the same file describes; without effect given what `_ONLY` requires."""
 
 
 def read(f: Fields) -> ModelConfig:

@@ -1,7 +1,7 @@
-"""Kimi K2.5, its language model: K2's under `text_config` and `language_model.`, beside a vision tower.
+"""Kimi K2.5, its language model: K2's under `text_config` and `language_model.`, with a vision tower.
 
 The vision tower and its projector are not computed with; a round trip keeps them. The published experts are INT4 in
-groups of 32 (`checkpoint/quantized.py`). `text_config` calls itself `kimi_k2`.
+groups of 32 (`checkpoint/quantized/`). `text_config` calls itself `kimi_k2`.
 """
 
 from collections.abc import Iterator

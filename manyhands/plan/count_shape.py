@@ -1,4 +1,4 @@
-"""Parameters of the systems that no family of ours reads, counted from the catalogue's shapes.
+"""Parameters of the systems that none of our families reads, counted from the catalogue's shapes.
 
 D model width, F feed-forward width, H query heads, G key/value heads, d head width, E experts, K experts per token.
 """

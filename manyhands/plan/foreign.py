@@ -55,7 +55,7 @@ _ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activ
 _ATTENTION_OF_STATES = {"attn_type_list", "attn_types"}
 _SIZE_WORDS = ("expert", "moe", "ffn", "layer", "head", "hidden", "intermediate", "size", "dim", "rank", "width")
 _BESIDE = {"vision", "audio", "image", "video", "speech"}
-"""Objects of parts beside the language model."""
+"""Objects that describe parts other than the language model."""
 _EXPERT_WORDS = ("expert", "moe")
 
 

@@ -1,4 +1,4 @@
-"""A `config.json` of a family nobody here knows, planned from its usual fields; says which field it took for what.
+"""A `config.json` of an unknown family, planned from its usual fields; says which field it took for what.
 
 Good for counts to within norms and biases, no more. What has fields of another kind of model is refused.
 """
@@ -157,7 +157,7 @@ def _attention(
     if head_dim is None and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         head_dim = width // heads
     if (value := fields.get("v_head_dim")) is not None and value != head_dim:
-        raise ConfigError(f"v_head_dim = {repr(value)[:40]} beside heads of {head_dim}: no formula here covers that")
+        raise ConfigError(f"v_head_dim = {repr(value)[:40]} with heads of {head_dim}: no formula here covers that")
     if fields.get("multi_query") is True and get("kv_heads") is None:
         use("multi_query")
         kv_heads: Any = 1

@@ -1,4 +1,4 @@
-"""What a checkpoint of ours holds, to the byte: from the headers of its safetensors files, by component."""
+"""What one of our checkpoints holds, to the byte: from the headers of its safetensors files, by component."""
 
 from math import prod
 from pathlib import Path

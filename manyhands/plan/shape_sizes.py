@@ -1,4 +1,4 @@
-"""`Sizes` of a catalogue's shape: decoders that no family of ours reads, so attention and caches still have figures."""
+"""`Sizes` of a catalogue's shape: decoders that none of our families reads, so attention and caches have figures."""
 
 from manyhands.catalog.shape import DecoderShape, Shape
 from manyhands.config import AnyModelConfig

@@ -40,7 +40,7 @@ class Subject:
 
 
 def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: bool = False) -> Subject:
-    """Find out what `model` names, and read it. Raises `ConfigError` for what it is not and for what is wrong in it."""
+    """Find out what `model` names, and read it. Raises `ConfigError` for an unknown name and for a wrong field."""
     from manyhands.catalog import load, names
 
     path = Path(model)

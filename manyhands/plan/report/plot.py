@@ -40,7 +40,7 @@ _MADE_BY: dict[str, dict[str, str | None]] = {
     "svg": {"Creator": "manyhands plan", "Date": None},
     "pdf": {"Creator": "manyhands plan"},
 }
-"""The mark by which a plot of ours is known, and may be drawn again."""
+"""The mark in a plot that this program drew, and may replace."""
 
 
 def draw(path: Path, subjects: list[Subject], asks: list[Ask]) -> None:
