@@ -1,4 +1,4 @@
-"""Try the recipes of CONTRIBUTING.md: `python scripts/recipes.py [WORD …]`; all of them, or those whose titles hold a word.
+"""Try the recipes of CONTRIBUTING.md: `python scripts/recipes.py [WORD …]`, all or those whose titles hold a word.
 
 Each is applied to a copy of the tree, its check runs there, and the files that were touched are printed with the lines
 added. The kernel format's compiles the native library.

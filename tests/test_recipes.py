@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from .recipes import balance_loss, family, machine, router_score, verb
+from .recipes import balance_loss, family, kernel_format, machine, router_score, verb
 from .recipes.recipe import ROOT, Recipe, copy_tree, run
 
 QUICK = [module.RECIPE for module in (router_score, family, verb, balance_loss, machine)]
@@ -26,9 +26,9 @@ def test_all_at_once(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("recipe", QUICK, ids=lambda recipe: recipe.title)
+@pytest.mark.parametrize("recipe", [*QUICK, kernel_format.RECIPE], ids=lambda recipe: recipe.title)
 def test_the_guide_names_the_files(recipe: Recipe) -> None:
     section = re.split(r"^### ", GUIDE.partition(f"### {recipe.title}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
-    named = set(re.findall(r"`((?:manyhands|native)/[\w./]+)`", section.replace("NAME", "NAME")))
+    named = set(re.findall(r"`((?:manyhands|native)/[\w./]+)`", section))
     wanted = {path for path in recipe.files if (ROOT / path).exists()}
     assert wanted <= named, f"{recipe.title}: {sorted(wanted - named)} is not named"

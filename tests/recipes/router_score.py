@@ -11,7 +11,8 @@ from manyhands.check.routers import RouterCheck
 NAME = "sqrt_softplus"
 D, E, K = 32, 8, 2
 torch.manual_seed(0)
-config = mh.MoEConfig(router=mh.RouterConfig(num_experts=E, num_experts_per_tok=K, score=NAME), moe_intermediate_size=16)
+router = mh.RouterConfig(num_experts=E, num_experts_per_tok=K, score=NAME)
+config = mh.MoEConfig(router=router, moe_intermediate_size=16)
 layer = mh.MoELayer(config, D).eval()
 weights = {name: p.detach().double() for name, p in layer.named_parameters()}
 
@@ -59,7 +60,7 @@ assert len(rows) > 15 and all(row.ok for row in rows), [row for row in rows if n
 RECIPE = Recipe(
     "Add a router score",
     (
-        Edit("manyhands/config/model.py", ', "sqrt_softplus"', after='score: Literal["softmax", "sigmoid"'),
+        Edit("manyhands/config/router.py", ', "sqrt_softplus"', after='score: Literal["softmax", "sigmoid"'),
         Edit(
             "manyhands/moe/router.py",
             '    "sqrt_softplus": lambda logits_TE: F.softplus(logits_TE).sqrt(),\n',
