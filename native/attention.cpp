@@ -1,5 +1,5 @@
-// Attention of few queries to a cache: rows are normed, rotated and put into the cache; then stretches of keys are
-// attended to by tasks and their results joined. Stretches do not depend on the number of threads, nor does the result.
+// Attention of few queries to a cache: rows are normed, rotated and put into the cache; then splits of keys are
+// attended to by tasks and their results joined. Splits do not depend on the number of threads, nor does the result.
 #include <math.h>
 #include <string.h>
 
@@ -23,30 +23,30 @@ void check_cache(const mh_cache* c) {
     fail(MH_BAD_ARGUMENT, "cache: widths must be multiples of 16");
 }
 
-const float* norm_weight(const mh_norm& n, Room& room, const Kernels& k) {
+const float* norm_weight(const mh_norm& n, Workspace& workspace, const Kernels& k) {
   if (!n.weight || n.dtype == MH_FLOAT32) return static_cast<const float*>(n.weight);
-  float* to = room.floats(n.width);
+  float* to = workspace.floats(n.width);
   k.widen(static_cast<const uint16_t*>(n.weight), n.width, to);
   return to;
 }
 
 // The first `width` of a head's numbers turn; pairs come out as halves.
-void rotate(const mh_rotation& r, const float* cos, const float* sin, float* head, float* room) {
-  const int64_t half = r.width / 2, step = r.neighbours ? 2 : 1, apart = r.neighbours ? 1 : half;
-  memcpy(room, head, r.width * sizeof(float));
+void rotate(const mh_rotation& r, const float* cos, const float* sin, float* head, float* scratch) {
+  const int64_t half = r.width / 2, step = r.interleave ? 2 : 1, apart = r.interleave ? 1 : half;
+  memcpy(scratch, head, r.width * sizeof(float));
   for (int64_t i = 0; i < half; i++) {
-    const float a = room[i * step], b = room[i * step + apart];
+    const float a = scratch[i * step], b = scratch[i * step + apart];
     head[i] = a * cos[i] - b * sin[i];
     head[half + i] = b * cos[i] + a * sin[i];
   }
 }
 
-struct Placed {  // the heads of one row, in float32
+struct RowHeads {  // the heads of one row, in float32
   const Kernels& k;
   const mh_rotation& r;
 
-  void heads(const mh_rows& from, int64_t row, int64_t count, int64_t width, const mh_norm& norm, const float* weight,
-             const float* cos, const float* sin, float* to, float* room) const {
+  void rotate_into(const mh_rows& from, int64_t row, int64_t count, int64_t width, const mh_norm& norm, const float* weight,
+             const float* cos, const float* sin, float* to, float* scratch) const {
     if (from.dtype == MH_BF16)
       k.widen(static_cast<const uint16_t*>(from.data) + row * from.stride, from.width, to);
     else
@@ -55,22 +55,22 @@ struct Placed {  // the heads of one row, in float32
     if (weight && r.norms == MH_NORM_ROW) k.norm(to, from.width, weight, eps, to);
     for (int64_t h = 0; h < count; h++, to += width) {
       if (weight && r.norms == MH_NORM_HEAD) k.norm(to, width, weight, eps, to);
-      rotate(r, cos, sin, to, room);
+      rotate(r, cos, sin, to, scratch);
       if (weight && r.norms == MH_NORM_AFTER) k.norm(to, width, weight, eps, to);
     }
   }
 };
 
-void put(const Kernels& k, const float* from, int64_t width, int64_t dtype, void* to, int64_t place) {
+void put(const Kernels& k, const float* from, int64_t width, int64_t dtype, void* to, int64_t offset) {
   if (dtype == MH_BF16)
-    k.narrow(from, width, static_cast<uint16_t*>(to) + place);
+    k.narrow(from, width, static_cast<uint16_t*>(to) + offset);
   else
-    memcpy(static_cast<float*>(to) + place, from, width * sizeof(float));
+    memcpy(static_cast<float*>(to) + offset, from, width * sizeof(float));
 }
 
-void place(const Kernels& kernels, const mh_rows& q, const mh_rows& k, const mh_rows& v, int64_t batch, int64_t first,
+void rope_and_cache(const Kernels& kernels, const mh_rows& q, const mh_rows& k, const mh_rows& v, int64_t batch, int64_t first,
            const mh_rotation& r, const mh_cache& c, float* out, int64_t threads) {
-  Rooms& all = rooms();
+  Workspaces& all = workspaces();
   const float* q_weight = norm_weight(r.q_norm, all.act, kernels);
   const float* k_weight = norm_weight(r.k_norm, all.dh, kernels);
   const int64_t queries = q.count / batch, widest = q.width > k.width ? q.width : k.width;
@@ -78,14 +78,14 @@ void place(const Kernels& kernels, const mh_rows& q, const mh_rows& k, const mh_
   for (int64_t i = 0; i < threads; i++) all.worker[i].floats(need);
   const int64_t tasks = q.count < 4 ? 1 : q.count;  // a few rows are done before anybody has woken
   parallel(threads, tasks, [&](int64_t task, int64_t worker) {
-    float *row = all.worker[worker].floats(need), *room = row + need - r.width;
-    const Placed placed{kernels, r};
+    float *row = all.worker[worker].floats(need), *scratch = row + need - r.width;
+    const RowHeads heads{kernels, r};
     for (int64_t i = task * q.count / tasks; i < (task + 1) * q.count / tasks; i++) {
       const int64_t b = i / queries, s = i % queries, at = first + s, half = r.width / 2;
       const int64_t table = (r.positions == queries ? s : i) * half;
       const float *cos = r.cos + table, *sin = r.sin + table;
-      placed.heads(q, i, q.width / c.k_width, c.k_width, r.q_norm, q_weight, cos, sin, out + i * q.width, room);
-      placed.heads(k, i, c.groups, c.k_width, r.k_norm, k_weight, cos, sin, row, room);
+      heads.rotate_into(q, i, q.width / c.k_width, c.k_width, r.q_norm, q_weight, cos, sin, out + i * q.width, scratch);
+      heads.rotate_into(k, i, c.groups, c.k_width, r.k_norm, k_weight, cos, sin, row, scratch);
       for (int64_t g = 0; g < c.groups; g++)
         put(kernels, row + g * c.k_width, c.k_width, c.dtype, c.k, b * c.k_batch + g * c.k_group + at * c.k_row);
       for (int64_t g = 0; g < c.groups; g++) {
@@ -113,20 +113,20 @@ struct Attend {
 
   void all() {
     const int64_t per_group = a.heads / c.groups, blocks = divide_up(per_group, kHeads);
-    const int64_t stretches = divide_up(a.length, kKeys), rows = a.batch * a.queries * a.heads;
-    float* parts = rooms().act.floats(rows * stretches * (c.v_width + 2));
-    float *largest = parts + rows * stretches * c.v_width, *total = largest + rows * stretches;
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(kHeads * kKeys);
+    const int64_t splits = divide_up(a.length, kSplitKeys), rows = a.batch * a.queries * a.heads;
+    float* parts = workspaces().act.floats(rows * splits * (c.v_width + 2));
+    float *largest = parts + rows * splits * c.v_width, *total = largest + rows * splits;
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(kHeads * kSplitKeys);
     const int64_t size = c.dtype == MH_BF16 ? 2 : 4;
-    parallel(threads, a.batch * a.queries * c.groups * blocks * stretches, [&](int64_t task, int64_t worker) {
-      const int64_t stretch = task % stretches, block = task / stretches % blocks;
-      const int64_t g = task / stretches / blocks % c.groups, row = task / stretches / blocks / c.groups;
-      const int64_t b = row / a.queries, s = row % a.queries, first = stretch * kKeys;
+    parallel(threads, a.batch * a.queries * c.groups * blocks * splits, [&](int64_t task, int64_t worker) {
+      const int64_t split = task % splits, block = task / splits % blocks;
+      const int64_t g = task / splits / blocks % c.groups, row = task / splits / blocks / c.groups;
+      const int64_t b = row / a.queries, s = row % a.queries, first = split * kSplitKeys;
       const int64_t seen = a.length - a.queries + s + 1;
       const int64_t head = g * per_group + block * kHeads, left = per_group - block * kHeads;
       const int64_t heads = left < kHeads ? left : kHeads;
-      const int64_t keys = seen - first < kKeys ? seen - first : kKeys;
-      const int64_t at = (row * stretches + stretch) * a.heads + head;
+      const int64_t keys = seen - first < kSplitKeys ? seen - first : kSplitKeys;
+      const int64_t at = (row * splits + split) * a.heads + head;
       float* out = parts + at * c.v_width;
       if (keys <= 0) {
         for (int64_t h = 0; h < heads; h++) largest[at + h] = -INFINITY, total[at + h] = 0;
@@ -138,27 +138,27 @@ struct Attend {
       const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch + s * a.mask_query + first : nullptr;
       k.attend({q + (row * a.heads + head) * c.k_width, c.k_width, heads, keys_at, values_at, c.dtype == MH_BF16,
                 c.k_row, c.v_row, keys, c.k_width, c.v_width, mask, static_cast<float>(a.scale),
-                static_cast<float>(a.cap), rooms().worker[worker].floats(kHeads * kKeys), largest + at, total + at, out,
+                static_cast<float>(a.cap), workspaces().worker[worker].floats(kHeads * kSplitKeys), largest + at, total + at, out,
                 c.v_width});
     });
-    const int64_t tasks = stretches > 8 ? rows : 1;
+    const int64_t tasks = splits > 8 ? rows : 1;
     parallel(threads, tasks, [&](int64_t task, int64_t) {
       for (int64_t i = task * rows / tasks; i < (task + 1) * rows / tasks; i++)
-        join(i / a.heads, i % a.heads, stretches, parts, largest, total, y + i * c.v_width);
+        join(i / a.heads, i % a.heads, splits, parts, largest, total, y + i * c.v_width);
     });
   }
 
-  void join(int64_t row, int64_t head, int64_t stretches, const float* parts, const float* largest, const float* total,
+  void join(int64_t row, int64_t head, int64_t splits, const float* parts, const float* largest, const float* total,
             float* to) const {
-    const int64_t first = row * stretches * a.heads + head;
+    const int64_t first = row * splits * a.heads + head;
     float most = a.sinks ? a.sinks[head] : -INFINITY;
-    for (int64_t i = 0; i < stretches; i++) {
+    for (int64_t i = 0; i < splits; i++) {
       const float l = largest[first + i * a.heads];
       most = l > most || l != l ? l : most;
     }
     float sum = a.sinks ? expf(a.sinks[head] - most) : 0;
     memset(to, 0, c.v_width * sizeof(float));
-    for (int64_t i = 0; i < stretches; i++) {
+    for (int64_t i = 0; i < splits; i++) {
       const int64_t at = first + i * a.heads;
       if (largest[at] == -INFINITY) continue;  // nobody is seen there
       const float weight = expf(largest[at] - most), *part = parts + at * c.v_width;
@@ -189,13 +189,13 @@ void check_positions(const mh_cache& c, int64_t batch, int64_t length) {
 }  // namespace
 }  // namespace mh
 
-int mh_place(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation* r,
+int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation* r,
              const mh_cache* c, float* out, const mh_run* run) {
   using namespace mh;
   return guard([&] {
     const Kernels* kernels = checked_kernels(run);
     check_cache(c);
-    if (!q || !r || !out) fail(MH_BAD_ARGUMENT, "nothing to place");
+    if (!q || !r || !out) fail(MH_BAD_ARGUMENT, "q, the rotation or the output is missing");
     if (batch < 1 || q->count < 1 || q->count % batch || q->width < 1 || q->width % c->k_width || first < 0)
       fail(MH_BAD_ARGUMENT, "q is [%lld, %lld]", (long long)q->count, (long long)q->width);
     check_rows(q, q->count, q->width, "q");
@@ -209,7 +209,7 @@ int mh_place(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch
     check_norm(r->q_norm, r->norms == MH_NORM_ROW ? q->width : c->k_width, "q_norm");
     check_norm(r->k_norm, r->norms == MH_NORM_ROW ? k->width : c->k_width, "k_norm");
     Call call;
-    place(*kernels, *q, *k, *v, batch, first, *r, *c, out, run->threads);
+    rope_and_cache(*kernels, *q, *k, *v, batch, first, *r, *c, out, run->threads);
   });
 }
 
@@ -224,6 +224,6 @@ int mh_attend(const mh_attention* a, const float* q, const mh_cache* c, float* y
     check_positions(*c, a->batch, a->length);
     Call call;
     Attend{*kernels, *a, *c, q, y, run->threads}.all();
-    rooms().trim();
+    workspaces().trim();
   });
 }

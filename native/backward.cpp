@@ -36,22 +36,22 @@ struct Backward {
     return total;
   }
 
-  int64_t place(const Block& b) const { return b.begin - begin; }
+  int64_t offset(const Block& b) const { return b.begin - begin; }
 
   void rows_task(const Block& b, Worker w) {
     const int64_t rows = b.rows(), wide = e.up.panels / e.parts;
-    gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + place(b) * dy_stride);
-    const Rows matrix = panel_rows(dyp + place(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
+    gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + offset(b) * dy_stride);
+    const Rows matrix = panel_rows(dyp + offset(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
     float* dweight = w.second;
     for (int64_t i = 0; i < rows; i++) dweight[i] = 0;
-    float *dh_block = dh + place(b) * h_stride, *act_block = act + place(b) * act_stride;
+    float *dh_block = dh + offset(b) * h_stride, *act_block = act + offset(b) * act_stride;
     const float* h = hidden + b.begin * h_stride;
     const std::vector<Panel> down = e.down.all_panels(b.expert), other = e.down.all_panels(s.after(b).expert);
     const Columns first{other.data(), e.down.panels, 0, kColumnBlocks};
     for (int64_t p = 0; p < wide; p += kColumnBlocks) {
       const int64_t n = wide - p < kColumnBlocks ? wide - p : kColumnBlocks;
       const Columns now{down.data(), e.down.panels, p, n}, next{down.data(), e.down.panels, p + n, kColumnBlocks};
-      k.product_t(now, p + n < wide ? next : first, matrix, w.scratch, w.first, w.c_stride);
+      k.product_transposed(now, p + n < wide ? next : first, matrix, w.scratch, w.first, w.c_stride);
       for (int64_t q = 0; q < n; q++) {
         const int64_t column = (p + q) * 16 * rows;
         k.activate_grad(static_cast<int>(e.activation), h + e.parts * column, w.first + q * w.c_stride,
@@ -104,7 +104,7 @@ struct Backward {
   }
 
   // One block's share of an expert's dW, up or down.
-  void weights_task(const Block& b, bool up, int64_t piece, int64_t pieces, bool fresh, float* room) {
+  void weights_task(const Block& b, bool up, int64_t piece, int64_t pieces, bool fresh, float* scratch) {
     const Matrix& m = up ? e.up : e.down;
     float *dw = up ? g.up : g.down, *dbias = up ? g.up_bias : g.down_bias;
     Outer o{};
@@ -112,10 +112,10 @@ struct Backward {
     o.dw = dw ? dw + b.expert * o.parts * o.outputs * o.inputs : nullptr;
     o.dbias = dbias ? dbias + b.expert * o.parts * o.outputs : nullptr;
     if (up) {
-      o.a = dh + place(b) * h_stride, o.b = room;
-      if (o.dw) gather(x_rows.data() + b.begin, o.rows, round_up(e.D, 16), room);
+      o.a = dh + offset(b) * h_stride, o.b = scratch;
+      if (o.dw) gather(x_rows.data() + b.begin, o.rows, round_up(e.D, 16), scratch);
     } else {  // act already carries the router's weight, the bias does not
-      o.a = dyp + place(b) * dy_stride, o.b = act + place(b) * act_stride, o.scale = s.weight.data() + b.begin;
+      o.a = dyp + offset(b) * dy_stride, o.b = act + offset(b) * act_stride, o.scale = s.weight.data() + b.begin;
     }
     outer_task(o, piece * m.panels / pieces, (piece + 1) * m.panels / pieces);
   }
@@ -124,13 +124,13 @@ struct Backward {
     std::vector<Panel> up = e.up.all_panels(blocks->expert), after;
     for (const Block* b = blocks; b < blocks + count; b++) {
       const int64_t rows = b->rows();
-      const Rows matrix = panel_rows(dh + place(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
+      const Rows matrix = panel_rows(dh + offset(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
       after = e.up.all_panels(s.after(*b).expert);
       const Columns begin{after.data(), e.up.panels, first, kColumnBlocks};
       for (int64_t p = first, n; p < end; p += n) {
         n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
         const Columns now{up.data(), e.up.panels, p, n}, next{up.data(), e.up.panels, p + n, kColumnBlocks};
-        k.product_t(now, p + n < end ? next : begin, matrix, w.scratch, w.first, w.c_stride);
+        k.product_transposed(now, p + n < end ? next : begin, matrix, w.scratch, w.first, w.c_stride);
         const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
         k.combine(w.first, w.c_stride, rows, columns, nullptr, nullptr, s.token.data() + b->begin, dx_stride,
                   dx + 16 * p);
@@ -150,14 +150,14 @@ struct Backward {
       parts.back().end = b + 1;
       most = b->rows() > most ? b->rows() : most;
     }
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(most * round_up(e.D, 16));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(most * round_up(e.D, 16));
     const int64_t pieces = divide_up(4 * threads, 2 * static_cast<int64_t>(parts.size()));
     parallel(threads, static_cast<int64_t>(parts.size()) * 2 * pieces, [&](int64_t task, int64_t worker) {
       const Part& part = parts[task / (2 * pieces)];
       const bool up = task / pieces % 2 == 0;
       if (up ? !g.up && !g.up_bias : !g.down && !g.down_bias) return;
       for (const Block* b = part.begin; b < part.end; b++)
-        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert], rooms().worker[worker].floats(0));
+        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert], workspaces().worker[worker].floats(0));
     });
     for (const Part& part : parts) seen[part.begin->expert] = 1;
   }
@@ -167,20 +167,20 @@ struct Backward {
     const int64_t rows = blocks[count - 1].end - begin;
     int64_t most = 0;
     for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
-    act = rooms().act.floats(rows * act_stride);
-    dh = rooms().dh.floats(rows * h_stride);
-    dyp = rooms().gathered.floats(rows * dy_stride);
+    act = workspaces().act.floats(rows * act_stride);
+    dh = workspaces().dh.floats(rows * h_stride);
+    dyp = workspaces().gathered.floats(rows * dy_stride);
     const int64_t depth = h_stride > dy_stride ? h_stride : dy_stride;
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
     parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t worker) {
-      rows_task(blocks[task], Worker(rooms().worker[worker], most));
+      rows_task(blocks[task], Worker(workspaces().worker[worker], most));
     });
     if (g.up || g.down || g.up_bias || g.down_bias) weights(blocks, count);
     if (!dx) return;
     const int64_t panels = divide_up(e.D, 16), chunks = 8 * threads < panels ? 8 * threads : panels;
     parallel(threads, chunks, [&](int64_t task, int64_t worker) {
       dx_task(blocks, count, task * panels / chunks, (task + 1) * panels / chunks,
-              Worker(rooms().worker[worker], most));
+              Worker(workspaces().worker[worker], most));
     });
   }
 
@@ -203,8 +203,8 @@ struct Backward {
     zero_idle(routing);
     seen.assign(static_cast<size_t>(e.num_experts), 0);
     dy_stride = e.down.panels * 16;
-    if (g.up) x = as_floats(in, round_up(e.D, 16), rooms().x, k, threads);
-    dy = as_floats(grad, dy_stride, rooms().dact, k, threads);
+    if (g.up) x = as_floats(in, round_up(e.D, 16), workspaces().x, k, threads);
+    dy = as_floats(grad, dy_stride, workspaces().dact, k, threads);
     x_rows.resize(static_cast<size_t>(s.rows())), dy_rows.resize(static_cast<size_t>(s.rows()));
     for (int64_t i = 0; i < s.rows(); i++) {
       if (g.up) x_rows[i] = x.row(s.token[i]);
@@ -213,7 +213,7 @@ struct Backward {
     dx = nullptr;
     if (out) {
       dx_stride = out->dtype == MH_FLOAT32 ? out->stride : e.D;
-      dx = out->dtype == MH_FLOAT32 ? static_cast<float*>(out->data) : rooms().y.floats(out->count * e.D);
+      dx = out->dtype == MH_FLOAT32 ? static_cast<float*>(out->data) : workspaces().y.floats(out->count * e.D);
       for (int64_t t = 0; t < out->count; t++) memset(dx + t * dx_stride, 0, e.D * sizeof(float));
     }
     act_stride = round_up(e.F, 16);
@@ -249,6 +249,6 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
       fail(MH_BAD_ARGUMENT, "hidden is too small");
     Call call(routing->tokens);
     b.all(*routing, *x, *dy, dx);
-    rooms().trim();
+    workspaces().trim();
   });
 }

@@ -14,7 +14,7 @@ namespace mh {
 namespace {
 thread_local char message[256] = "";
 constexpr int64_t kLimit = 1 << 24;         // widths, as in record.py
-constexpr size_t kKept = size_t{32} << 20;  // a larger room is given back after the call
+constexpr size_t kKept = size_t{32} << 20;  // a larger workspace is given back after the call
 }  // namespace
 
 void fail(int code, const char* format, ...) {
@@ -40,9 +40,9 @@ int guarded(void (*f)(void*), void* context) {
   }
 }
 
-Room::~Room() { free(data_); }
+Workspace::~Workspace() { free(data_); }
 
-float* Room::floats(int64_t n) {
+float* Workspace::floats(int64_t n) {
   const size_t bytes = static_cast<size_t>(round_up(n > 0 ? n : 1, 1024)) * sizeof(float);
   if (bytes > bytes_) {
     free(data_);
@@ -54,16 +54,16 @@ float* Room::floats(int64_t n) {
   return static_cast<float*>(data_);
 }
 
-void Rooms::trim() {
-  for (Room* room : {&x, &y, &act, &dh, &dact, &gathered})
-    if (room->bytes_ > kKept) {
-      free(room->data_);
-      room->data_ = nullptr, room->bytes_ = 0;
+void Workspaces::trim() {
+  for (Workspace* workspace : {&x, &y, &act, &dh, &dact, &gathered})
+    if (workspace->bytes_ > kKept) {
+      free(workspace->data_);
+      workspace->data_ = nullptr, workspace->bytes_ = 0;
     }
 }
 
-Rooms& rooms() {
-  static Rooms* all = new Rooms;
+Workspaces& workspaces() {
+  static Workspaces* all = new Workspaces;
   return *all;
 }
 
@@ -182,10 +182,10 @@ Experts checked_experts(const mh_experts* e, const mh_stacked* s) {
   return r;
 }
 
-Floats as_floats(const mh_rows& rows, int64_t width, Room& room, const Kernels& k, int64_t threads) {
+Floats as_floats(const mh_rows& rows, int64_t width, Workspace& workspace, const Kernels& k, int64_t threads) {
   if (rows.dtype == MH_FLOAT32 && rows.width >= width) return {static_cast<const float*>(rows.data), rows.stride};
   const int64_t stride = round_up(width, 16);
-  float* to = room.floats(rows.count * stride);
+  float* to = workspace.floats(rows.count * stride);
   constexpr int64_t block = 64;
   parallel(threads, divide_up(rows.count, block), [&](int64_t task, int64_t) {
     for (int64_t i = task * block; i < rows.count && i < (task + 1) * block; i++) {

@@ -26,24 +26,24 @@ inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; 
 inline int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 // 64-byte aligned memory that grows and is kept between calls, unless it is large.
-class Room {
+class Workspace {
  public:
   float* floats(int64_t n);
-  ~Room();
+  ~Workspace();
 
  private:
   void* data_ = nullptr;
   size_t bytes_ = 0;
-  friend struct Rooms;
+  friend struct Workspaces;
 };
 
-struct Rooms {  // used by one call at a time
-  Room x, y, act, dh, dact, gathered;
-  Room worker[257];
-  Room quantized[4];
+struct Workspaces {  // used by one call at a time
+  Workspace x, y, act, dh, dact, gathered;
+  Workspace worker[257];
+  Workspace quantized[4];
   void trim();
 };
-Rooms& rooms();
+Workspaces& workspaces();
 
 struct Matrix {  // a matrix per expert, packed or plain, checked
   const uint8_t* base;  // of the first expert's record, or weights
@@ -69,12 +69,12 @@ struct Experts {
 };
 Experts checked_experts(const mh_experts* e, const mh_stacked* s);
 
-// Float32 rows with at least `width` readable columns, zero beyond the rows' own: the caller's, or a copy in `room`.
+// Float32 rows with at least `width` readable columns, zero beyond the rows' own: the caller's, or a copy in `workspace`.
 struct Floats {
   const float* data;
   int64_t stride;
   const float* row(int64_t i) const { return data + i * stride; }
 };
-Floats as_floats(const mh_rows& rows, int64_t width, Room& room, const Kernels& k, int64_t threads);
+Floats as_floats(const mh_rows& rows, int64_t width, Workspace& workspace, const Kernels& k, int64_t threads);
 
 }  // namespace mh

@@ -96,10 +96,10 @@ struct Forward {
     const int64_t begin = blocks[0].begin, rows = blocks[count - 1].end - begin;
     int64_t most = 0;
     for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
-    act = rooms().act.floats(rows * act_stride);
+    act = workspaces().act.floats(rows * act_stride);
     for (const Block* b = blocks; b < blocks + count; b++) pad_act(*b, act + (b->begin - begin) * act_stride);
     const int64_t depth = e.up.depth > e.down.depth ? e.up.depth : e.down.depth;
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
 
     const int64_t wide = e.up.panels / e.parts;
     int64_t pieces = divide_up(8 * threads, static_cast<int64_t>(count));
@@ -107,11 +107,11 @@ struct Forward {
     parallel(threads, static_cast<int64_t>(count) * pieces, [&](int64_t task, int64_t worker) {
       const Block& b = blocks[task / pieces];
       const int64_t piece = task % pieces, first = piece * wide / pieces, end = (piece + 1) * wide / pieces;
-      up_task(b, begin, first, end - first, Worker(rooms().worker[worker], most));
+      up_task(b, begin, first, end - first, Worker(workspaces().worker[worker], most));
     });
 
     if (qx.q) {
-      qact.prepare(rows, e.down, rooms().quantized[2], rooms().quantized[3]);
+      qact.prepare(rows, e.down, workspaces().quantized[2], workspaces().quantized[3]);
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
         for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++)
@@ -121,23 +121,23 @@ struct Forward {
     int64_t chunks = 8 * threads < e.down.panels ? 8 * threads : e.down.panels;
     parallel(threads, chunks, [&](int64_t task, int64_t worker) {
       const int64_t first = task * e.down.panels / chunks, end = (task + 1) * e.down.panels / chunks;
-      down_task(blocks, count, first, end, Worker(rooms().worker[worker], most));
+      down_task(blocks, count, first, end, Worker(workspaces().worker[worker], most));
     });
   }
 
   void all(const mh_rows& in, const mh_rows& out) {
-    x = as_floats(in, e.up.depth, rooms().x, k, threads);
+    x = as_floats(in, e.up.depth, workspaces().x, k, threads);
     x_rows.resize(static_cast<size_t>(s.rows()));
     bool any_few = false;
     for (int64_t i = 0; i < s.rows(); i++) x_rows[i] = x.row(s.token[i]);
     for (const Block& b : s.blocks) any_few = any_few || few(b.rows(), e.up);
     if (any_few && is_integer(e.up)) {
-      qx.prepare(in.count, e.up, rooms().quantized[0], rooms().quantized[1]);
+      qx.prepare(in.count, e.up, workspaces().quantized[0], workspaces().quantized[1]);
       parallel(threads, in.count, [&](int64_t t, int64_t) { qx.set(t, x.row(t), k); });
     }
     act_stride = e.down.depth;
     y_stride = out.dtype == MH_FLOAT32 ? out.stride : e.D;
-    y = out.dtype == MH_FLOAT32 ? static_cast<float*>(out.data) : rooms().y.floats(out.count * e.D);
+    y = out.dtype == MH_FLOAT32 ? static_cast<float*>(out.data) : workspaces().y.floats(out.count * e.D);
     for (int64_t t = 0; t < out.count; t++) memset(y + t * y_stride, 0, e.D * sizeof(float));
     size_t first = 0;
     for (const size_t end : group_blocks(s.blocks, act_stride)) {
@@ -165,6 +165,6 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
     if (hidden && hidden_count < f.s.rows() * f.e.up.panels * 16) fail(MH_BAD_ARGUMENT, "hidden is too small");
     Call call(routing->tokens);
     f.all(*x, *y);
-    rooms().trim();
+    workspaces().trim();
   });
 }

@@ -36,20 +36,20 @@ struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `ro
 constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 columns stay in the first cache
 constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
 constexpr int kDotRows = 4;           // rows a dot takes at a time
-constexpr int64_t kColumnBlocks = 4;  // 16 columns each that product_t and combine take at a time
+constexpr int64_t kColumnBlocks = 4;  // 16 columns each that product_transposed and combine take at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
-constexpr int64_t kKeys = 256;  // keys of a stretch: their weights, and what they say, stay in the second cache
+constexpr int64_t kSplitKeys = 256;  // keys of a split: their weights, and what they say, stay in the second cache
 
-struct Stretch {  // up to four heads, one query each, that attend to the same keys
+struct KvSplit {  // up to four heads, one query each, that attend to the same keys
   const float* q;
   int64_t q_stride, heads;
   const void *k, *v;  // float32 or bf16 rows; widths are multiples of 16
-  bool halves;
+  bool is_bf16;
   int64_t k_stride, v_stride, keys, k_width, v_width;
   const uint8_t* mask;  // of the keys, or null
   float scale, cap;     // cap 0 is none
-  float* scratch;       // [heads][kKeys]
+  float* scratch;       // [heads][kSplitKeys]
   float *largest, *total, *y;  // per head: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
   int64_t y_stride;
 };
@@ -60,7 +60,7 @@ struct Kernels {
   void (*dot)(const Panel&, const Row*, int rows, float* c);
   void (*product)(const Panel&, const Rows&, float* scratch, float* c);
   // Rows times columns of the weights; `next` is fetched meanwhile. One block of columns is c_stride after the other.
-  void (*product_t)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c, int64_t c_stride);
+  void (*product_transposed)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c, int64_t c_stride);
   // c[16][16], rows `stride` apart, = or += Σ_m a[m][16]·b[m][16]
   void (*outer)(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first);
   void (*activate)(int activation, const float* gate, const float* up, int64_t rows, float* out, int64_t out_stride);
@@ -76,9 +76,9 @@ struct Kernels {
   void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
   void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
-  void (*attend)(const Stretch&);
+  void (*attend)(const KvSplit&);
   // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
-  void (*products)(const float* x, const void* w, bool halves, int64_t rows, int64_t width, float* out);
+  void (*gemv)(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out);
 };
 
 extern const Kernels kPortable;

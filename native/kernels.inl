@@ -16,7 +16,7 @@ using mh::Panel;
 using mh::Row;
 using mh::Rows;
 
-constexpr int64_t kAhead = 2048;  // bytes prefetched ahead; 512 and 4096 were up to a tenth slower (Zen 3)
+constexpr int64_t kPrefetchBytes = 2048;  // bytes prefetched ahead; 512 and 4096 were up to a tenth slower (Zen 3)
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -41,7 +41,7 @@ void dot_float32(const Panel& p, const Row* rows, float* c) {
   for (int i = 0; i < M; i++) even[i] = odd[i] = set1(0);
   const float* w = reinterpret_cast<const float*>(p.data);
   for (int64_t k = 0; k < p.depth; k += 2, w += 32) {
-    prefetch(reinterpret_cast<const uint8_t*>(w) + kAhead), prefetch(reinterpret_cast<const uint8_t*>(w) + kAhead + 64);
+    prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes), prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes + 64);
     const V w0 = load(w), w1 = load(w + 16);
     for (int i = 0; i < M; i++) {
       even[i] = fma(set1(rows[i].x[k]), w0, even[i]);
@@ -57,7 +57,7 @@ void dot_bf16(const Panel& p, const Row* rows, float* c) {
   for (int i = 0; i < M; i++) even[i] = odd[i] = set1(0);
   const uint8_t* line = p.data;
   for (int64_t k = 0; k < p.depth; k += 2, line += 64) {
-    prefetch(line + kAhead);
+    prefetch(line + kPrefetchBytes);
     V w0, w1;
     load_pairs(line, w0, w1);
     for (int i = 0; i < M; i++) {
@@ -78,7 +78,7 @@ void dot_int8(const Panel& p, const Row* rows, float* c) {
     I dots[M];
     for (int i = 0; i < M; i++) dots[i] = zero_int();
     for (int64_t end = k + mh::kQuantGroup; k < end; k += 4, line += 64) {
-      prefetch(line + kAhead);
+      prefetch(line + kPrefetchBytes);
       for (int i = 0; i < M; i++) dots[i] = dot_int8(dots[i], line, rows[i].q + k);
     }
     for (int i = 0; i < M; i++) sums[i] = fma(to_float(dots[i]), set1(rows[i].scale[g]), sums[i]);
@@ -97,7 +97,7 @@ void dot_int4(const Panel& p, const Row* rows, float* c) {
     I dots[M];
     for (int i = 0; i < M; i++) dots[i] = zero_int();
     for (int64_t end = k + p.group; k < end; k += 32, lines += 256) {
-      for (int l = 0; l < 256; l += 64) prefetch(lines + kAhead + l);
+      for (int l = 0; l < 256; l += 64) prefetch(lines + kPrefetchBytes + l);
       for (int i = 0; i < M; i++) dots[i] = dot_int4(dots[i], lines, rows[i].q + k);
     }
     const V scale = load_bf16(scales);
@@ -123,7 +123,7 @@ void dot_rows(const Panel& p, const Row* rows, float* c) {
 
 // Sixteen outputs by sixteen inputs from k on of plain weights, row by row; zeros where there are none.
 const float* plain_block(const Panel& p, int64_t k, float* out, int64_t* stride) {
-  const bool whole = p.rows == 16 && k + 16 <= p.inputs, halves = p.format == MH_PLAIN_BF16;
+  const bool whole = p.rows == 16 && k + 16 <= p.inputs, is_bf16 = p.format == MH_PLAIN_BF16;
   const float* floats = reinterpret_cast<const float*>(p.data) + k;
   const uint16_t* bf16 = reinterpret_cast<const uint16_t*>(p.data) + k;
   if (whole && p.format == MH_PLAIN_FLOAT32) {
@@ -138,11 +138,11 @@ const float* plain_block(const Panel& p, int64_t k, float* out, int64_t* stride)
     if (!whole) store(row, set1(0));
     if (i >= p.rows || columns <= 0) continue;
     if (whole) {
-      store(row, halves ? load_bf16(bf16 + i * p.inputs) : load(floats + i * p.inputs));
+      store(row, is_bf16 ? load_bf16(bf16 + i * p.inputs) : load(floats + i * p.inputs));
     } else {
       for (int64_t j = 0; j < columns; j++) {
-        const uint32_t bits = halves ? static_cast<uint32_t>(bf16[i * p.inputs + j]) << 16 : 0;
-        halves ? void(__builtin_memcpy(row + j, &bits, 4)) : void(row[j] = floats[i * p.inputs + j]);
+        const uint32_t bits = is_bf16 ? static_cast<uint32_t>(bf16[i * p.inputs + j]) << 16 : 0;
+        is_bf16 ? void(__builtin_memcpy(row + j, &bits, 4)) : void(row[j] = floats[i * p.inputs + j]);
       }
     }
     if (p.format != MH_PLAIN_ROUNDED) continue;
@@ -193,11 +193,11 @@ const float* widen_panel(const Panel& p, int64_t k, int64_t n, float* out) {
 }
 
 // Weights to be fetched to the second cache while others are multiplied: inputs [k, k + n) of some panels.
-struct Ahead {
+struct Prefetcher {
   const uint8_t* pieces[kChunk];
   int64_t count = 0, bytes = 0, piece = 0, done = 0;
 
-  Ahead(const Panel* panels, int64_t panel_count, int64_t k, int64_t n) {
+  Prefetcher(const Panel* panels, int64_t panel_count, int64_t k, int64_t n) {
     static const int64_t bits[] = {32, 16, 8, 4, 32, 16, 32};
     if (!panel_count || k >= panels->inputs) return;
     const bool plain = is_plain(*panels);
@@ -207,22 +207,22 @@ struct Ahead {
       for (int64_t i = 0; i < (plain ? p->rows : 1); i++)
         pieces[count++] = p->data + (i * p->inputs + k) * width / 8;
   }
-  void line() {
+  void next_line() {
     if (piece == count) return;
     __builtin_prefetch(pieces[piece] + done, 0, 2);
     done += 64;
     const bool over = done >= bytes;
     piece += over, done = over ? 0 : done;
   }
-  void hurry(int64_t steps) {  // what does not fit in so many steps is fetched at once
-    for (int64_t i = (count - piece) * ((bytes + 63) / 64); i > steps; i--) line();
+  void catch_up(int64_t steps) {  // what does not fit in so many steps is fetched at once
+    for (int64_t i = (count - piece) * ((bytes + 63) / 64); i > steps; i--) next_line();
   }
 };
 
-// M rows by N outputs of plain weights, which lie as the rows do: sums over lanes, nothing is turned. `last` holds what
+// M rows by N outputs of plain weights, which lie as the rows do: sums over lanes, nothing is transposed. `last` holds what
 // is left of the N outputs after a multiple of 16 inputs.
 template <int M, int N, class T>
-void plain_tile(const Row* rows, const T* w, int64_t inputs, const float* last, float* c, Ahead& ahead) {
+void plain_tile(const Row* rows, const T* w, int64_t inputs, const float* last, float* c, Prefetcher& prefetcher) {
   V sums[M * N];
   times<M * N>([&](auto i) { sums[i.value] = set1(0); });
   const auto step = [&](int64_t k, const auto* from, int64_t stride) {
@@ -235,7 +235,7 @@ void plain_tile(const Row* rows, const T* w, int64_t inputs, const float* last, 
   };
   int64_t k = 0;
   for (; k + 16 <= inputs; k += 16) {
-    ahead.line();
+    prefetcher.next_line();
     step(k, w + k, inputs);
   }
   if (k < inputs) step(k, last, 16);
@@ -251,26 +251,26 @@ inline float number(uint16_t x) {
 }
 
 template <class T, int N>
-void plain_outputs(const Panel& p, int64_t output, const Row* rows, int count, float* c, Ahead& ahead) {
+void plain_outputs(const Panel& p, int64_t output, const Row* rows, int count, float* c, Prefetcher& prefetcher) {
   const T* w = reinterpret_cast<const T*>(p.data) + output * p.inputs;
   const int64_t whole = p.inputs / 16 * 16;
   float last[N * 16] = {};
   for (int64_t o = 0; o < N; o++)
     for (int64_t k = whole; k < p.inputs; k++) last[16 * o + k - whole] = number(w[o * p.inputs + k]);
   c += output;
-  if (count == 1) return plain_tile<1, N>(rows, w, p.inputs, last, c, ahead);
-  if (count == 3) return plain_tile<3, N>(rows, w, p.inputs, last, c, ahead);
-  plain_tile<2, N>(rows, w, p.inputs, last, c, ahead);
-  if (count == 4) plain_tile<2, N>(rows + 2, w, p.inputs, last, c + 32, ahead);
+  if (count == 1) return plain_tile<1, N>(rows, w, p.inputs, last, c, prefetcher);
+  if (count == 3) return plain_tile<3, N>(rows, w, p.inputs, last, c, prefetcher);
+  plain_tile<2, N>(rows, w, p.inputs, last, c, prefetcher);
+  if (count == 4) plain_tile<2, N>(rows + 2, w, p.inputs, last, c + 32, prefetcher);
 }
 
 // For a few rows. At 8 it has 44 GFLOP/s where tiles have 54, at 16 they have 74.
 template <class T>
 void dot_plain(const Panel& p, const Row* rows, int count, float* c) {
-  Ahead ahead(p.next, p.next ? 1 : 0, 0, p.inputs);
+  Prefetcher prefetcher(p.next, p.next ? 1 : 0, 0, p.inputs);
   int64_t o = 0;
-  for (; o + 2 <= p.rows; o += 2) plain_outputs<T, 2>(p, o, rows, count, c, ahead);
-  if (o < p.rows) plain_outputs<T, 1>(p, o++, rows, count, c, ahead);
+  for (; o + 2 <= p.rows; o += 2) plain_outputs<T, 2>(p, o, rows, count, c, prefetcher);
+  if (o < p.rows) plain_outputs<T, 1>(p, o++, rows, count, c, prefetcher);
   for (; o < 16; o++)
     for (int i = 0; i < count; i++) c[16 * i + o] = 0;
 }
@@ -298,14 +298,14 @@ constexpr int64_t kStep = 4;  // inputs of a tile per line fetched
 
 // M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
 template <int M, bool kTurn>
-void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first, Ahead& ahead) {
+void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first, Prefetcher& prefetcher) {
   V sums[M];
   times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
   float* b = weights.b;
   const float* from = nullptr;
   const int64_t stride = kTurn ? weights.panels->inputs : 16;
   for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {
-    ahead.line();
+    prefetcher.next_line();
     if (kTurn)
       from = k % 16 ? from + kStep * stride
                     : reinterpret_cast<const float*>(weights.panels[k / 16].data) + weights.column;
@@ -320,22 +320,22 @@ void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float
 }
 
 template <int M, bool kTurn>
-void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first, Ahead& ahead) {
-  if (m == M) return tile<M, kTurn>(a, jump, n, w, c, first, ahead);
-  if constexpr (M > 1) tile_of<M - 1, kTurn>(m, a, jump, n, w, c, first, ahead);
+void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first, Prefetcher& prefetcher) {
+  if (m == M) return tile<M, kTurn>(a, jump, n, w, c, first, prefetcher);
+  if constexpr (M > 1) tile_of<M - 1, kTurn>(m, a, jump, n, w, c, first, prefetcher);
 }
 
 inline int64_t tile_count(const Rows& rows) { return (rows.count + kTileRows - 1) / kTileRows; }
 
-void tiles(const Rows& rows, int64_t k, int64_t n, const Weights& w, float* c, bool first, Ahead& ahead) {
+void tiles(const Rows& rows, int64_t k, int64_t n, const Weights& w, float* c, bool first, Prefetcher& prefetcher) {
   const float* a = rows.at + k * rows.count;
   for (int64_t i = 0, left = rows.count; left > 0;) {
     // Two tiles of half the size rather than a whole one and one too small to keep the multipliers busy.
     const int64_t m = left >= 2 * kTileRows || left <= kTileRows ? least(left, kTileRows) : (left + 1) / 2;
     if (i == 0 && w.panels)
-      tile_of<kTileRows, true>(m, a, 16 * rows.count, n, w, c, first, ahead);
+      tile_of<kTileRows, true>(m, a, 16 * rows.count, n, w, c, first, prefetcher);
     else
-      tile_of<kTileRows, false>(m, a + 16 * i, 16 * rows.count, n, w, c + 16 * i, first, ahead);
+      tile_of<kTileRows, false>(m, a + 16 * i, 16 * rows.count, n, w, c + 16 * i, first, prefetcher);
     i += m, left -= m;
   }
 }
@@ -344,29 +344,29 @@ void product(const Panel& p, const Rows& rows, float* scratch, float* c) {
   for (int64_t k = 0; k < p.depth; k += kChunk) {
     const int64_t n = least(kChunk, p.depth - k);
     const bool last = k + n >= p.depth;
-    Ahead ahead(last ? p.next : &p, last && !p.next ? 0 : 1, last ? 0 : k + n, kChunk);
-    ahead.hurry(tile_count(rows) * n / kStep);
-    tiles(rows, k, n, {const_cast<float*>(widen_panel(p, k, n, scratch)), nullptr, 0}, c, k == 0, ahead);
+    Prefetcher prefetcher(last ? p.next : &p, last && !p.next ? 0 : 1, last ? 0 : k + n, kChunk);
+    prefetcher.catch_up(tile_count(rows) * n / kStep);
+    tiles(rows, k, n, {const_cast<float*>(widen_panel(p, k, n, scratch)), nullptr, 0}, c, k == 0, prefetcher);
   }
 }
 
 // Sixteen outputs by sixteen inputs, row by row and contiguous.
-void turned_block(const Panel& p, int64_t block, float* room, float* out) {
-  if (!is_plain(p)) return transpose16(widen_panel(p, block * 16, 16, room), 16, out);
+void transposed_block(const Panel& p, int64_t block, float* scratch, float* out) {
+  if (!is_plain(p)) return transpose16(widen_panel(p, block * 16, 16, scratch), 16, out);
   int64_t stride;
   const float* from = plain_block(p, block * 16, out, &stride);
   for (int64_t i = 0; from != out && i < 16; i++) store(out + 16 * i, load(from + i * stride));
 }
 
-void product_t(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c, int64_t c_stride) {
+void product_transposed(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c, int64_t c_stride) {
   constexpr int64_t step = 4;  // panels; of more rows of weights, a power of two apart, the second cache drops some
   for (int64_t p = 0; p < w.count; p += step) {
     const int64_t count = least(step, w.count - p);
     const bool last = p + step >= w.count;
     const Columns& then = last ? next : w;
     const int64_t from = last ? 0 : p + step;
-    Ahead ahead(then.panels + from, least(step, then.count - from), 16 * then.block, 16 * then.blocks);
-    ahead.hurry(tile_count(rows) * count * w.blocks * 16 / kStep);
+    Prefetcher prefetcher(then.panels + from, least(step, then.count - from), 16 * then.block, 16 * then.blocks);
+    prefetcher.catch_up(tile_count(rows) * count * w.blocks * 16 / kStep);
     const Panel* panels = w.panels + p;
     bool whole = panels->format == MH_PLAIN_FLOAT32;
     for (int64_t j = 0; j < count; j++) whole = whole && panels[j].rows == 16;
@@ -374,8 +374,8 @@ void product_t(const Columns& w, const Columns& next, const Rows& rows, float* s
       const int64_t column = 16 * (w.block + q);
       const bool as_they_lie = whole && column + 16 <= panels->inputs;
       for (int64_t j = 0; !as_they_lie && j < count; j++)
-        turned_block(panels[j], w.block + q, scratch + kChunk * 16, scratch + 256 * j);
-      tiles(rows, p * 16, count * 16, {scratch, as_they_lie ? panels : nullptr, column}, c + q * c_stride, p == 0, ahead);
+        transposed_block(panels[j], w.block + q, scratch + kChunk * 16, scratch + 256 * j);
+      tiles(rows, p * 16, count * 16, {scratch, as_they_lie ? panels : nullptr, column}, c + q * c_stride, p == 0, prefetcher);
     }
   }
 }

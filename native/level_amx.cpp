@@ -103,19 +103,19 @@ void product_amx(const Panel& p, const Rows& rows, float* scratch, float* c) {
   }
 }
 
-void product_t_amx(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
+void product_transposed_amx(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
                    int64_t c_stride) {
-  if (!rows.rounded) return product_t(w, next, rows, scratch, c, c_stride);
+  if (!rows.rounded) return product_transposed(w, next, rows, scratch, c, c_stride);
   const TileScope scope;
-  float *wide = scratch, *turned = scratch + 256;
+  float *wide = scratch, *transposed = scratch + 256;
   uint8_t* lines = reinterpret_cast<uint8_t*>(scratch + kChunk * 16);
   constexpr int64_t step = kChunk / 16;
   for (int64_t q = 0; q < w.blocks; q++)
     for (int64_t p = 0; p < w.count; p += step) {
       const int64_t count = least(step, w.count - p), even = (count + 1) / 2 * 2;
       for (int64_t j = 0; j < count; j++) {
-        turned_block(w.panels[p + j], w.block + q, wide, turned);
-        pair_up(turned, 16, lines + 512 * j);
+        transposed_block(w.panels[p + j], w.block + q, wide, transposed);
+        pair_up(transposed, 16, lines + 512 * j);
       }
       if (even > count) memset(lines + 512 * count, 0, 512);
       panel_tiles(rows, p * 16, even * 16, lines, c + q * c_stride, p == 0);
@@ -124,6 +124,6 @@ void product_t_amx(const Columns& w, const Columns& next, const Rows& rows, floa
 
 }  // namespace
 
-const mh::Kernels mh::kAmx = {"amx", true, dot, product_amx, product_t_amx, outer, activate, activate_grad,
+const mh::Kernels mh::kAmx = {"amx", true, dot, product_amx, product_transposed_amx, outer, activate, activate_grad,
                              widen, narrow, quantize, combine, add_bias, transpose16,
-                              norm, attend, products};
+                              norm, attend, gemv};

@@ -49,11 +49,11 @@ struct Linears {
     const int64_t columns = layer.m.outputs_of(p);
     if (const float* bias = layer.m.bias(0, p)) k.add_bias(bias, columns, rows, c);
     for (int64_t i = 0; i < rows; i++, c += 16) {
-      const int64_t place = (begin + i) * layer.y.stride + 16 * p;
+      const int64_t offset = (begin + i) * layer.y.stride + 16 * p;
       if (layer.y.dtype == MH_BF16)
-        k.narrow(c, columns, static_cast<uint16_t*>(layer.y.data) + place);
+        k.narrow(c, columns, static_cast<uint16_t*>(layer.y.data) + offset);
       else
-        memcpy(static_cast<float*>(layer.y.data) + place, c, columns * sizeof(float));
+        memcpy(static_cast<float*>(layer.y.data) + offset, c, columns * sizeof(float));
     }
   }
 
@@ -61,7 +61,7 @@ struct Linears {
     for (int64_t p = first; p < end; p++) {
       const Panel panel = layer.m.panel(0, p);
       for (int64_t i = 0; i < rows; i++)
-        k.products(at[begin + i], panel.data, panel.format == MH_PLAIN_BF16, panel.rows, panel.inputs, w.first + 16 * i);
+        k.gemv(at[begin + i], panel.data, panel.format == MH_PLAIN_BF16, panel.rows, panel.inputs, w.first + 16 * i);
       put(layer, p, begin, rows, w.first);
     }
   }
@@ -69,7 +69,7 @@ struct Linears {
   void all(const mh_rows& in) {
     int64_t depth = 0, count = in.count, blocks = divide_up(count, kBlockRows);
     for (const Layer& layer : layers) depth = layer.m.depth > depth ? layer.m.depth : depth;  // records are padded
-    const Floats x = as_floats(in, depth, rooms().x, k, threads);
+    const Floats x = as_floats(in, depth, workspaces().x, k, threads);
     at.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; i++) at[i] = x.row(i);
     int64_t every = 0;
@@ -77,16 +77,16 @@ struct Linears {
       every += layer.m.panels;
       Quantized* q = const_cast<Quantized*>(integers(layer.m));
       if (!q || q->q || !few(count, layer.m)) continue;
-      Room* room = rooms().quantized + 2 * (q - quantized);
-      q->prepare(count, layer.m, room[0], room[1]);
+      Workspace* workspace = workspaces().quantized + 2 * (q - quantized);
+      q->prepare(count, layer.m, workspace[0], workspace[1]);
       for (int64_t i = 0; i < count; i++) q->set(i, at[i], k);
     }
     const int64_t most = count < kBlockRows ? count : kBlockRows;
-    for (int64_t i = 0; i < threads; i++) rooms().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
     int64_t pieces = divide_up(8 * threads, blocks);
     pieces = pieces < every ? pieces : every;
     parallel(threads, blocks * pieces, [&](int64_t task, int64_t worker) {
-      const Worker w(rooms().worker[worker], most);
+      const Worker w(workspaces().worker[worker], most);
       const int64_t block = task / pieces, piece = task % pieces;
       const int64_t begin = block * count / blocks, rows = (block + 1) * count / blocks - begin;
       int64_t first = piece * every / pieces, left = (piece + 1) * every / pieces - first;
@@ -127,7 +127,7 @@ void run_layers(const Kernels& k, std::vector<Layer> layers, const mh_rows& x, i
   if (x.count == 0) return;
   Call call(x.count);
   Linears{k, std::move(layers), threads, {}, {}}.all(x);
-  rooms().trim();
+  workspaces().trim();
 }
 
 }  // namespace

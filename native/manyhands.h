@@ -11,7 +11,7 @@
 #define MH_API extern "C" __attribute__((visibility("default")))
 #endif
 
-enum { MH_ABI = 2 };
+enum { MH_ABI = 3 };
 enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
 enum { MH_FLOAT32 = 0, MH_BF16 = 1, MH_INT8 = 2, MH_INT4 = 3 };
 // Weights that are not packed: [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16.
@@ -75,9 +75,9 @@ struct mh_cache {  // keys and values [batch][groups][length][width] of one laye
 };
 
 enum { MH_NORM_ROW = 0, MH_NORM_HEAD = 1, MH_NORM_AFTER = 2 };  // over all heads; each; each after the rotation
-struct mh_rotation {  // cos and sin [positions][width / 2] float32; neighbours: pairs are (0, 1), (2, 3), …
+struct mh_rotation {  // cos and sin [positions][width / 2] float32; interleave: pairs are (0, 1), (2, 3), …
   const float *cos, *sin;
-  int64_t width, positions, neighbours;
+  int64_t width, positions, interleave;
   mh_norm q_norm, k_norm;
   int64_t norms;  // one of MH_NORM_...
 };
@@ -100,7 +100,7 @@ MH_API int64_t mh_abi(void);
 MH_API const char* mh_error(void);
 // What a look for neighbours makes of so many nanoseconds of waiting for a core and running on one (native/openmp.cpp):
 // whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.
-MH_API int64_t mh_neighbours(int64_t waited, int64_t ran);
+MH_API int64_t mh_contention(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
 // Experts are packed or stacked: one of the two is null.
 MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* y, float* hidden,
@@ -111,11 +111,11 @@ MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* 
 MH_API int mh_pack(void* record, int64_t bytes, const mh_matrix*, const mh_rows* weights, const mh_rows* bias,
                    const mh_run*);
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
-// MH_STEP_LINEARS has its count in n[0], MH_STEP_PLACE batch and first in n[0] and n[1], MH_STEP_EXPERTS no hidden.
+// MH_STEP_LINEARS has its count in n[0], MH_STEP_ROPE_AND_CACHE batch and first in n[0] and n[1], MH_STEP_EXPERTS no hidden.
 // MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
 // MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
 enum {
-  MH_STEP_NORM = 0, MH_STEP_LINEARS = 1, MH_STEP_PLACE = 2, MH_STEP_ATTEND = 3, MH_STEP_ROUTE = 4, MH_STEP_EXPERTS = 5,
+  MH_STEP_NORM = 0, MH_STEP_LINEARS = 1, MH_STEP_ROPE_AND_CACHE = 2, MH_STEP_ATTEND = 3, MH_STEP_ROUTE = 4, MH_STEP_EXPERTS = 5,
   MH_STEP_ADD = 6, MH_STEP_ACTIVATE = 7
 };
 struct mh_step {
@@ -131,7 +131,7 @@ MH_API int mh_linears(const mh_linear* const*, int64_t count, const mh_rows* x, 
 MH_API int mh_rms_norm(const mh_norm*, const mh_rows* x, const mh_rows* y, const mh_run*);
 // Projected rows, one per (sequence, query): q to out [rows][heads · k_width] float32, normed and rotated; keys the same
 // and values as they are into the cache at positions [first, first + queries).
-MH_API int mh_place(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation*,
+MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation*,
                     const mh_cache*, float* out, const mh_run*);
 // q and y [batch][queries][heads][width] float32, contiguous.
 MH_API int mh_attend(const mh_attention*, const float* q, const mh_cache*, float* y, const mh_run*);

@@ -4,7 +4,7 @@
 
 namespace mh {
 
-void Quantized::prepare(int64_t rows, const Matrix& m, Room& values, Room& scales) {
+void Quantized::prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales) {
   depth = m.depth;
   group = m.m.format == MH_INT4 ? m.m.group : kQuantGroup;
   groups = depth / group;
@@ -34,9 +34,9 @@ int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k) {
   return tiles + padded * (round_up(depth, 16) + (k.rounds_rows ? kRoundedPad : 0));
 }
 
-Worker::Worker(Room& room, int64_t rows) {
+Worker::Worker(Workspace& workspace, int64_t rows) {
   c_stride = 16 * round_up(rows, 16);
-  first = room.floats(0);
+  first = workspace.floats(0);
   second = first + kColumnBlocks * c_stride;
   scratch = second + c_stride;
   rounded = reinterpret_cast<uint16_t*>(scratch + kScratch);
@@ -56,30 +56,30 @@ static bool wants_rounded(int64_t format, const Kernels& k) {
   return k.rounds_rows && format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
 }
 
-static Rows rounded_rows(int64_t count, int64_t depth, uint16_t* room) {  // with zeros where tiles read too far
+static Rows rounded_rows(int64_t count, int64_t depth, uint16_t* scratch) {  // with zeros where tiles read too far
   const int64_t stride = depth + kRoundedPad;
-  for (int64_t i = 0; i < count; i++) memset(room + i * stride + depth, 0, kRoundedPad * sizeof(uint16_t));
-  memset(room + count * stride, 0, (round_up(count, 16) - count) * stride * sizeof(uint16_t));
-  return {nullptr, count, room, stride};
+  for (int64_t i = 0; i < count; i++) memset(scratch + i * stride + depth, 0, kRoundedPad * sizeof(uint16_t));
+  memset(scratch + count * stride, 0, (round_up(count, 16) - count) * stride * sizeof(uint16_t));
+  return {nullptr, count, scratch, stride};
 }
 
-Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* room) {
+Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* scratch) {
   if (!wants_rounded(format, k)) return {at, count, nullptr, 0};
-  const Rows rows = rounded_rows(count, depth, room);
+  const Rows rows = rounded_rows(count, depth, scratch);
   for (int64_t q = 0; q < depth; q += 16)
-    for (int64_t i = 0; i < count; i++) k.narrow(at + (q * count + 16 * i), 16, room + i * rows.rounded_stride + q);
+    for (int64_t i = 0; i < count; i++) k.narrow(at + (q * count + 16 * i), 16, scratch + i * rows.rounded_stride + q);
   return rows;
 }
 
 Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* room) {
+                 uint16_t* scratch) {
   if (!wants_rounded(format, k)) {
-    float* to = reinterpret_cast<float*>(room);
+    float* to = reinterpret_cast<float*>(scratch);
     gather(at, count, depth, to);
     return {to, count, nullptr, 0};
   }
-  const Rows rows = rounded_rows(count, depth, room);
-  for (int64_t i = 0; i < count; i++) k.narrow(at[i], depth, room + i * rows.rounded_stride);
+  const Rows rows = rounded_rows(count, depth, scratch);
+  for (int64_t i = 0; i < count; i++) k.narrow(at[i], depth, scratch + i * rows.rounded_stride);
   return rows;
 }
 

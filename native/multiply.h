@@ -11,7 +11,7 @@ struct Quantized {  // rows as integers, for the vector path beside integer weig
   int64_t depth = 0, groups = 0, group = 0;
 
   // Room for `rows` rows; nothing where the format has no use for it.
-  void prepare(int64_t rows, const Matrix& m, Room& values, Room& scales);
+  void prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales);
   void set(int64_t row, const float* x, const Kernels& k) const;
   Row view(int64_t row, const float* x) const;
 };
@@ -34,14 +34,14 @@ struct Worker {
   float *first, *second, *scratch;  // [kColumnBlocks][c_stride]; [c_stride]; kScratch
   int64_t c_stride;                 // floats of 16 columns of the rows, padded
   uint16_t* rounded;                // a level's rows, or floats in panels
-  Worker(Room& room, int64_t rows);
+  Worker(Workspace& workspace, int64_t rows);
 };
 
 // Rows that lie anywhere as a level wants them for its matrix path.
 Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* room);
+                 uint16_t* scratch);
 // The same of rows in panels, [depth / 16][count][16].
-Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* room);
+Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* scratch);
 // Rows to panels.
 void gather(const float* const* at, int64_t count, int64_t depth, float* to);
 

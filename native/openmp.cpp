@@ -110,7 +110,7 @@ OpenMP openmp() {
 }
 #endif
 
-void look_for_neighbours() {
+void watch_contention() {
   static thread_local std::chrono::steady_clock::time_point last{};
   static thread_local int64_t ran = 0, waited = 0;
   const auto now = std::chrono::steady_clock::now();
@@ -123,4 +123,4 @@ void look_for_neighbours() {
 
 }  // namespace mh
 
-int64_t mh_neighbours(int64_t waited, int64_t ran) { return mh::look->judge(waited, ran); }
+int64_t mh_contention(int64_t waited, int64_t ran) { return mh::look->judge(waited, ran); }

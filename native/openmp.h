@@ -11,6 +11,6 @@ OpenMP openmp();  // null where there is none, and in a forked child
 
 // Looks, ten times a second at most, whether the calling thread is kept waiting for a core; while it is, OpenMP's
 // threads wait asleep. One caller at a time.
-void look_for_neighbours();
+void watch_contention();
 
 }  // namespace mh

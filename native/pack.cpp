@@ -58,13 +58,13 @@ int mh_pack(void* record, int64_t bytes, const mh_matrix* matrix, const mh_rows*
     if ((bias != nullptr) != (m.m.bias >= 0)) fail(MH_BAD_ARGUMENT, "pack: bias");
     if (bias) check_rows(bias, count, m.m.parts * N, "bias");
     Call call;
-    for (int64_t i = 0; i < run->threads; i++) rooms().worker[i].floats(1024);
+    for (int64_t i = 0; i < run->threads; i++) workspaces().worker[i].floats(1024);
     parallel(run->threads, count * m.panels, [&](int64_t task, int64_t worker) {
       const int64_t e = task / m.panels, p = task % m.panels, part = p % m.m.parts;
       const int64_t first = p / m.m.parts * 16, rows = N - first < 16 ? N - first : 16;
       uint8_t* to = static_cast<uint8_t*>(record) + e * m.record_bytes;
       pack_panel(*k, m, *weights, (e * m.m.parts + part) * N + first, rows, to + m.m.weight + p * m.panel_bytes,
-                 rooms().worker[worker].floats(0));
+                 workspaces().worker[worker].floats(0));
       if (!bias) return;
       float* b = reinterpret_cast<float*>(to + m.m.bias) + 16 * p;
       memset(b, 0, 64);

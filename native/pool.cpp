@@ -104,7 +104,7 @@ void join_team(void* p) {
 
 Call::Call(int64_t rows) {
   pool->one_call.lock();
-  look_for_neighbours();
+  watch_contention();
   in_openmp = rows > kOwnRows && openmp();
 }
 Call::~Call() { pool->one_call.unlock(); }

@@ -83,13 +83,13 @@ int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores,
       fail(MH_BAD_ARGUMENT, "router of %lld experts, %lld per token", (long long)r->experts, (long long)r->per_token);
     check_rows(x, x->count, r->width, "x");
     Call call;
-    const Floats rows = as_floats(*x, r->width, rooms().x, *k, run->threads);
+    const Floats rows = as_floats(*x, r->width, workspaces().x, *k, run->threads);
     const int64_t pieces = divide_up(r->experts, 16);
     parallel(run->threads, x->count * pieces, [&](int64_t task, int64_t) {
       const int64_t t = task / pieces, first = task % pieces * 16, left = r->experts - first;
       float* to = logits + t * r->experts + first;
       const int64_t count = left < 16 ? left : 16;
-      k->products(rows.row(t), r->weight + first * r->width, false, count, r->width, to);
+      k->gemv(rows.row(t), r->weight + first * r->width, false, count, r->width, to);
       for (int64_t e = 0; r->logit_bias && e < count; e++) to[e] += r->logit_bias[first + e];
     });
     Route route{*r, {}, {}, {}, {}, {}};
@@ -97,6 +97,6 @@ int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores,
       route.scores_of(logits + t * r->experts, scores + t * r->experts);
       route.token(scores + t * r->experts, ids + t * r->per_token, weights + t * r->per_token);
     }
-    rooms().trim();
+    workspaces().trim();
   });
 }

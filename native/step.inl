@@ -1,4 +1,4 @@
-// What a decoding step needs beside the products: norms, and attention of a few heads to a stretch of keys.
+// What a decoding step needs beside the products: norms, and attention of a few heads to a split of keys.
 #pragma once
 
 #include "activation.inl"
@@ -76,15 +76,15 @@ float exponentials(float* x, int64_t n, float largest) {
 }
 
 template <class T>
-void attend_rows(const mh::Stretch& s, const T* k, const T* v) {
+void attend_rows(const mh::KvSplit& s, const T* k, const T* v) {
   const int64_t keys = s.keys, padded = (keys + 15) / 16 * 16;
   if (s.heads == 4)
-    score_heads<4>(s.q, s.q_stride, k, s.k_stride, keys, s.k_width, s.scratch, mh::kKeys);
+    score_heads<4>(s.q, s.q_stride, k, s.k_stride, keys, s.k_width, s.scratch, mh::kSplitKeys);
   else
     for (int64_t h = 0; h < s.heads; h++)
-      score_heads<1>(s.q + h * s.q_stride, 0, k, s.k_stride, keys, s.k_width, s.scratch + h * mh::kKeys, 0);
+      score_heads<1>(s.q + h * s.q_stride, 0, k, s.k_stride, keys, s.k_width, s.scratch + h * mh::kSplitKeys, 0);
   for (int64_t h = 0; h < s.heads; h++) {
-    float* p = s.scratch + h * mh::kKeys;
+    float* p = s.scratch + h * mh::kSplitKeys;
     for (int64_t i = keys; i < padded; i++) p[i] = 0;
     for (int64_t i = 0; i < padded; i += 16) {
       const V l = mul(load(p + i), set1(s.scale));
@@ -99,21 +99,21 @@ void attend_rows(const mh::Stretch& s, const T* k, const T* v) {
     s.total[h] = exponentials(p, padded, largest > -3.0e38f || largest != largest ? largest : 0.0f);
   }
   if (s.heads == 4)
-    mix_heads<4>(s.scratch, mh::kKeys, v, s.v_stride, keys, s.v_width, s.y, s.y_stride);
+    mix_heads<4>(s.scratch, mh::kSplitKeys, v, s.v_stride, keys, s.v_width, s.y, s.y_stride);
   else
     for (int64_t h = 0; h < s.heads; h++)
-      mix_heads<1>(s.scratch + h * mh::kKeys, 0, v, s.v_stride, keys, s.v_width, s.y + h * s.y_stride, 0);
+      mix_heads<1>(s.scratch + h * mh::kSplitKeys, 0, v, s.v_stride, keys, s.v_width, s.y + h * s.y_stride, 0);
 }
 
-void attend(const mh::Stretch& s) {
-  if (s.halves)
+void attend(const mh::KvSplit& s) {
+  if (s.is_bf16)
     attend_rows(s, static_cast<const uint16_t*>(s.k), static_cast<const uint16_t*>(s.v));
   else
     attend_rows(s, static_cast<const float*>(s.k), static_cast<const float*>(s.v));
 }
 
 template <class T>
-void row_products(const float* x, const T* w, int64_t rows, int64_t width, float* out) {
+void gemv_rows(const float* x, const T* w, int64_t rows, int64_t width, float* out) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4) {
     V sums[4] = {set1(0), set1(0), set1(0), set1(0)};
@@ -127,11 +127,11 @@ void row_products(const float* x, const T* w, int64_t rows, int64_t width, float
   for (; i < rows; i++) score_heads<1>(x, 0, w + i * width, width, 1, width, out + i, 0);
 }
 
-void products(const float* x, const void* w, bool halves, int64_t rows, int64_t width, float* out) {
-  if (halves)
-    row_products(x, static_cast<const uint16_t*>(w), rows, width, out);
+void gemv(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out) {
+  if (is_bf16)
+    gemv_rows(x, static_cast<const uint16_t*>(w), rows, width, out);
   else
-    row_products(x, static_cast<const float*>(w), rows, width, out);
+    gemv_rows(x, static_cast<const float*>(w), rows, width, out);
 }
 
 }  // namespace

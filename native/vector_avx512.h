@@ -93,8 +93,8 @@ inline __m512i four(const int8_t* q) {
 // The instruction wants one operand without signs: |x| · (±w).
 inline I dot_int8(I c, const uint8_t* line, const int8_t* q) {
   const __m512i x = four(q), w = _mm512_load_si512(line);
-  const __m512i turned = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w);
-  return {_mm512_dpbusd_epi32(c.v, _mm512_abs_epi8(x), turned)};
+  const __m512i signed_w = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w);
+  return {_mm512_dpbusd_epi32(c.v, _mm512_abs_epi8(x), signed_w)};
 }
 inline I dot_int4(I c, const uint8_t* lines, const int8_t* q) {
   const __m512i low = _mm512_set1_epi8(15);

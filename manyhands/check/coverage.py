@@ -13,7 +13,7 @@ from manyhands.kernels.native.library import CStep
 
 NOT_IN_USE = {"mh_pack": "writing records, which PyTorch does"}
 """Functions of the library that no user's call reaches."""
-KINDS = ("norm", "linears", "place", "attend", "route", "experts", "add", "activate")
+KINDS = ("norm", "linears", "rope_and_cache", "attend", "route", "experts", "add", "activate")
 """What a fused step may be made of, by number."""
 
 

@@ -177,7 +177,7 @@ class Attention(nn.Module):
         norms = [step.NO_NORM if n is None else n.for_native() or step.NO_NORM for n in (self.q_norm, self.k_norm)]
         rotation = step.Rotation(*positions.rope, self.interleave, self.config.qk_norm, *norms)
         held = step.cache_of(*cache.grow(S))
-        placed = step.place(q, k, v, cache.length - S, rotation, held)
+        placed = step.rope_and_cache(q, k, v, cache.length - S, rotation, held)
         y = step.attend(
             placed.view(B, S, -1, self.config.head_dim),
             held,

@@ -45,7 +45,7 @@ from manyhands.moe.packed import RecordExperts
 MOST_SEQUENCES = 8
 MOST_APART = 16
 """With a cache each: the native kernels take no more rows of plain weights in one call."""
-NORM, LINEARS, PLACE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
+NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
 
 
 class Unfit(Exception):
@@ -121,11 +121,11 @@ class FusedStep:
             assert isinstance(layer, ContiguousLayer)
             buffers = tuple(layer.grow(1))
             if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
-                step.point_to(struct, *buffers)
+                step.bind_cache(struct, *buffers)
                 self._seen[i] = buffers
             self._calls[place].n[1] = layer.length - 1
             attention.length = layer.length
-            step.look_through(attention, rows[which].mask_of(sliding))
+            step.set_mask(attention, rows[which].mask_of(sliding))
         if self._copies:
             torch._foreach_copy_(self._copies, self._sources)
         library.call("mh_steps", self._calls, len(self._calls), views.run(-1, 0))
@@ -248,7 +248,7 @@ class FusedStep:
             cache = CCache()
             self._attentions.append((len(self._steps), cache, how, attention.sliding))
             projected = [views.rows(self._tensors[name, n * d][part]) for name, n in (("q", H), ("k", G), ("v", G))]
-            self._call(PLACE, *projected, rotation, cache, placed, n=(B, 0))
+            self._call(ROPE_AND_CACHE, *projected, rotation, cache, placed, n=(B, 0))
             self._call(ATTEND, how, placed, cache, heads)
         self._linears("heads", H * d, {"y": (attention.o_proj, D)})
 

@@ -66,7 +66,7 @@ std::vector<float> normals(int64_t n, bool exact, float scale = 1) {
   return v;
 }
 
-int64_t place(mh_matrix& m, int64_t at, bool bias) {  // the sections of one matrix; returns their end
+int64_t lay_out(mh_matrix& m, int64_t at, bool bias) {  // the sections of one matrix; returns their end
   static const int64_t bits[] = {32, 16, 8, 4};
   const int64_t depth = up_to(m.inputs, 64), panels = m.parts * (up_to(m.outputs, 16) / 16);
   m.weight = at;
@@ -164,8 +164,8 @@ void experts_round(int64_t round) {
   mh_matrix up{F, D, parts, format, 32 * any(1, 2), 0, 0, 0}, down{D, F, 1, format, up.group, 0, 0, 0};
   int64_t up_end = 0, size = 64;
   if (!plain) {
-    up_end = place(up, 0, bias);
-    size = up_to(place(down, up_to(up_end, 64), bias), 64);
+    up_end = lay_out(up, 0, bias);
+    size = up_to(lay_out(down, up_to(up_end, 64), bias), 64);
   }
   Bytes records(plain ? 64 : E * size);
   memset(records.data, 0, static_cast<size_t>(records.size));
@@ -264,7 +264,7 @@ void linear_round(int64_t round) {
   const int64_t bias = any(0, 1), stride = N + any(0, 3);
   const bool exact = any(0, 2) > 0;
   mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, 0};
-  const int64_t size = up_to(place(m, 0, bias), 64);
+  const int64_t size = up_to(lay_out(m, 0, bias), 64);
   Bytes record(size);
   memset(record.data, 0, static_cast<size_t>(size));
   std::vector<float> w = normals(N * K, exact), b = normals(N, exact), x = normals(T * K, exact), first;
@@ -295,7 +295,7 @@ void linear_round(int64_t round) {
 // One field after another set to something that cannot be: an error code, or a result, but never a touch outside.
 void damaged_round() {
   mh_matrix m{any(1, 40), any(1, 100), 1, any(MH_FLOAT32, MH_INT4), 32, 0, 0, 0};
-  const int64_t size = up_to(place(m, 0, true), 64);
+  const int64_t size = up_to(lay_out(m, 0, true), 64);
   Bytes record(size);
   memset(record.data, 0, static_cast<size_t>(size));
   mh_linear line{record.data, size, m, nullptr};

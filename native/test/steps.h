@@ -71,7 +71,7 @@ void linears_round() {
                         N * K * (wide_ones ? 4 : 2), m, nullptr});
       continue;
     }
-    const int64_t size = up_to(place(m, 0, any(0, 1)), 64);
+    const int64_t size = up_to(lay_out(m, 0, any(0, 1)), 64);
     records.push_back(new Bytes(size));
     memset(records.back()->data, 0, static_cast<size_t>(size));
     if (format > MH_BF16) fill(records.back()->data, m, size, true);
@@ -126,10 +126,10 @@ void attend_round() {
     std::vector<float> q(q_in.size()), y(static_cast<size_t>(B * S * H * dv));
     const mh_rows qs{q_in.data(), 0, B * S, H * dk, H * dk}, ks{k_in.data(), 0, B * S, G * dk, G * dk};
     const mh_rows vs{v_in.data(), 0, B * S, G * dv, G * dv};
-    expect(!mh_place(&qs, &ks, &vs, B, before, &r, &c, q.data(), &run), "place");
+    expect(!mh_rope_and_cache(&qs, &ks, &vs, B, before, &r, &c, q.data(), &run), "rope_and_cache");
     expect(!mh_attend(&how, q.data(), &c, y.data(), &run), "attend");
     if (level == MH_PORTABLE) first_q = q, first_y = y;
-    close(q, first_q, level, largest, 1e-5, "placed queries");
+    close(q, first_q, level, largest, 1e-5, "rotated queries");
     close(y, first_y, level, largest, 1e-2, "attended");  // a key in bf16 may be rounded the other way
   }
 }
@@ -160,7 +160,7 @@ void damaged_step_round() {
   const mh_rows x{q.data(), 0, 1, 16, 16}, out{y.data(), 0, 1, 16, 16}, wide_q{q.data(), 0, 1, 64, 64}, ks{q.data(), 0, 1, 32, 32};
   mh_rms_norm(&norm, &x, &out, &run);
   if (field != &router.experts) mh_route(&router, &x, logits.data(), scores.data(), ids.data(), weights.data(), &run);
-  if (field != &c.k_size && field != &c.v_size) mh_place(&wide_q, &ks, &ks, 1, 3, &r, &c, y.data(), &run);
+  if (field != &c.k_size && field != &c.v_size) mh_rope_and_cache(&wide_q, &ks, &ks, 1, 3, &r, &c, y.data(), &run);
   mh_step step{any(-1, 9), {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, {any(-1, 5), any(-1, 5)}, 1};
   mh_steps(&step, 1, &run);
 }

@@ -138,7 +138,7 @@ def test_doubled_for_few_rows(monkeypatch, name, part, quantity):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["attend", "place"])
+@pytest.mark.parametrize("name", ["attend", "rope_and_cache"])
 def test_attention_to_a_cache_doubled(monkeypatch, name):
     right = getattr(step, name)
     monkeypatch.setattr(step, name, lambda *a, **k: 2 * right(*a, **k))
@@ -191,8 +191,8 @@ def _told(monkeypatch, function: str, place: int, struct: type, **wrong) -> None
 
 @needs_native
 @pytest.mark.parametrize(("function", "place", "struct", "field", "value", "kinds"), [
-    ("mh_place", 5, library.CRotation, "neighbours", 0, {"neighbouring pairs"}),
-    ("mh_place", 5, library.CRotation, "norms", 2, {"norm of each head (Qwen3)", "half rotated (GLM-4.5)"}),
+    ("mh_rope_and_cache", 5, library.CRotation, "interleave", 0, {"neighbouring pairs"}),
+    ("mh_rope_and_cache", 5, library.CRotation, "norms", 2, {"norm of each head (Qwen3)", "half rotated (GLM-4.5)"}),
     ("mh_attend", 0, library.CAttention, "cap", 0.0, {"soft cap (Grok-1)"}),
     ("mh_attend", 0, library.CAttention, "sinks", None, {"sinks, window, YaRN (gpt-oss)"}),
     ("mh_attend", 0, library.CAttention, "mask", None, None),

@@ -160,9 +160,9 @@ def test_what_does_not_fit_is_refused() -> None:
         step.attend(draw(1, 1, 2, 8), step.cache_of(k[..., :8], k[..., :8]), 8, 1.0)
     rotation = step.Rotation(draw(1, 1, 1, 8), draw(1, 1, 1, 8), False)
     with pytest.raises(NativeError, match="no room for 9 positions"):
-        step.place(draw(1, 1, 64), draw(1, 1, 32), draw(1, 1, 32), 8, rotation, step.cache_of(k, k))
+        step.rope_and_cache(draw(1, 1, 64), draw(1, 1, 32), draw(1, 1, 32), 8, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="k is"):
-        step.place(draw(1, 1, 64), draw(1, 1, 48), draw(1, 1, 32), 0, rotation, step.cache_of(k, k))
+        step.rope_and_cache(draw(1, 1, 64), draw(1, 1, 48), draw(1, 1, 32), 0, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="x is"):
         step.rms_norm(draw(2, 16), step.norm_of(draw(8), 1e-5))
     with pytest.raises(NativeError, match="router of"):

@@ -16,7 +16,7 @@ SECOND = 1_000_000_000
 @pytest.fixture
 def look() -> Iterator[Callable[[int, int], bool]]:
     """What a look makes of nanoseconds of waiting for a core and of running on one; calm again afterwards."""
-    function = library().mh_neighbours
+    function = library().mh_contention
     function.argtypes, function.restype = [ctypes.c_int64, ctypes.c_int64], ctypes.c_int64
 
     def look(waited: int, ran: int) -> bool:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from manyhands.errors import ConfigError, ManyhandsError
 
-ABI = 2
+ABI = 3
 LEVELS = ("portable", "avx2", "avx512", "amx")
 VERIFIED = ("portable", "avx2", "avx512")
 """Levels that may run by default. portable and avx2 ran the whole suite. avx512 ran native/test/driver.cpp under an
@@ -122,7 +122,7 @@ class CRotation(Structure):
     _fields_ = [
         ("cos", c_void_p),
         ("sin", c_void_p),
-        *((name, c_int64) for name in ("width", "positions", "neighbours")),
+        *((name, c_int64) for name in ("width", "positions", "interleave")),
         ("q_norm", CNorm),
         ("k_norm", CNorm),
         ("norms", c_int64),
@@ -192,7 +192,7 @@ _CALLS: dict[str, list[object]] = {
     "mh_steps": [POINTER(CStep), c_int64, POINTER(CRun)],
     "mh_linears": [c_void_p, c_int64, POINTER(CRows), c_void_p, POINTER(CRun)],
     "mh_rms_norm": [POINTER(CNorm), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
-    "mh_place": [
+    "mh_rope_and_cache": [
         *(POINTER(CRows), POINTER(CRows), POINTER(CRows), c_int64, c_int64),
         *(POINTER(CRotation), POINTER(CCache), c_void_p, POINTER(CRun)),
     ],

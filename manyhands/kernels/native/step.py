@@ -58,11 +58,11 @@ def linears(x: Tensor, layers: Sequence[CLinear], level: int = -1, threads: int 
 def cache_of(k: Tensor, v: Tensor) -> CCache:
     """Keys and values [B, G, room, width]; one dtype, unit stride along the width."""
     held = CCache()
-    point_to(held, k, v)
+    bind_cache(held, k, v)
     return held
 
 
-def point_to(held: CCache, k: Tensor, v: Tensor) -> None:
+def bind_cache(held: CCache, k: Tensor, v: Tensor) -> None:
     """Fill a structure as `cache_of` does."""
     held.k, held.v, held.dtype = k.data_ptr(), v.data_ptr(), views.DTYPES[k.dtype]
     held.groups, held.k_width, held.v_width = k.shape[1], k.shape[3], v.shape[3]
@@ -71,7 +71,7 @@ def point_to(held: CCache, k: Tensor, v: Tensor) -> None:
     held.k_size, held.v_size = (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (k, v))
 
 
-def look_through(attention: CAttention, mask: Tensor | None) -> None:
+def set_mask(attention: CAttention, mask: Tensor | None) -> None:
     """Point to a mask [B or 1, 1, S, length] bool with unit stride along the keys, or to none."""
     attention.mask = None if mask is None else mask.data_ptr()
     if mask is not None:
@@ -95,7 +95,7 @@ class Rotation:
 NORMS = {"none": 0, "full": 0, "head": 1, "head_after_rope": 2}
 
 
-def place(
+def rope_and_cache(
     q: Tensor, k: Tensor, v: Tensor, first: int, rotation: Rotation, cache: CCache, level: int = -1, threads: int = 0
 ) -> Tensor:
     """Projected q [B, S, H·d], k and v [B, S, G·d] -> normed, turned q [B, S, H·d] float32.
@@ -117,7 +117,7 @@ def place(
     )
     out = torch.empty(q.shape, dtype=torch.float32)
     library.call(
-        "mh_place",
+        "mh_rope_and_cache",
         *(views.at(t) for t in rows),
         B,
         first,
@@ -150,7 +150,7 @@ def attend(
     y = torch.empty(B, S, H, cache.v_width, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float().contiguous()
     how = CAttention(B, S, H, length, None, 0, 0, None if sinks is None else sinks.data_ptr(), scale, cap or 0.0)
-    look_through(how, mask)
+    set_mask(how, mask)
     library.call("mh_attend", byref(how), q.data_ptr(), byref(cache), y.data_ptr(), views.run(level, threads))
     return y
 
