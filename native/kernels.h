@@ -74,7 +74,6 @@ struct Kernels {
   void (*combine)(const float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* bias,
                   const float* weight, const int64_t* places, int64_t stride, float* y);
   void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
-  void (*transpose)(const float* from, int64_t stride, float* to);  // 16 by 16
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
   void (*attend)(const KvSplit&);
   // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16

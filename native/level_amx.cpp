@@ -125,5 +125,5 @@ void product_transposed_amx(const Columns& w, const Columns& next, const Rows& r
 }  // namespace
 
 const mh::Kernels mh::kAmx = {"amx", true, dot, product_amx, product_transposed_amx, outer, activate, activate_grad,
-                             widen, narrow, quantize, combine, add_bias, transpose16,
+                             widen, narrow, quantize, combine, add_bias,
                               norm, attend, gemv};

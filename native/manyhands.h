@@ -108,8 +108,6 @@ MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, c
 MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* dy, const float* hidden,
                        int64_t hidden_count, const mh_rows* dx, const mh_gradients*, const mh_run*);
 MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* y, const mh_run*);
-MH_API int mh_pack(void* record, int64_t bytes, const mh_matrix*, const mh_rows* weights, const mh_rows* bias,
-                   const mh_run*);
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
 // MH_STEP_LINEARS has its count in n[0], MH_STEP_ROPE_AND_CACHE batch and first in n[0] and n[1], MH_STEP_EXPERTS no hidden.
 // MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).

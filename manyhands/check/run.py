@@ -8,7 +8,7 @@ import torch
 
 from manyhands.check.attentions import ATTENTIONS, AttentionCheck
 from manyhands.check.cases import CASES, possible
-from manyhands.check.coverage import NOT_IN_USE, counting, coverage_row, expected
+from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
 from manyhands.check.model import DTYPES, ModelCheck, Routings
 from manyhands.check.own import own_rows
@@ -76,7 +76,6 @@ def run_check(
         report.skipped.append(f"the native library: {native.missing()}")
     elif everything:
         report.rows.append(coverage_row(calls))
-        report.skipped += [f"{name}: {why}" for name, why in NOT_IN_USE.items()]
     elif idle := [name for name in expected() if not calls[name]]:
         report.skipped.append(f"fast paths that this part of the check does not run: {', '.join(idle)}")
     report.seconds = time.perf_counter() - started

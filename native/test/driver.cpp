@@ -36,25 +36,25 @@ int64_t width() {
   const int64_t kind = any(0, 11);
   return kind == 0 ? any(257, 420) : kind < 4 ? 16 * any(1, 6) : any(1, 90);
 }
-uint16_t half(float x) {  // cut off, not rounded
+uint16_t to_bf16(float x) {  // cut off, not rounded
   uint32_t word;
   memcpy(&word, &x, 4);
   return static_cast<uint16_t>(word >> 16);
 }
-float wide(uint16_t x) {
+float from_bf16(uint16_t x) {
   const uint32_t word = static_cast<uint32_t>(x) << 16;
   float y;
   memcpy(&y, &word, 4);
   return y;
 }
-std::vector<float> widened(const std::vector<uint16_t>& from) {
+std::vector<float> from_bf16(const std::vector<uint16_t>& from) {
   std::vector<float> to;
-  for (const uint16_t x : from) to.push_back(wide(x));
+  for (const uint16_t x : from) to.push_back(from_bf16(x));
   return to;
 }
-std::vector<uint16_t> halves(const std::vector<float>& from) {
+std::vector<uint16_t> to_bf16(const std::vector<float>& from) {
   std::vector<uint16_t> to;
-  for (const float x : from) to.push_back(half(x));
+  for (const float x : from) to.push_back(to_bf16(x));
   return to;
 }
 // `exact`: values that bf16 holds, which no level rounds.
@@ -62,7 +62,7 @@ std::vector<float> normals(int64_t n, bool exact, float scale = 1) {
   std::vector<float> v(static_cast<size_t>(n));
   for (float& x : v) x = scale * normal();
   if (exact)
-    for (float& x : v) x = wide(half(x));
+    for (float& x : v) x = from_bf16(to_bf16(x));
   return v;
 }
 
@@ -86,7 +86,7 @@ void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
   for (int64_t i = m.scales; i + 4 <= last; i += m.format == MH_INT8 ? 4 : 2) {
     const float size = exact ? ldexpf(1, static_cast<int>(any(-6, -3))) : 0.02f * static_cast<float>(any(1, 9));
     const float s = m.format == MH_INT8 ? size / 16 : size;
-    const uint16_t short_s = half(s);
+    const uint16_t short_s = to_bf16(s);
     m.format == MH_INT8 ? memcpy(record + i, &s, 4) : memcpy(record + i, &short_s, 2);
   }
   for (int64_t i = m.bias; m.bias >= 0 && i + 4 <= end; i += 4) {
@@ -133,21 +133,21 @@ void close(const std::vector<float>& a, const std::vector<float>& b, int64_t lev
 
 bool has(int64_t level) { return mh_levels() >> level & 1; }
 
-// Packed at every level, from floats or from bf16: the same bytes.
-void pack(Bytes& record, const mh_matrix& m, std::vector<float>& w, std::vector<float>& b, int64_t count) {
-  std::vector<uint16_t> short_w = halves(w), short_b = halves(b);
-  const int64_t narrow = any(0, 2) == 0, N = m.parts * m.outputs;
-  const mh_rows weights{narrow ? static_cast<void*>(short_w.data()) : w.data(), narrow, count * N, m.inputs, m.inputs};
-  const mh_rows bias{narrow ? static_cast<void*>(short_b.data()) : b.data(), narrow, count, N, N};
-  Bytes other(record.size);
-  memcpy(other.data, record.data, static_cast<size_t>(record.size));
-  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
-    if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)};
-    uint8_t* to = level == MH_PORTABLE ? record.data : other.data;
-    expect(!mh_pack(to, record.size, &m, &weights, m.bias >= 0 ? &bias : nullptr, &run), "pack");
-    compared[level].values += m.outputs * m.inputs * m.parts * count;
-    if (memcmp(to, record.data, static_cast<size_t>(record.size))) expect(false, kNames[level]);
+// Float weights [count][parts * outputs][inputs] and biases into records of `size` bytes, value by value.
+void pack(uint8_t* records, int64_t size, const mh_matrix& m, const std::vector<float>& w, const std::vector<float>& b,
+          int64_t count) {
+  const int64_t depth = up_to(m.inputs, 64), N = m.parts * m.outputs;
+  const auto put = [&](uint8_t* section, int64_t i, float x) {
+    const uint16_t short_x = to_bf16(x);
+    m.format == MH_BF16 ? memcpy(section + 2 * i, &short_x, 2) : memcpy(section + 4 * i, &x, 4);
+  };
+  for (int64_t row = 0; row < count * N; row++) {
+    const int64_t part = row % N / m.outputs, output = row % m.outputs, lane = output % 16;
+    const int64_t panel = output / 16 * m.parts + part, steps = m.format == MH_BF16 ? 2 : 1;
+    uint8_t* record = records + row / N * size;
+    for (int64_t k = 0; k < m.inputs; k++)
+      put(record + m.weight, panel * 16 * depth + k / steps * steps * 16 + lane * steps + k % steps, w[row * m.inputs + k]);
+    if (m.bias >= 0) memcpy(record + m.bias + 4 * (16 * panel + lane), &b[row], 4);
   }
 }
 
@@ -171,9 +171,9 @@ void experts_round(int64_t round) {
   memset(records.data, 0, static_cast<size_t>(records.size));
   std::vector<float> w_up = normals(E * parts * F * D, exact, 0.2f), w_down = normals(E * D * F, exact, 0.2f);
   std::vector<float> b_up = normals(E * parts * F, exact), b_down = normals(E * D, exact);
-  std::vector<uint16_t> h_up = halves(w_up), h_down = halves(w_down);
+  std::vector<uint16_t> h_up = to_bf16(w_up), h_down = to_bf16(w_down);
   if (format <= MH_BF16) {
-    pack(records, up, w_up, b_up, E), pack(records, down, w_down, b_down, E);
+    pack(records.data, size, up, w_up, b_up, E), pack(records.data, size, down, w_down, b_down, E);
   } else if (!plain) {
     for (int64_t e = 0; e < E; e++)
       fill(records.data + e * size, up, up_end, exact), fill(records.data + e * size, down, size, exact);
@@ -194,7 +194,7 @@ void experts_round(int64_t round) {
   std::vector<float> x = normals(T * stride + 1, exact), dy = normals(T * stride + 1, exact);
   std::vector<float> weights = normals(T * K, false);
   if (endless) x[static_cast<size_t>(any(1, T * stride))] = any(0, 1) ? INFINITY : NAN;
-  std::vector<uint16_t> short_x = halves(x), short_dy = halves(dy);
+  std::vector<uint16_t> short_x = to_bf16(x), short_dy = to_bf16(dy);
   const auto rows = [&](std::vector<float>& from, std::vector<uint16_t>& short_from) {
     const size_t first = T ? 1 : 0;  // not on a boundary
     void* data = short_rows ? static_cast<void*>(short_from.data() + first) : from.data() + first;
@@ -209,7 +209,7 @@ void experts_round(int64_t round) {
     Results r{normals(T * D, false), normals(T * D, false), normals(T * K, false), normals(E * parts * F * D, false),
               normals(E * D * F, false), normals(E * parts * F, false), normals(E * D, false)};
     std::vector<float> hidden(static_cast<size_t>(T * K * hidden_width)), again(r.y);
-    std::vector<uint16_t> short_y = halves(r.y), short_again = short_y, short_dx = short_y;
+    std::vector<uint16_t> short_y = to_bf16(r.y), short_again = short_y, short_dx = short_y;
     const auto out = [&](std::vector<float>& to, std::vector<uint16_t>& short_to) {
       return mh_rows{short_rows ? static_cast<void*>(short_to.data()) : to.data(), short_rows, T, D, D};
     };
@@ -223,7 +223,7 @@ void experts_round(int64_t round) {
     expect(!mh_backward(experts, stack, &routing, &in, &grad, hidden.data(), room, &dx, &wanted, &run), "backward");
     if (short_y != short_again || (T && memcmp(r.y.data(), again.data(), 4 * again.size())))
       expect(false, "another number of threads, another y");
-    if (short_rows) r.y = widened(short_y), r.dx = widened(short_dx);
+    if (short_rows) r.y = from_bf16(short_y), r.dx = from_bf16(short_dx);
     if (level == MH_PORTABLE) {
       first = r;
       continue;
@@ -269,7 +269,7 @@ void linear_round(int64_t round) {
   memset(record.data, 0, static_cast<size_t>(size));
   std::vector<float> w = normals(N * K, exact), b = normals(N, exact), x = normals(T * K, exact), first;
   if (format <= MH_BF16)
-    pack(record, m, w, b, 1);
+    pack(record.data, size, m, w, b, 1);
   else
     fill(record.data, m, size, exact);
   const mh_linear line{record.data, size, m, nullptr};
@@ -288,7 +288,7 @@ void linear_round(int64_t round) {
     if (level == MH_PORTABLE && format <= MH_BF16 && exact)
       close(y, plainly(w, b, bias, x, T, stride), level, largest, 1e-4, "linear");
     close(y, first, level, largest, level == MH_AMX && format != MH_FLOAT32 && !exact ? 2e-2 : 1e-4, "linear");
-    close(widened(z), y, level, largest, 4e-3, "linear to bf16");
+    close(from_bf16(z), y, level, largest, 4e-3, "linear to bf16");
   }
 }
 

@@ -7,7 +7,7 @@ namespace {
 void norm_round() {
   const int64_t N = width(), T = any(0, 20), short_weight = any(0, 1);
   std::vector<float> x = normals(T * N, false), w = normals(N, true), first(x.size()), y(x.size());
-  std::vector<uint16_t> short_w = halves(w);
+  std::vector<uint16_t> short_w = to_bf16(w);
   const mh_norm norm{short_weight ? static_cast<void*>(short_w.data()) : w.data(), short_weight, N, 1e-5};
   for (int64_t t = 0; t < T; t++) {
     double squares = 1e-5 * static_cast<double>(N);
@@ -55,7 +55,7 @@ void route_round() {
 void linears_round() {
   const int64_t K = any(0, 1) ? 16 * any(1, 20) : any(1, 300), T = any(0, 17), count = any(1, 4), short_x = any(0, 1);
   std::vector<float> x = normals(T * K, true);
-  std::vector<uint16_t> short_in = halves(x);
+  std::vector<uint16_t> short_in = to_bf16(x);
   std::vector<std::vector<float>> plain;
   std::vector<std::vector<uint16_t>> short_plain;
   std::vector<Bytes*> records;
@@ -64,7 +64,7 @@ void linears_round() {
     const int64_t N = width(), format = any(0, K % 16 || T > 16 ? 3 : 5);
     mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, -1};
     plain.push_back(normals(N * K, true));
-    short_plain.push_back(halves(plain.back()));
+    short_plain.push_back(to_bf16(plain.back()));
     if (format >= MH_PLAIN_FLOAT32) {
       const bool wide_ones = format == MH_PLAIN_FLOAT32;
       layers.push_back({wide_ones ? static_cast<void*>(plain.back().data()) : short_plain.back().data(),
@@ -92,7 +92,7 @@ void linears_round() {
     for (size_t i = 0; i < ys.size(); i++) outputs.push_back(short_x ? static_cast<void*>(short_ys[i].data()) : ys[i].data());
     expect(!mh_linears(pointers.data(), count, &in, outputs.data(), &run), "linears");
     if (short_x)
-      for (size_t i = 0; i < ys.size(); i++) ys[i] = widened(short_ys[i]);
+      for (size_t i = 0; i < ys.size(); i++) ys[i] = from_bf16(short_ys[i]);
     if (level == MH_PORTABLE) first = ys;
     for (size_t i = 0; i < ys.size(); i++) close(ys[i], first[i], level, largest, 2e-2, "linears");
   }
@@ -104,7 +104,7 @@ void attend_round() {
   const int64_t before = any(0, 2) ? any(0, 40) : any(200, 600), L = before + S, room = L + any(0, 3), dtype = any(0, 1);
   const int64_t rotated = 2 * any(0, dk / 2), half_width = rotated / 2, norms = any(0, 2);
   std::vector<float> k = normals(B * G * room * dk, true), v = normals(B * G * room * dv, true);
-  std::vector<uint16_t> short_k = halves(k), short_v = halves(v);
+  std::vector<uint16_t> short_k = to_bf16(k), short_v = to_bf16(v);
   std::vector<float> q_in = normals(B * S * H * dk, true), k_in = normals(B * S * G * dk, true), v_in = normals(B * S * G * dv, true);
   std::vector<float> cos = normals(S * half_width + 1, false), sin = normals(S * half_width + 1, false), sinks = normals(H, false);
   std::vector<float> q_weight = normals(norms ? dk : H * dk, false), k_weight = normals(norms ? dk : G * dk, false);

@@ -11,7 +11,6 @@ from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, native
 from manyhands.kernels.native import NativeError
 from manyhands.kernels.native.library import VERIFIED
-from manyhands.kernels.native.pack import pack_floats
 from manyhands.quant import PackedExperts, pack_experts, pack_linear
 
 from .dense_oracle import _act, make_case
@@ -105,17 +104,6 @@ def test_gradients_go_through_frozen_experts(format: str, group: int, T: int) ->
     tolerance = 1e-4 if T > FEW or not format.startswith("int") else 5e-2
     torch.testing.assert_close(x.grad, x2.grad, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(w.grad, w2.grad, rtol=tolerance, atol=tolerance * 4)
-
-
-@pytest.mark.parametrize("format", ["float32", "bf16"])
-@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(20, 37, True), (64, 64, True), (16, 130, False)])
-def test_the_fast_packing_writes_the_same_bytes(format: str, source: torch.dtype, shape: tuple[int, int, bool]) -> None:
-    D, F, gated = shape
-    case = make_case(1, D, F, 3, 1, bias=True, activation="swiglu" if gated else "relu")
-    stacked = case.experts.cast(source)
-    slow, fast = pack_experts(stacked, format), pack_floats(stacked, format, threads=2)
-    assert fast.layout == slow.layout and torch.equal(fast.records, slow.records)
 
 
 def test_rounding_keeps_nan_and_ties_to_even() -> None:

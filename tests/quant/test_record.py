@@ -34,6 +34,21 @@ def test_float_formats_hold_the_weights_exactly(shape: tuple[int, int]) -> None:
         assert torch.equal(got, w) and torch.equal(bias, b)
 
 
+@pytest.mark.parametrize("format", ["float32", "bf16"])
+@pytest.mark.parametrize("source", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(("D", "F", "gated"), [(20, 37, True), (64, 64, True), (16, 130, False)])
+def test_weights_of_every_float_dtype_are_rounded_once(
+    format: str, source: torch.dtype, D: int, F: int, gated: bool
+) -> None:
+    shapes = ((3, 2 * F if gated else F, D), (3, D, F), (3, 2 * F if gated else F), (3, D))
+    stacked = ExpertWeights(*(torch.randn(shape).to(source) for shape in shapes), "swiglu" if gated else "relu")
+    stored = torch.bfloat16 if format == "bf16" else torch.float32
+    *weights, up_bias, down_bias = pack_experts(stacked, format).dequantize()
+    for got, want in zip(weights, stacked[:2], strict=True):
+        assert torch.equal(got, want.to(stored).float())
+    assert torch.equal(up_bias, stacked.up_bias.float()) and torch.equal(down_bias, stacked.down_bias.float())
+
+
 @pytest.mark.parametrize("format", ["int8", "int4"])
 @pytest.mark.parametrize("shape", ODD)
 def test_integers_that_fit_are_exact(format: str, shape: tuple[int, int]) -> None:

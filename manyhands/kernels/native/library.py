@@ -198,7 +198,6 @@ _CALLS: dict[str, list[object]] = {
     ],
     "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, POINTER(CRun)],
     "mh_route": [POINTER(CRouter), POINTER(CRows), c_void_p, c_void_p, c_void_p, c_void_p, POINTER(CRun)],
-    "mh_pack": [c_void_p, c_int64, POINTER(CMatrix), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
 }
 
 
