@@ -45,8 +45,8 @@ struct RowHeads {  // the heads of one row, in float32
   const Kernels& k;
   const mh_rotation& r;
 
-  void rotate_into(const mh_rows& from, int64_t row, int64_t count, int64_t width, const mh_norm& norm, const float* weight,
-             const float* cos, const float* sin, float* to, float* scratch) const {
+  void rotate_into(const mh_rows& from, int64_t row, int64_t count, int64_t width, const mh_norm& norm,
+                   const float* weight, const float* cos, const float* sin, float* to, float* scratch) const {
     if (from.dtype == MH_BF16)
       k.widen(static_cast<const uint16_t*>(from.data) + row * from.stride, from.width, to);
     else
@@ -68,8 +68,8 @@ void put(const Kernels& k, const float* from, int64_t width, int64_t dtype, void
     memcpy(static_cast<float*>(to) + offset, from, width * sizeof(float));
 }
 
-void rope_and_cache(const Kernels& kernels, const mh_rows& q, const mh_rows& k, const mh_rows& v, int64_t batch, int64_t first,
-           const mh_rotation& r, const mh_cache& c, float* out, int64_t threads) {
+void rope_and_cache(const Kernels& kernels, const mh_rows& q, const mh_rows& k, const mh_rows& v, int64_t batch,
+                    int64_t first, const mh_rotation& r, const mh_cache& c, float* out, int64_t threads) {
   Workspaces& all = workspaces();
   const float* q_weight = norm_weight(r.q_norm, all.act, kernels);
   const float* k_weight = norm_weight(r.k_norm, all.dh, kernels);
@@ -138,8 +138,8 @@ struct Attend {
       const uint8_t* mask = a.mask ? a.mask + b * a.mask_batch + s * a.mask_query + first : nullptr;
       k.attend({q + (row * a.heads + head) * c.k_width, c.k_width, heads, keys_at, values_at, c.dtype == MH_BF16,
                 c.k_row, c.v_row, keys, c.k_width, c.v_width, mask, static_cast<float>(a.scale),
-                static_cast<float>(a.cap), workspaces().worker[worker].floats(kHeads * kSplitKeys), largest + at, total + at, out,
-                c.v_width});
+                static_cast<float>(a.cap), workspaces().worker[worker].floats(kHeads * kSplitKeys), largest + at,
+                total + at, out, c.v_width});
     });
     const int64_t tasks = splits > 8 ? rows : 1;
     parallel(threads, tasks, [&](int64_t task, int64_t) {
@@ -189,8 +189,8 @@ void check_positions(const mh_cache& c, int64_t batch, int64_t length) {
 }  // namespace
 }  // namespace mh
 
-int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation* r,
-             const mh_cache* c, float* out, const mh_run* run) {
+int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first,
+                      const mh_rotation* r, const mh_cache* c, float* out, const mh_run* run) {
   using namespace mh;
   return guard([&] {
     const Kernels* kernels = checked_kernels(run);

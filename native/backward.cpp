@@ -157,7 +157,8 @@ struct Backward {
       const bool up = task / pieces % 2 == 0;
       if (up ? !g.up && !g.up_bias : !g.down && !g.down_bias) return;
       for (const Block* b = part.begin; b < part.end; b++)
-        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert], workspaces().worker[worker].floats(0));
+        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert],
+                     workspaces().worker[worker].floats(0));
     });
     for (const Part& part : parts) seen[part.begin->expert] = 1;
   }
@@ -172,9 +173,8 @@ struct Backward {
     dyp = workspaces().gathered.floats(rows * dy_stride);
     const int64_t depth = h_stride > dy_stride ? h_stride : dy_stride;
     for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
-    parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t worker) {
-      rows_task(blocks[task], Worker(workspaces().worker[worker], most));
-    });
+    parallel(threads, static_cast<int64_t>(count),
+             [&](int64_t task, int64_t worker) { rows_task(blocks[task], Worker(workspaces().worker[worker], most)); });
     if (g.up || g.down || g.up_bias || g.down_bias) weights(blocks, count);
     if (!dx) return;
     const int64_t panels = divide_up(e.D, 16), chunks = 8 * threads < panels ? 8 * threads : panels;
@@ -232,15 +232,23 @@ struct Backward {
 }  // namespace
 }  // namespace mh
 
-int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_routing* routing, const mh_rows* x, const mh_rows* dy,
-                const float* hidden, int64_t hidden_count, const mh_rows* dx, const mh_gradients* gradients,
-                const mh_run* run) {
+int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_routing* routing, const mh_rows* x,
+                const mh_rows* dy, const float* hidden, int64_t hidden_count, const mh_rows* dx,
+                const mh_gradients* gradients, const mh_run* run) {
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
     if (!gradients) fail(MH_BAD_ARGUMENT, "no gradients");
-    Backward b{*k, checked_experts(packed, stacked), {}, run->threads, hidden, *gradients, {}, {}, nullptr, nullptr, nullptr,
-               nullptr, 0, 0, 0, 0, 0, {}, {}, {}};
+    Backward b{*k,      checked_experts(packed, stacked),
+               {},      run->threads,
+               hidden,  *gradients,
+               {},      {},
+               nullptr, nullptr,
+               nullptr, nullptr,
+               0,       0,
+               0,       0,
+               0,       {},
+               {},      {}};
     b.s = sort_pairs(routing, b.e.num_experts);
     check_rows(x, routing->tokens, b.e.D, "x");
     check_rows(dy, routing->tokens, b.e.D, "dy");

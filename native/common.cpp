@@ -112,8 +112,14 @@ Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, in
     fail(MH_BAD_ARGUMENT, "%s: %lld records of %lld bytes in %lld", name, (long long)count, (long long)record_bytes,
          (long long)bytes);
   static const int64_t bits[] = {32, 16, 8, 4};
-  Matrix r{static_cast<const uint8_t*>(records), record_bytes, m, round_up(m.inputs, 64),
-           m.parts * divide_up(m.outputs, 16), 0, 0, nullptr};
+  Matrix r{static_cast<const uint8_t*>(records),
+           record_bytes,
+           m,
+           round_up(m.inputs, 64),
+           m.parts * divide_up(m.outputs, 16),
+           0,
+           0,
+           nullptr};
   r.panel_bytes = 2 * r.depth * bits[m.format];
   r.scale_bytes = m.format == MH_INT8 ? 64 : m.format == MH_INT4 ? 32 * (r.depth / m.group) : 0;
   const auto section = [&](int64_t at, int64_t size, const char* what) {
@@ -162,8 +168,14 @@ Experts stacked_experts(const mh_stacked& s) {
          (long long)F, (long long)s.dtype);
   const int64_t size = s.dtype == MH_PLAIN_BF16 ? 2 : 4;
   const auto matrix = [&](const void* data, const float* bias, int64_t N, int64_t K, int64_t part) {
-    return Matrix{static_cast<const uint8_t*>(data), part * N * K * size, {N, K, part, s.dtype, 0, 0, -1, -1},
-                  round_up(K, 32), part * divide_up(N, 16), 0, 0, bias};
+    return Matrix{static_cast<const uint8_t*>(data),
+                  part * N * K * size,
+                  {N, K, part, s.dtype, 0, 0, -1, -1},
+                  round_up(K, 32),
+                  part * divide_up(N, 16),
+                  0,
+                  0,
+                  bias};
   };
   return {matrix(s.up, s.up_bias, F, D, parts), matrix(s.down, s.down_bias, D, F, 1), E, s.activation, parts, D, F};
 }
@@ -176,7 +188,11 @@ Experts checked_experts(const mh_experts* e, const mh_stacked* s) {
   check_activation(e->activation);
   Experts r{checked_matrix(e->up, e->records, e->bytes, e->num_experts, e->record_bytes, "up"),
             checked_matrix(e->down, e->records, e->bytes, e->num_experts, e->record_bytes, "down"),
-            e->num_experts, e->activation, e->activation < MH_GELU ? 2 : 1, e->up.inputs, e->up.outputs};
+            e->num_experts,
+            e->activation,
+            e->activation < MH_GELU ? 2 : 1,
+            e->up.inputs,
+            e->up.outputs};
   if (r.up.m.parts != r.parts || r.down.m.parts != 1 || r.down.m.inputs != r.F || r.down.m.outputs != r.D)
     fail(MH_BAD_ARGUMENT, "up and down do not belong together");
   return r;

@@ -45,7 +45,7 @@ struct Workspaces {  // used by one call at a time
 };
 Workspaces& workspaces();
 
-struct Matrix {  // a matrix per expert, packed or plain, checked
+struct Matrix {         // a matrix per expert, packed or plain, checked
   const uint8_t* base;  // of the first expert's record, or weights
   int64_t record_bytes;
   mh_matrix m;
@@ -69,7 +69,8 @@ struct Experts {
 };
 Experts checked_experts(const mh_experts* e, const mh_stacked* s);
 
-// Float32 rows with at least `width` readable columns, zero beyond the rows' own: the caller's, or a copy in `workspace`.
+// Float32 rows with at least `width` readable columns, zero beyond the rows' own: the caller's, or a copy in
+// `workspace`.
 struct Floats {
   const float* data;
   int64_t stride;

@@ -79,7 +79,8 @@ struct Forward {
       for (int64_t p = first, n; p < end; p += n) {
         n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
         for (int64_t q = 0; q < n; q++) {
-          const Panel next = p + q + 1 < end ? e.down.panel(b->expert, p + q + 1) : e.down.panel(s.after(*b).expert, first);
+          const Panel next =
+              p + q + 1 < end ? e.down.panel(b->expert, p + q + 1) : e.down.panel(s.after(*b).expert, first);
           panel.next = &next;
           float* c = w.first + q * w.c_stride;
           vector ? dot_few(k, panel, row, rows, c) : k.product(panel, matrix, w.scratch, c);
@@ -153,8 +154,8 @@ struct Forward {
 }  // namespace
 }  // namespace mh
 
-int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_routing* routing, const mh_rows* x, const mh_rows* y, float* hidden,
-               int64_t hidden_count, const mh_run* run) {
+int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_routing* routing, const mh_rows* x,
+               const mh_rows* y, float* hidden, int64_t hidden_count, const mh_run* run) {
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);

@@ -33,10 +33,10 @@ struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `ro
   int64_t rounded_stride;
 };
 
-constexpr int64_t kChunk = 256;       // inputs multiplied at a time: their 16 columns stay in the first cache
-constexpr int64_t kQuantGroup = 64;   // activations per scale beside int8 weights
-constexpr int kDotRows = 4;           // rows a dot takes at a time
-constexpr int64_t kColumnBlocks = 4;  // 16 columns each that product_transposed and combine take at a time
+constexpr int64_t kChunk = 256;                // inputs multiplied at a time: their 16 columns stay in the first cache
+constexpr int64_t kQuantGroup = 64;            // activations per scale beside int8 weights
+constexpr int kDotRows = 4;                    // rows a dot takes at a time
+constexpr int64_t kColumnBlocks = 4;           // 16 columns each that product_transposed and combine take at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
 constexpr int64_t kSplitKeys = 256;  // keys of a split: their weights, and what they say, stay in the second cache
@@ -47,9 +47,9 @@ struct KvSplit {  // up to four heads, one query each, that attend to the same k
   const void *k, *v;  // float32 or bf16 rows; widths are multiples of 16
   bool is_bf16;
   int64_t k_stride, v_stride, keys, k_width, v_width;
-  const uint8_t* mask;  // of the keys, or null
-  float scale, cap;     // cap 0 is none
-  float* scratch;       // [heads][kSplitKeys]
+  const uint8_t* mask;         // of the keys, or null
+  float scale, cap;            // cap 0 is none
+  float* scratch;              // [heads][kSplitKeys]
   float *largest, *total, *y;  // per head: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
   int64_t y_stride;
 };
@@ -60,13 +60,14 @@ struct Kernels {
   void (*dot)(const Panel&, const Row*, int rows, float* c);
   void (*product)(const Panel&, const Rows&, float* scratch, float* c);
   // Rows times columns of the weights; `next` is fetched meanwhile. One block of columns is c_stride after the other.
-  void (*product_transposed)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c, int64_t c_stride);
+  void (*product_transposed)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c,
+                             int64_t c_stride);
   // c[16][16], rows `stride` apart, = or += Σ_m a[m][16]·b[m][16]
   void (*outer)(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first);
   void (*activate)(int activation, const float* gate, const float* up, int64_t rows, float* out, int64_t out_stride);
   // dh from h and dact, [rows][16] and for each part after the other; act·weight; dweight += Σ act·dact
-  void (*activate_grad)(int activation, const float* h, const float* dact, const float* weight, int64_t rows,
-                        float* dh, float* act, float* dweight);
+  void (*activate_grad)(int activation, const float* h, const float* dact, const float* weight, int64_t rows, float* dh,
+                        float* act, float* dweight);
   void (*widen)(const uint16_t* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   void (*quantize)(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset);
@@ -85,7 +86,7 @@ extern const Kernels kPortable;
 extern const Kernels kAvx2, kAvx512, kAmx;
 #endif
 
-int64_t levels();                  // bit mask of what this CPU and operating system allow
+int64_t levels();                       // bit mask of what this CPU and operating system allow
 const Kernels* kernels(int64_t level);  // null where it cannot run; level -1 is the best
 
 }  // namespace mh

@@ -20,7 +20,8 @@ constexpr int64_t kPrefetchBytes = 2048;  // bytes prefetched ahead; 512 and 409
 
 inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// f(Number<0>), f(Number<1>), ... Of a loop gcc 12 makes the same only sometimes, and else keeps a tile's sums in memory.
+// f(Number<0>), f(Number<1>), ... Of a loop gcc 12 makes the same only sometimes, and else keeps a tile's sums in
+// memory.
 template <int N>
 struct Number {
   static constexpr int value = N;
@@ -41,7 +42,8 @@ void dot_float32(const Panel& p, const Row* rows, float* c) {
   for (int i = 0; i < M; i++) even[i] = odd[i] = set1(0);
   const float* w = reinterpret_cast<const float*>(p.data);
   for (int64_t k = 0; k < p.depth; k += 2, w += 32) {
-    prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes), prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes + 64);
+    prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes),
+        prefetch(reinterpret_cast<const uint8_t*>(w) + kPrefetchBytes + 64);
     const V w0 = load(w), w1 = load(w + 16);
     for (int i = 0; i < M; i++) {
       even[i] = fma(set1(rows[i].x[k]), w0, even[i]);
@@ -204,8 +206,7 @@ struct Prefetcher {
     const int64_t width = bits[panels->format] * (plain ? 1 : 16);
     bytes = least(n, panels->inputs - k) * width / 8;
     for (const Panel* p = panels; p < panels + panel_count; p++)
-      for (int64_t i = 0; i < (plain ? p->rows : 1); i++)
-        pieces[count++] = p->data + (i * p->inputs + k) * width / 8;
+      for (int64_t i = 0; i < (plain ? p->rows : 1); i++) pieces[count++] = p->data + (i * p->inputs + k) * width / 8;
   }
   void next_line() {
     if (piece == count) return;
@@ -219,8 +220,8 @@ struct Prefetcher {
   }
 };
 
-// M rows by N outputs of plain weights, which lie as the rows do: sums over lanes, nothing is transposed. `last` holds what
-// is left of the N outputs after a multiple of 16 inputs.
+// M rows by N outputs of plain weights, which lie as the rows do: sums over lanes, nothing is transposed. `last` holds
+// what is left of the N outputs after a multiple of 16 inputs.
 template <int M, int N, class T>
 void plain_tile(const Row* rows, const T* w, int64_t inputs, const float* last, float* c, Prefetcher& prefetcher) {
   V sums[M * N];
@@ -298,7 +299,8 @@ constexpr int64_t kStep = 4;  // inputs of a tile per line fetched
 
 // M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
 template <int M, bool kTurn>
-void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first, Prefetcher& prefetcher) {
+void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first,
+          Prefetcher& prefetcher) {
   V sums[M];
   times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
   float* b = weights.b;
@@ -307,8 +309,8 @@ void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float
   for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {
     prefetcher.next_line();
     if (kTurn)
-      from = k % 16 ? from + kStep * stride
-                    : reinterpret_cast<const float*>(weights.panels[k / 16].data) + weights.column;
+      from =
+          k % 16 ? from + kStep * stride : reinterpret_cast<const float*>(weights.panels[k / 16].data) + weights.column;
     times<kStep>([&](auto j) {
       const V w = load(kTurn ? from + j.value * stride : b + 16 * j.value);
       if (kTurn) store(b + 16 * j.value, w);
@@ -320,7 +322,8 @@ void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float
 }
 
 template <int M, bool kTurn>
-void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first, Prefetcher& prefetcher) {
+void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first,
+             Prefetcher& prefetcher) {
   if (m == M) return tile<M, kTurn>(a, jump, n, w, c, first, prefetcher);
   if constexpr (M > 1) tile_of<M - 1, kTurn>(m, a, jump, n, w, c, first, prefetcher);
 }
@@ -358,7 +361,8 @@ void transposed_block(const Panel& p, int64_t block, float* scratch, float* out)
   for (int64_t i = 0; from != out && i < 16; i++) store(out + 16 * i, load(from + i * stride));
 }
 
-void product_transposed(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c, int64_t c_stride) {
+void product_transposed(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
+                        int64_t c_stride) {
   constexpr int64_t step = 4;  // panels; of more rows of weights, a power of two apart, the second cache drops some
   for (int64_t p = 0; p < w.count; p += step) {
     const int64_t count = least(step, w.count - p);
@@ -375,7 +379,8 @@ void product_transposed(const Columns& w, const Columns& next, const Rows& rows,
       const bool as_they_lie = whole && column + 16 <= panels->inputs;
       for (int64_t j = 0; !as_they_lie && j < count; j++)
         transposed_block(panels[j], w.block + q, scratch + kChunk * 16, scratch + 256 * j);
-      tiles(rows, p * 16, count * 16, {scratch, as_they_lie ? panels : nullptr, column}, c + q * c_stride, p == 0, prefetcher);
+      tiles(rows, p * 16, count * 16, {scratch, as_they_lie ? panels : nullptr, column}, c + q * c_stride, p == 0,
+            prefetcher);
     }
   }
 }

@@ -1,5 +1,5 @@
-// AMX: the matrix path in tiles of 16 rows, 16 outputs and 32 inputs, all bf16 with float32 sums; the rest is AVX-512's.
-// Rows and, where the format is an integer one, weights are rounded to bf16 here: the other levels do not.
+// AMX: the matrix path in tiles of 16 rows, 16 outputs and 32 inputs, all bf16 with float32 sums; the rest is
+// AVX-512's. Rows and, where the format is an integer one, weights are rounded to bf16 here: the other levels do not.
 // Ran against an emulation of the tiles and under an emulator of the machine; never on a CPU that has them.
 #if defined(MH_EMULATE)
 #include "vector_portable.h"
@@ -104,7 +104,7 @@ void product_amx(const Panel& p, const Rows& rows, float* scratch, float* c) {
 }
 
 void product_transposed_amx(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
-                   int64_t c_stride) {
+                            int64_t c_stride) {
   if (!rows.rounded) return product_transposed(w, next, rows, scratch, c, c_stride);
   const TileScope scope;
   float *wide = scratch, *transposed = scratch + 256;
@@ -124,6 +124,7 @@ void product_transposed_amx(const Columns& w, const Columns& next, const Rows& r
 
 }  // namespace
 
-const mh::Kernels mh::kAmx = {"amx", true, dot, product_amx, product_transposed_amx, outer, activate, activate_grad,
-                             widen, narrow, quantize, combine, add_bias,
-                              norm, attend, gemv};
+const mh::Kernels mh::kAmx = {"amx",    true,     dot,           product_amx, product_transposed_amx,
+                              outer,    activate, activate_grad, widen,       narrow,
+                              quantize, combine,  add_bias,      norm,        attend,
+                              gemv};

@@ -34,7 +34,8 @@ struct Linears {
     Row row[kFewIntegers];
     if (vector)
       for (int64_t i = 0; i < rows; i++)
-        row[i] = is_integer(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
+        row[i] =
+            is_integer(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
     else
       matrix = matrix_rows(at.data() + begin, rows, m.depth, m.m.format, k, w.rounded);
     for (int64_t p = first; p < end; p++) {
@@ -57,7 +58,8 @@ struct Linears {
     }
   }
 
-  void plain_panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
+  void plain_panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows,
+                    const Worker& w) const {
     for (int64_t p = first; p < end; p++) {
       const Panel panel = layer.m.panel(0, p);
       for (int64_t i = 0; i < rows; i++)

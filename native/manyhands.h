@@ -103,18 +103,25 @@ MH_API const char* mh_error(void);
 MH_API int64_t mh_contention(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
 // Experts are packed or stacked: one of the two is null.
-MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* y, float* hidden,
-                      int64_t hidden_count, const mh_run*);
-MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* dy, const float* hidden,
-                       int64_t hidden_count, const mh_rows* dx, const mh_gradients*, const mh_run*);
+MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* y,
+                      float* hidden, int64_t hidden_count, const mh_run*);
+MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* dy,
+                       const float* hidden, int64_t hidden_count, const mh_rows* dx, const mh_gradients*,
+                       const mh_run*);
 MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* y, const mh_run*);
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
-// MH_STEP_LINEARS has its count in n[0], MH_STEP_ROPE_AND_CACHE batch and first in n[0] and n[1], MH_STEP_EXPERTS no hidden.
-// MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
+// MH_STEP_LINEARS has its count in n[0], MH_STEP_ROPE_AND_CACHE batch and first in n[0] and n[1], MH_STEP_EXPERTS no
+// hidden. MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
 // MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
 enum {
-  MH_STEP_NORM = 0, MH_STEP_LINEARS = 1, MH_STEP_ROPE_AND_CACHE = 2, MH_STEP_ATTEND = 3, MH_STEP_ROUTE = 4, MH_STEP_EXPERTS = 5,
-  MH_STEP_ADD = 6, MH_STEP_ACTIVATE = 7
+  MH_STEP_NORM = 0,
+  MH_STEP_LINEARS = 1,
+  MH_STEP_ROPE_AND_CACHE = 2,
+  MH_STEP_ATTEND = 3,
+  MH_STEP_ROUTE = 4,
+  MH_STEP_EXPERTS = 5,
+  MH_STEP_ADD = 6,
+  MH_STEP_ACTIVATE = 7
 };
 struct mh_step {
   int64_t kind;
@@ -127,11 +134,12 @@ MH_API int mh_steps(const mh_step*, int64_t count, const mh_run*);
 // Layers with the same input: y[i] is [x->count][outputs of i] in x's dtype, contiguous.
 MH_API int mh_linears(const mh_linear* const*, int64_t count, const mh_rows* x, void* const* y, const mh_run*);
 MH_API int mh_rms_norm(const mh_norm*, const mh_rows* x, const mh_rows* y, const mh_run*);
-// Projected rows, one per (sequence, query): q to out [rows][heads · k_width] float32, normed and rotated; keys the same
-// and values as they are into the cache at positions [first, first + queries).
-MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first, const mh_rotation*,
-                    const mh_cache*, float* out, const mh_run*);
+// Projected rows, one per (sequence, query): q to out [rows][heads · k_width] float32, normed and rotated; keys the
+// same and values as they are into the cache at positions [first, first + queries).
+MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first,
+                             const mh_rotation*, const mh_cache*, float* out, const mh_run*);
 // q and y [batch][queries][heads][width] float32, contiguous.
 MH_API int mh_attend(const mh_attention*, const float* q, const mh_cache*, float* y, const mh_run*);
 // logits and scores [tokens][experts], ids and weights [tokens][per_token].
-MH_API int mh_route(const mh_router*, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights, const mh_run*);
+MH_API int mh_route(const mh_router*, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights,
+                    const mh_run*);

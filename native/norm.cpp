@@ -26,7 +26,8 @@ int mh_rms_norm(const mh_norm* n, const mh_rows* x, const mh_rows* y, const mh_r
       float* scratch = workspaces().worker[worker].floats(width);
       for (int64_t i = task * block; i < x->count && i < (task + 1) * block; i++) {
         const float* from = static_cast<const float*>(x->data) + i * x->stride;
-        if (x->dtype == MH_BF16) k->widen(static_cast<const uint16_t*>(x->data) + i * x->stride, width, scratch), from = scratch;
+        if (x->dtype == MH_BF16)
+          k->widen(static_cast<const uint16_t*>(x->data) + i * x->stride, width, scratch), from = scratch;
         const bool is_bf16 = y->dtype == MH_BF16;
         float* to = is_bf16 ? scratch : static_cast<float*>(y->data) + i * y->stride;
         k->norm(from, width, weight, static_cast<float>(n->eps), to);

@@ -13,8 +13,7 @@ void run_tasks(int64_t threads, int64_t tasks, void (*f)(void*, int64_t, int64_t
 
 template <class F>
 void parallel(int64_t threads, int64_t tasks, F&& f) {
-  run_tasks(
-      threads, tasks, [](void* c, int64_t task, int64_t worker) { (*static_cast<F*>(c))(task, worker); }, &f);
+  run_tasks(threads, tasks, [](void* c, int64_t task, int64_t worker) { (*static_cast<F*>(c))(task, worker); }, &f);
 }
 
 // One call at a time: held from a call's first phase to its last. Helpers spin between a call's phases and sleep

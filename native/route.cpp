@@ -73,13 +73,16 @@ struct Route {
 }  // namespace
 }  // namespace mh
 
-int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights, const mh_run* run) {
+int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights,
+             const mh_run* run) {
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
     if (!r || !x || !r->weight || !logits || !scores || !ids || !weights) fail(MH_BAD_ARGUMENT, "nothing to route");
     if (r->experts < 1 || r->width < 16 || r->width % 16 || r->per_token < 1 || r->per_token > r->experts ||
-        r->groups < 0 || (r->groups > 1 && (r->experts % r->groups || r->topk_group < 1 || r->topk_group > r->groups || r->best_of_group < 1)))
+        r->groups < 0 ||
+        (r->groups > 1 &&
+         (r->experts % r->groups || r->topk_group < 1 || r->topk_group > r->groups || r->best_of_group < 1)))
       fail(MH_BAD_ARGUMENT, "router of %lld experts, %lld per token", (long long)r->experts, (long long)r->per_token);
     check_rows(x, x->count, r->width, "x");
     Call call;

@@ -14,7 +14,7 @@ inline void transpose8(const float* from, int64_t stride, float* to, int64_t to_
     s[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i], r[2 * i + 1]);
   }
   for (int i = 0; i < 2; i++) {
-    const __m256 *u = s + 4 * i;
+    const __m256* u = s + 4 * i;
     r[4 * i] = _mm256_shuffle_ps(u[0], u[2], 0x44), r[4 * i + 1] = _mm256_shuffle_ps(u[0], u[2], 0xee);
     r[4 * i + 2] = _mm256_shuffle_ps(u[1], u[3], 0x44), r[4 * i + 3] = _mm256_shuffle_ps(u[1], u[3], 0xee);
   }

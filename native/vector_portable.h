@@ -15,14 +15,14 @@ struct V {
   Quad q[4];
 };
 
-#define MH_EACH(expression)                       \
-  V r;                                            \
+#define MH_EACH(expression)                        \
+  V r;                                             \
   for (int i = 0; i < 4; i++) r.q[i] = expression; \
   return r
-#define MH_LANES(expression)                                  \
-  V r;                                                        \
-  for (int i = 0; i < 4; i++)                                 \
-    for (int j = 0; j < 4; j++) r.q[i][j] = expression;       \
+#define MH_LANES(expression)                            \
+  V r;                                                  \
+  for (int i = 0; i < 4; i++)                           \
+    for (int j = 0; j < 4; j++) r.q[i][j] = expression; \
   return r
 
 inline V load(const float* p) {

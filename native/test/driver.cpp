@@ -146,7 +146,8 @@ void pack(uint8_t* records, int64_t size, const mh_matrix& m, const std::vector<
     const int64_t panel = output / 16 * m.parts + part, steps = m.format == MH_BF16 ? 2 : 1;
     uint8_t* record = records + row / N * size;
     for (int64_t k = 0; k < m.inputs; k++)
-      put(record + m.weight, panel * 16 * depth + k / steps * steps * 16 + lane * steps + k % steps, w[row * m.inputs + k]);
+      put(record + m.weight, panel * 16 * depth + k / steps * steps * 16 + lane * steps + k % steps,
+          w[row * m.inputs + k]);
     if (m.bias >= 0) memcpy(record + m.bias + 4 * (16 * panel + lane), &b[row], 4);
   }
 }
@@ -182,7 +183,13 @@ void experts_round(int64_t round) {
   const bool short_weights = format == MH_PLAIN_BF16;
   const mh_stacked stacked{short_weights ? static_cast<void*>(h_up.data()) : w_up.data(),
                            short_weights ? static_cast<void*>(h_down.data()) : w_down.data(),
-                           bias ? b_up.data() : nullptr, bias ? b_down.data() : nullptr, format, E, D, F, activation};
+                           bias ? b_up.data() : nullptr,
+                           bias ? b_down.data() : nullptr,
+                           format,
+                           E,
+                           D,
+                           F,
+                           activation};
   std::vector<int64_t> ids;
   std::vector<uint8_t> kept;
   for (int64_t t = 0; t < T; t++)
@@ -206,8 +213,10 @@ void experts_round(int64_t round) {
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
     const mh_run run{level, any(1, 3)}, other_run{level, any(1, 3)};
-    Results r{normals(T * D, false), normals(T * D, false), normals(T * K, false), normals(E * parts * F * D, false),
-              normals(E * D * F, false), normals(E * parts * F, false), normals(E * D, false)};
+    Results r{normals(T * D, false),     normals(T * D, false),
+              normals(T * K, false),     normals(E * parts * F * D, false),
+              normals(E * D * F, false), normals(E * parts * F, false),
+              normals(E * D, false)};
     std::vector<float> hidden(static_cast<size_t>(T * K * hidden_width)), again(r.y);
     std::vector<uint16_t> short_y = to_bf16(r.y), short_again = short_y, short_dx = short_y;
     const auto out = [&](std::vector<float>& to, std::vector<uint16_t>& short_to) {
@@ -299,8 +308,9 @@ void damaged_round() {
   Bytes record(size);
   memset(record.data, 0, static_cast<size_t>(size));
   mh_linear line{record.data, size, m, nullptr};
-  int64_t* fields[] = {&line.bytes, &line.weight.outputs, &line.weight.inputs, &line.weight.parts, &line.weight.format,
-                       &line.weight.group, &line.weight.weight, &line.weight.scales, &line.weight.bias};
+  int64_t* fields[] = {&line.bytes,         &line.weight.outputs, &line.weight.inputs,
+                       &line.weight.parts,  &line.weight.format,  &line.weight.group,
+                       &line.weight.weight, &line.weight.scales,  &line.weight.bias};
   static const int64_t values[] = {-1, 0, 1, 2, 3, 7, 63, 64, 4096, 1 << 20, int64_t{1} << 40, INT64_MAX, INT64_MIN};
   *fields[any(0, 8)] = values[any(0, 12)];
   const int64_t N = line.weight.outputs, K = line.weight.inputs;

@@ -28,8 +28,18 @@ void route_round() {
   const int64_t groups = any(1, 4), E = groups * any(1, 20), D = 16 * any(1, 9), T = any(0, 5);
   const int64_t kept_groups = any(1, groups), K = any(1, E / groups * kept_groups);
   std::vector<float> weight = normals(E * D, false), bias = normals(E, false), x = normals(T * D, false);
-  const mh_router router{weight.data(), any(0, 1) ? bias.data() : nullptr, any(0, 1) ? bias.data() : nullptr, E, D, K,
-                         any(0, 1), groups, kept_groups, any(1, 2), any(0, 1), 1.5};
+  const mh_router router{weight.data(),
+                         any(0, 1) ? bias.data() : nullptr,
+                         any(0, 1) ? bias.data() : nullptr,
+                         E,
+                         D,
+                         K,
+                         any(0, 1),
+                         groups,
+                         kept_groups,
+                         any(1, 2),
+                         any(0, 1),
+                         1.5};
   std::vector<float> logits(static_cast<size_t>(T * E)), scores(logits), weights(static_cast<size_t>(T * K)), first;
   std::vector<int64_t> ids(static_cast<size_t>(T * K));
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
@@ -39,7 +49,8 @@ void route_round() {
     float none = 0;
     int64_t nobody = 0;
     expect(!mh_route(&router, &in, T ? logits.data() : &none, T ? scores.data() : &none, T ? ids.data() : &nobody,
-                     T ? weights.data() : &none, &run), "route");
+                     T ? weights.data() : &none, &run),
+           "route");
     if (level == MH_PORTABLE) first = logits;
     close(logits, first, level, largest, 1e-5, "logits");
     for (int64_t t = 0; t < T; t++)
@@ -87,9 +98,11 @@ void linears_round() {
     std::vector<std::vector<float>> ys;
     std::vector<std::vector<uint16_t>> short_ys;
     std::vector<void*> outputs;
-    for (const mh_linear& layer : layers) ys.push_back(std::vector<float>(static_cast<size_t>(T * layer.weight.outputs + 1)));
+    for (const mh_linear& layer : layers)
+      ys.push_back(std::vector<float>(static_cast<size_t>(T * layer.weight.outputs + 1)));
     for (const auto& y : ys) short_ys.push_back(std::vector<uint16_t>(y.size()));
-    for (size_t i = 0; i < ys.size(); i++) outputs.push_back(short_x ? static_cast<void*>(short_ys[i].data()) : ys[i].data());
+    for (size_t i = 0; i < ys.size(); i++)
+      outputs.push_back(short_x ? static_cast<void*>(short_ys[i].data()) : ys[i].data());
     expect(!mh_linears(pointers.data(), count, &in, outputs.data(), &run), "linears");
     if (short_x)
       for (size_t i = 0; i < ys.size(); i++) ys[i] = from_bf16(short_ys[i]);
@@ -100,13 +113,17 @@ void linears_round() {
 }
 
 void attend_round() {
-  const int64_t B = any(1, 3), S = any(1, 3), G = any(1, 3), H = G * any(1, 9), dk = 16 * any(1, 5), dv = 16 * any(1, 5);
-  const int64_t before = any(0, 2) ? any(0, 40) : any(200, 600), L = before + S, room = L + any(0, 3), dtype = any(0, 1);
+  const int64_t B = any(1, 3), S = any(1, 3), G = any(1, 3), H = G * any(1, 9), dk = 16 * any(1, 5),
+                dv = 16 * any(1, 5);
+  const int64_t before = any(0, 2) ? any(0, 40) : any(200, 600), L = before + S, room = L + any(0, 3),
+                dtype = any(0, 1);
   const int64_t rotated = 2 * any(0, dk / 2), half_width = rotated / 2, norms = any(0, 2);
   std::vector<float> k = normals(B * G * room * dk, true), v = normals(B * G * room * dv, true);
   std::vector<uint16_t> short_k = to_bf16(k), short_v = to_bf16(v);
-  std::vector<float> q_in = normals(B * S * H * dk, true), k_in = normals(B * S * G * dk, true), v_in = normals(B * S * G * dv, true);
-  std::vector<float> cos = normals(S * half_width + 1, false), sin = normals(S * half_width + 1, false), sinks = normals(H, false);
+  std::vector<float> q_in = normals(B * S * H * dk, true), k_in = normals(B * S * G * dk, true),
+                     v_in = normals(B * S * G * dv, true);
+  std::vector<float> cos = normals(S * half_width + 1, false), sin = normals(S * half_width + 1, false),
+                     sinks = normals(H, false);
   std::vector<float> q_weight = normals(norms ? dk : H * dk, false), k_weight = normals(norms ? dk : G * dk, false);
   std::vector<uint8_t> mask(static_cast<size_t>(S * L));
   for (int64_t s = 0; s < S; s++)
@@ -114,14 +131,22 @@ void attend_round() {
   mh_rotation r{cos.data(), sin.data(), rotated, S, any(0, 1), {}, {}, norms};
   if (any(0, 1)) r.q_norm = {q_weight.data(), 0, static_cast<int64_t>(q_weight.size()), 1e-5};
   if (any(0, 1)) r.k_norm = {k_weight.data(), 0, static_cast<int64_t>(k_weight.size()), 1e-5};
-  const mh_attention how{B, S, H, L, any(0, 1) ? mask.data() : nullptr, 0, L, any(0, 1) ? sinks.data() : nullptr, 0.3,
+  const mh_attention how{B,
+                         S,
+                         H,
+                         L,
+                         any(0, 1) ? mask.data() : nullptr,
+                         0,
+                         L,
+                         any(0, 1) ? sinks.data() : nullptr,
+                         0.3,
                          any(0, 1) ? 3.0 : 0.0};
   std::vector<float> first_q, first_y;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
     const mh_run run{level, any(1, 3)};
-    mh_cache c{k.data(), v.data(), B * G * room * dk, B * G * room * dv, dtype, G, dk, dv,
-               G * room * dk, G * room * dv, room * dk, room * dv, dk, dv};
+    mh_cache c{k.data(), v.data(),      B * G * room * dk, B * G * room * dv, dtype,     G,  dk,
+               dv,       G * room * dk, G * room * dv,     room * dk,         room * dv, dk, dv};
     if (dtype) c.k = short_k.data(), c.v = short_v.data();
     std::vector<float> q(q_in.size()), y(static_cast<size_t>(B * S * H * dv));
     const mh_rows qs{q_in.data(), 0, B * S, H * dk, H * dk}, ks{k_in.data(), 0, B * S, G * dk, G * dk};
@@ -142,22 +167,24 @@ void damaged_step_round() {
   mh_router router{k.data(), nullptr, nullptr, 4, 16, 2, 0, 2, 1, 2, 1, 1};
   mh_norm norm{w.data(), 0, 16, 1e-5};
   mh_rotation r{w.data(), w.data(), 16, 1, 0, {}, {}, 0};
-  int64_t* fields[] = {&c.k_size, &c.v_size, &c.dtype, &c.groups, &c.k_width, &c.v_width, &c.k_batch, &c.k_group, &c.k_row,
-                       &c.v_row, &how.batch, &how.queries, &how.heads, &how.length, &router.experts, &router.width,
-                       &router.per_token, &router.groups, &router.topk_group, &router.best_of_group, &norm.dtype, &norm.width,
-                       &r.width, &r.positions};
+  int64_t* fields[] = {&c.k_size,     &c.v_size,         &c.dtype,       &c.groups,          &c.k_width,
+                       &c.v_width,    &c.k_batch,        &c.k_group,     &c.k_row,           &c.v_row,
+                       &how.batch,    &how.queries,      &how.heads,     &how.length,        &router.experts,
+                       &router.width, &router.per_token, &router.groups, &router.topk_group, &router.best_of_group,
+                       &norm.dtype,   &norm.width,       &r.width,       &r.positions};
   static const int64_t values[] = {-1, 0, 3, 7, 63, 4096, 1 << 20, int64_t{1} << 40, INT64_MAX, INT64_MIN};
   int64_t* field = fields[any(0, 23)];
   const int64_t was = *field, now = values[any(0, 9)];
   *field = now;
   const mh_run run{MH_BEST, 1};
   // Sizes the caller states truly, and with them what may be written, are not damaged upwards.
-  if (field != &c.k_size && field != &c.v_size && (field != &how.heads || now < was) && (field != &how.queries || now < was) &&
-      (field != &how.batch || now < was))
+  if (field != &c.k_size && field != &c.v_size && (field != &how.heads || now < was) &&
+      (field != &how.queries || now < was) && (field != &how.batch || now < was))
     mh_attend(&how, q.data(), &c, y.data(), &run);
   std::vector<float> logits(8), scores(8), weights(8);
   std::vector<int64_t> ids(8);
-  const mh_rows x{q.data(), 0, 1, 16, 16}, out{y.data(), 0, 1, 16, 16}, wide_q{q.data(), 0, 1, 64, 64}, ks{q.data(), 0, 1, 32, 32};
+  const mh_rows x{q.data(), 0, 1, 16, 16}, out{y.data(), 0, 1, 16, 16}, wide_q{q.data(), 0, 1, 64, 64},
+      ks{q.data(), 0, 1, 32, 32};
   mh_rms_norm(&norm, &x, &out, &run);
   if (field != &router.experts) mh_route(&router, &x, logits.data(), scores.data(), ids.data(), weights.data(), &run);
   if (field != &c.k_size && field != &c.v_size) mh_rope_and_cache(&wide_q, &ks, &ks, 1, 3, &r, &c, y.data(), &run);
