@@ -16,15 +16,16 @@ namespace {
 struct Backward {
   const Kernels& k;
   Experts e;
-  Sorted s;
   int64_t threads;
   const float* hidden;
   const mh_gradients& g;
-  Floats x, dy;
-  float *act, *dh, *dyp, *dx;  // of a group, block by block in panels: [panels][rows][16]
-  int64_t act_stride, h_stride, dy_stride, dx_stride, begin;
-  std::vector<const float*> x_rows, dy_rows;
-  std::vector<char> seen;  // experts whose weight gradient has been begun
+  Sorted s = {};
+  Floats x = {}, dy = {};
+  float *act = nullptr, *dh = nullptr, *dyp = nullptr;  // of a group, block by block in panels: [panels][rows][16]
+  float* dx = nullptr;
+  int64_t act_stride = 0, h_stride = 0, dy_stride = 0, dx_stride = 0, begin = 0;
+  std::vector<const float*> x_rows = {}, dy_rows = {};
+  std::vector<char> seen = {};  // experts whose weight gradient has been begun
 
   static float inner(const float* a, const float* b, int64_t n) {
     float lanes[16] = {}, total = 0;
@@ -39,7 +40,7 @@ struct Backward {
   int64_t offset(const Block& b) const { return b.begin - begin; }
 
   void rows_task(const Block& b, Worker w) {
-    const int64_t rows = b.rows(), wide = e.up.panels / e.parts;
+    const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts;
     gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + offset(b) * dy_stride);
     const Rows matrix = panel_rows(dyp + offset(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
     float* dweight = w.second;
@@ -47,10 +48,11 @@ struct Backward {
     float *dh_block = dh + offset(b) * h_stride, *act_block = act + offset(b) * act_stride;
     const float* h = hidden + b.begin * h_stride;
     const std::vector<Panel> down = e.down.all_panels(b.expert), other = e.down.all_panels(s.after(b).expert);
-    const Columns first{other.data(), e.down.panels, 0, kColumnBlocks};
+    const Columns first{other.data(), e.down.size.panels, 0, kColumnBlocks};
     for (int64_t p = 0; p < wide; p += kColumnBlocks) {
       const int64_t n = wide - p < kColumnBlocks ? wide - p : kColumnBlocks;
-      const Columns now{down.data(), e.down.panels, p, n}, next{down.data(), e.down.panels, p + n, kColumnBlocks};
+      const Columns now{down.data(), e.down.size.panels, p, n},
+          next{down.data(), e.down.size.panels, p + n, kColumnBlocks};
       k.product_transposed(now, p + n < wide ? next : first, matrix, w.scratch, w.first, w.c_stride);
       for (int64_t q = 0; q < n; q++) {
         const int64_t column = (p + q) * 16 * rows;
@@ -61,7 +63,7 @@ struct Backward {
     if (!g.weights) return;
     for (int64_t i = 0; i < rows; i++) {
       float bias = 0;
-      for (int64_t p = 0; e.down.bias(b.expert, 0) && p < e.down.panels; p++)
+      for (int64_t p = 0; e.down.bias(b.expert, 0) && p < e.down.size.panels; p++)
         bias += inner(e.down.bias(b.expert, p), dy_rows[b.begin + i] + 16 * p, e.down.outputs_of(p));
       g.weights[s.pair[b.begin + i]] = dweight[i] + bias;
     }
@@ -117,7 +119,7 @@ struct Backward {
     } else {  // act already carries the router's weight, the bias does not
       o.a = dyp + offset(b) * dy_stride, o.b = act + offset(b) * act_stride, o.scale = s.weight.data() + b.begin;
     }
-    outer_task(o, piece * m.panels / pieces, (piece + 1) * m.panels / pieces);
+    outer_task(o, piece * m.size.panels / pieces, (piece + 1) * m.size.panels / pieces);
   }
 
   void dx_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
@@ -126,10 +128,10 @@ struct Backward {
       const int64_t rows = b->rows();
       const Rows matrix = panel_rows(dh + offset(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
       after = e.up.all_panels(s.after(*b).expert);
-      const Columns begin{after.data(), e.up.panels, first, kColumnBlocks};
+      const Columns begin{after.data(), e.up.size.panels, first, kColumnBlocks};
       for (int64_t p = first, n; p < end; p += n) {
         n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
-        const Columns now{up.data(), e.up.panels, p, n}, next{up.data(), e.up.panels, p + n, kColumnBlocks};
+        const Columns now{up.data(), e.up.size.panels, p, n}, next{up.data(), e.up.size.panels, p + n, kColumnBlocks};
         k.product_transposed(now, p + n < end ? next : begin, matrix, w.scratch, w.first, w.c_stride);
         const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
         k.combine(w.first, w.c_stride, rows, columns, nullptr, nullptr, s.token.data() + b->begin, dx_stride,
@@ -202,7 +204,7 @@ struct Backward {
   void all(const mh_routing& routing, const mh_rows& in, const mh_rows& grad, const mh_rows* out) {
     zero_idle(routing);
     seen.assign(static_cast<size_t>(e.num_experts), 0);
-    dy_stride = e.down.panels * 16;
+    dy_stride = e.down.size.panels * 16;
     if (g.up) x = as_floats(in, round_up(e.D, 16), workspaces().x, k, threads);
     dy = as_floats(grad, dy_stride, workspaces().dact, k, threads);
     x_rows.resize(static_cast<size_t>(s.rows())), dy_rows.resize(static_cast<size_t>(s.rows()));
@@ -217,7 +219,7 @@ struct Backward {
       for (int64_t t = 0; t < out->count; t++) memset(dx + t * dx_stride, 0, e.D * sizeof(float));
     }
     act_stride = round_up(e.F, 16);
-    h_stride = e.up.panels * 16;
+    h_stride = e.up.size.panels * 16;
     size_t first = 0;
     for (const size_t end : group_blocks(s.blocks, act_stride + h_stride + dy_stride)) {
       group(s.blocks.data() + first, end - first);
@@ -239,21 +241,13 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
   return guard([&] {
     const Kernels* k = checked_kernels(run);
     if (!gradients) fail(MH_BAD_ARGUMENT, "no gradients");
-    Backward b{*k,      checked_experts(packed, stacked),
-               {},      run->threads,
-               hidden,  *gradients,
-               {},      {},
-               nullptr, nullptr,
-               nullptr, nullptr,
-               0,       0,
-               0,       0,
-               0,       {},
-               {},      {}};
+    Backward b{
+        .k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .hidden = hidden, .g = *gradients};
     b.s = sort_pairs(routing, b.e.num_experts);
     check_rows(x, routing->tokens, b.e.D, "x");
     check_rows(dy, routing->tokens, b.e.D, "dy");
     if (dx) check_rows(dx, routing->tokens, b.e.D, "dx");
-    if (b.s.rows() && (!hidden || hidden_count < b.s.rows() * b.e.up.panels * 16))
+    if (b.s.rows() && (!hidden || hidden_count < b.s.rows() * b.e.up.size.panels * 16))
       fail(MH_BAD_ARGUMENT, "hidden is too small");
     Call call(routing->tokens);
     b.all(*routing, *x, *dy, dx);

@@ -45,29 +45,8 @@ struct Workspaces {  // used by one call at a time
 };
 Workspaces& workspaces();
 
-struct Matrix {         // a matrix per expert, packed or plain, checked
-  const uint8_t* base;  // of the first expert's record, or weights
-  int64_t record_bytes;
-  mh_matrix m;
-  int64_t depth, panels, panel_bytes, scale_bytes;
-  const float* plain_bias;
-  bool plain() const { return m.format >= MH_PLAIN_FLOAT32; }
-  int64_t outputs_of(int64_t p) const;  // how many of a panel's 16 outputs exist
-  Panel panel(int64_t expert, int64_t p) const;
-  std::vector<Panel> all_panels(int64_t expert) const;
-  const float* bias(int64_t expert, int64_t p) const;  // outputs_of(p) floats, or null
-};
-
-Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, int64_t count, int64_t record_bytes,
-                      const char* name);
 void check_rows(const mh_rows* rows, int64_t count, int64_t width, const char* name);
 const Kernels* checked_kernels(const mh_run* run);
-
-struct Experts {
-  Matrix up, down;
-  int64_t num_experts, activation, parts, D, F;
-};
-Experts checked_experts(const mh_experts* e, const mh_stacked* s);
 
 // Float32 rows with at least `width` readable columns, zero beyond the rows' own: the caller's, or a copy in
 // `workspace`.

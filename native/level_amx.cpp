@@ -122,9 +122,14 @@ void product_transposed_amx(const Columns& w, const Columns& next, const Rows& r
     }
 }
 
+constexpr mh::Kernels amx_kernels() {
+  mh::Kernels k = level_kernels("amx");
+  k.rounds_rows = true;
+  k.product = product_amx;
+  k.product_transposed = product_transposed_amx;
+  return k;
+}
+
 }  // namespace
 
-const mh::Kernels mh::kAmx = {"amx",    true,     dot,           product_amx, product_transposed_amx,
-                              outer,    activate, activate_grad, widen,       narrow,
-                              quantize, combine,  add_bias,      norm,        attend,
-                              gemv};
+const mh::Kernels mh::kAmx = amx_kernels();

@@ -2,5 +2,4 @@
 
 #include "kernels.inl"
 
-const mh::Kernels mh::kAvx2 = {"avx2", false,  dot,      product, product_transposed, outer, activate, activate_grad,
-                               widen,  narrow, quantize, combine, add_bias,           norm,  attend,   gemv};
+const mh::Kernels mh::kAvx2 = level_kernels("avx2");

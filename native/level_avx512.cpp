@@ -2,6 +2,4 @@
 
 #include "kernels.inl"
 
-const mh::Kernels mh::kAvx512 = {"avx512", false,         dot,    product, product_transposed, outer,
-                                 activate, activate_grad, widen,  narrow,  quantize,           combine,
-                                 add_bias, norm,          attend, gemv};
+const mh::Kernels mh::kAvx512 = level_kernels("avx512");

@@ -23,24 +23,20 @@ struct Linears {
   std::vector<const float*> at;
 
   const Quantized* integers(const Matrix& m) const {
-    return is_integer(m) ? &quantized[(m.m.format == MH_INT4 ? m.m.group : kQuantGroup) == 64] : nullptr;
+    return m.format().integer ? &quantized[m.row_group() == 64] : nullptr;
   }
 
   void panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
     const Matrix& m = layer.m;
-    if (m.plain()) return plain_panels(layer, first, end, begin, rows, w);
-    const bool vector = few(static_cast<int64_t>(at.size()), m);
-    Rows matrix{};
-    Row row[kFewIntegers];
-    if (vector)
+    if (m.format().plain) return plain_panels(layer, first, end, begin, rows, w);
+    RowBlock in(rows, m);
+    if (in.is_few)
       for (int64_t i = 0; i < rows; i++)
-        row[i] =
-            is_integer(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
+        in.row[i] = integers(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{.x = at[begin + i]};
     else
-      matrix = matrix_rows(at.data() + begin, rows, m.depth, m.m.format, k, w.rounded);
+      in.matrix = matrix_rows(at.data() + begin, rows, m.size.depth, m.m.format, k, w.rounded);
     for (int64_t p = first; p < end; p++) {
-      const Panel panel = m.panel(0, p);
-      vector ? dot_few(k, panel, row, rows, w.first) : k.product(panel, matrix, w.scratch, w.first);
+      in.times(k, m.panel(0, p), w.scratch, w.first);
       put(layer, p, begin, rows, w.first);
     }
   }
@@ -70,13 +66,14 @@ struct Linears {
 
   void all(const mh_rows& in) {
     int64_t depth = 0, count = in.count, blocks = divide_up(count, kBlockRows);
-    for (const Layer& layer : layers) depth = layer.m.depth > depth ? layer.m.depth : depth;  // records are padded
+    for (const Layer& layer : layers)
+      depth = layer.m.size.depth > depth ? layer.m.size.depth : depth;  // records are padded
     const Floats x = as_floats(in, depth, workspaces().x, k, threads);
     at.resize(static_cast<size_t>(count));
     for (int64_t i = 0; i < count; i++) at[i] = x.row(i);
     int64_t every = 0;
     for (const Layer& layer : layers) {
-      every += layer.m.panels;
+      every += layer.m.size.panels;
       Quantized* q = const_cast<Quantized*>(integers(layer.m));
       if (!q || q->q || !few(count, layer.m)) continue;
       Workspace* workspace = workspaces().quantized + 2 * (q - quantized);
@@ -93,9 +90,9 @@ struct Linears {
       const int64_t begin = block * count / blocks, rows = (block + 1) * count / blocks - begin;
       int64_t first = piece * every / pieces, left = (piece + 1) * every / pieces - first;
       for (const Layer& layer : layers) {
-        const int64_t here = layer.m.panels - first < left ? layer.m.panels - first : left;
+        const int64_t here = layer.m.size.panels - first < left ? layer.m.size.panels - first : left;
         if (here > 0) panels(layer, first, first + here, begin, rows, w), left -= here;
-        first = here > 0 ? 0 : first - layer.m.panels;
+        first = here > 0 ? 0 : first - layer.m.size.panels;
       }
     });
   }
@@ -105,21 +102,32 @@ constexpr int64_t kFewPlain = 16;  // for more rows PyTorch's products are the b
 
 Matrix plain_matrix(const mh_linear& l, int64_t rows) {
   const mh_matrix& m = l.weight;
-  const int64_t size = m.format == MH_PLAIN_BF16 ? 2 : 4;
-  if ((m.format != MH_PLAIN_FLOAT32 && m.format != MH_PLAIN_BF16) || m.parts != 1 || m.inputs < 1 || m.inputs % 16 ||
-      m.outputs < 1 || !l.record || l.bytes / size / m.inputs < m.outputs || rows > kFewPlain)
-    fail(MH_BAD_ARGUMENT, "plain linear of [%lld, %lld], %lld rows", (long long)m.outputs, (long long)m.inputs,
-         (long long)rows);
-  return {static_cast<const uint8_t*>(l.record), l.bytes, m, m.inputs, divide_up(m.outputs, 16), 0, 0, l.bias};
+  if (m.format != MH_PLAIN_FLOAT32 && m.format != MH_PLAIN_BF16)
+    fail(MH_BAD_ARGUMENT, "a plain linear layer is float32 or bf16, not %s", kFormats[m.format].name);
+  if (m.parts != 1 || m.outputs < 1 || m.inputs < 1 || m.inputs % 16 || rows > kFewPlain)
+    fail(MH_BAD_ARGUMENT,
+         "a plain linear layer of [%lld, %lld] in %lld parts times %lld rows: inputs are a multiple of 16, parts 1 and "
+         "rows at most %lld",
+         (long long)m.outputs, (long long)m.inputs, (long long)m.parts, (long long)rows, (long long)kFewPlain);
+  if (!l.record || l.bytes / (kFormats[m.format].bits / 8) / m.inputs < m.outputs)
+    fail(MH_BAD_ARGUMENT, "a plain linear layer of [%lld, %lld] in %lld bytes", (long long)m.outputs,
+         (long long)m.inputs, (long long)(l.record ? l.bytes : 0));
+  return {.base = static_cast<const uint8_t*>(l.record),
+          .record_bytes = l.bytes,
+          .m = m,
+          .size = {m.inputs, divide_up(m.outputs, 16), 0, 0},
+          .plain_bias = l.bias};
 }
 
+bool is_plain(const mh_matrix& m) { return m.format >= 0 && m.format < MH_FORMATS && kFormats[m.format].plain; }
+
 Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
-  if (!l || !x) fail(MH_BAD_ARGUMENT, "nothing to multiply");
-  const Layer layer{l->weight.format >= MH_PLAIN_FLOAT32
+  if (!l || !x) fail(MH_BAD_ARGUMENT, "%s is missing", l ? "x" : "a linear layer");
+  const Layer layer{is_plain(l->weight)
                         ? plain_matrix(*l, x->count)
                         : checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"),
                     y};
-  if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "linear: %lld parts", (long long)layer.m.m.parts);
+  if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "a linear layer has one part, not %lld", (long long)layer.m.m.parts);
   check_rows(x, x->count, layer.m.m.inputs, "x");
   check_rows(&y, x->count, layer.m.m.outputs, "y");
   return layer;
@@ -148,7 +156,8 @@ int mh_linears(const mh_linear* const* l, int64_t count, const mh_rows* x, void*
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!l || !x || !y || count < 1 || count > 64) fail(MH_BAD_ARGUMENT, "nothing to multiply");
+    if (!l || !x || !y) fail(MH_BAD_ARGUMENT, "%s is missing", !l ? "the layers' array" : !x ? "x" : "y");
+    if (count < 1 || count > 64) fail(MH_BAD_ARGUMENT, "%lld layers in one call: 1 to 64", (long long)count);
     std::vector<Layer> layers;
     for (int64_t i = 0; i < count; i++) {
       const int64_t width = l[i] ? l[i]->weight.outputs : 0;

@@ -5,17 +5,23 @@
 
 #include <stdint.h>
 
-#if defined(_WIN32)
-#define MH_API extern "C" __declspec(dllexport)
-#else
 #define MH_API extern "C" __attribute__((visibility("default")))
-#endif
 
 enum { MH_ABI = 3 };
 enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
-enum { MH_FLOAT32 = 0, MH_BF16 = 1, MH_INT8 = 2, MH_INT4 = 3 };
-// Weights that are not packed: [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16.
-enum { MH_PLAIN_FLOAT32 = 4, MH_PLAIN_BF16 = 5, MH_PLAIN_ROUNDED = 6 };
+// Formats of weights, a row of kFormats (format.h) each: packed ones in the order of manyhands/quant/record.py, then
+// those that are not packed, [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16. Rows of
+// activations have the first two as their dtype.
+enum {
+  MH_FLOAT32,
+  MH_BF16,
+  MH_INT8,
+  MH_INT4,
+  MH_PLAIN_FLOAT32,
+  MH_PLAIN_BF16,
+  MH_PLAIN_ROUNDED,
+  MH_FORMATS  // how many
+};
 enum { MH_PORTABLE = 0, MH_AVX2 = 1, MH_AVX512 = 2, MH_AMX = 3, MH_BEST = -1 };
 enum { MH_SWIGLU = 0, MH_SWIGLU_OAI = 1, MH_GEGLU = 2, MH_GEGLU_TANH = 3, MH_GELU = 4, MH_RELU = 5 };
 
@@ -102,6 +108,8 @@ MH_API const char* mh_error(void);
 // whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.
 MH_API int64_t mh_contention(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
+// Bytes of a packed matrix's weights, scales and bias in a record: what quant/record.py must say too.
+MH_API int mh_matrix_bytes(const mh_matrix*, int64_t* bytes);
 // Experts are packed or stacked: one of the two is null.
 MH_API int mh_forward(const mh_experts*, const mh_stacked*, const mh_routing*, const mh_rows* x, const mh_rows* y,
                       float* hidden, int64_t hidden_count, const mh_run*);

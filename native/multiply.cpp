@@ -5,8 +5,8 @@
 namespace mh {
 
 void Quantized::prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales) {
-  depth = m.depth;
-  group = m.m.format == MH_INT4 ? m.m.group : kQuantGroup;
+  depth = m.size.depth;
+  group = m.row_group();
   groups = depth / group;
   q = reinterpret_cast<int8_t*>(values.floats(divide_up(rows * depth, 4)));
   scale = scales.floats(2 * rows * groups);
@@ -22,10 +22,11 @@ Row Quantized::view(int64_t row, const float* x) const {
   return {x, q + row * depth, scale + row * groups, offset + row * groups};
 }
 
-void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c) {
+void RowBlock::times(const Kernels& k, const Panel& p, float* scratch, float* c) const {
+  if (!is_few) return k.product(p, matrix, scratch, c);
   for (int64_t i = 0; i < count; i += kDotRows) {
     const int64_t n = count - i < kDotRows ? count - i : kDotRows;
-    k.dot(p, rows + i, static_cast<int>(n), c + 16 * i);
+    k.dot(p, row + i, static_cast<int>(n), c + 16 * i);
   }
 }
 
@@ -52,9 +53,7 @@ void gather(const float* const* at, int64_t count, int64_t depth, float* to) {
   }
 }
 
-static bool wants_rounded(int64_t format, const Kernels& k) {
-  return k.rounds_rows && format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
-}
+static bool wants_rounded(int64_t format, const Kernels& k) { return k.rounds_rows && !kFormats[format].exact; }
 
 static Rows rounded_rows(int64_t count, int64_t depth, uint16_t* scratch) {  // with zeros where tiles read too far
   const int64_t stride = depth + kRoundedPad;

@@ -1,7 +1,7 @@
 // Rows times one panel, by whichever path suits their number.
 #pragma once
 
-#include "common.h"
+#include "matrix.h"
 
 namespace mh {
 
@@ -18,14 +18,16 @@ struct Quantized {  // rows as integers, for the vector path beside integer weig
 
 constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
 
-inline bool is_integer(const Matrix& m) { return m.m.format == MH_INT8 || m.m.format == MH_INT4; }
-// Whether the vector path takes them. Integer products stay cheaper than widening the weights for some rows more.
-constexpr int64_t kFewFloats = 4, kFewIntegers = 16;
-inline bool few(int64_t rows, const Matrix& m) {
-  if (m.m.format == MH_PLAIN_ROUNDED) return false;
-  return rows <= (is_integer(m) ? kFewIntegers : kFewFloats);
-}
-void dot_few(const Kernels& k, const Panel& p, const Row* rows, int64_t count, float* c);
+inline bool few(int64_t rows, const Matrix& m) { return rows <= m.format().few_rows; }  // for the vector path
+
+struct RowBlock {  // rows as a matrix's kernels take them: each by itself where they are few, else as a matrix
+  int64_t count;
+  bool is_few;
+  Row row[kMostFewRows];
+  Rows matrix;
+  RowBlock(int64_t rows, const Matrix& m) : count(rows), is_few(few(rows, m)), matrix{} {}
+  void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // c [count][16]
+};
 
 // What a worker needs beside its task's rows: tiles, a product's scratch, rounded rows. Floats.
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);

@@ -1,7 +1,7 @@
 // Many calls as one: what a decoder does for one token, without going back to the caller between its parts.
 #include <math.h>
 
-#include "common.h"
+#include "matrix.h"
 
 namespace mh {
 namespace {
@@ -28,7 +28,7 @@ void add(const mh_step& s) {  // x += factor · y, where there is a gate g times
 
 void activate(const mh_step& s, const Kernels& k) {  // y = act(gate) · up, or act(gate) without up
   const mh_rows* x = static_cast<const mh_rows*>(s.a[0]);
-  const bool gated = s.n[0] >= MH_SWIGLU && s.n[0] < MH_GELU;
+  const bool gated = is_gated(s.n[0]);
   if (!x || x->width % 16 || s.n[0] < MH_SWIGLU || s.n[0] > MH_RELU) fail(MH_BAD_ARGUMENT, "activation of no sixteens");
   const float* gate = values(x, x->count, x->width, "gate");
   const float* up = gated ? values(s.a[1], x->count, x->width, "up") : gate;

@@ -19,7 +19,7 @@ wanted="portable avx2 avx512"
 
 "${PYTHON:-python3}" setup.py -q build_ext --build-temp "$work/objects" --build-lib "$work/library"
 mkdir -p "$work"/root/{bin,proc} "$work"/disc
-"${CXX:-c++}" -std=c++17 -O2 -static -pthread native/test/driver.cpp "$work"/objects/*.o -o "$work/root/driver"
+"${CXX:-c++}" -std=c++20 -O2 -static -pthread native/test/driver.cpp "$work"/objects/*.o -o "$work/root/driver"
 cp "$(command -v busybox)" "$work/root/bin/busybox"
 cat >"$work/root/init" <<INIT
 #!/bin/busybox sh

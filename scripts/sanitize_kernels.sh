@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../native"
 out=$(mktemp -d)
 trap 'rm -rf "$out"' EXIT
 rounds=${1:-300}
-flags=(-std=c++17 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function -Wno-unused-variable)
+flags=(-std=c++20 -g -fno-omit-frame-pointer -Wall -Wextra -Wno-unknown-warning-option -Wno-uninitialized -Wno-maybe-uninitialized -Wno-unused-function -Wno-unused-variable)
 avx2=(-mavx2 -mfma -mf16c)
 avx512=("${avx2[@]}" -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vnni)
 

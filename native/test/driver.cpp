@@ -66,16 +66,21 @@ std::vector<float> normals(int64_t n, bool exact, float scale = 1) {
   return v;
 }
 
+void expect(bool good, const char* what) {
+  if (good) return;
+  fprintf(stderr, "driver: %s: %s\n", what, mh_error());
+  exit(1);
+}
+
 int64_t lay_out(mh_matrix& m, int64_t at, bool bias) {  // the sections of one matrix; returns their end
-  static const int64_t bits[] = {32, 16, 8, 4};
-  const int64_t depth = up_to(m.inputs, 64), panels = m.parts * (up_to(m.outputs, 16) / 16);
+  int64_t bytes[3];
+  expect(!mh_matrix_bytes(&m, bytes), "matrix bytes");
   m.weight = at;
-  at = up_to(at + panels * 16 * depth * bits[m.format] / 8, 64);
-  m.scales = m.format >= MH_INT8 ? at : -1;
-  if (m.format == MH_INT8) at = up_to(at + panels * 64, 64);
-  if (m.format == MH_INT4) at = up_to(at + panels * 32 * (depth / m.group), 64);
+  at = up_to(at + bytes[0], 64);
+  m.scales = bytes[1] ? at : -1;
+  at = up_to(at + bytes[1], 64);
   m.bias = bias ? at : -1;
-  return bias ? at + panels * 64 : at;
+  return bias ? at + bytes[2] : at;
 }
 
 // Integer weights and plausible scales; where `exact`, powers of two.
@@ -93,12 +98,6 @@ void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
     const float b = normal();
     memcpy(record + i, &b, 4);
   }
-}
-
-void expect(bool good, const char* what) {
-  if (good) return;
-  fprintf(stderr, "driver: %s: %s\n", what, mh_error());
-  exit(1);
 }
 
 const char* const kNames[] = {"portable", "avx2", "avx512", "amx"};
@@ -157,7 +156,8 @@ struct Results {
 };
 
 void experts_round(int64_t round) {
-  const int64_t format = round % 7, activation = round / 7 % 6, parts = activation < MH_GELU ? 2 : 1, bias = any(0, 1);
+  const int64_t format = round % MH_FORMATS, activation = round / MH_FORMATS % 6, parts = activation < MH_GELU ? 2 : 1,
+                bias = any(0, 1);
   const int64_t D = width(), F = width(), E = any(1, 5), K = any(1, E), size_of_t = D * F > 8100 ? 1 : any(0, 9);
   const int64_t T = size_of_t < 4 ? any(0, 9) : size_of_t < 8 ? any(0, 60) : any(100, 300);
   const bool plain = format >= MH_PLAIN_FLOAT32, rounds = format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
@@ -269,7 +269,8 @@ std::vector<float> plainly(const std::vector<float>& w, const std::vector<float>
 }
 
 void linear_round(int64_t round) {
-  const int64_t format = round % 4, N = width(), K = any(1, 600), T = any(0, 2) ? any(0, 24) : any(0, 130);
+  const int64_t format = round % MH_PLAIN_FLOAT32, N = width(), K = any(1, 600),
+                T = any(0, 2) ? any(0, 24) : any(0, 130);
   const int64_t bias = any(0, 1), stride = N + any(0, 3);
   const bool exact = any(0, 2) > 0;
   mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, 0};

@@ -1,0 +1,42 @@
+// Matrices and experts as a caller gives them, checked.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+#include "format.h"
+
+namespace mh {
+
+// The sizes of a matrix in a record, as manyhands/quant/record.py has them.
+struct PanelSizes {
+  int64_t depth, panels;               // inputs with padding; panels of all parts
+  int64_t weights, scales, bias = 64;  // bytes of a panel's weights, scales, bias
+};
+
+struct Matrix {         // a matrix per expert, packed or plain
+  const uint8_t* base;  // of the first expert's record, or weights
+  int64_t record_bytes;
+  mh_matrix m;
+  PanelSizes size;
+  const float* plain_bias;
+  const Format& format() const { return kFormats[m.format]; }
+  int64_t row_group() const { return format().grouped ? m.group : kQuantGroup; }  // inputs that share a row's scale
+  int64_t outputs_of(int64_t p) const;  // how many of a panel's 16 outputs exist
+  Panel panel(int64_t expert, int64_t p) const;
+  std::vector<Panel> all_panels(int64_t expert) const;
+  const float* bias(int64_t expert, int64_t p) const;  // outputs_of(p) floats, or null
+};
+
+Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, int64_t count, int64_t record_bytes,
+                      const char* name);
+
+inline bool is_gated(int64_t activation) { return activation >= MH_SWIGLU && activation < MH_GELU; }
+
+struct Experts {
+  Matrix up, down;
+  int64_t num_experts, activation, parts, D, F;
+};
+Experts checked_experts(const mh_experts* e, const mh_stacked* s);
+
+}  // namespace mh
