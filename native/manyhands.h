@@ -102,7 +102,8 @@ struct mh_router {  // weight [experts][width] float32; biases [experts] float32
   double scaling;
 };
 
-MH_API int64_t mh_abi(void);
+MH_API int64_t mh_abi(void);         // MH_ABI: one more where a meaning changed that mh_layout does not show
+MH_API const char* mh_layout(void);  // structures, functions and codes in text (layout.cpp), compared at load
 MH_API const char* mh_error(void);
 // What a look for neighbours makes of so many nanoseconds of waiting for a core and running on one (native/openmp.cpp):
 // whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.

@@ -9,10 +9,7 @@ from typing import Any
 from manyhands.check.report import Row, Situation
 from manyhands.kernels import native
 from manyhands.kernels.native import library
-from manyhands.kernels.native.library import CStep
-
-KINDS = ("norm", "linears", "rope_and_cache", "attend", "route", "experts", "add", "activate")
-"""What a fused step may be made of, by number."""
+from manyhands.kernels.native.structs import CALLS, STEP_KINDS, CStep
 
 
 @contextmanager
@@ -27,7 +24,7 @@ def counting() -> Iterator[Counter[str]]:
         if name == "mh_steps":
             steps = cast(arguments[0], POINTER(CStep))
             for i in range(int(arguments[1])):
-                calls[f"mh_steps: {KINDS[steps[i].kind]}"] += 1
+                calls[f"mh_steps: {STEP_KINDS[steps[i].kind]}"] += 1
 
     library.call = counted
     try:
@@ -40,7 +37,7 @@ def expected() -> list[str]:
     """Every name that a full check must count at least once; none where the library is missing."""
     if not native.available():
         return []
-    return [*library._CALLS] + [f"mh_steps: {kind}" for kind in KINDS]
+    return [*CALLS] + [f"mh_steps: {kind}" for kind in STEP_KINDS]
 
 
 def coverage_row(calls: Counter[str]) -> Row:

@@ -28,8 +28,25 @@ from typing import Any, Literal, cast
 from manyhands.errors import CheckpointError, ConfigError
 
 Format = Literal["float32", "bf16", "int8", "int4"]
-FORMATS: tuple[Format, ...] = ("float32", "bf16", "int8", "int4")
-BITS: dict[Format, int] = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Traits:
+    """What sizes follow from: bits of a weight, bytes of a scale (0: none), whether groups of inputs have their own."""
+
+    bits: int
+    scale_bytes: int = 0
+    grouped: bool = False
+
+
+TRAITS: dict[Format, Traits] = {
+    "float32": Traits(32),
+    "bf16": Traits(16),
+    "int8": Traits(8, scale_bytes=4),
+    "int4": Traits(4, scale_bytes=2, grouped=True),
+}
+"""In the order of their codes in native/manyhands.h; native/format.h has the same table, compared at load."""
+FORMATS: tuple[Format, ...] = tuple(TRAITS)
 GROUP_SIZES = (32, 64)
 VERSION = 1
 PANEL, DEPTH, LINE, PAGE = 16, 64, 64, 4096
@@ -66,19 +83,18 @@ class Matrix:
     @property
     def groups(self) -> int:
         """Scales per output: 0 where the format has none."""
-        if self.format == "int4":
-            return self.depth // self.group_size
-        return 1 if self.format == "int8" else 0
+        traits = TRAITS[self.format]
+        return self.depth // self.group_size if traits.grouped else int(traits.scale_bytes > 0)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the panels."""
-        return self.panels * PANEL * self.depth * BITS[self.format] // 8
+        return self.panels * PANEL * self.depth * TRAITS[self.format].bits // 8
 
     @property
     def scale_bytes(self) -> int:
         """Bytes of the scales."""
-        return self.panels * PANEL * self.groups * (2 if self.format == "int4" else 4)
+        return self.panels * PANEL * self.groups * TRAITS[self.format].scale_bytes
 
     @property
     def bias_bytes(self) -> int:
@@ -171,12 +187,13 @@ def linear_layout(outputs: int, inputs: int, format: Format, group_size: int = 3
 def _matrix(outputs: int, inputs: int, parts: int, format: Format, group_size: int) -> Matrix:
     if format not in FORMATS:
         raise ConfigError(f"format = {format!r}: allowed are {', '.join(FORMATS)}")
-    if format == "int4" and group_size not in GROUP_SIZES:
-        raise ConfigError(f"group_size = {group_size!r}: int4 takes {' or '.join(map(str, GROUP_SIZES))}")
+    grouped = TRAITS[format].grouped
+    if grouped and group_size not in GROUP_SIZES:
+        raise ConfigError(f"group_size = {group_size!r}: {format} takes {' or '.join(map(str, GROUP_SIZES))}")
     for size in (outputs, inputs):
         if not 1 <= size <= LIMIT:
             raise ConfigError(f"a packed matrix of [{outputs}, {inputs}]: sizes are between 1 and {LIMIT}")
-    return Matrix(outputs, inputs, parts, format, group_size if format == "int4" else 0)
+    return Matrix(outputs, inputs, parts, format, group_size if grouped else 0)
 
 
 def layout_from_header(header: Mapping[str, Any]) -> Layout:

@@ -9,7 +9,7 @@ from torch import Tensor
 from manyhands.config.activation import GATED
 from manyhands.errors import ConfigError
 from manyhands.kernels.experts import ExpertWeights
-from manyhands.kernels.native.library import ACTIVATION_CODES
+from manyhands.kernels.native.structs import ACTIVATION_CODES
 from manyhands.quant import Layout
 
 FLOATS = (torch.float32, torch.bfloat16)

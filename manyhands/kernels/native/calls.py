@@ -13,7 +13,7 @@ from torch import Tensor
 from manyhands.config.activation import GATED
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import boundary, library, views
-from manyhands.kernels.native.library import CExperts, CGradients, CRows, CStacked
+from manyhands.kernels.native.structs import CExperts, CGradients, CRows, CStacked
 from manyhands.quant import Layout
 
 

@@ -1,204 +1,68 @@
-"""The shared library: found beside this file, its interface (native/manyhands.h) declared, its errors raised."""
+"""The shared library: found beside this file, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_double, c_int, c_int64, c_void_p
+from ctypes import c_char_p, c_int, c_int64
 from functools import cache
 from pathlib import Path
 
 from manyhands.errors import ConfigError, ManyhandsError
+from manyhands.kernels.native import structs
+from manyhands.kernels.native.structs import (
+    ACTIVATION_CODES,
+    LEVELS,
+    CAttention,
+    CCache,
+    CExperts,
+    CGradients,
+    CLinear,
+    CMatrix,
+    CNorm,
+    CRotation,
+    CRouter,
+    CRouting,
+    CRows,
+    CRun,
+    CStacked,
+    CStep,
+)
+
+__all__ = [
+    "ACTIVATION_CODES",
+    "LEVELS",
+    "VERIFIED",
+    "CAttention",
+    "CCache",
+    "CExperts",
+    "CGradients",
+    "CLinear",
+    "CMatrix",
+    "CNorm",
+    "CRotation",
+    "CRouter",
+    "CRouting",
+    "CRows",
+    "CRun",
+    "CStacked",
+    "CStep",
+    "NativeError",
+    "available",
+    "call",
+    "default_level",
+    "level_code",
+    "levels",
+    "library",
+    "missing",
+]
 
 ABI = 3
-LEVELS = ("portable", "avx2", "avx512", "amx")
+"""As in native/manyhands.h: one more where a meaning changed that the layout does not show."""
 VERIFIED = ("portable", "avx2", "avx512")
 """Levels that may run by default. portable and avx2 ran the whole suite. avx512 ran native/test/driver.cpp under an
 emulator of the machine (`scripts/emulate_levels.sh`), right, and was never timed: no such CPU was at hand. amx ran
 there too, but rounds rows to bf16 beside every format except float32, which the suite's float32 tolerances do not
 allow: it is taken only by name."""
-FORMAT_CODES = {"float32": 0, "bf16": 1, "int8": 2, "int4": 3}
-PLAIN_FLOAT32, PLAIN_BF16, PLAIN_ROUNDED = 4, 5, 6
-ACTIVATION_CODES = {"swiglu": 0, "swiglu_oai": 1, "geglu": 2, "geglu_tanh": 3, "gelu": 4, "relu": 5}
 NAME = "libmanyhands.so"
 _BAD_ROUTING = 4
-
-
-class CMatrix(Structure):
-    """`mh_matrix`."""
-
-    _fields_ = [
-        (name, c_int64) for name in ("outputs", "inputs", "parts", "format", "group", "weight", "scales", "bias")
-    ]
-
-
-class CExperts(Structure):
-    """`mh_experts`."""
-
-    _fields_ = [
-        ("records", c_void_p),
-        ("bytes", c_int64),
-        ("num_experts", c_int64),
-        ("record_bytes", c_int64),
-        ("activation", c_int64),
-        ("up", CMatrix),
-        ("down", CMatrix),
-    ]
-
-
-class CStacked(Structure):
-    """`mh_stacked`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("up", "down", "up_bias", "down_bias")),
-        *((name, c_int64) for name in ("dtype", "num_experts", "hidden_size", "expert_size", "activation")),
-    ]
-
-
-class CLinear(Structure):
-    """`mh_linear`."""
-
-    _fields_ = [("record", c_void_p), ("bytes", c_int64), ("weight", CMatrix), ("bias", c_void_p)]
-
-
-class CRows(Structure):
-    """`mh_rows`."""
-
-    _fields_ = [
-        ("data", c_void_p),
-        ("dtype", c_int64),
-        ("count", c_int64),
-        ("width", c_int64),
-        ("stride", c_int64),
-    ]
-
-
-class CRouting(Structure):
-    """`mh_routing`."""
-
-    _fields_ = [
-        ("ids", c_void_p),
-        ("weights", c_void_p),
-        ("kept", c_void_p),
-        ("tokens", c_int64),
-        ("per_token", c_int64),
-    ]
-
-
-class CGradients(Structure):
-    """`mh_gradients`."""
-
-    _fields_ = [(name, c_void_p) for name in ("weights", "up", "down", "up_bias", "down_bias")]
-
-
-class CRun(Structure):
-    """`mh_run`."""
-
-    _fields_ = [("level", c_int64), ("threads", c_int64)]
-
-
-class CNorm(Structure):
-    """`mh_norm`."""
-
-    _fields_ = [("weight", c_void_p), ("dtype", c_int64), ("width", c_int64), ("eps", c_double)]
-
-
-class CCache(Structure):
-    """`mh_cache`."""
-
-    _fields_ = [
-        ("k", c_void_p),
-        ("v", c_void_p),
-        *(
-            (name, c_int64)
-            for name in (
-                *("k_size", "v_size", "dtype", "groups", "k_width", "v_width"),
-                *("k_batch", "v_batch", "k_group", "v_group", "k_row", "v_row"),
-            )
-        ),
-    ]
-
-
-class CRotation(Structure):
-    """`mh_rotation`."""
-
-    _fields_ = [
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        *((name, c_int64) for name in ("width", "positions", "interleave")),
-        ("q_norm", CNorm),
-        ("k_norm", CNorm),
-        ("norms", c_int64),
-    ]
-
-
-class CAttention(Structure):
-    """`mh_attention`."""
-
-    _fields_ = [
-        *((name, c_int64) for name in ("batch", "queries", "heads", "length")),
-        ("mask", c_void_p),
-        ("mask_batch", c_int64),
-        ("mask_query", c_int64),
-        ("sinks", c_void_p),
-        ("scale", c_double),
-        ("cap", c_double),
-    ]
-
-
-class CRouter(Structure):
-    """`mh_router`."""
-
-    _fields_ = [
-        *((name, c_void_p) for name in ("weight", "logit_bias", "choice_bias")),
-        *(
-            (name, c_int64)
-            for name in (
-                *("experts", "width", "per_token", "sigmoid"),
-                *("groups", "topk_group", "best_of_group", "renormalise"),
-            )
-        ),
-        ("scaling", c_double),
-    ]
-
-
-class CStep(Structure):
-    """`mh_step`."""
-
-    _fields_ = [("kind", c_int64), ("a", c_void_p * 6), ("n", c_int64 * 2), ("factor", c_double)]
-
-
-_CALLS: dict[str, list[object]] = {
-    "mh_forward": [
-        POINTER(CExperts),
-        POINTER(CStacked),
-        POINTER(CRouting),
-        POINTER(CRows),
-        POINTER(CRows),
-        c_void_p,
-        c_int64,
-        POINTER(CRun),
-    ],
-    "mh_backward": [
-        POINTER(CExperts),
-        POINTER(CStacked),
-        POINTER(CRouting),
-        POINTER(CRows),
-        POINTER(CRows),
-        c_void_p,
-        c_int64,
-        POINTER(CRows),
-        POINTER(CGradients),
-        POINTER(CRun),
-    ],
-    "mh_linear_forward": [POINTER(CLinear), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
-    "mh_steps": [POINTER(CStep), c_int64, POINTER(CRun)],
-    "mh_linears": [c_void_p, c_int64, POINTER(CRows), c_void_p, POINTER(CRun)],
-    "mh_rms_norm": [POINTER(CNorm), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
-    "mh_rope_and_cache": [
-        *(POINTER(CRows), POINTER(CRows), POINTER(CRows), c_int64, c_int64),
-        *(POINTER(CRotation), POINTER(CCache), c_void_p, POINTER(CRun)),
-    ],
-    "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, POINTER(CRun)],
-    "mh_route": [POINTER(CRouter), POINTER(CRows), c_void_p, c_void_p, c_void_p, c_void_p, POINTER(CRun)],
-}
 
 
 @cache
@@ -210,10 +74,12 @@ def _here() -> ctypes.CDLL | str:
     try:
         library = ctypes.CDLL(str(path))
         library.mh_abi.restype = library.mh_levels.restype = c_int64
-        library.mh_error.restype = c_char_p
-        if library.mh_abi() != ABI:
-            return "it was built from other sources: install again"
-        for name, arguments in _CALLS.items():
+        if (abi := library.mh_abi()) != ABI:
+            return f"it was built from other sources (interface {abi}, not {ABI}): install again"
+        library.mh_error.restype = library.mh_layout.restype = c_char_p
+        if (wrong := structs.difference(library.mh_layout().decode())) is not None:
+            return f"it was built from other sources ({wrong}): install again"
+        for name, arguments in structs.CALLS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, c_int
     except (OSError, AttributeError) as error:

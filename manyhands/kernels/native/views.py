@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from manyhands.kernels.experts import ExpertWeights
-from manyhands.kernels.native.library import (
+from manyhands.kernels.native.library import default_level, level_code
+from manyhands.kernels.native.structs import (
     ACTIVATION_CODES,
     FORMAT_CODES,
     PLAIN_BF16,
@@ -25,8 +26,6 @@ from manyhands.kernels.native.library import (
     CRows,
     CRun,
     CStacked,
-    default_level,
-    level_code,
 )
 from manyhands.quant import Layout, Matrix
 
