@@ -13,14 +13,22 @@ constexpr int64_t kHeads = 4;  // that share the keys they read
 
 void check_norm(const mh_norm& n, int64_t width, const char* name) {
   if (n.weight && (n.width != width || (n.dtype != MH_FLOAT32 && n.dtype != MH_BF16)))
-    fail(MH_BAD_ARGUMENT, "%s of %lld, not %lld", name, (long long)n.width, (long long)width);
+    fail(MH_BAD_ARGUMENT, "%s has %lld weights of dtype %lld, not %lld in float32 or bf16", name, (long long)n.width,
+         (long long)n.dtype, (long long)width);
 }
 
 void check_cache(const mh_cache* c) {
-  const bool widths = c && c->k_width > 0 && c->v_width > 0 && c->k_width % 16 == 0 && c->v_width % 16 == 0;
-  if (!widths || !c->k || !c->v || c->groups < 1 || c->k_row < c->k_width || c->v_row < c->v_width ||
-      (c->dtype != MH_FLOAT32 && c->dtype != MH_BF16))
-    fail(MH_BAD_ARGUMENT, "cache: widths must be multiples of 16");
+  need(c, "the cache");
+  need(c->k, "the cache of keys");
+  need(c->v, "the cache of values");
+  if (c->k_width < 1 || c->v_width < 1 || c->k_width % 16 || c->v_width % 16)
+    fail(MH_BAD_ARGUMENT, "cache: keys of %lld and values of %lld numbers are not multiples of 16",
+         (long long)c->k_width, (long long)c->v_width);
+  if (c->groups < 1 || c->k_row < c->k_width || c->v_row < c->v_width)
+    fail(MH_BAD_ARGUMENT, "cache: %lld groups, with %lld and %lld numbers from one position to the next",
+         (long long)c->groups, (long long)c->k_row, (long long)c->v_row);
+  if (c->dtype != MH_FLOAT32 && c->dtype != MH_BF16)
+    fail(MH_BAD_ARGUMENT, "cache: %lld is not the code of float32 or bf16", (long long)c->dtype);
 }
 
 const float* norm_weight(const mh_norm& n, Workspace& workspace, const Kernels& k) {
@@ -183,7 +191,7 @@ void check_positions(const mh_cache& c, int64_t batch, int64_t length) {
   if (length < 1 || c.k_batch < 0 || c.k_group < 0 || c.v_batch < 0 || c.v_group < 0 ||
       reach(b, g, l, c.k_width, {c.k_batch, c.k_group, c.k_row}) > to_double(c.k_size) ||
       reach(b, g, l, c.v_width, {c.v_batch, c.v_group, c.v_row}) > to_double(c.v_size))
-    fail(MH_BAD_ARGUMENT, "cache: no room for %lld positions", (long long)length);
+    fail(MH_BAD_ARGUMENT, "cache: there is no room for %lld positions", (long long)length);
 }
 
 }  // namespace
@@ -195,17 +203,25 @@ int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int6
   return guard([&] {
     const Kernels* kernels = checked_kernels(run);
     check_cache(c);
-    if (!q || !r || !out) fail(MH_BAD_ARGUMENT, "q, the rotation or the output is missing");
+    need(q, "q");
+    need(r, "the rotation");
+    need(out, "the output");
     if (batch < 1 || q->count < 1 || q->count % batch || q->width < 1 || q->width % c->k_width || first < 0)
-      fail(MH_BAD_ARGUMENT, "q is [%lld, %lld]", (long long)q->count, (long long)q->width);
+      fail(MH_BAD_ARGUMENT, "q is [%lld, %lld] for %lld sequences from position %lld on, in heads of %lld",
+           (long long)q->count, (long long)q->width, (long long)batch, (long long)first, (long long)c->k_width);
     check_rows(q, q->count, q->width, "q");
     check_rows(k, q->count, c->groups * c->k_width, "k");
     check_rows(v, q->count, c->groups * c->v_width, "v");
     const int64_t queries = q->count / batch;
     check_positions(*c, batch, first + queries);
-    if (r->width < 0 || r->width % 2 || r->width > c->k_width || !r->cos || !r->sin ||
-        (r->positions != queries && r->positions != q->count))
-      fail(MH_BAD_ARGUMENT, "rotation of %lld at %lld positions", (long long)r->width, (long long)r->positions);
+    need(r->cos, "cos");
+    need(r->sin, "sin");
+    if (r->width < 0 || r->width % 2 || r->width > c->k_width)
+      fail(MH_BAD_ARGUMENT, "a rotation of %lld numbers of heads of %lld: an even number of them", (long long)r->width,
+           (long long)c->k_width);
+    if (r->positions != queries && r->positions != q->count)
+      fail(MH_BAD_ARGUMENT, "cos and sin are there for %lld positions, not for %lld or %lld", (long long)r->positions,
+           (long long)queries, (long long)q->count);
     check_norm(r->q_norm, r->norms == MH_NORM_ROW ? q->width : c->k_width, "q_norm");
     check_norm(r->k_norm, r->norms == MH_NORM_ROW ? k->width : c->k_width, "k_norm");
     Call call;
@@ -218,9 +234,15 @@ int mh_attend(const mh_attention* a, const float* q, const mh_cache* c, float* y
   return guard([&] {
     const Kernels* kernels = checked_kernels(run);
     check_cache(c);
-    if (!a || !q || !y || a->batch < 1 || a->queries < 1 || a->queries > a->length || a->heads < 1 ||
-        a->heads % c->groups)
-      fail(MH_BAD_ARGUMENT, "nothing to attend to");
+    need(a, "the attention");
+    need(q, "q");
+    need(y, "y");
+    if (a->batch < 1 || a->queries < 1 || a->queries > a->length)
+      fail(MH_BAD_ARGUMENT, "attention of %lld sequences, %lld queries each, to %lld positions", (long long)a->batch,
+           (long long)a->queries, (long long)a->length);
+    if (a->heads < 1 || a->heads % c->groups)
+      fail(MH_BAD_ARGUMENT, "%lld heads are not a multiple of %lld groups of keys and values", (long long)a->heads,
+           (long long)c->groups);
     check_positions(*c, a->batch, a->length);
     Call call;
     Attend{*kernels, *a, *c, q, y, run->threads}.all();

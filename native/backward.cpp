@@ -240,15 +240,14 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!gradients) fail(MH_BAD_ARGUMENT, "no gradients");
+    need(gradients, "gradients");
     Backward b{
         .k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .hidden = hidden, .g = *gradients};
     b.s = sort_pairs(routing, b.e.num_experts);
     check_rows(x, routing->tokens, b.e.D, "x");
     check_rows(dy, routing->tokens, b.e.D, "dy");
     if (dx) check_rows(dx, routing->tokens, b.e.D, "dx");
-    if (b.s.rows() && (!hidden || hidden_count < b.s.rows() * b.e.up.size.panels * 16))
-      fail(MH_BAD_ARGUMENT, "hidden is too small");
+    if (b.s.rows()) check_hidden(hidden, hidden_count, b.s.rows() * b.e.up.size.panels * 16);
     Call call(routing->tokens);
     b.all(*routing, *x, *dy, dx);
     workspaces().trim();

@@ -71,13 +71,16 @@ void check_rows(const mh_rows* rows, int64_t count, int64_t width, const char* n
   if (rows->count != count || rows->width != width || rows->stride < width)
     fail(MH_BAD_ARGUMENT, "%s is [%lld, %lld], not [%lld, %lld]", name, (long long)rows->count, (long long)rows->width,
          (long long)count, (long long)width);
-  if (rows->dtype != MH_FLOAT32 && rows->dtype != MH_BF16) fail(MH_BAD_ARGUMENT, "%s: dtype", name);
+  if (rows->dtype != MH_FLOAT32 && rows->dtype != MH_BF16)
+    fail(MH_BAD_ARGUMENT, "%s: %lld is not the code of float32 or bf16", name, (long long)rows->dtype);
   if (reinterpret_cast<uintptr_t>(rows->data) % (rows->dtype == MH_BF16 ? 2 : 4))
-    fail(MH_BAD_ARGUMENT, "%s is not aligned", name);
+    fail(MH_BAD_ARGUMENT, "%s is not aligned to its dtype", name);
 }
 
 const Kernels* checked_kernels(const mh_run* run) {
-  if (!run || run->threads < 1 || run->threads > kMostThreads) fail(MH_BAD_ARGUMENT, "threads: 1 to 256");
+  need(run, "run");
+  if (run->threads < 1 || run->threads > kMostThreads)
+    fail(MH_BAD_ARGUMENT, "%lld threads: 1 to %lld", (long long)run->threads, (long long)kMostThreads);
   const Kernels* k = kernels(run->level);
   if (!k) fail(MH_NO_LEVEL, "this CPU cannot run level %lld", (long long)run->level);
   return k;

@@ -15,6 +15,9 @@ struct Failure {  // thrown inside, a code at the boundary
   int code;
 };
 [[noreturn]] void fail(int code, const char* format, ...) __attribute__((format(printf, 2, 3)));
+inline void need(const void* p, const char* name) {
+  if (!p) fail(MH_BAD_ARGUMENT, "%s is missing", name);
+}
 int guarded(void (*f)(void*), void* context);  // runs f; turns what it throws into a code
 
 template <class F>

@@ -171,7 +171,7 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
     f.s = sort_pairs(routing, f.e.num_experts);
     check_rows(x, routing->tokens, f.e.D, "x");
     check_rows(y, routing->tokens, f.e.D, "y");
-    if (hidden && hidden_count < f.s.rows() * f.e.up.size.panels * 16) fail(MH_BAD_ARGUMENT, "hidden is too small");
+    if (hidden) check_hidden(hidden, hidden_count, f.s.rows() * f.e.up.size.panels * 16);
     Call call(routing->tokens);
     f.all(*x, *y);
     workspaces().trim();

@@ -122,7 +122,8 @@ Matrix plain_matrix(const mh_linear& l, int64_t rows) {
 bool is_plain(const mh_matrix& m) { return m.format >= 0 && m.format < MH_FORMATS && kFormats[m.format].plain; }
 
 Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
-  if (!l || !x) fail(MH_BAD_ARGUMENT, "%s is missing", l ? "x" : "a linear layer");
+  need(l, "a linear layer");
+  need(x, "x");
   const Layer layer{is_plain(l->weight)
                         ? plain_matrix(*l, x->count)
                         : checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"),
@@ -147,7 +148,7 @@ int mh_linear_forward(const mh_linear* l, const mh_rows* x, const mh_rows* y, co
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!y) fail(MH_BAD_ARGUMENT, "y is missing");
+    need(y, "y");
     run_layers(*k, {checked_layer(l, x, *y)}, *x, run->threads);
   });
 }
@@ -156,7 +157,9 @@ int mh_linears(const mh_linear* const* l, int64_t count, const mh_rows* x, void*
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!l || !x || !y) fail(MH_BAD_ARGUMENT, "%s is missing", !l ? "the layers' array" : !x ? "x" : "y");
+    need(l, "the layers' array");
+    need(x, "x");
+    need(y, "y");
     if (count < 1 || count > 64) fail(MH_BAD_ARGUMENT, "%lld layers in one call: 1 to 64", (long long)count);
     std::vector<Layer> layers;
     for (int64_t i = 0; i < count; i++) {

@@ -1,6 +1,14 @@
 // The C interface of the expert kernels. Formats and layout: manyhands/quant/record.py.
 // Every function checks what it is given, touches nothing on error and returns 0 or one of the codes below;
-// mh_error() then says what was wrong. A stride counts elements from one row to the next.
+// mh_error() then says what was wrong, to the thread that made the call. A stride counts elements from one row to the
+// next.
+//
+// Threads: every function but mh_contention may be called from several threads at once, as long as no two calls write
+// the same memory. The calls take turns: one mutex of the process is held from a call's first phase to its last, for
+// there is one pool of threads and one set of workspaces, which are kept between calls (up to 32 MiB each). mh_steps
+// takes it step by step, so that other threads' calls may come between two steps. A child after fork has a pool of its
+// own; fork while another thread is in a call, and the child's first call may find that call's workspaces: exec
+// instead.
 #pragma once
 
 #include <stdint.h>
@@ -105,7 +113,7 @@ struct mh_router {  // weight [experts][width] float32; biases [experts] float32
 MH_API int64_t mh_abi(void);         // MH_ABI: one more where a meaning changed that mh_layout does not show
 MH_API const char* mh_layout(void);  // structures, functions and codes in text (layout.cpp), compared at load
 MH_API const char* mh_error(void);
-// What a look for neighbours makes of so many nanoseconds of waiting for a core and running on one (native/openmp.cpp):
+// What the library concludes of so many nanoseconds of waiting for a core and of running on one (native/openmp.cpp):
 // whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.
 MH_API int64_t mh_contention(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here

@@ -79,12 +79,12 @@ Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, in
   return {static_cast<const uint8_t*>(records), record_bytes, m, size, nullptr};
 }
 
-namespace {
-
 void check_activation(int64_t activation) {
   if (activation < MH_SWIGLU || activation > MH_RELU)
     fail(MH_BAD_ARGUMENT, "%lld is not the code of an activation", (long long)activation);
 }
+
+namespace {
 
 Experts stacked_experts(const mh_stacked& s) {
   check_activation(s.activation);

@@ -33,6 +33,8 @@ Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, in
 
 inline bool is_gated(int64_t activation) { return activation >= MH_SWIGLU && activation < MH_GELU; }
 
+void check_activation(int64_t activation);
+
 struct Experts {
   Matrix up, down;
   int64_t num_experts, activation, parts, D, F;

@@ -8,8 +8,12 @@ int mh_rms_norm(const mh_norm* n, const mh_rows* x, const mh_rows* y, const mh_r
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!n || !n->weight || !x || n->width < 1 || (n->dtype != MH_FLOAT32 && n->dtype != MH_BF16))
-      fail(MH_BAD_ARGUMENT, "nothing to norm");
+    need(n, "the norm");
+    need(n->weight, "the norm's weight");
+    need(x, "x");
+    if (n->width < 1 || (n->dtype != MH_FLOAT32 && n->dtype != MH_BF16))
+      fail(MH_BAD_ARGUMENT, "a norm of width %lld and dtype %lld, not at least 1 and float32 or bf16",
+           (long long)n->width, (long long)n->dtype);
     const int64_t width = n->width;
     check_rows(x, x->count, width, "x");
     check_rows(y, x->count, width, "y");

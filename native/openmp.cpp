@@ -1,8 +1,8 @@
 // A thread of GNU's OpenMP that waits at a barrier spins for milliseconds. Alone that is the fastest; beside a process
 // that needs the cores it holds the very core that the thread it waits for has been taken off, and a training step
 // takes several times as long. The library spins for an instant only while it manages more threads than there are
-// processors (libgomp's do_spin). So as long as the calling thread is kept waiting for a core, we keep a crowd: a team
-// that does nothing and sleeps. No arithmetic changes: results are the same bits, whoever else is there.
+// processors (libgomp's do_spin). So as long as the calling thread is kept waiting for a core, we keep a team of
+// threads that does nothing and sleeps. No arithmetic changes: results are the same bits, whoever else is there.
 #include "openmp.h"
 
 #include "manyhands.h"
@@ -13,30 +13,28 @@
 #include <system_error>
 #include <thread>
 
-#if !defined(_WIN32)
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <unistd.h>
-#endif
 
 namespace mh {
 namespace {
 
 constexpr auto kEvery = std::chrono::milliseconds(100);
 constexpr int64_t kLeast = 10'000'000;  // ns of work and waiting: less says nothing
-constexpr int kCalm = 5;                // looks without waiting until the crowd goes
+constexpr int kCalm = 5;                // looks without waiting until the team is stopped
 
-struct Crowd {
+struct SleepingTeam {
   std::mutex mutex;
   std::condition_variable changed;
   uint64_t now = 0;
-  bool here = false;
+  bool running = false;
 
-  void come() {
+  void start() {
     std::lock_guard<std::mutex> lock(mutex);
-    here = true;
+    running = true;
     std::thread([this, mine = ++now] {
       openmp()([](void*) {}, nullptr, std::thread::hardware_concurrency() + 1, 0);
       std::unique_lock<std::mutex> lock(mutex);
@@ -44,40 +42,37 @@ struct Crowd {
     }).detach();
   }
 
-  void leave() {
+  void stop() {
     std::lock_guard<std::mutex> lock(mutex);
-    here = false;
+    running = false;
     now++;
     changed.notify_all();
   }
 };
 
-struct Look {
-  Crowd* crowd = new Crowd;  // never destroyed: its thread may outlive static destructors
+struct Watch {
+  SleepingTeam* team = new SleepingTeam;  // never destroyed: its thread may outlive static destructors
   int calm = 0;
 
   // `waited` and `ran`: nanoseconds since the last look that the thread wanted a core and had one.
   bool judge(int64_t waited, int64_t ran) {
     const int64_t all = waited + ran;
-    if (all < kLeast || !openmp()) return crowd->here;
+    if (all < kLeast || !openmp()) return team->running;
     calm = waited * 100 > all ? 0 : calm + 1;
     try {
-      if (!crowd->here && waited * 20 > all) crowd->come();
-      if (crowd->here && calm >= kCalm) crowd->leave();
-    } catch (const std::system_error&) {  // no thread to be had: it stays as slow as it was
-      crowd->leave();
+      if (!team->running && waited * 20 > all) team->start();
+      if (team->running && calm >= kCalm) team->stop();
+    } catch (const std::system_error&) {  // no thread could be started: it stays as slow as it was
+      team->stop();
     }
-    return crowd->here;
+    return team->running;
   }
 };
 
-Look* look = new Look;
+Watch* watch = new Watch;
 
-#if defined(_WIN32)
-bool seen(int64_t*, int64_t*) { return false; }
-#else
 bool forked = false;
-const int watched = pthread_atfork(nullptr, nullptr, [] { look = new Look, forked = true; });
+const int registered = pthread_atfork(nullptr, nullptr, [] { watch = new Watch, forked = true; });
 
 // What the kernel counts for this thread: nanoseconds on a core and waiting for one.
 bool seen(int64_t* ran, int64_t* waited) {
@@ -93,13 +88,9 @@ bool seen(int64_t* ran, int64_t* waited) {
   *ran = on, *waited = off;
   return true;
 }
-#endif
 
 }  // namespace
 
-#if defined(_WIN32)
-OpenMP openmp() { return nullptr; }
-#else
 // A forked child has none of the parent's threads, and the library would wait for them.
 OpenMP openmp() {
   static const OpenMP found = [] {
@@ -108,7 +99,6 @@ OpenMP openmp() {
   }();
   return forked ? nullptr : found;
 }
-#endif
 
 void watch_contention() {
   static thread_local std::chrono::steady_clock::time_point last{};
@@ -118,9 +108,9 @@ void watch_contention() {
   const bool first = last.time_since_epoch().count() == 0;
   last = now;
   const int64_t ran_before = ran, waited_before = waited;
-  if (seen(&ran, &waited) && !first) look->judge(waited - waited_before, ran - ran_before);
+  if (seen(&ran, &waited) && !first) watch->judge(waited - waited_before, ran - ran_before);
 }
 
 }  // namespace mh
 
-int64_t mh_contention(int64_t waited, int64_t ran) { return mh::look->judge(waited, ran); }
+int64_t mh_contention(int64_t waited, int64_t ran) { return mh::watch->judge(waited, ran); }

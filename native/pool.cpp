@@ -8,9 +8,7 @@
 #include <mutex>
 #include <thread>
 
-#if !defined(_WIN32)
 #include <pthread.h>
-#endif
 
 namespace mh {
 namespace {
@@ -83,9 +81,7 @@ Pool* pool = new Pool;  // never destroyed: helpers may outlive static destructo
 
 bool in_openmp = false;  // the current call's threads
 
-#if !defined(_WIN32)
-const int watched = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a child has none of our threads
-#endif
+const int registered = pthread_atfork(nullptr, nullptr, [] { pool = new Pool; });  // a child has none of our threads
 
 struct Team {
   void (*f)(void*, int64_t, int64_t);

@@ -78,12 +78,21 @@ int mh_route(const mh_router* r, const mh_rows* x, float* logits, float* scores,
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    if (!r || !x || !r->weight || !logits || !scores || !ids || !weights) fail(MH_BAD_ARGUMENT, "nothing to route");
-    if (r->experts < 1 || r->width < 16 || r->width % 16 || r->per_token < 1 || r->per_token > r->experts ||
-        r->groups < 0 ||
-        (r->groups > 1 &&
-         (r->experts % r->groups || r->topk_group < 1 || r->topk_group > r->groups || r->best_of_group < 1)))
-      fail(MH_BAD_ARGUMENT, "router of %lld experts, %lld per token", (long long)r->experts, (long long)r->per_token);
+    need(r, "the router");
+    need(r->weight, "the router's weight");
+    need(x, "x");
+    need(logits, "logits");
+    need(scores, "scores");
+    need(ids, "expert ids");
+    need(weights, "weights");
+    if (r->experts < 1 || r->per_token < 1 || r->per_token > r->experts)
+      fail(MH_BAD_ARGUMENT, "a router of %lld experts, %lld per token", (long long)r->experts, (long long)r->per_token);
+    if (r->width < 16 || r->width % 16)
+      fail(MH_BAD_ARGUMENT, "a router of width %lld, not a multiple of 16", (long long)r->width);
+    if (r->groups < 0 || (r->groups > 1 && (r->experts % r->groups || r->topk_group < 1 || r->topk_group > r->groups ||
+                                            r->best_of_group < 1)))
+      fail(MH_BAD_ARGUMENT, "a router of %lld experts in %lld groups, of which it takes %lld by their best %lld",
+           (long long)r->experts, (long long)r->groups, (long long)r->topk_group, (long long)r->best_of_group);
     check_rows(x, x->count, r->width, "x");
     Call call;
     const Floats rows = as_floats(*x, r->width, workspaces().x, *k, run->threads);

@@ -3,15 +3,23 @@
 namespace mh {
 
 Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
-  if (!routing || routing->tokens < 0 || routing->per_token < 0) fail(MH_BAD_ARGUMENT, "no routing");
+  need(routing, "routing");
+  if (routing->tokens < 0 || routing->per_token < 0)
+    fail(MH_BAD_ARGUMENT, "routing of %lld tokens to %lld experts each", (long long)routing->tokens,
+         (long long)routing->per_token);
   const int64_t all = routing->tokens * routing->per_token;
-  if (all && (!routing->ids || !routing->weights || !routing->kept)) fail(MH_BAD_ARGUMENT, "routing is missing");
+  if (all) {
+    need(routing->ids, "expert ids");
+    need(routing->weights, "weights");
+    need(routing->kept, "kept");
+  }
   std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
   for (int64_t i = 0; i < all; i++) {
     if (!routing->kept[i]) continue;
     const int64_t e = routing->ids[i];
     if (e < 0 || e >= num_experts)
-      fail(MH_BAD_ROUTING, "expert %lld of %lld is asked for", (long long)e, (long long)num_experts);
+      fail(MH_BAD_ROUTING, "a token is routed to expert %lld of %lld, which are numbered from 0", (long long)e,
+           (long long)num_experts);
     next[e + 1]++;
   }
   Sorted s;
@@ -31,6 +39,11 @@ Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
       s.pair[row] = i, s.token[row] = t, s.weight[row] = routing->weights[i];
     }
   return s;
+}
+
+void check_hidden(const float* hidden, int64_t count, int64_t wanted) {
+  need(hidden, "hidden");
+  if (count < wanted) fail(MH_BAD_ARGUMENT, "hidden has %lld numbers, not %lld", (long long)count, (long long)wanted);
 }
 
 std::vector<size_t> group_blocks(const std::vector<Block>& blocks, int64_t floats) {

@@ -27,6 +27,8 @@ struct Sorted {
 // Checks every kept id. Throws MH_BAD_ROUTING.
 Sorted sort_pairs(const mh_routing* routing, int64_t num_experts);
 
+void check_hidden(const float* hidden, int64_t count, int64_t wanted);
+
 // Ends of groups of consecutive blocks whose rows, `floats` each, together stay within kGroupFloats where they can.
 std::vector<size_t> group_blocks(const std::vector<Block>& blocks, int64_t floats);
 

@@ -10,13 +10,14 @@ namespace {
 float* values(const void* p, int64_t count, int64_t width, const char* name) {
   const mh_rows* rows = static_cast<const mh_rows*>(p);
   check_rows(rows, count, width, name);
-  if (rows->dtype != MH_FLOAT32 || rows->stride != width) fail(MH_BAD_ARGUMENT, "%s: float32 and contiguous", name);
+  if (rows->dtype != MH_FLOAT32 || rows->stride != width)
+    fail(MH_BAD_ARGUMENT, "%s is not float32 and contiguous", name);
   return static_cast<float*>(rows->data);
 }
 
 void add(const mh_step& s) {  // x += factor · y, where there is a gate g times its sigmoid
   const mh_rows* x = static_cast<const mh_rows*>(s.a[0]);
-  if (!x) fail(MH_BAD_ARGUMENT, "x is missing");
+  need(x, "x");
   float* to = values(x, x->count, x->width, "x");
   const float* y = values(s.a[1], x->count, x->width, "y");
   const float* gate = s.a[2] ? values(s.a[2], x->count, 1, "gate") : nullptr;
@@ -29,7 +30,10 @@ void add(const mh_step& s) {  // x += factor · y, where there is a gate g times
 void activate(const mh_step& s, const Kernels& k) {  // y = act(gate) · up, or act(gate) without up
   const mh_rows* x = static_cast<const mh_rows*>(s.a[0]);
   const bool gated = is_gated(s.n[0]);
-  if (!x || x->width % 16 || s.n[0] < MH_SWIGLU || s.n[0] > MH_RELU) fail(MH_BAD_ARGUMENT, "activation of no sixteens");
+  need(x, "gate");
+  if (x->width % 16)
+    fail(MH_BAD_ARGUMENT, "an activation of %lld numbers in a row, not of a multiple of 16", (long long)x->width);
+  check_activation(s.n[0]);
   const float* gate = values(x, x->count, x->width, "gate");
   const float* up = gated ? values(s.a[1], x->count, x->width, "up") : gate;
   float* y = values(s.a[2], x->count, x->width, "y");
@@ -60,7 +64,8 @@ int one(const mh_step& s, const mh_run* run) {
                         as<mh_rows>(a[4]), nullptr, 0, run);
     case MH_STEP_ADD: return guard([&] { add(s); });
     case MH_STEP_ACTIVATE: return guard([&] { activate(s, *checked_kernels(run)); });
-    default: return guard([&] { fail(MH_BAD_ARGUMENT, "step %lld", (long long)s.kind); });
+    default:
+      return guard([&] { fail(MH_BAD_ARGUMENT, "step %lld is not the code of a kind of step", (long long)s.kind); });
   }
 }
 
