@@ -14,7 +14,7 @@ struct Format {
   int64_t bits;         // of a weight
   int64_t scale_bytes;  // of a scale; 0: the format has none
   bool grouped;         // a scale per output and group of inputs, mh_matrix.group of them; else one per output
-  bool integer;         // a few rows are rounded to int8 beside it and multiplied as integers
+  bool integer;         // a few rows are rounded to int8 and multiplied with it as integers
   bool plain;           // [outputs][inputs] as training has them, not in panels of a record
   bool exact;           // never rounded to bf16, not even at a level that multiplies bf16
   int64_t few_rows;     // rows that the vector path (`dot`) takes; 0: there is none, all go the matrix path

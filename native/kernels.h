@@ -34,12 +34,12 @@ struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `ro
 };
 
 constexpr int64_t kChunk = 256;                // inputs multiplied at a time: their 16 columns stay in the first cache
-constexpr int64_t kQuantGroup = 64;            // activations per scale beside int8 weights
+constexpr int64_t kQuantGroup = 64;            // activations that share a scale, for int8 weights
 constexpr int kDotRows = 4;                    // rows a dot takes at a time
 constexpr int64_t kColumnBlocks = 4;           // 16 columns each that product_transposed and combine take at a time
 constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product needs
 
-constexpr int64_t kSplitKeys = 256;  // keys of a split: their weights, and what they say, stay in the second cache
+constexpr int64_t kSplitKeys = 256;  // keys of a split: their weights and values stay in the second cache
 
 struct KvSplit {  // up to four heads, one query each, that attend to the same keys
   const float* q;

@@ -113,8 +113,8 @@ struct mh_router {  // weight [experts][width] float32; biases [experts] float32
 MH_API int64_t mh_abi(void);         // MH_ABI: one more where a meaning changed that mh_layout does not show
 MH_API const char* mh_layout(void);  // structures, functions and codes in text (layout.cpp), compared at load
 MH_API const char* mh_error(void);
-// What the library concludes of so many nanoseconds of waiting for a core and of running on one (native/openmp.cpp):
-// whether OpenMP's threads wait asleep from now on. For tests: every call looks by itself. One caller at a time.
+// Whether OpenMP's threads wait asleep from now on, after `waited` nanoseconds of waiting for a core and `ran` of
+// running on one (native/openmp.cpp). For tests: every call measures this by itself. One caller at a time.
 MH_API int64_t mh_contention(int64_t waited, int64_t ran);
 MH_API int64_t mh_levels(void);  // bit l is set where level l can run here
 // Bytes of a packed matrix's weights, scales and bias in a record: what quant/record.py must say too.

@@ -5,12 +5,12 @@
 
 namespace mh {
 
-struct Quantized {  // rows as integers, for the vector path beside integer weights
+struct Quantized {  // rows as integers, for the vector path of integer weights
   int8_t* q = nullptr;
   float *scale = nullptr, *offset = nullptr;
   int64_t depth = 0, groups = 0, group = 0;
 
-  // Room for `rows` rows; nothing where the format has no use for it.
+  // Takes the memory for `rows` rows.
   void prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales);
   void set(int64_t row, const float* x, const Kernels& k) const;
   Row view(int64_t row, const float* x) const;
@@ -29,7 +29,7 @@ struct RowBlock {  // rows as a matrix's kernels take them: each by itself where
   void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // c [count][16]
 };
 
-// What a worker needs beside its task's rows: tiles, a product's scratch, rounded rows. Floats.
+// Floats that a worker needs apart from its task's rows: tiles, a product's scratch, rounded rows.
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
 
 struct Worker {

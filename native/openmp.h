@@ -5,7 +5,7 @@
 
 namespace mh {
 
-using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);  // f(context) on so many threads; flags
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);  // f, its context, the number of threads, flags
 
 OpenMP openmp();  // null where there is none, and in a forked child
 

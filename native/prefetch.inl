@@ -29,7 +29,7 @@ struct Prefetcher {
     const bool over = done >= bytes;
     piece += over, done = over ? 0 : done;
   }
-  void catch_up(int64_t steps) {  // what does not fit in so many steps is fetched at once
+  void catch_up(int64_t steps) {  // fetches at once what `steps` more lines would not reach
     for (int64_t i = (count - piece) * ((bytes + 63) / 64); i > steps; i--) next_line();
   }
 };

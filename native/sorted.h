@@ -7,7 +7,7 @@
 
 namespace mh {
 
-constexpr int64_t kBlockRows = 192;                 // two panels of so many rows fit the first cache
+constexpr int64_t kBlockRows = 192;                 // two panels of 192 rows fit the first cache
 constexpr int64_t kGroupFloats = int64_t{1} << 21;  // what one group of blocks may write between two phases
 
 struct Block {  // rows [begin, end) of the sorted pairs, all of one expert

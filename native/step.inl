@@ -1,4 +1,4 @@
-// What a decoding step needs beside the products: norms, and attention of a few heads to a split of keys.
+// What a decoding step needs besides its products: norms, and attention of a few heads to a split of keys.
 #pragma once
 
 #include "activation.inl"

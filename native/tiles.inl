@@ -5,33 +5,33 @@
 
 namespace {
 
-// A tile's weights, [n][16]: at `b`; or still as `panels` of plain floats have them, from where the first tile that
-// takes them writes them to `b`. A pass of its own for that cost 6 % at 64 rows.
+// A tile's weights, [n][16] at `b`. Where `panels` is not null they are still there, in plain float32 from `column` on,
+// and the first tile copies them to `b` while it multiplies: a pass of its own for that cost 6 % at 64 rows.
 struct Weights {
   float* b;
   const Panel* panels;
   int64_t column;
 };
 
-constexpr int64_t kStep = 4;  // inputs of a tile per line fetched
+constexpr int64_t kStep = 4;  // inputs that a tile multiplies for each line it prefetches
 
-// M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
-template <int M, bool kTurn>
+// c = or += M rows by 16 columns. Groups of 16 inputs lie `jump` floats apart in a.
+template <int M, bool kCopy>
 void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float* c, bool first,
           Prefetcher& prefetcher) {
   V sums[M];
   times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
   float* b = weights.b;
   const float* from = nullptr;
-  const int64_t stride = kTurn ? weights.panels->inputs : 16;
+  const int64_t stride = kCopy ? weights.panels->inputs : 16;
   for (int64_t k = 0; k < n; k += kStep, b += 16 * kStep) {
     prefetcher.next_line();
-    if (kTurn)
+    if (kCopy)
       from =
           k % 16 ? from + kStep * stride : reinterpret_cast<const float*>(weights.panels[k / 16].data) + weights.column;
     times<kStep>([&](auto j) {
-      const V w = load(kTurn ? from + j.value * stride : b + 16 * j.value);
-      if (kTurn) store(b + 16 * j.value, w);
+      const V w = load(kCopy ? from + j.value * stride : b + 16 * j.value);
+      if (kCopy) store(b + 16 * j.value, w);
       times<M>([&](auto i) { sums[i.value] = fma(set1(a[16 * i.value + j.value]), w, sums[i.value]); });
     });
     a += (k + kStep) % 16 ? kStep : jump - 16 + kStep;
@@ -39,11 +39,11 @@ void tile(const float* a, int64_t jump, int64_t n, const Weights& weights, float
   times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
 }
 
-template <int M, bool kTurn>
+template <int M, bool kCopy>
 void tile_of(int64_t m, const float* a, int64_t jump, int64_t n, const Weights& w, float* c, bool first,
              Prefetcher& prefetcher) {
-  if (m == M) return tile<M, kTurn>(a, jump, n, w, c, first, prefetcher);
-  if constexpr (M > 1) tile_of<M - 1, kTurn>(m, a, jump, n, w, c, first, prefetcher);
+  if (m == M) return tile<M, kCopy>(a, jump, n, w, c, first, prefetcher);
+  if constexpr (M > 1) tile_of<M - 1, kCopy>(m, a, jump, n, w, c, first, prefetcher);
 }
 
 inline int64_t tile_count(const Rows& rows) { return (rows.count + kTileRows - 1) / kTileRows; }
@@ -61,6 +61,7 @@ void tiles(const Rows& rows, int64_t k, int64_t n, const Weights& w, float* c, b
   }
 }
 
+// c [count][16] = rows times a panel. While one chunk is multiplied the next one is prefetched, then the next panel's.
 void product(const Panel& p, const Rows& rows, float* scratch, float* c) {
   for (int64_t k = 0; k < p.depth; k += kChunk) {
     const int64_t n = least(kChunk, p.depth - k);
@@ -79,6 +80,7 @@ void transposed_block(const Panel& p, int64_t block, float* scratch, float* out)
   for (int64_t i = 0; from != out && i < 16; i++) store(out + 16 * i, load(from + i * stride));
 }
 
+// Blocks of 16 columns of c = rows times the columns `w` of a matrix, four panels of its outputs at a time.
 void product_transposed(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
                         int64_t c_stride) {
   constexpr int64_t step = 4;  // panels; of more rows of weights, a power of two apart, the second cache drops some

@@ -1,4 +1,4 @@
-"""The C++ experts (`native/`): what loads them, packs for them, and makes them operators of torch.
+"""The C++ experts (`native/`): what loads them and makes them operators of torch.
 
 Start with `backend.py`. Nothing here is needed to use the other backends, and nothing is compiled at run time.
 """

@@ -1,7 +1,7 @@
 """The backend `native`: experts in C++, on the stacked weights as they are.
 
 float32 tokens are multiplied with float32 weights, bfloat16 tokens with bfloat16 weights and float32 sums. The kernels
-turn and round a piece of the weights while it is in cache, so that there is no second copy to keep and none to go
+transpose and round a piece of the weights while it is in cache, so that there is no second copy to keep and none to go
 stale (fused optimisers change weights without changing their version).
 """
 
@@ -20,7 +20,7 @@ from manyhands.kernels.native.views import DTYPES
 
 
 def supports_native(x: Tensor, experts: ExpertWeights) -> bool:
-    """Float32 and bfloat16 on the CPU, and the activations there are kernels for."""
+    """Float32 and bfloat16 on the CPU, and the activations that have kernels."""
     here = x.device.type == "cpu" and experts.down.device.type == "cpu"
     return here and x.dtype in DTYPES and experts.activation in ACTIVATION_CODES
 

@@ -1,4 +1,4 @@
-"""What the kernels are given, compared with what they will read, before a pointer is taken.
+"""Checks of what the kernels are given against what they will read, before a pointer is taken.
 
 T tokens, K experts per token, E experts, D model width, F expert width, H hidden values per pair.
 """
@@ -30,7 +30,7 @@ def check(name: str, t: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtyp
 
 
 def check_routed(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, D: int) -> None:
-    """Tokens and where they go. The numbers of the experts are looked at in C++, which looks at each anyway."""
+    """Tokens and where they go. The experts' numbers are checked in C++, which reads each of them anyway."""
     T, K = x_TD.shape[0] if x_TD.dim() else -1, ids_TK.shape[-1] if ids_TK.dim() else -1
     check("x", x_TD, (-1, D), FLOATS)
     check("expert ids", ids_TK, (T, K), IDS)
@@ -39,9 +39,9 @@ def check_routed(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tens
 
 
 def check_activation(name: str | None) -> None:
-    """One of those there are kernels for."""
+    """`ConfigError` for an activation without kernels."""
     if name not in ACTIVATION_CODES:
-        raise ConfigError(f"native kernels: hidden_act = {name!r}: there are {', '.join(ACTIVATION_CODES)}")
+        raise ConfigError(f"native kernels: hidden_act = {name!r}: allowed are {', '.join(ACTIVATION_CODES)}")
 
 
 def check_stacked(experts: ExpertWeights) -> None:
@@ -65,7 +65,7 @@ def check_records(records: Tensor, layout: Layout) -> None:
         check_activation(layout.activation)
     check("records", records, shape, BYTES)
     if not records.is_contiguous():
-        raise ConfigError(f"native kernels: records of stride {list(records.stride())} are not contiguous")
+        raise ConfigError(f"native kernels: records with strides {list(records.stride())} are not contiguous")
 
 
 def check_backward(dy_TD: Tensor, x_TD: Tensor, hidden: Tensor, pairs: int, width: int, wanted: int, most: int) -> None:
@@ -75,4 +75,4 @@ def check_backward(dy_TD: Tensor, x_TD: Tensor, hidden: Tensor, pairs: int, widt
     if not hidden.is_contiguous():
         raise ConfigError("native kernels: hidden is not contiguous")
     if wanted != most:
-        raise ConfigError(f"native kernels: {wanted} gradients are asked for of {most}")
+        raise ConfigError(f"native kernels: {wanted} flags for {most} gradients")

@@ -1,4 +1,4 @@
-"""The shared library: found beside this file, compared with what `structs.py` declares, its errors raised."""
+"""The shared library: loaded from this folder, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
 from ctypes import c_char_p, c_int, c_int64
@@ -59,7 +59,7 @@ ABI = 3
 VERIFIED = ("portable", "avx2", "avx512")
 """Levels that may run by default. portable and avx2 ran the whole suite. avx512 ran native/test/driver.cpp under an
 emulator of the machine (`scripts/emulate_levels.sh`), right, and was never timed: no such CPU was at hand. amx ran
-there too, but rounds rows to bf16 beside every format except float32, which the suite's float32 tolerances do not
+there too, but rounds rows to bf16 for every format except float32, which the suite's float32 tolerances do not
 allow: it is taken only by name."""
 NAME = "libmanyhands.so"
 _BAD_ROUTING = 4
@@ -67,23 +67,23 @@ _BAD_ROUTING = 4
 
 @cache
 def _here() -> ctypes.CDLL | str:
-    """The library beside this file, or why there is none."""
+    """The library in this folder, or why there is none."""
     path = Path(__file__).with_name(NAME)
     if not path.is_file():
-        return "it was not built: install again with a C++ compiler (g++ 12 or clang) present"
+        return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
     try:
         library = ctypes.CDLL(str(path))
         library.mh_abi.restype = library.mh_levels.restype = c_int64
         if (abi := library.mh_abi()) != ABI:
-            return f"it was built from other sources (interface {abi}, not {ABI}): install again"
+            return f"the library was built from other sources (interface {abi}, not {ABI}): install again"
         library.mh_error.restype = library.mh_layout.restype = c_char_p
         if (wrong := structs.difference(library.mh_layout().decode())) is not None:
-            return f"it was built from other sources ({wrong}): install again"
+            return f"the library was built from other sources ({wrong}): install again"
         for name, arguments in structs.CALLS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, c_int
     except (OSError, AttributeError) as error:
-        return f"it does not load: {error}"
+        return f"the library does not load: {error}"
     return library
 
 

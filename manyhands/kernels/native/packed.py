@@ -22,8 +22,8 @@ def packed_experts(
 ) -> Tensor:
     """y_t = Σ_k kept·weight·Expert(x_t): [T, D] float32 or bfloat16 -> the same. Gradients go to x and the weights.
 
-    Up to 16 rows of an expert beside integer weights are rounded to 8 bits in groups of 32 or 64 inputs; more rows stay
-    floats.
+    With integer weights, the rows of an expert that has at most 16 of them are rounded to 8 bits in groups of 32 or 64
+    inputs; more rows stay floats.
     """
     save = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
     direct = not save and ordinary()
