@@ -59,7 +59,7 @@ class Experts:
 
 
 def forward(
-    x_TD: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, experts: Experts, save: bool, level: int, threads: int
+    x_TD: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, experts: Experts, *, save: bool, level: int, threads: int
 ) -> tuple[Tensor, Tensor]:
     """y [T, D] in x's dtype, and hidden [N, H] or [0, H]."""
     boundary.check_routed(x_TD, ids, weights, kept, experts.D)
@@ -81,9 +81,9 @@ def forward(
 
 
 def backward(
-    dy_TD: Tensor, x_TD: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, experts: Experts, hidden: Tensor,
-    wanted: list[bool], level: int, threads: int,
-) -> list[Tensor]:  # fmt: skip
+    dy_TD: Tensor, x_TD: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, experts: Experts, *,
+    hidden: Tensor, wanted: list[bool], level: int, threads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """dx in x's dtype; the gradients of weights, up, down, up_bias, down_bias in float32; empty where not wanted."""
     boundary.check_routed(x_TD, ids, weights, kept, experts.D)
     boundary.check_backward(dy_TD, x_TD, hidden, ids.numel(), experts.hidden_width, len(wanted), 6)
@@ -106,7 +106,7 @@ def backward(
         byref(CGradients(*(g.data_ptr() if g.numel() else None for g in others))),
         views.run(level, threads),
     )
-    return [dx, *others]
+    return dx, *others
 
 
 def linear(x_NK: Tensor, record: Tensor, layout: Layout, level: int, threads: int) -> Tensor:

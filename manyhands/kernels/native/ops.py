@@ -54,47 +54,72 @@ def _layout(sizes: tuple[int, ...], activation: str | None) -> Layout:
     return expert_layout(inputs, outputs, activation, FORMATS[format], group, gated=bool(gated), bias=bool(bias))
 
 
-def experts(x, ids, weights, kept, up, down, up_bias, down_bias, activation, save, level, threads):  # type: ignore[no-untyped-def]
-    """The operator `experts` on a CPU."""
+Pair = tuple[Tensor, Tensor]
+
+
+def experts(
+    x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: str,
+    save: bool, level: int, threads: int,
+) -> Pair:  # fmt: skip
+    """The operator `experts` on a CPU: y and `hidden`."""
     e = calls.Experts.from_weights(ExpertWeights(up, down, up_bias, down_bias, activation), x.dtype)
-    return calls.forward(x, ids, weights, kept, e, save, level, threads)
+    return calls.forward(x, ids, weights, kept, e, save=save, level=level, threads=threads)
 
 
-def _experts_backward(  # type: ignore[no-untyped-def]
-    dy, x, ids, weights, kept, up, down, up_bias, down_bias, activation, hidden, wanted, level, threads
-):
+def _experts_backward(
+    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: str,
+    hidden: Tensor, wanted: list[bool], level: int, threads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     e = calls.Experts.from_weights(ExpertWeights(up, down, up_bias, down_bias, activation), x.dtype)
-    return tuple(calls.backward(dy, x, ids, weights, kept, e, hidden, wanted, level, threads))
+    return calls.backward(dy, x, ids, weights, kept, e, hidden=hidden, wanted=wanted, level=level, threads=threads)
 
 
-def packed_experts(x, ids, weights, kept, records, sizes, activation, save, level, threads):  # type: ignore[no-untyped-def]
-    """The operator `packed_experts` on a CPU."""
+def packed_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    records: Tensor, sizes: list[int], activation: str,
+    save: bool, level: int, threads: int,
+) -> Pair:  # fmt: skip
+    """The operator `packed_experts` on a CPU: y and `hidden`."""
     e = calls.Experts.from_records(records, _layout(tuple(sizes), activation))
-    return calls.forward(x, ids, weights, kept, e, save, level, threads)
+    return calls.forward(x, ids, weights, kept, e, save=save, level=level, threads=threads)
 
 
-def _packed_experts_backward(  # type: ignore[no-untyped-def]
-    dy, x, ids, weights, kept, records, sizes, activation, hidden, wanted, level, threads
-):
+def _packed_experts_backward(
+    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    records: Tensor, sizes: list[int], activation: str,
+    hidden: Tensor, wanted: list[bool], level: int, threads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     e = calls.Experts.from_records(records, _layout(tuple(sizes), activation))
-    return tuple(calls.backward(dy, x, ids, weights, kept, e, hidden, [*wanted, *[False] * 4], level, threads)[:2])
+    all_wanted = [*wanted, *[False] * 4]  # the weights are constants
+    found = calls.backward(dy, x, ids, weights, kept, e, hidden=hidden, wanted=all_wanted, level=level, threads=threads)
+    return found[:2]
 
 
-def packed_linear(x, record, sizes, level, threads):  # type: ignore[no-untyped-def]
+def packed_linear(x: Tensor, record: Tensor, sizes: list[int], level: int, threads: int) -> Tensor:
     """The operator `packed_linear` on a CPU."""
     return calls.linear(x, record, _layout(tuple(sizes), None), level, threads)
 
 
-def _fake_forward(x: Tensor, ids: Tensor, F: int, gated: bool, save: bool) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, ids: Tensor, F: int, gated: bool, save: bool) -> Pair:
     width = (2 if gated else 1) * (-(-F // 16) * 16)
     return x.new_empty(x.shape), x.new_empty(ids.numel() if save else 0, width, dtype=torch.float32)
 
 
-def _fake_experts(x, ids, weights, kept, up, down, up_bias, down_bias, activation, save, level, threads):  # type: ignore[no-untyped-def]
+def _fake_experts(
+    x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: str,
+    save: bool, level: int, threads: int,
+) -> Pair:  # fmt: skip
     return _fake_forward(x, ids, down.shape[2], up.shape[1] == 2 * down.shape[2], save)
 
 
-def _fake_packed(x, ids, weights, kept, records, sizes, activation, save, level, threads):  # type: ignore[no-untyped-def]
+def _fake_packed(
+    x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    records: Tensor, sizes: list[int], activation: str,
+    save: bool, level: int, threads: int,
+) -> Pair:  # fmt: skip
     return _fake_forward(x, ids, sizes[0], bool(sizes[4]), save)
 
 
@@ -104,19 +129,23 @@ def _fake_gradients(x: Tensor, others: list[Tensor | None], wanted: list[bool]) 
     return dx, *(x.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
-def _fake_experts_backward(  # type: ignore[no-untyped-def]
-    dy, x, ids, weights, kept, up, down, up_bias, down_bias, activation, hidden, wanted, level, threads
-):
+def _fake_experts_backward(
+    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    up: Tensor, down: Tensor, up_bias: Tensor | None, down_bias: Tensor | None, activation: str,
+    hidden: Tensor, wanted: list[bool], level: int, threads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return _fake_gradients(x, [weights, up, down, up_bias, down_bias], wanted)
 
 
-def _fake_packed_backward(  # type: ignore[no-untyped-def]
-    dy, x, ids, weights, kept, records, sizes, activation, hidden, wanted, level, threads
-):
+def _fake_packed_backward(
+    dy: Tensor, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor,
+    records: Tensor, sizes: list[int], activation: str,
+    hidden: Tensor, wanted: list[bool], level: int, threads: int,
+) -> tuple[Tensor, ...]:  # fmt: skip
     return _fake_gradients(x, [weights], wanted)
 
 
-def _fake_linear(x, record, sizes, level, threads):  # type: ignore[no-untyped-def]
+def _fake_linear(x: Tensor, record: Tensor, sizes: list[int], level: int, threads: int) -> Tensor:
     return x.new_empty(x.shape[0], sizes[0])
 
 

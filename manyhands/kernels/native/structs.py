@@ -169,39 +169,24 @@ STRUCTURES: tuple[type[Structure], ...] = (
     *(CMatrix, CExperts, CStacked, CLinear, CRows, CRouting, CGradients, CRun),
     *(CNorm, CCache, CRotation, CAttention, CRouter, CStep),
 )
+_Experts, _Stacked, _Routing, _Rows, _Run = map(POINTER, (CExperts, CStacked, CRouting, CRows, CRun))
+
 CALLS: dict[str, list[Any]] = {
-    "mh_forward": [
-        POINTER(CExperts),
-        POINTER(CStacked),
-        POINTER(CRouting),
-        POINTER(CRows),
-        POINTER(CRows),
-        c_void_p,
-        c_int64,
-        POINTER(CRun),
-    ],
+    "mh_forward": [_Experts, _Stacked, _Routing, _Rows, _Rows, c_void_p, c_int64, _Run],
     "mh_backward": [
-        POINTER(CExperts),
-        POINTER(CStacked),
-        POINTER(CRouting),
-        POINTER(CRows),
-        POINTER(CRows),
-        c_void_p,
-        c_int64,
-        POINTER(CRows),
-        POINTER(CGradients),
-        POINTER(CRun),
+        *(_Experts, _Stacked, _Routing, _Rows, _Rows, c_void_p, c_int64, _Rows),
+        *(POINTER(CGradients), _Run),
     ],
-    "mh_linear_forward": [POINTER(CLinear), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
-    "mh_steps": [POINTER(CStep), c_int64, POINTER(CRun)],
-    "mh_linears": [c_void_p, c_int64, POINTER(CRows), c_void_p, POINTER(CRun)],
-    "mh_rms_norm": [POINTER(CNorm), POINTER(CRows), POINTER(CRows), POINTER(CRun)],
+    "mh_linear_forward": [POINTER(CLinear), _Rows, _Rows, _Run],
+    "mh_steps": [POINTER(CStep), c_int64, _Run],
+    "mh_linears": [c_void_p, c_int64, _Rows, c_void_p, _Run],
+    "mh_rms_norm": [POINTER(CNorm), _Rows, _Rows, _Run],
     "mh_rope_and_cache": [
-        *(POINTER(CRows), POINTER(CRows), POINTER(CRows), c_int64, c_int64),
-        *(POINTER(CRotation), POINTER(CCache), c_void_p, POINTER(CRun)),
+        *(_Rows, _Rows, _Rows, c_int64, c_int64),
+        *(POINTER(CRotation), POINTER(CCache), c_void_p, _Run),
     ],
-    "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, POINTER(CRun)],
-    "mh_route": [POINTER(CRouter), POINTER(CRows), c_void_p, c_void_p, c_void_p, c_void_p, POINTER(CRun)],
+    "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, _Run],
+    "mh_route": [POINTER(CRouter), _Rows, c_void_p, c_void_p, c_void_p, c_void_p, _Run],
 }
 """Functions with their arguments; each gives an error code."""
 
