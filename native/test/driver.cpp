@@ -10,6 +10,7 @@
 #include <random>
 #include <vector>
 
+#include "../format.h"
 #include "../manyhands.h"
 
 namespace {
@@ -88,11 +89,12 @@ void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
   const int64_t low = m.format == MH_INT8 ? -127 : -128;
   for (int64_t i = m.weight; i < m.scales; i++) record[i] = static_cast<uint8_t>(any(low, 127));
   const int64_t last = m.bias >= 0 ? m.bias : end;
-  for (int64_t i = m.scales; i + 4 <= last; i += m.format == MH_INT8 ? 4 : 2) {
+  const int64_t scale_bytes = mh::kFormats[m.format].scale_bytes;
+  for (int64_t i = m.scales; i + 4 <= last; i += scale_bytes) {
     const float size = exact ? ldexpf(1, static_cast<int>(any(-6, -3))) : 0.02f * static_cast<float>(any(1, 9));
-    const float s = m.format == MH_INT8 ? size / 16 : size;
+    const float s = scale_bytes == 4 ? size / 16 : size;
     const uint16_t short_s = to_bf16(s);
-    m.format == MH_INT8 ? memcpy(record + i, &s, 4) : memcpy(record + i, &short_s, 2);
+    scale_bytes == 4 ? memcpy(record + i, &s, 4) : memcpy(record + i, &short_s, 2);
   }
   for (int64_t i = m.bias; m.bias >= 0 && i + 4 <= end; i += 4) {
     const float b = normal();
@@ -160,7 +162,7 @@ void experts_round(int64_t round) {
                 bias = any(0, 1);
   const int64_t D = width(), F = width(), E = any(1, 5), K = any(1, E), size_of_t = D * F > 8100 ? 1 : any(0, 9);
   const int64_t T = size_of_t < 4 ? any(0, 9) : size_of_t < 8 ? any(0, 60) : any(100, 300);
-  const bool plain = format >= MH_PLAIN_FLOAT32, rounds = format != MH_FLOAT32 && format != MH_PLAIN_FLOAT32;
+  const bool plain = mh::kFormats[format].plain, rounds = !mh::kFormats[format].exact;
   const bool exact = any(0, 1), short_rows = any(0, 3) == 0, endless = !exact && T && any(0, 5) == 0;
   mh_matrix up{F, D, parts, format, 32 * any(1, 2), 0, 0, 0}, down{D, F, 1, format, up.group, 0, 0, 0};
   int64_t up_end = 0, size = 64;
@@ -239,7 +241,7 @@ void experts_round(int64_t round) {
     }
     // An integer format rounds activations, so that the last bit before may be a step of 1/127 after.
     const bool coarse = level == MH_AMX && rounds;
-    const float steps = coarse ? 3e-2f : format == MH_INT8 || format == MH_INT4 ? 1e-2f : 1e-4f;
+    const float steps = coarse ? 3e-2f : mh::kFormats[format].integer ? 1e-2f : 1e-4f;
     const float rows_too = short_rows && steps < 1e-2f ? 1e-2f : steps;
     close(r.y, first.y, level, largest, rows_too, "y");
     const bool kinks = activation == MH_RELU || activation == MH_SWIGLU_OAI;
@@ -304,7 +306,7 @@ void linear_round(int64_t round) {
 
 // One field after another set to something that cannot be: an error code, or a result, but never a touch outside.
 void damaged_round() {
-  mh_matrix m{any(1, 40), any(1, 100), 1, any(MH_FLOAT32, MH_INT4), 32, 0, 0, 0};
+  mh_matrix m{any(1, 40), any(1, 100), 1, any(0, MH_PLAIN_FLOAT32 - 1), 32, 0, 0, 0};
   const int64_t size = up_to(lay_out(m, 0, true), 64);
   Bytes record(size);
   memset(record.data, 0, static_cast<size_t>(size));

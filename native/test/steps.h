@@ -72,11 +72,11 @@ void linears_round() {
   std::vector<Bytes*> records;
   std::vector<mh_linear> layers;
   for (int64_t i = 0; i < count; i++) {
-    const int64_t N = width(), format = any(0, K % 16 || T > 16 ? 3 : 5);
+    const int64_t N = width(), format = any(0, K % 16 || T > 16 ? MH_PLAIN_FLOAT32 - 1 : MH_PLAIN_BF16);
     mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, -1};
     plain.push_back(normals(N * K, true));
     short_plain.push_back(to_bf16(plain.back()));
-    if (format >= MH_PLAIN_FLOAT32) {
+    if (mh::kFormats[format].plain) {
       const bool wide_ones = format == MH_PLAIN_FLOAT32;
       layers.push_back({wide_ones ? static_cast<void*>(plain.back().data()) : short_plain.back().data(),
                         N * K * (wide_ones ? 4 : 2), m, nullptr});
