@@ -11,13 +11,13 @@ namespace mh {
 
 struct Format {
   const char* name;
-  int64_t bits;         // of a weight
-  int64_t scale_bytes;  // of a scale; 0: the format has none
-  bool grouped;         // a scale per output and group of inputs, mh_matrix.group of them; else one per output
-  bool integer;         // a few rows are rounded to int8 and multiplied with it as integers
-  bool plain;           // [outputs][inputs] as training has them, not in panels of a record
-  bool exact;           // never rounded to bf16, not even at a level that multiplies bf16
-  int64_t few_rows;     // rows that the vector path (`dot`) takes; 0: there is none, all go the matrix path
+  int64_t bits;             // of a weight
+  int64_t scale_bytes = 0;  // of a scale; 0: the format has none
+  bool grouped = false;     // a scale per output and group of inputs, mh_matrix.group of them; else one per output
+  bool integer = false;     // a few rows are rounded to int8 and multiplied with it as integers
+  bool plain = false;       // [outputs][inputs] as training has them, not in panels of a record
+  bool exact = false;       // never rounded to bf16, not even at a level that multiplies bf16
+  int64_t few_rows = 0;     // rows that the vector path (`dot`) takes; 0: there is none, all go the matrix path
 };
 
 // Integer products stay cheaper than widening the weights for some rows more than float ones.
@@ -31,6 +31,14 @@ constexpr Format kFormats[] = {
     {.name = "plain float32 taken as bf16", .bits = 32, .plain = true},
 };
 static_assert(sizeof kFormats / sizeof *kFormats == MH_FORMATS, "a row for each MH_... format, in their order");
-constexpr int64_t kMostFewRows = 16;  // the largest few_rows
+
+constexpr int64_t kMostFewRows = 16;
+static_assert(
+    [] {
+      for (const Format& f : kFormats)
+        if (f.few_rows > kMostFewRows) return false;
+      return true;
+    }(),
+    "few_rows of every format");
 
 }  // namespace mh

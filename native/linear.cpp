@@ -32,7 +32,8 @@ struct Linears {
     RowBlock in(rows, m);
     if (in.is_few)
       for (int64_t i = 0; i < rows; i++)
-        in.row[i] = integers(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{.x = at[begin + i]};
+        in.row[i] =
+            integers(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
     else
       in.matrix = matrix_rows(at.data() + begin, rows, m.size.depth, m.m.format, k, w.rounded);
     for (int64_t p = first; p < end; p++) {
