@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.defaults import BENCH_NEW, BENCH_PROMPT
 
 
 def bench(
@@ -14,9 +15,12 @@ def bench(
         typer.Argument(help="A checkpoint, a run, or a hub name. Default: a random model of 113 M parameters."),
     ] = None,
     prompt: Annotated[
-        int | None, typer.Option(min=1, help="Tokens of the prompt. Default: 256, or what the model has room for.")
+        int | None,
+        typer.Option(min=1, help=f"Tokens of the prompt. Default: {BENCH_PROMPT}, or what the model has room for."),
     ] = None,
-    new: Annotated[int | None, typer.Option(min=2, help="Tokens to decode. Default: 32, or a quarter of it.")] = None,
+    new: Annotated[
+        int | None, typer.Option(min=2, help=f"Tokens to decode. Default: {BENCH_NEW}, or a quarter of it.")
+    ] = None,
     backend: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: all that are here.")] = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -30,7 +34,7 @@ def bench(
     from manyhands.checkpoint.model import find, load_model
     from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
     from manyhands.errors import ConfigError
-    from manyhands.generate.speed import DEFAULT_NEW, DEFAULT_PROMPT, Speed, measure_speed, read_per_token, warm_up
+    from manyhands.generate.speed import Speed, measure_speed, read_per_token, warm_up
     from manyhands.kernels import BACKENDS, check_name
     from manyhands.kernels.native import missing
     from manyhands.models import Decoder, init_weights
@@ -41,7 +45,7 @@ def bench(
         config = ModelConfig(
             vocab_size=16384,
             hidden_size=512,
-            max_position_embeddings=(prompt or DEFAULT_PROMPT) + (new or DEFAULT_NEW),
+            max_position_embeddings=(prompt or BENCH_PROMPT) + (new or BENCH_NEW),
             attention=AttentionConfig(num_attention_heads=8, head_dim=64),
             moe=MoEConfig(router=RouterConfig(num_experts=64, num_experts_per_tok=8), moe_intermediate_size=256),
         )
@@ -51,9 +55,9 @@ def bench(
         decoder = load_model(find(model), ignore_fields=ignore_field or ())
     room = decoder.config.max_position_embeddings
     if new is None:
-        new = max(2, min(DEFAULT_NEW, room // 4 if prompt is None else room - prompt))
+        new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))
     if prompt is None:
-        prompt = max(1, min(DEFAULT_PROMPT, room - new))
+        prompt = max(1, min(BENCH_PROMPT, room - new))
     if prompt + new > decoder.config.max_position_embeddings:
         raise ConfigError(
             f"--prompt {prompt} and --new {new} do not fit max_position_embeddings = "

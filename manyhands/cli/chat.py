@@ -11,6 +11,7 @@ import typer
 
 from manyhands.cli.options import IgnoreField
 from manyhands.cli.turns import command, turns
+from manyhands.defaults import TEMPERATURE
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.terminal import clean, shown
 
@@ -38,7 +39,7 @@ def chat(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Of one answer.")] = 512,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: greedy. Default: the model's, else 0.8.")
+        float | None, typer.Option(min=0.0, help=f"0: greedy. Default: the model's, else {TEMPERATURE}.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Only the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the most probable tokens that together reach p.")] = None,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.defaults import EVAL_LENGTH
 
 
 def evaluate(
@@ -15,7 +16,8 @@ def evaluate(
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
     ] = "text",
     sequence_length: Annotated[
-        int | None, typer.Option(min=1, help="Default: as trained, for a run; else the model's, at most 1024.")
+        int | None,
+        typer.Option(min=1, help=f"Default: as trained, for a run; else the model's, at most {EVAL_LENGTH}."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
@@ -44,7 +46,7 @@ def evaluate(
 
     model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     ids = encode_documents(documents, tokenizer)
-    length = sequence_length or trained_length(checkpoint) or min(1024, model.config.max_position_embeddings)
+    length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, model.config.max_position_embeddings)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
     front = tokenizer.front_ids

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.defaults import TEMPERATURE
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def generate(
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[
-        float | None, typer.Option(min=0.0, help="0: greedy. Default: the model's, else 0.8.")
+        float | None, typer.Option(min=0.0, help=f"0: greedy. Default: the model's, else {TEMPERATURE}.")
     ] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Only the k most probable tokens.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Only the most probable tokens that together reach p.")] = None,

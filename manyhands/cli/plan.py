@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyhands import terminal
+from manyhands.defaults import PLAN_CONTEXT, TOKENS_PER_DEVICE
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -32,7 +33,9 @@ def plan(
         str | None,
         typer.Option(metavar="NAME", help="here (measured once), h100x8, m4-max, …; the speeds are its upper bound."),
     ] = None,
-    context: Annotated[str | None, typer.Option(metavar="TOKENS", help="4096, 32k, …  Default: 4k.")] = None,
+    context: Annotated[
+        str | None, typer.Option(metavar="TOKENS", help=f"4096, 32k, …  Default: {PLAN_CONTEXT // 1024}k.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, max=1 << 20, help="Sequences decoded together.")] = 1,
     prompt: Annotated[
         str | None, typer.Option(metavar="TOKENS", help="Length of the prompt.  Default: context.")
@@ -57,7 +60,7 @@ def plan(
     devices: Annotated[int | None, typer.Option(min=2, help="With --scale: expert-parallel devices.")] = None,
     tokens_per_device: Annotated[
         int, typer.Option(min=1, max=1 << 24, help="With --scale: per layer and step.")
-    ] = 4096,
+    ] = TOKENS_PER_DEVICE,
     imbalance: Annotated[float, typer.Option(min=1.0, max=1e4, help="With --scale: busiest / mean load.")] = 1.0,
     flops: Annotated[str | None, typer.Option(help="Scaling law: the best model for so many FLOPs, 1e20.")] = None,
     include_rumours: Annotated[
@@ -87,7 +90,7 @@ def plan(
         "--flops": flops,
         "--devices": devices,
         "--imbalance": imbalance != 1.0,
-        "--tokens-per-device": tokens_per_device != 4096,
+        "--tokens-per-device": tokens_per_device != TOKENS_PER_DEVICE,
     }
     _refuse_ignored(subjects, {option for option, value in given.items() if value})
     asked: list[Storage | None] = []
@@ -118,7 +121,7 @@ def plan(
 
         check_devices(subjects[0], values["machine"], devices)
     positions = [s.sizes.positions for s in subjects if s.sizes is not None and s.sizes.positions is not None]
-    values["context"] = length(context, "--context") if context else min([4096, *positions])
+    values["context"] = length(context, "--context") if context else min([PLAN_CONTEXT, *positions])
     asks = [
         Ask(**values, storage=storage or _default(subject)) for subject, storage in zip(subjects, asked, strict=True)
     ]

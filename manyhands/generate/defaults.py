@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from manyhands.config import SamplingConfig, parse
+from manyhands.defaults import TEMPERATURE
 from manyhands.errors import CheckpointError, ConfigError
 
 _FILE = "generation_config.json"
@@ -26,13 +27,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "typical_p": (1,),
 }
 """What also chooses tokens, and is not done here, at the values that change nothing."""
-_USUAL = {"temperature": 0.8, "top_k": None, "top_p": 1.0, "min_p": 0.0}
+_USUAL = {"temperature": TEMPERATURE, "top_k": None, "top_p": 1.0, "min_p": 0.0}
 
 
 def sampling_from(
     published: Mapping[str, Any], asked: Mapping[str, Any], **others: Any
 ) -> tuple[SamplingConfig, str | None]:
-    """What `asked` says (None: nothing), else the file, else 0.8 of temperature and no filter; and a line that says so.
+    """What `asked` says (None: nothing), else the file, else the usual temperature, no filter; and a line that says so.
 
     `do_sample: false` in the file is greedy. A `top_k` of 0 there is none. No line where the file says nothing.
     Raises `CheckpointError` naming a field of the file that is wrong, `ConfigError` for what was asked.

@@ -14,8 +14,6 @@ from manyhands.models import Decoder
 from manyhands.moe.experts import Experts
 from manyhands.moe.packed import RecordExperts
 
-DEFAULT_PROMPT = 256
-DEFAULT_NEW = 32
 _WARM_SECONDS = 1.0
 _ROUND_SECONDS = 0.5  # of one row: a small model's three rounds are over before anything is settled
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from manyhands.defaults import PLAN_CONTEXT, TOKENS_PER_DEVICE
 from manyhands.plan.fit import Need, need
 from manyhands.plan.storage import BF16, Storage
 from manyhands.plan.traffic import Load
@@ -11,12 +12,15 @@ if TYPE_CHECKING:
     from manyhands.plan.machine import Machine
     from manyhands.plan.subject import Subject
 
+CONTEXTS = (1024, 4096, 32768, 131072)
+"""That tables show."""
+
 
 @dataclass(frozen=True, slots=True)
 class Ask:
     """One question to the planner. Contexts and prompts in tokens, prices in USD per device and hour."""
 
-    context: int = 4096
+    context: int = PLAN_CONTEXT
     batch: int = 1
     prompt: int | None = None
     """Length of the prompt whose first token is waited for; None: the context."""
@@ -34,7 +38,7 @@ class Ask:
     scale: bool = False
     devices: int | None = None
     """Expert-parallel devices; None: a few counts side by side."""
-    tokens_per_device: int = 4096
+    tokens_per_device: int = TOKENS_PER_DEVICE
     imbalance: float = 1.0
     """Busiest over mean load."""
     flops: float | None = None
@@ -79,7 +83,7 @@ class Ask:
 
 def contexts(positions: int | None, chosen: int) -> list[int]:
     """The contexts that are shown: 1k, 4k, 32k, 128k as far as the model goes, and the chosen one."""
-    usual = [c for c in (1024, 4096, 32768, 131072) if positions is None or c <= positions]
+    usual = [c for c in CONTEXTS if positions is None or c <= positions]
     return sorted({*usual, chosen})
 
 

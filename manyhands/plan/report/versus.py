@@ -6,7 +6,7 @@ from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import forward_flops, training_flops
 from manyhands.plan.fit import shown_share
 from manyhands.plan.report import formulas as f
-from manyhands.plan.report.ask import Ask, short
+from manyhands.plan.report.ask import CONTEXTS, Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Formula, Section, Table
 from manyhands.plan.roof import decode_bound, prefill_bound
 from manyhands.plan.sizes import Sizes
@@ -14,7 +14,6 @@ from manyhands.plan.storage import BF16, INT4, weight_bytes
 from manyhands.plan.subject import Subject
 from manyhands.plan.traffic import decode_bytes
 
-CONTEXTS = (1024, 4096, 32768, 131072)
 Side = tuple[Subject, Ask]
 
 

@@ -1,0 +1,12 @@
+"""Defaults that help texts state too: importing them costs nothing."""
+
+TEMPERATURE = 0.8
+"""Of chat and generate, where the model's publisher gives none."""
+EVAL_LENGTH = 1024
+"""Positions of an evaluated sequence at most, where no run says what the model was trained with."""
+BENCH_PROMPT, BENCH_NEW = 256, 32
+"""Tokens that `bench` reads and decodes, where the model has room for them."""
+PLAN_CONTEXT = 4096
+"""Positions that a plan is made for."""
+TOKENS_PER_DEVICE = 4096
+"""With `plan --scale`."""
