@@ -1,7 +1,10 @@
-"""Signatures as docs/api.md prints them: names and defaults, no types."""
+"""Signatures as docs/api.md prints them: names and defaults, no types. `python tests/signatures.py` mends the page."""
 
 import inspect
+import re
+import textwrap
 from operator import attrgetter
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -29,7 +32,20 @@ def _text(parameter: inspect.Parameter) -> str:
     return f"{type(value).__name__}()" if isinstance(value, BaseModel) else repr(value)
 
 
-if __name__ == "__main__":  # what to paste
-    for name in manyhands.__all__:
-        if not issubclass(type(getattr(manyhands, name)), type) or not issubclass(getattr(manyhands, name), Exception):
-            print(signature(name))
+def rewrite(page: str) -> str:
+    """The page with every signature as it is now, wrapped."""
+
+    def block(found: re.Match[str]) -> str:
+        paths = re.findall(r"^([A-Za-z_.]+)\(", found[1], re.MULTILINE)
+        lines = [
+            textwrap.fill(signature(path), 118, subsequent_indent=" " * (len(path) + 1), break_on_hyphens=False)
+            for path in paths
+        ]
+        return "```text\n" + "\n".join(lines) + "\n```"
+
+    return re.sub(r"```text\n(.+?)```", block, page, flags=re.DOTALL)
+
+
+if __name__ == "__main__":  # mend the page
+    path = Path(__file__).parent.parent / "docs" / "api.md"
+    path.write_text(rewrite(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -19,13 +19,12 @@ def test_every_public_name_has_its_place() -> None:
 
 
 def test_signatures() -> None:
-    """What to write instead is in the message: `python tests/signatures.py` prints all."""
     blocks = re.findall(r"```text\n(.+?)```", PAGE, re.DOTALL)
     lines = [" ".join(line.split()) for block in blocks for line in re.split(r"\n(?=\S)", block.strip())]
     shown = {line.partition("(")[0]: line for line in lines}
     assert len(shown) == len(lines) and set(HEADINGS) <= shown.keys()
     for path, line in shown.items():
-        assert line == signature(path)
+        assert line == signature(path), "run: python tests/signatures.py"
 
 
 def test_exit_codes() -> None:
