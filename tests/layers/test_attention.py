@@ -5,11 +5,11 @@ import torch
 
 from manyhands.config import AttentionConfig, ModelConfig, RopeConfig
 from manyhands.layers.attention import Positions, causal_mask, max_logits
-from manyhands.layers.cache import LayerCache
+from manyhands.layers.cache.contiguous import ContiguousLayer
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.rope import rope_tables
 
-from .tiny_models import ids, tiny
+from ..models.tiny_models import ids, tiny
 
 
 def by_hand(real: list[bool], num_queries: int, window: int | None) -> list[list[bool]]:
@@ -71,7 +71,7 @@ def test_max_logits_of_a_model(attention: str) -> None:
 def test_mla_cache_is_576_values_at_v3_sizes() -> None:
     a = AttentionConfig(kind="mla", num_attention_heads=1, q_lora_rank=8)  # R, r, n, v default to V3's
     attention = LatentAttention(ModelConfig(hidden_size=8, attention=a))
-    cache = LayerCache()
+    cache = ContiguousLayer()
     attention(torch.zeros(2, 3, 8), Positions(rope_tables(RopeConfig(), 64, torch.arange(3)[None]), None, True), cache)
     assert cache.values_per_token == 576 and cache.length == 3
 
@@ -84,7 +84,7 @@ def test_gqa_cache_is_two_heads_wide() -> None:
 
 
 def test_cache_grows_and_keeps_what_it_had() -> None:
-    cache, parts = LayerCache(), []
+    cache, parts = ContiguousLayer(), []
     for n in (1, 63, 1, 200, 3):
         parts.append(torch.randn(2, 4, n, 8))
         (got,) = cache.append(parts[-1])

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from manyhands.layers import cross_entropy
 from manyhands.layers.cross_entropy import linear_cross_entropy
-from manyhands.models import cross_entropy
 
 
 def inputs(T: int = 13, D: int = 6, V: int = 11, dtype: torch.dtype = torch.float32):

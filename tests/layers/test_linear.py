@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from manyhands.layers import linear as module
 from manyhands.layers.linear import Linear
-from manyhands.moe import layer as module
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 import torch
 
-from .tiny_models import ids, tiny
+from ..models.tiny_models import ids, tiny
 
 
 def test_padding_does_not_change_the_largest_logits() -> None:
