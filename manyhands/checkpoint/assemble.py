@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.safetensors.files import DTYPES
 from manyhands.checkpoint.source import Source
-from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.errors import CheckpointError
 from manyhands.families import Piece
 

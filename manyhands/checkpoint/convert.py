@@ -18,12 +18,12 @@ from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.model import find, from_source, load_model
 from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
+from manyhands.checkpoint.safetensors.files import DTYPES
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
-from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import CONFIG, Source, open_source
 from manyhands.checkpoint.target import claim
-from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest

@@ -23,11 +23,11 @@ from manyhands.checkpoint.hub import download, is_hub_name
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_packed
 from manyhands.checkpoint.runs import resolve_checkpoint
+from manyhands.checkpoint.safetensors.files import INDEX
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory
-from manyhands.checkpoint.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.sidecars import write_beside
 from manyhands.checkpoint.source import CONFIG, Source, open_source
-from manyhands.checkpoint.tensor_files import INDEX
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, UserError

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from manyhands import strict_json
 from manyhands.checkpoint.quantized import Header, Logical
-from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
-from manyhands.checkpoint.tensor_files import DTYPES, NAMES, Stored, TensorFiles
+from manyhands.checkpoint.safetensors.files import DTYPES, NAMES, Stored, TensorFiles
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.activation import GATED
 from manyhands.config.shapes import Shape, tensor_shapes

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from manyhands.checkpoint.assemble import their_tensor
 from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.safetensors.files import DTYPES, NAMES
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import token_ids, write_beside
 from manyhands.checkpoint.source import CONFIG, Source, header_of
-from manyhands.checkpoint.tensor_files import DTYPES, NAMES
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families import Family, Piece, export_config, text_fields

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhands.checkpoint.packed import Record, packed_tensors, read_records
 from manyhands.checkpoint.quantized import Header, Logical, logical_tensors
-from manyhands.checkpoint.tensor_files import DTYPES, FLOATS, TensorFiles, read_json
+from manyhands.checkpoint.safetensors.files import DTYPES, FLOATS, TensorFiles, read_json
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError

@@ -11,8 +11,8 @@ from manyhands.cli.options import IgnoreField
 from manyhands.errors import DataError
 
 if TYPE_CHECKING:
-    from manyhands.checkpoint.quantize_receipt import Sample
     from manyhands.checkpoint.source import Source
+    from manyhands.quantize.receipt import Sample
     from manyhands.text import Document, Tokenizer
 
 SEQUENCE, BATCH = 256, 8
@@ -71,8 +71,8 @@ def quantize(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from manyhands.checkpoint.model import find
-    from manyhands.checkpoint.quantize import quantize as run
     from manyhands.checkpoint.source import open_source
+    from manyhands.quantize.quantize import quantize as run
 
     source = open_source(find(model), ignore_field or ())
     sample = _sample(source, documents, data or [], max_batches)
@@ -107,8 +107,8 @@ def _sample(
     source: "Source", documents: "list[Document] | None", names: list[str], max_batches: int | None
 ) -> "Sample | None":
     """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
-    from manyhands.checkpoint.quantize_receipt import Sample
     from manyhands.checkpoint.sidecars import tokenizer_of
+    from manyhands.quantize.receipt import Sample
     from manyhands.text import read_documents
     from manyhands.text.tokenizer_files import TOKENIZER, instead
 

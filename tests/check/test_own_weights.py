@@ -5,10 +5,10 @@ import torch
 
 from manyhands.check import own, own_read, run_check
 from manyhands.checkpoint.model import find, save
-from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
 from manyhands.models import Decoder, init_weights
+from manyhands.quantize.quantize import quantize
 from tests.check.configs import BALANCE
 
 CONFIG = ModelConfig(

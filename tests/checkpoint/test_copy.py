@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from manyhands.checkpoint.model import load_model, save
-from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import PackedConfig
 from manyhands.models import Decoder, init_weights
+from manyhands.quantize.quantize import quantize
 
 from ..small_runs import small_run
 

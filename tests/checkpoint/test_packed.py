@@ -9,13 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from manyhands.checkpoint.calibrate import watching
 from manyhands.checkpoint.convert import convert
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import load, load_model
 from manyhands.checkpoint.packed import packed_headers, read_records, records_of
-from manyhands.checkpoint.quantize import agreement, quantize
-from manyhands.checkpoint.quantize_receipt import Sample
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
 from manyhands.config.shapes import tensor_shapes
@@ -23,10 +20,12 @@ from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.kernels.native import available, missing
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, init_weights
-from manyhands.moe import Experts, MoELayer
+from manyhands.moe import MoELayer
 from manyhands.moe.packed import BY_NAME, RecordExperts
 from manyhands.quant import VERSION, pack_experts, pack_linear
 from manyhands.quant.record import PAGE
+from manyhands.quantize.quantize import quantize
+from manyhands.quantize.receipt import Sample
 
 from .hostile import FITTING, SINGLE, VALUES, edit, join, make, refused, split
 
@@ -190,7 +189,7 @@ def test_memory_is_the_packed_weights_and_no_more(sources, packed, tmp_path):
     )  # fmt: skip
     config = PackedConfig(experts=Packing(format="bf16"), linear=Packing(format="bf16"))
     from manyhands.checkpoint.packed import write_packed
-    from manyhands.checkpoint.tensor_files import DTYPES
+    from manyhands.checkpoint.safetensors.files import DTYPES
 
     with building(tmp_path / "big") as partial:
         headers = packed_headers(big, config, lambda _: torch.float32)
@@ -227,22 +226,6 @@ def test_a_family_gets_them_unpacked(packed, tmp_path):
         assert torch.equal(load_model(tmp_path / name)(IDS).logits, plain)
 
 
-def test_nothing_is_packed_twice(packed, tmp_path):
-    with pytest.raises(UserError, match="packed already"):
-        packed_copy(packed, tmp_path / "twice")
-    assert not (tmp_path / "twice").exists()
-
-
-def test_weights_that_are_not_finite_are_named(sources, tmp_path):
-    model = load_model(sources["mixtral"])
-    with torch.no_grad():
-        model.layers[1].self_attn.k_proj.weight[3, 3] = torch.nan
-    model.save(tmp_path / "nan")
-    with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.k_proj\.weight: int8 cannot hold"):
-        packed_copy(tmp_path / "nan", tmp_path / "target")
-    assert not (tmp_path / "target").exists()
-
-
 @pytest.mark.parametrize("name", [*BY_NAME])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", ["swiglu", "swiglu_oai", "geglu", "relu"])
@@ -276,42 +259,6 @@ def test_every_implementation_equals_the_dequantised_experts(name, bias, activat
 def test_an_unknown_implementation_is_named(packed):
     with pytest.raises(ConfigError, match="did you mean 'eager'"):
         RecordExperts(load_model(packed).layers[0].mlp.experts.layout, 4, "eagre")
-
-
-def test_calibration_sees_each_input():
-    config = MoEConfig(router=RouterConfig(num_experts=40, num_experts_per_tok=2), moe_intermediate_size=8)
-    layer = MoELayer(config, 16).eval()
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.normal_()
-        layer.router.weight[7] = 0  # no token's choice, or nearly
-    x = torch.randn(200, 16)
-    with watching(layer) as seen, torch.no_grad():
-        _, routing = layer(x)
-    assert isinstance(layer.experts, Experts) and seen.tokens_per_expert == routing.expert_counts().tolist()
-    often = seen.tokens_per_expert.index(max(seen.tokens_per_expert))
-    chosen = x[(routing.expert_ids == often).any(-1)]
-    torch.testing.assert_close(seen.up[often], chosen.square().mean(0))
-    rare = seen.too_few[0]
-    torch.testing.assert_close(seen.up[rare], x.square().mean(0))
-    assert seen.down.shape == (40, 8) and bool((seen.down > 0).all())
-    assert agreement(routing, routing) == 1.0
-
-
-def test_importance_lowers_the_error_that_matters(sources, tmp_path):
-    ids = torch.randint(0, 270, (4, 65), generator=torch.Generator().manual_seed(1))
-    receipts = [
-        quantize(
-            open_source(sources["mixtral"]), tmp_path / f"q{rows}", FORMATS["int4+int8"], Sample(ids, "words", rows)
-        )
-        for rows in (0, 3)
-    ]
-    assert receipts[0]["calibration"] is None
-    assert set(receipts[1]["calibration"]["tokens_per_expert"]) == {"0", "1"}
-    assert [r["routing_agreement"]["tokens"] for r in receipts] == [4 * 64, 64]  # measured on other rows
-    assert receipts[1]["calibration"]["tokens"] == 3 * 64
-    errors = [r["packed_tensors"]["lm_head.record"]["relative_error"]["lm_head.weight"] for r in receipts]
-    assert errors[0] < errors[1], "weighed by importance, the plain error is no longer the least"
 
 
 # What a hostile or damaged directory may say.

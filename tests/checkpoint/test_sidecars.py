@@ -9,11 +9,11 @@ import pytest
 from manyhands.checkpoint.convert import RECEIPT, convert
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import load, load_model, save, save_model
-from manyhands.checkpoint.quantize import quantize
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.errors import CheckpointError
 from manyhands.models import Decoder, init_weights
+from manyhands.quantize.quantize import quantize
 from manyhands.text import Tokenizer
 
 SHAPE = {

@@ -172,7 +172,7 @@ def test_more_bits_err_less(mixtral, tmp_path, capsys):
 
 
 def test_a_warning_when_routing_changes(mixtral, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("manyhands.checkpoint.quantize_receipt.ASKED_AGREEMENT", 1.01)
+    monkeypatch.setattr("manyhands.quantize.receipt.ASKED_AGREEMENT", 1.01)
     printed = run(capsys, "quantize", mixtral, tmp_path / "packed")
     assert "WARNING: the packed model chooses" in printed.err and "WARNING" not in printed.out
     assert "routing: " in printed.out and "perplexity" not in printed.out

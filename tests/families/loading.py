@@ -36,8 +36,8 @@ def enlarged(fields: dict[str, Any], factor: int) -> dict[str, Any]:
 def random_checkpoint(small: Path, big: Path) -> None:
     """Write a checkpoint like the one in `small`, quantised the same way, of 250 MB or more once loaded."""
     from manyhands.checkpoint.quantized import Header
+    from manyhands.checkpoint.safetensors.shards import write_shards
     from manyhands.checkpoint.save import target_headers
-    from manyhands.checkpoint.shards import write_shards
     from manyhands.config.shapes import tensor_shapes
     from manyhands.families import read_config, text_fields
 

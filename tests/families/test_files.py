@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from manyhands.checkpoint.model import Model, load_model, read_config, save
-from manyhands.checkpoint.tensor_files import INDEX
+from manyhands.checkpoint.safetensors.files import INDEX
 from manyhands.config import ModelConfig
 from manyhands.config.load import load_preset
 from manyhands.config.shapes import tensor_shapes

@@ -5,13 +5,15 @@ import torch
 import torch.nn.functional as F
 
 from manyhands.checkpoint.model import load_model, save
-from manyhands.checkpoint.quantize import quantize
-from manyhands.checkpoint.quantize_receipt import Sample
 from manyhands.checkpoint.source import open_source
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
 from manyhands.kernels import ExpertWeights
 from manyhands.models import Decoder, init_weights
+from manyhands.moe import Experts, MoELayer
 from manyhands.quant import pack_experts
+from manyhands.quantize.calibrate import watching
+from manyhands.quantize.quantize import agreement, quantize
+from manyhands.quantize.receipt import Sample
 
 D, WIDTH, E, ROWS, S = 32, 32, 2, 6, 24
 
@@ -59,3 +61,23 @@ def test_both_matrices_are_rounded_by_what_they_are_given(calibrated):
     right, ignored = error((up, down)), error((up, even[1]))
     assert ignored[1] > 1.05 * right[1]  # it matters here
     torch.testing.assert_close(error(None), right, rtol=1e-2, atol=0.0)
+
+
+def test_calibration_sees_each_input():
+    config = MoEConfig(router=RouterConfig(num_experts=40, num_experts_per_tok=2), moe_intermediate_size=8)
+    layer = MoELayer(config, 16).eval()
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+        layer.router.weight[7] = 0  # no token's choice, or nearly
+    x = torch.randn(200, 16)
+    with watching(layer) as seen, torch.no_grad():
+        _, routing = layer(x)
+    assert isinstance(layer.experts, Experts) and seen.tokens_per_expert == routing.expert_counts().tolist()
+    often = seen.tokens_per_expert.index(max(seen.tokens_per_expert))
+    chosen = x[(routing.expert_ids == often).any(-1)]
+    torch.testing.assert_close(seen.up[often], chosen.square().mean(0))
+    rare = seen.too_few[0]
+    torch.testing.assert_close(seen.up[rare], x.square().mean(0))
+    assert seen.down.shape == (40, 8) and bool((seen.down > 0).all())
+    assert agreement(routing, routing) == 1.0

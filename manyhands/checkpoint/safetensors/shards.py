@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.tensor_files import DTYPES, INDEX, SINGLE
+from manyhands.checkpoint.safetensors.files import DTYPES, INDEX, SINGLE
 from manyhands.errors import ConfigError
 
 MAX_SHARD_SIZE = 5_000_000_000

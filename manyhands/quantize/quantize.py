@@ -19,15 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.calibrate import Seen, mean_square, watching
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.packed import Record, hold_records, records_of, write_packed
-from manyhands.checkpoint.quantize_receipt import Figures, Sample, receipt_of
 from manyhands.checkpoint.receipt import RECEIPT, hash_files
-from manyhands.checkpoint.shards import MAX_SHARD_SIZE
+from manyhands.checkpoint.safetensors.files import DTYPES
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
-from manyhands.checkpoint.tensor_files import DTYPES
 from manyhands.config import PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
@@ -40,6 +38,8 @@ from manyhands.models.decoder import Block, find_positions
 from manyhands.moe import Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
+from manyhands.quantize.calibrate import Seen, mean_square, watching
+from manyhands.quantize.receipt import Figures, Sample, receipt_of
 
 CPU = torch.device("cpu")
 Progress = Callable[[str, int, int], None]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.calibrate import MIN_TOKENS
 from manyhands.checkpoint.packed import Record, is_packable
 from manyhands.checkpoint.receipt import describe, describe_source, tensor_sha256
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
+from manyhands.quantize.calibrate import MIN_TOKENS
 from manyhands.version import __version__
 
 ASKED_AGREEMENT = 0.99

@@ -1,0 +1,8 @@
+"""From a checkpoint to a packed one: run it layer by layer, round it, and say in a receipt what that cost.
+
+quantize.py     the work: two models side by side on a sample, one layer at a time
+calibrate.py    what a layer's inputs look like, which weighs the rounding errors
+receipt.py      what was packed and what was not, the bytes on both sides, what changed
+
+What a packed record is stands in `quant/`, how a directory of them is written and read in `checkpoint/packed.py`.
+"""
