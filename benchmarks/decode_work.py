@@ -9,7 +9,7 @@ from torch import Tensor
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save
 from manyhands.checkpoint.packed import packed_headers, records_of, write_packed
-from manyhands.checkpoint.safetensors.files import DTYPES
+from manyhands.checkpoint.tensors import DTYPES
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.config.shapes import tensor_shapes
 from manyhands.models import Decoder

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from manyhands import strict_json
+from manyhands.checkpoint.descriptions import read_json
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
-from manyhands.checkpoint.safetensors.files import read_json
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.plan import subject
 from manyhands.text.token_file import TokenFile

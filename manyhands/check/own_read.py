@@ -10,8 +10,8 @@ from torch import Tensor
 
 from manyhands.check.shrink import shrink
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.safetensors.files import DTYPES
 from manyhands.checkpoint.source import Source
+from manyhands.checkpoint.tensors import DTYPES
 from manyhands.config.activation import GATED
 from manyhands.config.shapes import Shape, tensor_shapes
 

@@ -5,9 +5,8 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.safetensors.files import DTYPES
 from manyhands.checkpoint.source import Source
+from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.errors import CheckpointError
 from manyhands.families import Piece
 

@@ -15,15 +15,15 @@ from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
-from manyhands.checkpoint.model import find, from_source, load_model
-from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.find import open_checkpoint
+from manyhands.checkpoint.model import from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
-from manyhands.checkpoint.safetensors.files import DTYPES
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
-from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.source import CONFIG, Source
 from manyhands.checkpoint.target import claim
+from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
@@ -44,12 +44,11 @@ class Conversion:
     def __init__(
         self, source: Source, family: Family, dtype: torch.dtype | None = None, *, drop_extras: bool = False
     ) -> None:
-        self.source, self.family, config = source, family, source.config
-        embedding = source.logical[source.pieces["embed_tokens.weight"][0].theirs].header
-        self.dtype = DTYPES[embedding.dtype] if dtype is None else dtype
+        self.source, self.family, config, origin = source, family, source.config, source.origin
+        self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
         self.tokenizer, self.unread = tokenizer_of(source.directory)
-        self.config = target_config(family, config, self.dtype, source, self.tokenizer)
-        self.headers = target_headers(family, config, dtype_rule(family, self.dtype, source))
+        self.config = target_config(family, config, self.dtype, origin, self.tokenizer)
+        self.headers = target_headers(family, config, dtype_rule(family, self.dtype, origin))
         self.pieces = target_pieces(family, config)
         self.extras = () if drop_extras else source.kept
         if self.extras and family is not source.family:
@@ -130,7 +129,7 @@ def convert(
     refuses.
     """
     claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
-    source = open_source(find(source_path), ignore_fields)
+    source = open_checkpoint(source_path, ignore_fields)
     sources = [source_path, source.directory]
     ours = source.family.model_type == "manyhands"
     family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family

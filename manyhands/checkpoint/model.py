@@ -19,14 +19,11 @@ from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building
-from manyhands.checkpoint.hub import download, is_hub_name
-from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
+from manyhands.checkpoint.find import find, open_directory, open_found
+from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_packed
-from manyhands.checkpoint.runs import resolve_checkpoint
-from manyhands.checkpoint.safetensors.files import INDEX
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
-from manyhands.checkpoint.save import write_directory
-from manyhands.checkpoint.sidecars import write_beside
+from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.source import CONFIG, Source, open_source
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
@@ -38,7 +35,7 @@ from manyhands.models import Decoder
 from manyhands.moe import Router
 from manyhands.moe.packed import RecordExperts
 from manyhands.text import Tokenizer
-from manyhands.text.tokenizer_files import TIKTOKEN, TOKENIZER, has_tokenizer, instead
+from manyhands.text.tokenizer_files import TOKENIZER, has_tokenizer, instead
 
 
 class Model(Decoder):
@@ -46,19 +43,19 @@ class Model(Decoder):
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
         super().__init__(config, experts_implementation)
-        self.source: Source | None = None
+        self.origin: Origin | None = None
         self.tokenizer: Tokenizer | None = None
 
     @property
     def family(self) -> str:
         """The `model_type` of the files it came from."""
-        return "manyhands" if self.source is None else self.source.family.model_type
+        return "manyhands" if self.origin is None else self.origin.family.model_type
 
     @property
     def records(self) -> dict[str, Record]:
         """What of it lies in packed records, by their names in `state_dict`; empty for a model that is not packed."""
         held = {name for name, module in self.named_modules() if isinstance(module, RecordLinear | RecordExperts)}
-        found = {} if self.source is None else self.source.records
+        found = {} if self.origin is None else self.origin.records
         return {name: record for name, record in found.items() if record.module in held}
 
     def train(self, mode: bool = True) -> "Model":
@@ -112,7 +109,7 @@ def load(
         raise CheckpointError(
             f"{directory}: there is no {TOKENIZER}{instead(directory)}; mh.load_model loads the model without it"
         )
-    source = open_source(directory, ignore_fields)
+    source = open_found(directory, ignore_fields)
     tokenizer = Tokenizer.from_directory(directory)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
@@ -147,11 +144,8 @@ def load_model(
     Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit; all names,
     shapes and dtypes are checked before any weight is allocated.
     """
-    directory = Path(directory)
-    if not verified and ((directory / MANIFEST).is_file() or not (directory / CONFIG).is_file()):
-        verify(directory)
-    source = open_source(directory, ignore_fields)
-    return from_source(source, dtype, device, experts_implementation, verified, decode)
+    source = open_source(directory, ignore_fields) if verified else open_directory(directory, ignore_fields)
+    return from_source(source, dtype, device, experts_implementation, decode)
 
 
 def save(
@@ -173,7 +167,7 @@ def save(
     Raises `UserError` for a target that may not be written, `ConfigError` naming the field that the family cannot
     express, `StorageError` if the disk refuses.
     """
-    origin = model.source if isinstance(model, Model) else None
+    origin = model.origin if isinstance(model, Model) else None
     records = model.records if isinstance(model, Model) else {}
     sources = [] if origin is None else [origin.directory]
     if records and family in (None, "manyhands") and dtype is None:
@@ -188,7 +182,7 @@ def save(
                 lambda name: state[name].cpu(),
                 max_shard_size=max_shard_size,
             )
-            write_beside(partial, tokenizer, origin.directory, origin.values)
+            write_rest(partial, tokenizer, origin)
         return
     chosen = nearest(model.config) if family is None else family_named(family, "family")
     with building(path, overwrite=overwrite, sources=sources) as partial:
@@ -217,19 +211,6 @@ def save_model(directory: str | Path, model: Decoder, tokenizer_path: str | Path
         raise cannot_write(directory, error) from error
 
 
-def find(path: str | Path) -> Path:
-    """The verified directory a person means by `path`; a hub name that is no path here is downloaded.
-
-    Raises `CheckpointError` saying what is there and what was expected.
-    """
-    directory = Path(path)
-    if (directory / CONFIG).is_file() and not (directory / MANIFEST).exists():
-        return directory  # somebody else's: there is nothing to verify it by
-    if not directory.exists() and is_hub_name(str(path)):
-        return download(str(path))
-    return resolve_checkpoint(path)  # verifies every byte
-
-
 def read_config(path: str | Path) -> ModelConfig:
     """The model that a checkpoint directory holds, from its `config.json` and its tensors' headers."""
     return open_source(path).config
@@ -240,12 +221,9 @@ def from_source(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
     implementation: str = "auto",
-    verified: bool = False,
     decode: bool = False,
 ) -> Model:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
-    if not verified:
-        _check_listed(source)
     device = torch.device(device)
     try:
         with torch.device("meta"):
@@ -265,7 +243,7 @@ def from_source(
         state[name] = our_tensor(source, name, shape, wanted, device)
     _check_tied(source)
     model.load_state_dict(state, assign=True)
-    model.source = source
+    model.origin = source.origin
     model.requires_grad_(not records)  # what is not packed is not trained alone
     return model.eval()
 
@@ -286,16 +264,3 @@ def _check_tied(source: Source) -> None:
 
 def _equal_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.view(torch.uint8), b.view(torch.uint8))  # NaN equals NaN
-
-
-def _check_listed(source: Source) -> None:
-    """Where there is a manifest, every file that is read must be in it: it is what was verified."""
-    directory = source.directory
-    if not (directory / MANIFEST).is_file():
-        if source.family.model_type == "manyhands":
-            raise CheckpointError(f"{directory}: no {MANIFEST}; an incomplete checkpoint")
-        return
-    names = {CONFIG, *(stored.file for stored in source.files.stored.values())}
-    names |= {name for name in (INDEX, TOKENIZER, TIKTOKEN) if (directory / name).exists()}
-    if missing := names - read_manifest(directory).files.keys():
-        raise CheckpointError(f"{directory}: its manifest does not list {min(missing)!r}, which nobody verified")

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from manyhands import strict_json
-from manyhands.checkpoint.quantized import Header, Logical
-from manyhands.checkpoint.safetensors.files import DTYPES, NAMES, Stored, TensorFiles
+from manyhands.checkpoint.quantized import Logical
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.tensors import DTYPES, NAMES, Header, Stored, TensorSource
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.activation import GATED
 from manyhands.config.shapes import Shape, tensor_shapes
@@ -92,7 +92,7 @@ def is_packable(name: str) -> bool:
     return name == "lm_head.weight" or ("_proj" in module and module != "kv_b_proj")
 
 
-def read_records(files: TensorFiles, config: ModelConfig, packed: PackedConfig) -> dict[str, Record]:
+def read_records(files: TensorSource, config: ModelConfig, packed: PackedConfig) -> dict[str, Record]:
     """The records of a checkpoint, each there, of the right dtype and size, and on a page; by name.
 
     Raises `CheckpointError` naming the tensor.
@@ -115,7 +115,7 @@ def read_records(files: TensorFiles, config: ModelConfig, packed: PackedConfig) 
     return found
 
 
-def _check_metadata(files: TensorFiles, packed: PackedConfig) -> None:
+def _check_metadata(files: TensorSource, packed: PackedConfig) -> None:
     """Each file says itself what its records are; older ones do not."""
     for file, metadata in files.metadata.items():
         if METADATA not in metadata:
@@ -130,7 +130,7 @@ def _check_metadata(files: TensorFiles, packed: PackedConfig) -> None:
                 raise CheckpointError(f"{files.directory / file}: {name} are packed as {here}; {CONFIG} says {there}")
 
 
-def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
+def _check(files: TensorSource, record: Record, stored: Stored) -> None:
     where, layout = files.where(record.name), record.layout
     if stored.header.dtype != "U8":
         raise CheckpointError(f"{where} is {stored.header.dtype}; a packed record is U8")
@@ -144,7 +144,7 @@ def _check(files: TensorFiles, record: Record, stored: Stored) -> None:
         raise CheckpointError(f"{where} begins at byte {stored.start}, which is not on a {PAGE}-byte page")
 
 
-def _check_bytes(files: TensorFiles, record: Record) -> None:
+def _check_bytes(files: TensorSource, record: Record) -> None:
     layout, where = record.layout, files.where(record.name)
     records = files.tensor(record.name)
     E = record.num_experts or 1

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.quantized import Header
 from manyhands.checkpoint.source import CONFIG, Source
+from manyhands.checkpoint.tensors import Header
 
 RECEIPT = "receipt.json"
 

@@ -1,6 +1,7 @@
 """A model as a directory that everybody reads: `config.json`, safetensors under the family's names, the tokenizer."""
 
 import json
+import logging
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -9,11 +10,12 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.assemble import their_tensor
-from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.safetensors.files import DTYPES, NAMES
+from manyhands.checkpoint.match import header_of
+from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import token_ids, write_beside
-from manyhands.checkpoint.source import CONFIG, Source, header_of
+from manyhands.checkpoint.source import CONFIG, Source, reopen
+from manyhands.checkpoint.tensors import DTYPES, NAMES, Header
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families import Family, Piece, export_config, text_fields
@@ -21,6 +23,7 @@ from manyhands.families.base import Json
 from manyhands.families.harmless import HARMLESS, TRAINING_ONLY
 from manyhands.text import Tokenizer
 
+_log = logging.getLogger(__name__)
 _NOT_CARRIED = {"quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map"}
 
 
@@ -44,34 +47,26 @@ def target_headers(
     return headers
 
 
-def dtype_rule(family: Family, model_dtype: torch.dtype, origin: Source | None) -> Callable[[str, str], torch.dtype]:
+def dtype_rule(family: Family, model_dtype: torch.dtype, origin: Origin | None) -> Callable[[str, str], torch.dtype]:
     """One dtype for all, but what is float32 by nature (a selection bias), or was in the files the model came from."""
     apart: set[str] = set()
     if origin is not None and origin.family is family:
-        dtypes = {name: logical.header.dtype for name, logical in origin.logical.items()}
-        main = _main_dtype(origin)
-        apart = {name for name, dtype in dtypes.items() if dtype == "F32" and main != "F32"}
+        apart = {name for name, dtype in origin.dtypes.items() if dtype == "F32" and origin.main_dtype != "F32"}
 
     def rule(theirs: str, ours: str) -> torch.dtype:
         return torch.float32 if theirs in apart or ours.endswith(family.saved_float32) else model_dtype
 
     def as_stored(theirs: str, ours: str) -> torch.dtype:
         assert origin is not None
-        stored = origin.logical[theirs].header.dtype
+        stored = origin.dtypes[theirs]
         return DTYPES[stored] if stored in DTYPES else rule(theirs, ours)
 
-    same = origin is not None and origin.family is family and NAMES[model_dtype] == _main_dtype(origin)
+    same = origin is not None and origin.family is family and NAMES[model_dtype] == origin.main_dtype
     return as_stored if same else rule
 
 
-def _main_dtype(origin: Source) -> str:
-    """The dtype of the embedding, which nobody keeps apart."""
-    name = origin.pieces["embed_tokens.weight"][0].theirs
-    return origin.logical[name].header.dtype
-
-
 def target_config(
-    family: Family, config: ModelConfig, dtype: torch.dtype, origin: Source | None, tokenizer: Tokenizer | None
+    family: Family, config: ModelConfig, dtype: torch.dtype, origin: Origin | None, tokenizer: Tokenizer | None
 ) -> Json:
     """`config.json`: the family's fields, over the harmless ones of the model's origin."""
     fields = export_config(family, config)
@@ -106,7 +101,7 @@ def write_directory(
     config: ModelConfig,
     ours: Mapping[str, Tensor],
     *,
-    origin: Source | None = None,
+    origin: Origin | None = None,
     tokenizer: Tokenizer | None = None,
     dtype: torch.dtype | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
@@ -120,19 +115,27 @@ def write_directory(
     values: dict[str, Any] = target_config(family, config, model_dtype, origin, tokenizer)
     headers = target_headers(family, config, dtype_rule(family, model_dtype, origin))
     pieces = target_pieces(family, config)
-    kept: tuple[str, ...] = ()
-    if origin is not None and origin.family is family:
-        kept = origin.kept
-        headers |= {name: origin.logical[name].header for name in kept}
+    source: Source | None = None
+    if origin is not None and origin.family is family and origin.kept:
+        source = reopen(origin)
+        headers |= {name: source.logical[name].header for name in source.kept}
 
     def value(name: str) -> Tensor:
         if name in pieces:
             return their_tensor(headers[name], pieces[name], ours)
-        assert origin is not None and name in kept
-        return origin.value(name)
+        assert source is not None
+        return source.value(name)
 
     (directory / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     write_shards(directory, headers, value, max_shard_size)
-    write_beside(
-        directory, tokenizer, None if origin is None else origin.directory, None if origin is None else origin.values
-    )
+    write_rest(directory, tokenizer, origin)
+
+
+def write_rest(directory: Path, tokenizer: Tokenizer | None, origin: Origin | None) -> None:
+    """The tokenizer, and what else lies where the model came from, if that still is what it was."""
+    if origin is None:
+        write_beside(directory, tokenizer)
+        return
+    if lost := origin.lost():
+        _log.warning("%s; what lay there beside the weights is not copied", lost)
+    write_beside(directory, tokenizer, None if lost else origin.directory, origin.values)

@@ -5,21 +5,25 @@ dtype is an error before any weight is read or any memory is allocated.
 """
 
 import logging
-import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 
+from manyhands.checkpoint.descriptions import read_json
+from manyhands.checkpoint.match import match
+from manyhands.checkpoint.origin import Origin, stamp
 from manyhands.checkpoint.packed import Record, packed_tensors, read_records
-from manyhands.checkpoint.quantized import Header, Logical, logical_tensors
-from manyhands.checkpoint.safetensors.files import DTYPES, FLOATS, TensorFiles, read_json
+from manyhands.checkpoint.quantized import Logical, logical_tensors
+from manyhands.checkpoint.safetensors.files import TensorFiles
+from manyhands.checkpoint.tensors import DTYPES, TensorSource, headers_of
 from manyhands.config import ModelConfig, PackedConfig
-from manyhands.config.shapes import Shape, tensor_shapes
+from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import Family, Piece, UnknownField, read_config, text_fields
-from manyhands.families.base import Index, Json
+from manyhands.families.base import Json
 from manyhands.families.manyhands import packed_section
 
 CONFIG = "config.json"
@@ -30,14 +34,16 @@ _TIED = ("lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weigh
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened checkpoint directory. Nothing of its weights has been read."""
+    """An opened checkpoint. Nothing of its weights has been read. It keeps its files open: it is not to be kept."""
 
     directory: Path
     family: Family
     values: Json
     """`config.json` as it stands."""
     config: ModelConfig
-    files: TensorFiles
+    files: TensorSource
+    open_files: Callable[[], TensorSource]
+    """What opened `files`."""
     logical: Mapping[str, Logical]
     """The tensors by the names the family uses, whatever they are stored as."""
     pieces: Mapping[str, list[Piece]]
@@ -52,6 +58,25 @@ class Source:
     """Its records, by their names in the files; `logical` has what they stand for."""
     ignored: tuple[str, ...] = ()
     """The unknown fields of `config.json` that were read past, as asked."""
+
+    @property
+    def origin(self) -> Origin:
+        """What outlives it."""
+        embedding = self.pieces["embed_tokens.weight"][0].theirs
+        files = (CONFIG, self.files.name.name, *(stored.file for stored in self.files.stored.values()))
+        return Origin(
+            directory=self.directory,
+            family=self.family,
+            values=self.values,
+            kept=self.kept,
+            dtypes={name: logical.header.dtype for name, logical in self.logical.items()},
+            main_dtype=self.logical[embedding].header.dtype,
+            packed=self.packed,
+            records=self.records,
+            ignored=self.ignored,
+            open_files=self.open_files,
+            stamps={file: stamp(self.directory / file) for file in dict.fromkeys(files)},
+        )
 
     def value(self, theirs: str, out: Tensor | None = None) -> Tensor:
         """A logical tensor: mapped as it is stored, or decoded (into `out` if given)."""
@@ -77,10 +102,66 @@ def open_source(directory: str | Path, ignore_fields: Collection[str] = ()) -> S
     Raises `CheckpointError` naming the file and the field or tensor that is wrong.
     """
     directory = Path(directory)
-    path = directory / CONFIG
-    values = read_json(path, _CONFIG_LIMIT)
+    values = read_json(directory / CONFIG, _CONFIG_LIMIT)
+    source = source_of(values, directory / CONFIG, partial(TensorFiles, directory), ignore_fields)
+    if source.ignored:
+        _log.warning("%s: ignored, as asked: %s", directory / CONFIG, ", ".join(source.ignored))
+    return source
+
+
+def reopen(origin: Origin) -> Source:
+    """What a model came from, once more. Raises `CheckpointError` if a file has gone or is not what it was."""
+    if lost := origin.lost():
+        raise CheckpointError(lost)
+    return source_of(origin.values, origin.directory / CONFIG, origin.open_files, origin.ignored)
+
+
+def source_of(
+    values: Json, path: Path, open_files: Callable[[], TensorSource], ignore_fields: Collection[str] = ()
+) -> Source:
+    """A checkpoint from the fields of a `config.json`, which stand in the file at `path`, and its tensors.
+
+    The tensors' files are opened when the fields have been understood.
+    """
+    family, config = _described(values, path, ignore_fields)
+    files = open_files()
+    text = text_fields(family, values)
+    quantization = text.get("quantization_config") or values.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise CheckpointError(f"{path}: quantization_config: expected an object")
+    ours = family.model_type == "manyhands"
+    packed = packed_section(values) if ours else None
+    records: dict[str, Record] = {}
+    if packed is None:
+        logical = logical_tensors(headers_of(files), quantization, str(path))
+    else:
+        records = read_records(files, config, packed)
+        logical = packed_tensors(headers_of(files), records, str(files.name))
+    float32 = family.saved_float32 if ours else ()
+    pieces = match(files, family.pieces(config), tensor_shapes(config), logical, float32)
+    kept, dropped = _left_over(files, family, config, text, logical, pieces)
+    ignored = tuple(sorted(set(ignore_fields)))
+    return Source(
+        directory=files.directory,
+        family=family,
+        values=values,
+        config=config,
+        files=files,
+        open_files=open_files,
+        logical=logical,
+        pieces=pieces,
+        kept=kept,
+        dropped=dropped,
+        packed=packed,
+        records=records,
+        ignored=ignored,
+    )
+
+
+def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tuple[Family, ModelConfig]:
+    """The family and the model that a `config.json` describes."""
     try:
-        family, config = read_config(values, str(path), ignore_fields)
+        return read_config(values, str(path), ignore_fields)
     except UnknownField as error:
         flag = error.name if error.name.isprintable() else repr(error.name)
         remedy = f"if it changes nothing: --ignore-field {flag}, in Python ignore_fields=[{error.name!r}]"
@@ -89,29 +170,25 @@ def open_source(directory: str | Path, ignore_fields: Collection[str] = ()) -> S
         raise CheckpointError(str(error)) from None
     except RecursionError:  # lists in lists, which are compared or shown
         raise CheckpointError(f"{path}: too deeply nested") from None
-    ignored = tuple(sorted(set(ignore_fields)))
-    if ignored:
-        _log.warning("%s: ignored, as asked: %s", path, ", ".join(ignored))
-    files = TensorFiles(directory)
-    text = text_fields(family, values)
-    quantization = text.get("quantization_config") or values.get("quantization_config")
-    if quantization is not None and not isinstance(quantization, dict):
-        raise CheckpointError(f"{path}: quantization_config: expected an object")
-    packed = packed_section(values) if family.model_type == "manyhands" else None
-    records: dict[str, Record] = {}
-    if packed is None:
-        logical = logical_tensors(files.headers, quantization, str(path))
-    else:
-        records = read_records(files, config, packed)
-        logical = packed_tensors(files.headers, records, str(files.name))
-    float32 = family.saved_float32 if family.model_type == "manyhands" else ()
-    pieces = _match(files, family.pieces(config), tensor_shapes(config), logical, float32)
+
+
+def _left_over(
+    files: TensorSource,
+    family: Family,
+    config: ModelConfig,
+    text: Json,
+    logical: Mapping[str, Logical],
+    pieces: Mapping[str, list[Piece]],
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The tensors that the model is not made of: those that a round trip keeps, and those that are recomputed."""
     used = {piece.theirs for of_one in pieces.values() for piece in of_one}
-    kept_prefixes, kept, dropped = family.kept(text), [], []
+    prefixes = family.kept(text)
+    kept: list[str] = []
+    dropped: list[str] = []
     for name in logical:
         if name in used:
             continue
-        if kept_prefixes and name.startswith(kept_prefixes):
+        if prefixes and name.startswith(prefixes):
             kept.append(name)
         elif name.endswith(family.dropped) or (config.tie_word_embeddings and name in _TIED):
             dropped.append(name)
@@ -119,89 +196,4 @@ def open_source(directory: str | Path, ignore_fields: Collection[str] = ()) -> S
             raise CheckpointError(
                 f"{files.where(logical[name].parts[0])} is not one of this model's, as {CONFIG} describes it"
             )
-    return Source(
-        directory,
-        family,
-        values,
-        config,
-        files,
-        logical,
-        pieces,
-        tuple(kept),
-        tuple(dropped),
-        packed,
-        records,
-        ignored,
-    )
-
-
-def _match(
-    files: TensorFiles,
-    pieces: Iterable[Piece],
-    shapes: Mapping[str, Shape],
-    logical: Mapping[str, Logical],
-    float32: tuple[str, ...],
-) -> dict[str, list[Piece]]:
-    """Pieces by our name, each checked. Stops at the first that is missing: a hostile config may name millions."""
-    found: dict[str, list[Piece]] = {name: [] for name in shapes}
-    covered = dict.fromkeys(logical, 0)
-    for piece in pieces:
-        stored = logical.get(piece.theirs)
-        if stored is None:
-            raise CheckpointError(f"{files.name}: tensor {piece.theirs!r} is missing, which {CONFIG} calls for")
-        where = files.where(stored.parts[0])
-        allowed = ("F32",) if float32 and piece.ours.endswith(float32) else FLOATS
-        if stored.header.dtype not in allowed:
-            raise CheckpointError(f"{where} is {stored.header.dtype}; expected {' or '.join(allowed)}")
-        theirs = indexed_shape(stored.header.shape, piece.theirs_index)
-        if theirs is not None and piece.transpose:
-            theirs = (*theirs[:-2], theirs[-1], theirs[-2])
-        ours = indexed_shape(shapes[piece.ours], piece.ours_index)
-        assert ours is not None, piece
-        if theirs != ours:
-            shape, part = list(stored.header.shape), "" if not piece.theirs_index else " for a part of it"
-            right = list(ours if not piece.transpose else (*ours[:-2], ours[-1], ours[-2]))
-            raise CheckpointError(f"{where} has shape {shape}; {CONFIG} says {right}{part}")
-        found[piece.ours].append(piece)
-        covered[piece.theirs] += math.prod(ours)
-    for name, of_one in found.items():
-        whole = sum(math.prod(indexed_shape(shapes[name], piece.ours_index) or ()) for piece in of_one)
-        assert whole == math.prod(shapes[name]), f"the family's pieces do not make up {name}"
-    for name, count in covered.items():
-        if count and count != math.prod(logical[name].header.shape):
-            shape = list(logical[name].header.shape)
-            raise CheckpointError(f"{files.where(logical[name].parts[0])} has shape {shape}; {CONFIG} uses part of it")
-    return found
-
-
-def indexed_shape(shape: Shape, index: Index) -> Shape | None:
-    """The shape of `tensor[index]`; None where the index does not fit."""
-    if len(index) > len(shape):
-        return None
-    result: list[int] = []
-    for n, i in zip(shape, index, strict=False):
-        if isinstance(i, slice):
-            if i.stop is not None and i.stop > n:
-                return None
-            result.append(len(range(*i.indices(n))))
-        elif i >= n:
-            return None
-    return (*result, *shape[len(index) :])
-
-
-def header_of(piece_shapes: Mapping[str, Shape], pieces: Iterable[Piece], dtype: str) -> Header:
-    """The header of one of their tensors, from all the pieces of ours that it holds."""
-    extents: list[int] = []
-    for piece in pieces:
-        ours = indexed_shape(piece_shapes[piece.ours], piece.ours_index)
-        assert ours is not None
-        left = list((*ours[:-2], ours[-1], ours[-2]) if piece.transpose else ours)
-        own: list[int] = []
-        for i in piece.theirs_index:
-            if isinstance(i, slice):
-                own.append((i.start or 0) + (i.step or 1) * (left.pop(0) - 1) + 1)
-            else:
-                own.append(i + 1)
-        own += left
-        extents = [max(a, b) for a, b in zip(extents, own, strict=True)] if extents else own
-    return Header(dtype, tuple(extents))
+    return tuple(kept), tuple(dropped)

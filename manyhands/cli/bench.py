@@ -31,7 +31,8 @@ def bench(
 
     import torch
 
-    from manyhands.checkpoint.model import find, load_model
+    from manyhands.checkpoint.find import open_checkpoint
+    from manyhands.checkpoint.model import from_source
     from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
     from manyhands.errors import ConfigError
     from manyhands.generate.speed import Speed, measure_speed, read_per_token, warm_up
@@ -52,7 +53,7 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        decoder = load_model(find(model), ignore_fields=ignore_field or ())
+        decoder = from_source(open_checkpoint(model, ignore_field or ()))
     room = decoder.config.max_position_embeddings
     if new is None:
         new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))

@@ -79,10 +79,9 @@ def _describe(
     if path.is_dir():
         if overrides:
             raise ConfigError(f"{model} is a checkpoint: it is checked as it is, without {overrides[0]!r}")
-        from manyhands.checkpoint.model import find
-        from manyhands.checkpoint.source import open_source
+        from manyhands.checkpoint.find import open_checkpoint
 
-        source = open_source(find(path), ignore_fields)
+        source = open_checkpoint(path, ignore_fields)
         return source.config, BalanceConfig(), source
     if ignore_fields:
         raise ConfigError(f"{model} is not a checkpoint: --ignore-field {ignore_fields[0]} is for its config.json")

@@ -70,11 +70,10 @@ def quantize(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from manyhands.checkpoint.model import find
-    from manyhands.checkpoint.source import open_source
+    from manyhands.checkpoint.find import open_checkpoint
     from manyhands.quantize.quantize import quantize as run
 
-    source = open_source(find(model), ignore_field or ())
+    source = open_checkpoint(model, ignore_field or ())
     sample = _sample(source, documents, data or [], max_batches)
     columns = (
         TextColumn("{task.fields[tensor]}", markup=False),

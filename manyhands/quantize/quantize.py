@@ -22,10 +22,10 @@ from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.packed import Record, hold_records, records_of, write_packed
 from manyhands.checkpoint.receipt import RECEIPT, hash_files
-from manyhands.checkpoint.safetensors.files import DTYPES
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
+from manyhands.checkpoint.tensors import DTYPES
 from manyhands.config import PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
@@ -57,7 +57,7 @@ def quantize(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a packed copy of a checkpoint (`open_source(find(path))`) and return the receipt.
+    """Write a packed copy of a checkpoint (`open_checkpoint(path)`) and return the receipt.
 
     `sample` None: random ids, on which routing is compared.
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from manyhands.check import own, own_read, run_check
-from manyhands.checkpoint.model import find, save
+from manyhands.checkpoint.find import find
+from manyhands.checkpoint.model import save
 from manyhands.checkpoint.source import open_source
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, PackedConfig, Packing, RouterConfig
 from manyhands.models import Decoder, init_weights

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from manyhands.checkpoint.find import find
 from manyhands.checkpoint.hub import download, is_hub_name
-from manyhands.checkpoint.model import find
 from manyhands.errors import CheckpointError
 
 

@@ -189,7 +189,7 @@ def test_memory_is_the_packed_weights_and_no_more(sources, packed, tmp_path):
     )  # fmt: skip
     config = PackedConfig(experts=Packing(format="bf16"), linear=Packing(format="bf16"))
     from manyhands.checkpoint.packed import write_packed
-    from manyhands.checkpoint.safetensors.files import DTYPES
+    from manyhands.checkpoint.tensors import DTYPES
 
     with building(tmp_path / "big") as partial:
         headers = packed_headers(big, config, lambda _: torch.float32)

@@ -65,10 +65,10 @@ def test_shards_dtypes_shapes_and_configs(case: str, made: Made, tmp_path: Path)
 
     other = torch.float32 if reference.unquantised else torch.bfloat16
     model.save(tmp_path / "other", dtype=other)
-    source, before = model.source, stored(reference.unquantised or reference.directory)
-    assert source is not None
+    origin, before = model.origin, stored(reference.unquantised or reference.directory)
+    assert origin is not None
     for name, t in stored(tmp_path / "other").items():
-        apart = name in source.kept or name.endswith("e_score_correction_bias")
+        apart = name in origin.kept or name.endswith("e_score_correction_bias")
         assert torch.equal(bits(t), bits(before[name] if apart else before[name].to(other))), name
     config = json.loads((tmp_path / "other" / "config.json").read_text())
     for part in (config, config.get("text_config", config)):

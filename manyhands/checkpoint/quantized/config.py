@@ -35,7 +35,7 @@ class Fp8(Strict):
 
     @property
     def dtypes(self) -> tuple[str, ...]:
-        """The dtypes of weights, by safetensors' name."""
+        """The dtypes of weights, by their names in `checkpoint/tensors.py`."""
         if self.fmt is None:
             return ("F8_E4M3", "F8_E5M2")
         return ("F8_E5M2",) if "e5m2" in self.fmt else ("F8_E4M3",)

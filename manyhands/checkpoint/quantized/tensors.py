@@ -9,17 +9,10 @@ from torch import Tensor
 
 from manyhands.checkpoint.quantized.config import Fp8, IntWeights, read_quantization
 from manyhands.checkpoint.quantized.decode import decode_fp8, decode_int, decode_mxfp4
+from manyhands.checkpoint.tensors import Header
 from manyhands.errors import CheckpointError
 
 _FLOAT_SCALES = ("F32", "BF16", "F16")
-
-
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a safetensors header says of one stored tensor; `dtype` by safetensors' name ("BF16", "F8_E4M3", …)."""
-
-    dtype: str
-    shape: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)

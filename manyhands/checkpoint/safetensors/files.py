@@ -1,72 +1,30 @@
-"""Safetensors files, read by memory map. Headers are checked whole before a byte of data is touched.
+"""A directory of safetensors, read by memory map.
 
 The library's own reader does not say which tensor is wrong, nor lets go of pages it has read; this one does both, so
-that loading a model takes little more memory than the model.
-
-    8 bytes     length N of the header, little-endian
-    N bytes     JSON: {"name": {"dtype": "BF16", "shape": [4, 3], "data_offsets": [0, 24]}, …, "__metadata__": {…}}
-    the rest    the tensors' bytes, row-major, in the order of their offsets
+that loading a model takes little more memory than the model. A map lives as long as a tensor that was taken from it.
 """
 
 import mmap
 import os
 import reprlib
-import stat
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.quantized import Header
+from manyhands.checkpoint.descriptions import read_json
+from manyhands.checkpoint.safetensors.header import read_header
+from manyhands.checkpoint.tensors import DTYPES, Stored
 from manyhands.errors import CheckpointError
-from manyhands.files import within
-from manyhands.strict_json import parse_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-_HEADER_LIMIT = 16 << 20  # the format allows 100 MB, which as Python's objects would be gigabytes
 _INDEX_LIMIT = 32 << 20  # Kimi K2.5's 207,000 tensors take 26 MB
-_WIDE_LIMIT = 4 << 20  # text that is not ASCII takes up to four times its bytes
-_MARKS_LIMIT = 3 << 17  # commas and brackets: 49,000 tensors in one file, 390,000 in an index
-_NAME_LIMIT = 512
 _MAP_NORESERVE = 0x4000  # Linux: a private map of a file larger than memory is not counted against it
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """One tensor in one file."""
-
-    file: str
-    header: Header
-    start: int
-    """Offset in the file, bytes."""
-    size: int
-    """Bytes."""
 
 
 class TensorFiles:
-    """The tensors of a checkpoint directory: `model.safetensors`, or the shards that its index names.
+    """A `TensorSource`: the tensors of `model.safetensors`, or of the shards that an index names.
 
     Raises `CheckpointError`, naming file and tensor, for anything that is missing, malformed or not inside.
     """
@@ -88,15 +46,6 @@ class TensorFiles:
             self._add(name)
         if weight_map is not None:
             self._compare(weight_map)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "TensorFiles":
-        """Itself: a copy of a model reads the same files, which never change; its weights are tensors of its own."""
-        return self
-
-    @property
-    def headers(self) -> dict[str, Header]:
-        """Dtype and shape of every tensor."""
-        return {name: stored.header for name, stored in self.stored.items()}
 
     def where(self, name: str) -> str:
         """`FILE: tensor 'NAME'`, as errors begin."""
@@ -150,105 +99,6 @@ class TensorFiles:
             raise CheckpointError(f"{self.where(name)} is not in {INDEX}")
 
 
-def read_header(path: Path, file: str = "") -> tuple[dict[str, Stored], dict[str, str]]:
-    """Every tensor of one safetensors file, and its metadata. Checks that they fill it exactly, without overlap."""
-    _inside(path)
-    try:
-        with open(path, "rb") as opened:
-            length = os.fstat(opened.fileno()).st_size
-            first = opened.read(8)
-            if len(first) < 8:
-                raise CheckpointError(f"{path}: not a safetensors file: it has {length} bytes")
-            size = int.from_bytes(first, "little")
-            if size > min(_HEADER_LIMIT, length - 8):
-                kind = "a pickle, which can run any code and is not read" if _is_pickle(first) else "or truncated"
-                raise CheckpointError(f"{path}: not a safetensors file, {kind}: a header of {size} bytes")
-            data = opened.read(size)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    stored: dict[str, Stored] = {}
-    metadata: dict[str, str] = {}
-    for name, entry in _parse(data, f"{path}: the header").items():
-        if name == "__metadata__":
-            if not isinstance(entry, dict) or not all(isinstance(text, str) for text in entry.values()):
-                raise CheckpointError(f"{path}: __metadata__ is not an object of strings")
-            metadata = entry
-            continue
-        stored[name] = _entry(path, file, name, entry, 8 + size)
-    _check_offsets(path, stored, 8 + size, length)
-    return stored, metadata
-
-
-def _parse(data: bytes, where: str) -> dict[str, Any]:
-    """A JSON object that is a description: no name twice, or longer than names are, and not so much as to fill memory.
-
-    `where` begins the message of an error.
-    """
-
-    wide = len(data) > _WIDE_LIMIT and (not data.isascii() or b"\\u" in data)
-    if wide or sum(map(data.count, (b",", b"[", b"{"))) > _MARKS_LIMIT:
-        raise CheckpointError(f"{where}: more values, or wider letters, than any model needs")
-    values = parse_object(data, where, CheckpointError)
-    _check_names(values, where)
-    return values
-
-
-def _check_names(value: Any, where: str) -> None:
-    """Refuse a name longer than names are, at any depth."""
-    todo = [value]
-    while todo:
-        value = todo.pop()
-        if isinstance(value, dict):
-            if max(map(len, value), default=0) > _NAME_LIMIT:
-                name = max(value, key=len)
-                raise CheckpointError(f"{where}: {reprlib.repr(name)}: a name of {len(name)} characters")
-            todo += value.values()
-        elif isinstance(value, list):
-            todo += value
-
-
-def _entry(path: Path, file: str, name: str, entry: Any, base: int) -> Stored:
-    def bad(problem: str) -> CheckpointError:
-        return CheckpointError(f"{path}: tensor {name!r}: {problem}")
-
-    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-        raise bad("the header must give dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise bad(f"dtype {reprlib.repr(dtype)} is unknown; known: {', '.join(DTYPES)}")
-    if not isinstance(shape, list) or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 48 for n in shape):
-        raise bad(f"shape {reprlib.repr(shape)} makes no sense")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or not all(type(n) is int and 0 <= n < 1 << 63 for n in offsets)
-    ):
-        raise bad(f"data_offsets {reprlib.repr(offsets)} make no sense")
-    size = DTYPES[dtype].itemsize
-    for n in shape:
-        size *= n
-    start, end = offsets
-    if end - start != size:
-        raise bad(f"{dtype} {shape} takes {size} bytes, data_offsets give it {end - start}")
-    return Stored(file or path.name, Header(dtype, tuple(shape)), base + start, size)
-
-
-def _check_offsets(path: Path, stored: Mapping[str, Stored], base: int, length: int) -> None:
-    position, in_order = base, sorted(stored.items(), key=lambda item: (item[1].start, item[1].size))
-    for name, s in in_order:
-        if s.start + s.size > length:
-            raise CheckpointError(
-                f"{path}: tensor {name!r} ends at byte {s.start + s.size} of a file of {length}; truncated"
-            )
-    for name, s in in_order:
-        if s.start != position:
-            problem = "overlaps the tensor before it" if s.start < position else "leaves a gap before it"
-            raise CheckpointError(f"{path}: tensor {name!r} {problem}")
-        position = s.start + s.size
-    if position != length:
-        raise CheckpointError(f"{path}: {length - position} bytes after the last tensor; damaged")
-
-
 def _weight_map(directory: Path) -> dict[str, str] | None:
     """Tensor -> file, from the index; None where there is only one file."""
     path = directory / INDEX
@@ -266,36 +116,6 @@ def _weight_map(directory: Path) -> dict[str, str] | None:
                 "file beside the index"
             )
     return weight_map
-
-
-def read_json(path: Path, limit: int) -> dict[str, Any]:
-    """A JSON object from a file of at most `limit` bytes."""
-    _inside(path)
-    try:
-        if path.stat().st_size > limit:
-            raise CheckpointError(f"{path}: {path.stat().st_size} bytes is too long for a description")
-        data = path.read_bytes()
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None
-    return _parse(data, str(path))
-
-
-def _inside(path: Path) -> None:
-    """Refuse a link that leads out of its directory."""
-    try:
-        mode = os.stat(path).st_mode
-    except (OSError, ValueError) as error:
-        missing = isinstance(error, FileNotFoundError)
-        raise CheckpointError(f"{path}: {'does not exist' if missing else 'cannot be read'}") from None
-    if not stat.S_ISREG(mode):
-        raise CheckpointError(f"{path}: not a regular file")
-    if not within(path):
-        raise CheckpointError(f"{path}: a symbolic link out of the checkpoint, which is not followed")
-
-
-def _is_pickle(first: bytes) -> bool:
-    """Whether a file begins as torch.save writes it (a zip), or as a bare pickle."""
-    return first.startswith(b"PK\x03\x04") or (first[0] == 0x80 and 2 <= first[1] <= 5)
 
 
 def _no_weights(directory: Path) -> CheckpointError:

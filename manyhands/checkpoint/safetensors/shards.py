@@ -7,8 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.quantized import Header
-from manyhands.checkpoint.safetensors.files import DTYPES, INDEX, SINGLE
+from manyhands.checkpoint.safetensors.files import INDEX, SINGLE
+from manyhands.checkpoint.safetensors.header import SPELLED
+from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.errors import ConfigError
 
 MAX_SHARD_SIZE = 5_000_000_000
@@ -80,7 +81,7 @@ def _write(
         size = header_size(headers[name])
         header = headers[name]
         entries[name] = {
-            "dtype": header.dtype,
+            "dtype": SPELLED[header.dtype],
             "shape": list(header.shape),
             "data_offsets": [position, position + size],
         }

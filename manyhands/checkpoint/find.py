@@ -1,0 +1,54 @@
+"""From what a person means by a path to an opened checkpoint, every byte of it verified where that can be."""
+
+from collections.abc import Collection
+from pathlib import Path
+
+from manyhands.checkpoint.hub import download, is_hub_name
+from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
+from manyhands.checkpoint.runs import resolve_checkpoint
+from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.errors import CheckpointError
+from manyhands.text.tokenizer_files import TIKTOKEN, TOKENIZER
+
+
+def open_checkpoint(path: str | Path, ignore_fields: Collection[str] = ()) -> Source:
+    """The checkpoint at `find(path)`, opened. Raises `CheckpointError` as `find` and `open_source` do."""
+    return open_found(find(path), ignore_fields)
+
+
+def open_directory(directory: str | Path, ignore_fields: Collection[str] = ()) -> Source:
+    """The checkpoint in that very directory, verified and opened. Raises `CheckpointError`."""
+    directory = Path(directory)
+    if (directory / MANIFEST).is_file() or not (directory / CONFIG).is_file():
+        verify(directory)
+    return open_found(directory, ignore_fields)
+
+
+def find(path: str | Path) -> Path:
+    """The verified directory a person means by `path`; a hub name that is no path here is downloaded.
+
+    Raises `CheckpointError` saying what is there and what was expected.
+    """
+    directory = Path(path)
+    if (directory / CONFIG).is_file() and not (directory / MANIFEST).exists():
+        return directory  # somebody else's: there is nothing to verify it by
+    if not directory.exists() and is_hub_name(str(path)):
+        return download(str(path))
+    return resolve_checkpoint(path)  # verifies every byte
+
+
+def open_found(directory: Path, ignore_fields: Collection[str] = ()) -> Source:
+    """A verified directory, opened. Where there is a manifest it must list every file that is read: those it verified.
+
+    Raises `CheckpointError` naming what is missing or does not fit.
+    """
+    source = open_source(directory, ignore_fields)
+    if not (directory / MANIFEST).is_file():
+        if source.family.model_type == "manyhands":
+            raise CheckpointError(f"{directory}: no {MANIFEST}; an incomplete checkpoint")
+        return source
+    names = {CONFIG, source.files.name.name, *(stored.file for stored in source.files.stored.values())}
+    names |= {name for name in (TOKENIZER, TIKTOKEN) if (directory / name).exists()}
+    if missing := names - read_manifest(directory).files.keys():
+        raise CheckpointError(f"{directory}: its manifest does not list {min(missing)!r}, which nobody verified")
+    return source

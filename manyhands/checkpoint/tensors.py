@@ -1,0 +1,100 @@
+"""Stored tensors by name, whatever file format they lie in: what every reader gives, and what everything else reads.
+
+A dtype has one name here, in messages and in receipts, whichever way a format spells it. A stored tensor may have one
+that torch does not (a block format): then it cannot be used as it is, and `tensor` gives its bytes to what decodes it.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""What a weight may be, once decoded."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Dtype, by its name here, and shape of a tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One tensor in one file."""
+
+    file: str
+    """Its name in the directory."""
+    header: Header
+    start: int
+    """Offset in the file, bytes."""
+    size: int
+    """Bytes."""
+
+
+class TensorSource(Protocol):
+    """The tensors of one checkpoint. Opening it read and checked every header, and nothing else.
+
+    Every error is a `CheckpointError` that names file and tensor.
+    """
+
+    @property
+    def directory(self) -> Path:
+        """Where the files are."""
+        ...
+
+    @property
+    def name(self) -> Path:
+        """The file that answers for all, in messages."""
+        ...
+
+    @property
+    def stored(self) -> Mapping[str, Stored]:
+        """Every tensor, by name."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Mapping[str, str]]:
+        """What each file says of itself."""
+        ...
+
+    def where(self, name: str) -> str:
+        """`FILE: tensor 'NAME'`, as messages begin."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as it is stored, on the CPU; nothing of it needs to be read before it is used."""
+        ...
+
+    def release(self, name: str, before: int | None = None) -> None:
+        """Let go of the memory a tensor was read into, or its first `before` entries along dimension 0.
+
+        It can be read again; changes to it may be lost.
+        """
+        ...
+
+
+def headers_of(source: TensorSource) -> dict[str, Header]:
+    """Dtype and shape of every tensor."""
+    return {name: stored.header for name, stored in source.stored.items()}
