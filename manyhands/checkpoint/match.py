@@ -3,8 +3,7 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from manyhands.checkpoint.quantized import Logical
-from manyhands.checkpoint.tensors import FLOATS, Header, TensorSource
+from manyhands.checkpoint.tensors import FLOATS, Header, Logical, TensorSource
 from manyhands.config.shapes import Shape
 from manyhands.errors import CheckpointError
 from manyhands.families import Piece

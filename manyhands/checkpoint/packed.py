@@ -23,9 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands import strict_json
-from manyhands.checkpoint.quantized import Logical
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
-from manyhands.checkpoint.tensors import DTYPES, NAMES, Header, Stored, TensorSource
+from manyhands.checkpoint.tensors import DTYPES, NAMES, Header, Logical, Stored, TensorSource
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.activation import GATED
 from manyhands.config.shapes import Shape, tensor_shapes

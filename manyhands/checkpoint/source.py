@@ -16,9 +16,9 @@ from manyhands.checkpoint.descriptions import read_json
 from manyhands.checkpoint.match import match
 from manyhands.checkpoint.origin import Origin, stamp
 from manyhands.checkpoint.packed import Record, packed_tensors, read_records
-from manyhands.checkpoint.quantized import Logical, logical_tensors
+from manyhands.checkpoint.quantized import logical_tensors
 from manyhands.checkpoint.safetensors.files import TensorFiles
-from manyhands.checkpoint.tensors import DTYPES, TensorSource, headers_of
+from manyhands.checkpoint.tensors import DTYPES, Logical, TensorSource, headers_of
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
@@ -132,7 +132,10 @@ def source_of(
     ours = family.model_type == "manyhands"
     packed = packed_section(values) if ours else None
     records: dict[str, Record] = {}
-    if packed is None:
+    logical: Mapping[str, Logical]
+    if packed is None and quantization is None:
+        logical = files.logical()
+    elif packed is None:
         logical = logical_tensors(headers_of(files), quantization, str(path))
     else:
         records = read_records(files, config, packed)

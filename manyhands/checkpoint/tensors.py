@@ -1,10 +1,10 @@
 """Stored tensors by name, whatever file format they lie in: what every reader gives, and what everything else reads.
 
 A dtype has one name here, in messages and in receipts, whichever way a format spells it. A stored tensor may have one
-that torch does not (a block format): then it cannot be used as it is, and `tensor` gives its bytes to what decodes it.
+that torch has not (a block format): then `tensor` gives its bytes, and `logical` says how they are decoded.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -53,6 +53,22 @@ class Stored:
     """Bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Logical:
+    """A tensor as the model's code names it, whatever it is stored as.
+
+    `header` is the decoded tensor's; `parts` are the stored tensors it is made of. `decode(parts, out)` takes these in
+    that order, as stored, and writes into `out`: any float dtype and strides, needing about 10 MB besides. It raises
+    `CheckpointError` if a part that holds a shape holds another. None: the tensor is stored as it is.
+    """
+
+    header: Header
+    parts: tuple[str, ...]
+    decode: Callable[[Sequence[Tensor], Tensor], None] | None
+    by_rows: bool = False
+    """A stack [E, K, N] whose parts [E, N, …] may be cut as `out` is: by experts, and by its last dimension."""
+
+
 class TensorSource(Protocol):
     """The tensors of one checkpoint. Opening it read and checked every header, and nothing else.
 
@@ -74,6 +90,10 @@ class TensorSource(Protocol):
         """Every tensor, by name."""
         ...
 
+    def logical(self) -> Mapping[str, Logical]:
+        """Every tensor as it is once decoded, as far as the files themselves say how: `as_stored`, in most formats."""
+        ...
+
     @property
     def metadata(self) -> Mapping[str, Mapping[str, str]]:
         """What each file says of itself."""
@@ -93,6 +113,11 @@ class TensorSource(Protocol):
         It can be read again; changes to it may be lost.
         """
         ...
+
+
+def as_stored(headers: Mapping[str, Header]) -> dict[str, Logical]:
+    """Tensors that are what the model's code names, each by itself."""
+    return {name: Logical(header, (name,), None) for name, header in headers.items()}
 
 
 def headers_of(source: TensorSource) -> dict[str, Header]:

@@ -8,7 +8,7 @@ Files: `tensors.py` says what a checkpoint holds, from headers alone; `config.py
 `decode.py` is the arithmetic.
 """
 
-from manyhands.checkpoint.quantized.tensors import Logical, logical_tensors
-from manyhands.checkpoint.tensors import Header
+from manyhands.checkpoint.quantized.tensors import logical_tensors
+from manyhands.checkpoint.tensors import Header, Logical
 
 __all__ = ["Header", "Logical", "logical_tensors"]

@@ -1,34 +1,16 @@
 """What a checkpoint holds once decoded, told from the headers of its stored tensors."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch import Tensor
-
 from manyhands.checkpoint.quantized.config import Fp8, IntWeights, read_quantization
 from manyhands.checkpoint.quantized.decode import decode_fp8, decode_int, decode_mxfp4
-from manyhands.checkpoint.tensors import Header
+from manyhands.checkpoint.tensors import Header, Logical, as_stored
 from manyhands.errors import CheckpointError
 
 _FLOAT_SCALES = ("F32", "BF16", "F16")
-
-
-@dataclass(frozen=True, slots=True)
-class Logical:
-    """A tensor as the model's code names it, whatever it is stored as.
-
-    `header` is the decoded tensor's; `parts` are the stored tensors it is made of. `decode(parts, out)` takes these in
-    that order, as stored, and writes into `out`: any float dtype and strides, needing about 10 MB besides. It raises
-    `CheckpointError` if a part that holds a shape holds another. None: the tensor is stored as it is.
-    """
-
-    header: Header
-    parts: tuple[str, ...]
-    decode: Callable[[Sequence[Tensor], Tensor], None] | None
-    by_rows: bool = False
-    """A stack [E, K, N] whose parts [E, N, …] may be cut as `out` is: by experts, and by its last dimension."""
 
 
 def logical_tensors(
@@ -44,7 +26,7 @@ def logical_tensors(
     not supported, or the tensor, for parts that are missing or do not fit each other.
     """
     if quantization_config is None:
-        return _plain(stored)
+        return as_stored(stored)
     config = read_quantization(quantization_config, where)
     checkpoint = _Stored(stored, where)
     if isinstance(config, Fp8):
@@ -56,14 +38,10 @@ def logical_tensors(
     used = {part for tensor in quantized.values() for part in tensor.parts}
     if isinstance(config, Fp8) and config.activation_scheme == "static":
         used |= {name for name in stored if name.endswith("activation_scale")}
-    plain = _plain({name: header for name, header in stored.items() if name not in used})
+    plain = as_stored({name: header for name, header in stored.items() if name not in used})
     for name in quantized.keys() & plain.keys():
         raise checkpoint.error(name, f"is stored twice: as it is, and as {quantized[name].parts[0]!r}")
     return plain | quantized
-
-
-def _plain(stored: Mapping[str, Header]) -> dict[str, Logical]:
-    return {name: Logical(header, (name,), None) for name, header in stored.items()}
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from manyhands.checkpoint.descriptions import read_json
 from manyhands.checkpoint.safetensors.header import read_header
-from manyhands.checkpoint.tensors import DTYPES, Stored
+from manyhands.checkpoint.tensors import DTYPES, Logical, Stored, as_stored, headers_of
 from manyhands.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
@@ -46,6 +46,10 @@ class TensorFiles:
             self._add(name)
         if weight_map is not None:
             self._compare(weight_map)
+
+    def logical(self) -> dict[str, Logical]:
+        """Each as it is stored: what is quantised, a `config.json` says."""
+        return as_stored(headers_of(self))
 
     def where(self, name: str) -> str:
         """`FILE: tensor 'NAME'`, as errors begin."""
