@@ -39,7 +39,7 @@ from manyhands.text.tokenizer_files import TOKENIZER, has_tokenizer, instead
 
 
 class Model(Decoder):
-    """A decoder that knows the files it came from, and can write itself back."""
+    """A decoder that knows which files it came from, and can write itself back. It keeps none of them open."""
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
         super().__init__(config, experts_implementation)
@@ -100,6 +100,9 @@ def load(
     ignore_fields: Collection[str] = (),
 ) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
+
+    A path becomes a verified directory (`find`), that an opened checkpoint whose every tensor has its place in the
+    model (`open_found`), and that the model (`from_source`), which holds weights and keeps no file open.
 
     The other arguments are `load_model`'s. Raises `CheckpointError` naming what is missing or damaged; a model
     without a tokenizer can be had through `load_model`.

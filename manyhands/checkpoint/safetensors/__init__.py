@@ -1,1 +1,1 @@
-"""Safetensors: `files.py` reads directories of them by memory map, `shards.py` writes them tensor by tensor."""
+"""Safetensors: `header.py` is the format, `files.py` maps directories of them, `shards.py` writes them."""
