@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from manyhands.checkpoint.receipt import describe, describe_source, tensor_sha25
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
 from manyhands.quantize.calibrate import MIN_TOKENS
+from manyhands.quantize.figures import Figures
 from manyhands.version import __version__
 
 ASKED_AGREEMENT = 0.99
@@ -42,20 +43,6 @@ class Sample:
     def measured(self) -> Tensor:
         """[B - calibration_rows, S + 1]"""
         return self.ids[self.calibration_rows :]
-
-
-@dataclass(slots=True)
-class Figures:
-    """What is measured on the way."""
-
-    relative_error: dict[str, float] = field(default_factory=dict)
-    """Our tensor -> ‖W − Ŵ‖ / ‖W‖."""
-    agreement: dict[int, float] = field(default_factory=dict)
-    """Sparse layer -> share of the chosen experts that the packed model chooses too."""
-    tokens_per_expert: dict[int, list[int]] = field(default_factory=dict)
-    too_few: dict[int, list[int]] = field(default_factory=dict)
-    nats: tuple[float, float] | None = None
-    """Mean cross entropy before and after."""
 
 
 def receipt_of(

@@ -12,7 +12,8 @@ from manyhands.models import Decoder, init_weights
 from manyhands.moe import Experts, MoELayer
 from manyhands.quant import pack_experts
 from manyhands.quantize.calibrate import watching
-from manyhands.quantize.quantize import agreement, quantize
+from manyhands.quantize.figures import agreement
+from manyhands.quantize.quantize import quantize
 from manyhands.quantize.receipt import Sample
 
 D, WIDTH, E, ROWS, S = 32, 32, 2, 6, 24
