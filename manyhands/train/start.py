@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
+from manyhands.checkpoint.find import open_checkpoint
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
-from manyhands.checkpoint.model import find, load_model
-from manyhands.checkpoint.source import CONFIG, open_source
+from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.source import CONFIG
 from manyhands.config import ModelConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
 from manyhands.models import Decoder
@@ -30,14 +31,13 @@ class Start:
     @classmethod
     def open(cls, source: str) -> "Start":
         """The checkpoint, run or hub name `source`. Raises `CheckpointError`; `UserError` for packed weights."""
-        directory = find(source)
-        opened = open_source(directory)
+        opened = open_checkpoint(source)
         if opened.records:
             raise UserError(
                 f"start = {source!r}: packed weights cannot be trained; "
                 f"unpack them first: manyhands convert {source} DIRECTORY"
             )
-        return cls(source, directory, opened.config)
+        return cls(source, opened.directory, opened.config)
 
     def tokenizer(self) -> Tokenizer:
         """Raises `ConfigError` if there is none."""
