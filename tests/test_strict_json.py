@@ -113,7 +113,7 @@ EXCEPTIONS = {
     "text/chat_worker.py": "our own words through a pipe, in a process that imports nothing it can do without",
     "text/pattern_worker.py": "the same",
     "text/formats.py": "rows of somebody's corpus: one field is taken, what else stands there is not ours to judge",
-    "train/journal.py": "our own lines, written without NaN, and read by the hundred thousand",
+    "trace/journal.py": "our own lines, written without NaN, and read by the hundred thousand",
     "train/state.py": "our own file, checked by its digest; the guard's last values may be infinite",
     "train/budget.py": "the same file",
 }
