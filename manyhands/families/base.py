@@ -43,6 +43,11 @@ class Family:
     write: Callable[[ModelConfig], Json]
     """The same configuration as `config.json` fields; `export_config` checks that reading them gives it back."""
     pieces: Callable[[ModelConfig], Iterable[Piece]]
+    dense: bool = False
+    """Its models have no experts."""
+    nearest: bool = True
+    """Whether a fit for a model of one's own is looked for here: each layout once, and where transformers loads it
+    (`deepseek`, which llama.cpp and vLLM load, is the exception)."""
     aux_loss_scale: Callable[[ModelConfig], float] | None = None
     """The reference's balance loss is this times our f·P of the pooled layers (`moe.balance.pool_layers`); None where
     it has none."""

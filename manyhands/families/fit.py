@@ -10,9 +10,6 @@ from manyhands.families.base import Family, Json
 from manyhands.families.fields import MISSING, Fields
 from manyhands.families.registry import FAMILIES, family_named
 
-_EXPORTED = [name for name in FAMILIES if name not in ("manyhands", "kimi_k2", "kimi_k25", "grok-1")]
-"""Where `nearest` looks: each layout once. transformers loads all but `deepseek`, which llama.cpp and vLLM do."""
-
 
 def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple[Family, ModelConfig]:
     """The family and the model that a parsed `config.json` describes; `where` begins the message of an error.
@@ -50,7 +47,7 @@ def text_fields(family: Family, values: Json, where: str = "config.json") -> Jso
 
 def export_config(family: Family, config: ModelConfig) -> Json:
     """`config` as the family's `config.json`. Raises `ConfigError` naming what the family cannot say."""
-    if (config.moe is None) != (family.model_type in ("llama", "qwen3")) and family.model_type != "manyhands":
+    if (config.moe is None) != family.dense and family.model_type != "manyhands":
         kind = "dense" if config.moe is None else "a mixture of experts"
         raise ConfigError(f"this model is {kind}, which {family.model_type} is not")
     fields = family.write(config)
@@ -81,7 +78,7 @@ def nearest(config: ModelConfig) -> Family:
     Raises `ConfigError` with the nearest and why not, every family that one other value would make fit, and those that
     two would.
     """
-    problems = {name: misfit(FAMILIES[name], config) for name in _EXPORTED}
+    problems = {name: misfit(family, config) for name, family in FAMILIES.items() if family.nearest}
     for name, problem in problems.items():
         if problem is None:
             return FAMILIES[name]

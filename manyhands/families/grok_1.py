@@ -67,4 +67,5 @@ GROK_1 = Family(
         },
         top={"norm.weight": "norm.scale"},
     ),
+    nearest=False,
 )

@@ -5,5 +5,9 @@ from dataclasses import replace
 from manyhands.families.deepseek_v3 import DEEPSEEK_V3
 
 KIMI_K2 = replace(
-    DEEPSEEK_V3, model_type="kimi_k2", architecture="DeepseekV3ForCausalLM", published="Kimi K2, K2 Thinking"
+    DEEPSEEK_V3,
+    model_type="kimi_k2",
+    architecture="DeepseekV3ForCausalLM",
+    published="Kimi K2, K2 Thinking",
+    nearest=False,
 )

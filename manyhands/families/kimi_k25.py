@@ -35,6 +35,7 @@ KIMI_K25 = replace(
     published="Kimi K2.5 (language model)",
     write=_write,
     pieces=_pieces,
+    nearest=False,
     kept=_kept,
     text_field="text_config",
 )

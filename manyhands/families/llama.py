@@ -33,4 +33,5 @@ LLAMA = Family(
     read=read,
     write=write,
     pieces=Layout(),
+    dense=True,
 )

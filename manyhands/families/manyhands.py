@@ -47,5 +47,6 @@ MANYHANDS = Family(
     read=read,
     write=write,
     pieces=_pieces,
+    nearest=False,
     saved_float32=(".router.weight", ".router.bias", ".router.noise_weight", "e_score_correction_bias"),
 )

@@ -39,4 +39,5 @@ QWEN3 = Family(
     read=read,
     write=write,
     pieces=Layout(),
+    dense=True,
 )
