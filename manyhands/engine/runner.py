@@ -12,10 +12,11 @@ from torch import Tensor
 from manyhands.engine.batch import Batch
 from manyhands.engine.mode import evaluating
 from manyhands.kernels.native import step
+from manyhands.kernels.policy import MOST_APART
 from manyhands.layers.cache import ContiguousLayer
 from manyhands.models import Decoder, Hidden
 from manyhands.models.decoder import Block
-from manyhands.models.fused import MOST_APART, FusedStep, fused_step
+from manyhands.models.fused import FusedStep, fused_step
 from manyhands.moe import Routing
 
 

@@ -21,7 +21,7 @@ from manyhands.kernels.grouped import grouped_mm, supports_grouped_mm
 from manyhands.kernels.moment import in_autocast, transformed
 from manyhands.kernels.native import Native, missing
 from manyhands.kernels.native.backend import supports_native
-from manyhands.kernels.native.library import default_level
+from manyhands.kernels.policy import level_here
 
 Backend = Callable[[Tensor, Tensor, Tensor, Tensor, ExpertWeights], Tensor]
 
@@ -51,14 +51,6 @@ def choose(x: Tensor, experts: ExpertWeights) -> str:
         return "native"
     traced = not torch.compiler.is_compiling() or x.dtype == torch.bfloat16
     return "grouped_mm" if traced and supports_grouped_mm(x, experts) else "eager"
-
-
-_LEVEL = default_level() if missing() is None else None  # found now: torch.compile cannot trace the finding
-
-
-def level_here() -> str | None:
-    """The level the native kernels run at on this machine; None without the library."""
-    return _LEVEL
 
 
 def run_experts(

@@ -18,6 +18,7 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.covered import ATTENTION
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
+from manyhands.kernels.policy import FEW_QUERIES
 from manyhands.layers.cache import ContiguousLayer, LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm
@@ -128,10 +129,6 @@ def attend(
 def better_in_float32(q_BHSd: Tensor) -> bool:
     """One query in 16 bits on a CPU: PyTorch's kernel takes three times as long as converting the keys and values."""
     return q_BHSd.shape[2] == 1 and q_BHSd.dtype in (torch.bfloat16, torch.float16) and q_BHSd.device.type == "cpu"
-
-
-FEW_QUERIES = 8
-"""Up to so many the native kernels attend to a cache; more are PyTorch's work."""
 
 
 class Attention(nn.Module):

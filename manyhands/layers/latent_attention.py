@@ -14,7 +14,8 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.covered import LATENT
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
-from manyhands.layers.attention import FEW_QUERIES, Caches, Positions, better_in_float32, each_row, max_logits
+from manyhands.kernels.policy import FEW_QUERIES
+from manyhands.layers.attention import Caches, Positions, better_in_float32, each_row, max_logits
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm

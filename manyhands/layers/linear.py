@@ -9,13 +9,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CLinear
-
-FEW_ROWS = 16
-"""Up to so many the native kernels read the weights 1.4 times as fast as PyTorch."""
-SLOW_BF16 = torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
-"""Without AVX-512 PyTorch's bfloat16 products run at an eighth of float32's speed."""
-ROUND_ROWS = 8192
-"""Rows of weights widened at a time, so that a large head needs no second copy."""
+from manyhands.kernels.policy import FEW_ROWS, ROUND_ROWS, slow_bf16
 
 
 class Linear(nn.Linear):
@@ -36,7 +30,7 @@ class Linear(nn.Linear):
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype and step.direct(x):
             if x.numel() <= FEW_ROWS * x.shape[-1] and (native := self.for_native(x.shape[-1])):
                 return step.linears(x, [native[0]])[0]
-            if SLOW_BF16 and x.dtype == torch.bfloat16:
+            if x.dtype == torch.bfloat16 and slow_bf16():
                 return self._in_float32(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return nn.functional.linear(x, self.weight.to(x.dtype), bias)

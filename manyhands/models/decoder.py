@@ -17,6 +17,7 @@ from manyhands.config import ModelConfig
 from manyhands.config.decoder import as_decoder
 from manyhands.errors import ConfigError
 from manyhands.kernels.native import step
+from manyhands.kernels.policy import MOST_SEQUENCES
 from manyhands.layers.attention import Attention, Caches, Positions, causal_mask
 from manyhands.layers.cache import Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
@@ -24,7 +25,7 @@ from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.rope import rope_tables
-from manyhands.models.fused import MOST_SEQUENCES, FusedStep, fused_step
+from manyhands.models.fused import FusedStep, fused_step
 from manyhands.models.init import fill
 from manyhands.moe import MoELayer, Routing
 

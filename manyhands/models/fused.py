@@ -42,9 +42,6 @@ from manyhands.models.snapshot import Snapshot
 from manyhands.moe import Experts, MoELayer, Router, Routing
 from manyhands.moe.packed import RecordExperts
 
-MOST_SEQUENCES = 8
-MOST_APART = 16
-"""With a cache each: the native kernels take no more rows of plain weights in one call."""
 NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
 
 

@@ -1,4 +1,4 @@
-"""The heart: routing, balance, dispatch, experts, the layer. Start with `layer.py`, then `router.py`."""
+"""The heart: routing, balance, capacity, experts, the layer. Start with `layer.py`, then `router.py`."""
 
 from manyhands.moe.experts import Experts
 from manyhands.moe.layer import MoELayer

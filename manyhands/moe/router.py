@@ -18,11 +18,10 @@ from manyhands.kernels.coverage import Coverage
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CRouter
-from manyhands.moe.dispatch import apply_capacity
+from manyhands.kernels.policy import FEW_TOKENS
+from manyhands.moe.capacity import apply_capacity
 from manyhands.moe.routing import Routing, top_k_stable
 
-FEW_TOKENS = 16
-"""Up to so many the native kernels route; the operators below cost more than the work."""
 SCORE_CODES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
 ROUTE = Coverage(
     {

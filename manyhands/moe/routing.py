@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-FEW_SCORES = 1 << 12
-"""For so few, sorting them all takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
+from manyhands.kernels.policy import FEW_SCORES
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 import torch
 
-from manyhands.moe.routing import FEW_SCORES, Routing, count_experts, top_k_stable
+from manyhands.kernels.policy import FEW_SCORES
+from manyhands.moe.routing import Routing, count_experts, top_k_stable
 
 from .make_routing import route_logits, routing_from, tokens
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import RouterConfig
-from manyhands.moe.dispatch import apply_capacity, capacity
+from manyhands.moe.capacity import apply_capacity, capacity
 
 from .make_routing import make_layer, make_router, route_logits, tokens
 

@@ -1,0 +1,37 @@
+"""Which of several ways is taken: every threshold and rule, with what was measured (docs/performance.md says how).
+
+All ways compute the same. Facts about this machine are asked for when they are needed, not when this is imported.
+"""
+
+from functools import cache
+
+import torch
+
+from manyhands.kernels.native.library import default_level, missing
+
+FEW_ROWS = 16
+"""A linear layer: up to so many rows the native kernels read the weights 1.4 times as fast as PyTorch."""
+ROUND_ROWS = 8192
+"""A linear layer in bfloat16: rows of weights widened at a time, so that a large head needs no second copy."""
+FEW_TOKENS = 16
+"""A router: up to so many tokens the native kernels route; PyTorch's operators cost more than the work."""
+FEW_SCORES = 1 << 12
+"""A top-k: sorting so few takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
+FEW_QUERIES = 8
+"""Attention to a cache: up to so many queries the native kernels do; more are PyTorch's work."""
+MOST_SEQUENCES = 8
+"""Decoding in one native call: so many sequences that share a cache. Beyond, block by block is as fast."""
+MOST_APART = 16
+"""Decoding in one native call, a cache each: the native kernels take no more rows of plain weights."""
+
+
+@cache
+def slow_bf16() -> bool:
+    """Whether this CPU has no AVX-512: PyTorch's bfloat16 products then run at an eighth of float32's speed."""
+    return torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # torch.compile cannot trace the finding
+def level_here() -> str | None:
+    """The level the native kernels run at on this machine; None without the library."""
+    return default_level() if missing() is None else None
