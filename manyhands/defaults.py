@@ -1,5 +1,7 @@
 """Defaults that help texts state too: importing them costs nothing."""
 
+from typing import Literal
+
 TEMPERATURE = 0.8
 """Of chat and generate, where the model's publisher gives none."""
 EVAL_LENGTH = 1024
@@ -10,3 +12,5 @@ PLAN_CONTEXT = 4096
 """Positions that a plan is made for."""
 TOKENS_PER_DEVICE = 4096
 """With `plan --scale`."""
+GROUP_SIZE: Literal[32] = 32
+"""Inputs that share a scale in int4 records."""

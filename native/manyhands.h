@@ -17,7 +17,7 @@
 
 enum { MH_ABI = 3 };
 enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
-// Formats of weights, a row of kFormats (format.h) each: packed ones in the order of manyhands/quant/record.py, then
+// Formats of weights, a row of kFormats (format.h) each: packed ones in the order of manyhands/config/packing.py, then
 // those that are not packed, [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16. Rows of
 // activations have the first two as their dtype.
 enum {

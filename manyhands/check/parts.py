@@ -20,6 +20,7 @@ from manyhands.check.oracle_records import unpacked
 from manyhands.check.oracle_routing import RouterWeights, route
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
+from manyhands.config.packing import FORMATS, Format
 from manyhands.kernels import ExpertWeights
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
@@ -27,7 +28,6 @@ from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe import Router, Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
-from manyhands.quant.record import FORMATS, Format
 
 COUNTS = (1, 3, 8, 16, 17, 32, 33, 48, 49)
 PLENTY = 160

@@ -8,6 +8,7 @@ import typer
 
 from manyhands import terminal
 from manyhands.cli.options import IgnoreField
+from manyhands.defaults import GROUP_SIZE
 from manyhands.errors import DataError
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ def quantize(
     linear: Annotated[
         Literal["int8", "int4", "bf16"], typer.Option(help="Attention, shared experts, dense layers, head.")
     ] = "int8",
-    group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")] = 32,
+    group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")] = GROUP_SIZE,
     data: Annotated[
         list[str] | None,
         typer.Option(

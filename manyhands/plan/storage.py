@@ -6,7 +6,8 @@
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from manyhands.config import suggest
+from manyhands.config import Packing, suggest
+from manyhands.defaults import GROUP_SIZE
 from manyhands.errors import ConfigError
 from manyhands.plan.count import Counts
 
@@ -56,8 +57,11 @@ INT4 = Storage("int4", 4.5, 4.5, 4.5, 16, "int8", "groups of 32 with one 16-bit 
 FP8 = Storage("fp8", 8 + 32 / 128**2, 8 + 32 / 128**2, 16, 16, "fp8", "one float32 scale per 128 x 128 block")
 MXFP4 = Storage("mxfp4", 4.25, 16, 16, 16, "bf16", "routed experts in groups of 32 with one 8-bit exponent")
 FP32 = Storage("fp32", 32, 32, 32, 32, "fp32")
-PACKED_INT4 = Storage("manyhands-int4", 4.5, 8, 16, 16, "int8", "what `quantize` writes by default", (("head", 8),))
-PACKED_INT8 = Storage("manyhands-int8", 8, 8, 16, 16, "int8", "`quantize --experts int8`", (("head", 8),))
+_INT4, _INT8 = Packing(format="int4", group_size=GROUP_SIZE).bits, Packing(format="int8").bits
+PACKED_INT4 = Storage(
+    "manyhands-int4", _INT4, _INT8, 16, 16, "int8", "what `quantize` writes by default", (("head", _INT8),)
+)
+PACKED_INT8 = Storage("manyhands-int8", _INT8, _INT8, 16, 16, "int8", "`quantize --experts int8`", (("head", _INT8),))
 STORAGES = {storage.name: storage for storage in (BF16, INT8, INT4, FP8, MXFP4, FP32, PACKED_INT4, PACKED_INT8)}
 
 

@@ -132,10 +132,7 @@ def _config_file(path: Path, name: str) -> Subject:
 def _packed(values: dict[str, Any], path: Path) -> Storage:
     """Of a packed model whose files are not there: what its description says, without padding."""
     packed = parse(PackedConfig, values["packed"], f"{path}: packed")
-    bits = [
-        16.0 if p is None else {"int4": 4 + 16 / (p.group_size or 32), "int8": 8, "bf16": 16, "float32": 32}[p.format]
-        for p in (packed.experts, packed.linear)
-    ]
+    bits = [16.0 if p is None else p.bits for p in (packed.experts, packed.linear)]
     note = f"experts {packed.experts or '16 bits'}, linear layers {packed.linear or '16 bits'}, without padding"
     return Storage("packed", bits[0], bits[1], 16, 16, "int8", note, (("head", bits[1]),))
 

@@ -3,9 +3,10 @@
 Nothing here needs a compiler: packing, unpacking and the exact dequantisation are plain torch.
 """
 
+from manyhands.config.packing import FORMATS, GROUP_SIZES, VERSION
 from manyhands.quant.linear import PackedLinear, pack_linear
 from manyhands.quant.packed import PackedExperts, pack_experts
-from manyhands.quant.record import FORMATS, GROUP_SIZES, VERSION, Layout, Matrix, expert_layout, linear_layout
+from manyhands.quant.record import Layout, Matrix, expert_layout, linear_layout
 
 __all__ = [
     "FORMATS",

@@ -4,15 +4,15 @@ N outputs, K inputs.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyhands.errors import CheckpointError
+from manyhands.config.packing import Format
+from manyhands.defaults import GROUP_SIZE
 from manyhands.quant.packed import empty_records, pack_bias, unpack_bias
 from manyhands.quant.panels import decode, encode
-from manyhands.quant.record import Format, Layout, layout_from_header, linear_layout
+from manyhands.quant.record import Layout, linear_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,20 +21,6 @@ class PackedLinear:
 
     record: Tensor
     layout: Layout
-
-    def header(self) -> dict[str, Any]:
-        """What must stand beside the bytes in a file."""
-        return self.layout.header()
-
-    @classmethod
-    def from_bytes(cls, record: Tensor, header: dict[str, Any]) -> "PackedLinear":
-        """Take bytes as they are. `CheckpointError` where they do not fit their header."""
-        layout = layout_from_header(header)
-        if layout.kind != "linear" or record.dtype != torch.uint8 or tuple(record.shape) != (layout.record_bytes,):
-            raise CheckpointError(
-                f"packed linear: {tuple(record.shape)} {record.dtype}, not ({layout.record_bytes},) uint8"
-            )
-        return cls(record, layout)
 
     def section(self, name: str) -> Tensor | None:
         """A view of one section's bytes, or None where the record has no such section."""
@@ -54,7 +40,7 @@ def pack_linear(
     weight_NK: Tensor,
     bias_N: Tensor | None,
     format: Format,
-    group_size: int = 32,
+    group_size: int = GROUP_SIZE,
     importance_K: Tensor | None = None,
 ) -> PackedLinear:
     """Round W to `format` and lay it out. `importance_K` weights the rounding error of each input (int8, int4)."""

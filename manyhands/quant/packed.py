@@ -4,14 +4,15 @@ E experts, D model width, F expert width.
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from manyhands.errors import CheckpointError
+from manyhands.config.packing import Format
+from manyhands.defaults import GROUP_SIZE
 from manyhands.quant.panels import decode, encode, from_panels, to_panels
-from manyhands.quant.record import PAGE, Format, Layout, Matrix, expert_layout, layout_from_header
+from manyhands.quant.record import PAGE, Layout, Matrix, expert_layout
 
 
 class Stacked(Protocol):
@@ -40,19 +41,6 @@ class PackedExperts:
     def num_experts(self) -> int:
         """E."""
         return self.records.shape[0]
-
-    def header(self) -> dict[str, Any]:
-        """What must stand beside the bytes in a file."""
-        return {**self.layout.header(), "num_experts": self.num_experts}
-
-    @classmethod
-    def from_bytes(cls, records: Tensor, header: dict[str, Any]) -> "PackedExperts":
-        """Take bytes (mapped, say) as they are. `CheckpointError` where they do not fit their header."""
-        layout = layout_from_header(header)
-        expected = (header.get("num_experts"), layout.record_bytes)
-        if layout.kind != "experts" or records.dtype != torch.uint8 or tuple(records.shape) != expected:
-            raise CheckpointError(f"packed experts: {tuple(records.shape)} {records.dtype}, not {expected} uint8")
-        return cls(records, layout)
 
     def section(self, expert: int, name: str) -> Tensor | None:
         """A view of one section's bytes, or None where the record has no such section."""
@@ -106,7 +94,7 @@ def empty_records(num_experts: int, record_bytes: int) -> Tensor:
 def pack_experts(
     experts: Stacked,
     format: Format,
-    group_size: int = 32,
+    group_size: int = GROUP_SIZE,
     importance: tuple[Tensor, Tensor] | None = None,
 ) -> PackedExperts:
     """Round the weights to `format` and lay them out, one record per expert. The slow, exact way, in torch.

@@ -21,34 +21,13 @@ down_bias  (a linear layer: weight | scales | bias); absent ones take no room. A
 pages: record e of a stack begins at e · record_bytes.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Literal
 
-from manyhands.errors import CheckpointError, ConfigError
+from manyhands.config.packing import FORMATS, GROUP_SIZES, TRAITS, Format
+from manyhands.defaults import GROUP_SIZE
+from manyhands.errors import ConfigError
 
-Format = Literal["float32", "bf16", "int8", "int4"]
-
-
-@dataclass(frozen=True, slots=True)
-class Traits:
-    """What sizes follow from: bits of a weight, bytes of a scale (0: none), whether groups of inputs have their own."""
-
-    bits: int
-    scale_bytes: int = 0
-    grouped: bool = False
-
-
-TRAITS: dict[Format, Traits] = {
-    "float32": Traits(32),
-    "bf16": Traits(16),
-    "int8": Traits(8, scale_bytes=4),
-    "int4": Traits(4, scale_bytes=2, grouped=True),
-}
-"""In the order of their codes in native/manyhands.h; native/format.h has the same table, compared at load."""
-FORMATS: tuple[Format, ...] = tuple(TRAITS)
-GROUP_SIZES = (32, 64)
-VERSION = 1
 PANEL, DEPTH, LINE, PAGE = 16, 64, 64, 4096
 """Outputs in a panel, what K is padded to a multiple of, and two alignments in bytes."""
 LIMIT = 1 << 24
@@ -142,33 +121,13 @@ class Layout:
         """Inputs per scale (int4); 0 otherwise."""
         return self.matrices[0].group_size
 
-    def header(self) -> dict[str, Any]:
-        """The description that goes beside the bytes, as JSON-able values."""
-        first = self.matrices[0]
-        sizes = (
-            {"hidden_size": first.inputs, "intermediate_size": first.outputs, "activation": self.activation}
-            if self.kind == "experts"
-            else {"outputs": first.outputs, "inputs": first.inputs}
-        )
-        return {
-            "version": VERSION,
-            "kind": self.kind,
-            "format": self.format,
-            "group_size": self.group_size,
-            **sizes,
-            "gated": first.parts == 2,
-            "bias": self.bias,
-            "sections": {name: list(place) for name, place in self.sections.items()},
-            "record_bytes": self.record_bytes,
-        }
-
 
 def expert_layout(
     hidden_size: int,
     intermediate_size: int,
     activation: str,
     format: Format,
-    group_size: int = 32,
+    group_size: int = GROUP_SIZE,
     *,
     gated: bool,
     bias: bool,
@@ -179,7 +138,7 @@ def expert_layout(
     return Layout("experts", (up, down), activation, bias)
 
 
-def linear_layout(outputs: int, inputs: int, format: Format, group_size: int = 32, *, bias: bool) -> Layout:
+def linear_layout(outputs: int, inputs: int, format: Format, group_size: int = GROUP_SIZE, *, bias: bool) -> Layout:
     """The layout of y = x·Wᵀ (+ b) with W [outputs, inputs]."""
     return Layout("linear", (_matrix(outputs, inputs, 1, format, group_size),), None, bias)
 
@@ -194,25 +153,3 @@ def _matrix(outputs: int, inputs: int, parts: int, format: Format, group_size: i
         if not 1 <= size <= LIMIT:
             raise ConfigError(f"a packed matrix of [{outputs}, {inputs}]: sizes are between 1 and {LIMIT}")
     return Matrix(outputs, inputs, parts, format, group_size if grouped else 0)
-
-
-def layout_from_header(header: Mapping[str, Any]) -> Layout:
-    """The layout a header describes. Offsets and sizes are computed again and must be the same: `CheckpointError`."""
-    if header.get("version") != VERSION:
-        raise CheckpointError(f"packed record of version {header.get('version')!r}: this program reads {VERSION}")
-    sizes = ("hidden_size", "intermediate_size") if header.get("kind") == "experts" else ("outputs", "inputs")
-    fields = {name: header.get(name) for name in (*sizes, "group_size")}
-    for name, value in fields.items():
-        if type(value) is not int:
-            raise CheckpointError(f"packed record: {name} = {str(value)[:40]!r} is not an integer")
-    a, b, group = (cast(int, value) for value in fields.values())
-    format, bias, gated = cast(Format, header.get("format")), header.get("bias") is True, header.get("gated") is True
-    if header.get("kind") == "experts":
-        layout = expert_layout(a, b, str(header.get("activation")), format, group, gated=gated, bias=bias)
-    else:
-        layout = linear_layout(a, b, format, group, bias=bias)
-    mine, theirs = layout.header(), dict(header)
-    for name, value in mine.items():
-        if theirs.get(name) != value:
-            raise CheckpointError(f"packed record: {name} = {str(theirs.get(name))[:80]} where {value} is expected")
-    return layout

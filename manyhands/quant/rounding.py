@@ -6,8 +6,9 @@ N outputs, K inputs, G groups of inputs with one scale each.
 import torch
 from torch import Tensor
 
+from manyhands.config.packing import Format
 from manyhands.errors import ConfigError
-from manyhands.quant.record import Format, Matrix
+from manyhands.quant.record import Matrix
 
 CANDIDATES = 24
 """Scales tried per group, besides the least-squares refinement of the best."""

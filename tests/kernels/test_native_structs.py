@@ -6,10 +6,11 @@ from itertools import product
 
 import pytest
 
+from manyhands.config.packing import FORMATS
 from manyhands.errors import ConfigError
 from manyhands.kernels import native
 from manyhands.kernels.native import library, structs
-from manyhands.quant.record import FORMATS, Matrix
+from manyhands.quant.record import Matrix
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 

@@ -1,20 +1,19 @@
-"""The packed record: what its bytes stand for, value by value, and what a header may say."""
+"""The packed record: what its bytes stand for, value by value, and what a layout refuses."""
 
 import pytest
 import torch
 
-from manyhands.errors import CheckpointError, ConfigError
+from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights
 from manyhands.quant import (
     FORMATS,
-    PackedExperts,
     PackedLinear,
     expert_layout,
     linear_layout,
     pack_experts,
     pack_linear,
 )
-from manyhands.quant.record import PAGE, layout_from_header
+from manyhands.quant.record import PAGE
 from manyhands.quant.rounding import quantize
 
 ODD = [(1, 1), (16, 64), (17, 65), (40, 130), (3, 200)]
@@ -112,8 +111,6 @@ def test_experts_round_trip(format: str, gated: bool, bias: bool) -> None:
         assert float((got - want).norm() / want.norm()) <= tolerance
     if bias:
         assert torch.equal(up_bias, experts.up_bias) and torch.equal(down_bias, experts.down_bias)
-    again = PackedExperts.from_bytes(packed.records, packed.header())
-    assert all(torch.equal(a, b) for a, b in zip(again.dequantize(), packed.dequantize(), strict=True) if a is not None)
 
 
 def test_sections_are_aligned_and_do_not_overlap() -> None:
@@ -165,23 +162,6 @@ def test_zeros_stay_zero() -> None:
 def test_what_is_not_finite_is_refused(format: str) -> None:
     with pytest.raises(ConfigError, match="not finite"):
         pack_linear(torch.tensor([[1.0, float("nan")]]), None, format)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 2}, "version 2"),
-        ({"record_bytes": 0}, "record_bytes"),
-        ({"hidden_size": "8"}, "not an integer"),
-        ({"hidden_size": True}, "not an integer"),
-        ({"sections": {"up": [0, 1 << 40]}}, "sections"),
-    ],
-)
-def test_a_header_that_lies_is_refused(change: dict[str, object], message: str) -> None:
-    header = expert_layout(8, 8, "swiglu", "int4", 32, gated=True, bias=False).header()
-    assert layout_from_header(header).header() == header
-    with pytest.raises(CheckpointError, match=message):
-        layout_from_header(header | change)
 
 
 def test_what_a_layout_refuses() -> None:

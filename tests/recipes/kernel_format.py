@@ -48,9 +48,9 @@ void widen_fp16(const Panel& p, int64_t k, int64_t n, float* out) {
 RECIPE = Recipe(
     "Add a kernel format",
     (
-        Edit("manyhands/quant/record.py", ', "fp16"', after='Format = Literal["float32", "bf16", "int8", "int4"'),
+        Edit("manyhands/config/packing.py", ', "fp16"', after='Format = Literal["float32", "bf16", "int8", "int4"'),
         Edit(
-            "manyhands/quant/record.py",
+            "manyhands/config/packing.py",
             '    "fp16": Traits(16),\n',
             after='    "int4": Traits(4, scale_bytes=2, grouped=True),\n',
         ),
@@ -69,7 +69,6 @@ RECIPE = Recipe(
 """,
             after='the weights the record stands for, float32(q) · float32(scale)."""\n',
         ),
-        Edit("manyhands/config/packing.py", ', "fp16"', after='format: Literal["float32", "bf16", "int8", "int4"'),
         Edit("native/manyhands.h", "  MH_FP16,\n", after="  MH_INT4,\n"),
         Edit(
             "native/format.h",

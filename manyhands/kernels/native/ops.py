@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.config.packing import FORMATS
 from manyhands.errors import ConfigError
 from manyhands.kernels.eager import eager
 from manyhands.kernels.experts import ExpertWeights
 from manyhands.kernels.native import calls
 from manyhands.kernels.twice import gradients_through
 from manyhands.quant import Layout, expert_layout, linear_layout
-from manyhands.quant.record import FORMATS
 
 _ROUTED = "Tensor x, Tensor ids, Tensor weights, Tensor kept"
 _STACKED = "Tensor up, Tensor down, Tensor? up_bias, Tensor? down_bias, str activation"

@@ -9,7 +9,7 @@ from ctypes import POINTER, Structure, c_double, c_int, c_int64, c_void_p
 from itertools import zip_longest
 from typing import Any
 
-from manyhands.quant.record import FORMATS, TRAITS, Format
+from manyhands.config.packing import FORMATS, TRAITS, Format
 
 LEVELS = ("portable", "avx2", "avx512", "amx")
 FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
