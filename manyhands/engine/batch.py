@@ -3,7 +3,7 @@
 T tokens of R rows.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from manyhands.layers.cache import Cache
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Row:
     """The next tokens of one sequence."""
 
@@ -32,31 +32,25 @@ class Row:
         return self.position + len(self.ids)
 
 
-@dataclass(frozen=True, slots=True)
 class Batch:
-    """The rows, and where each begins among the T tokens."""
+    """The rows, and where each is among the T tokens."""
 
-    rows: list[Row]
-    starts: list[int] = field(init=False)
-    num_tokens: int = field(init=False)
+    __slots__ = ("drawing", "last", "num_tokens", "rows", "starts")
 
-    def __post_init__(self) -> None:
-        starts, total = [], 0
-        for row in self.rows:
-            starts.append(total)
-            total += len(row.ids)
-        object.__setattr__(self, "starts", starts)
-        object.__setattr__(self, "num_tokens", total)
+    def __init__(self, rows: list[Row]) -> None:
+        self.rows = rows
+        self.starts: list[int] = []
+        """Of each row, its first token."""
+        self.last: list[int] = []
+        """Of each row, its last token."""
+        self.num_tokens = 0
+        for row in rows:
+            self.starts.append(self.num_tokens)
+            self.num_tokens += len(row.ids)
+            self.last.append(self.num_tokens - 1)
+        self.drawing = [r for r, row in enumerate(rows) if row.draws]
+        """The rows after which a token is to be drawn."""
 
     def ids(self, device: torch.device) -> Tensor:
-        """[T] int64."""
-        return torch.tensor([token for row in self.rows for token in row.ids], device=device)
-
-    @property
-    def drawing(self) -> list[int]:
-        """The rows after which a token is to be drawn."""
-        return [r for r, row in enumerate(self.rows) if row.draws]
-
-    def last(self, row: int) -> int:
-        """Where among the T tokens a row's last one is."""
-        return self.starts[row] + len(self.rows[row].ids) - 1
+        """[1, T] int64."""
+        return torch.tensor([[token for row in self.rows for token in row.ids]], device=device)

@@ -88,20 +88,25 @@ class Table:
             return 0
         return self._blocks.needed(length) - len(self.ids) + self._writes_shared()
 
-    def grow(self, length: int) -> None:
-        """Have room for `length` positions. Raises `OutOfBlocks`, with nothing changed."""
-        if length <= self.length:
-            return
+    def reserve(self, length: int) -> bool:
+        """Have blocks for `length` positions, if there are any to have; whether it has."""
         missing = self.missing(length)
         if missing > self._blocks.num_free:
-            raise OutOfBlocks(f"{missing} blocks are needed and {self._blocks.num_free} are free")
+            return False
         if missing and self._writes_shared():
             shared, self.ids[-1] = self.ids[-1], self._blocks._take()
             self.copies.append((shared, self.ids[-1]))
             self._blocks._release(shared)
         while missing and len(self.ids) < self._blocks.needed(length):
             self.ids.append(self._blocks._take())
-        self.length = length
+        self.length = max(self.length, length)
+        return True
+
+    def grow(self, length: int) -> None:
+        """The same. Raises `OutOfBlocks`, with nothing changed, if there is none."""
+        if not self.reserve(length):
+            missing, free = self.missing(length), self._blocks.num_free
+            raise OutOfBlocks(f"{missing} blocks are needed and {free} are free")
 
     def truncate(self, length: int) -> None:
         """Give back what is behind the first `length` positions."""

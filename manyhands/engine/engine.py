@@ -13,7 +13,6 @@ R rows of logits, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ from manyhands.engine.request import Request
 from manyhands.engine.runner import Routed, Runner, joined
 from manyhands.engine.sampling import sample
 from manyhands.engine.scheduler import Chunk, Scheduler
-from manyhands.engine.state import State
+from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
 from manyhands.errors import UserError
 from manyhands.layers.cache import Cache, PagedCache, Pool
@@ -69,7 +68,6 @@ class Engine:
         blocks = Blocks(most if cache_tokens is None else max(1, cache_tokens // BLOCK_SIZE))
         self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
         self._pools = [Pool(BLOCK_SIZE) for _ in model.layers] if paged else None
-        self._states: WeakKeyDictionary[Request, State] = WeakKeyDictionary()
         self._count = 0
 
     @property
@@ -106,7 +104,7 @@ class Engine:
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
         self.scheduler.add(request)
         self._count += 1
-        self._states[request] = State(
+        state = request.kept = State(
             generator=torch.Generator(self.runner.device).manual_seed(sampling.seed),
             ends=tokenizer.eos_token_ids if tokenizer else frozenset(),
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
@@ -114,7 +112,7 @@ class Engine:
             keeps_routing=routing,
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
-            self._states[request].begin(request, self.model, self._new_cache(request))
+            state.begin(request, self.model, self._new_cache(request))
         return request
 
     def step(self) -> list[Token]:
@@ -125,7 +123,7 @@ class Engine:
         """
         plan = self.scheduler.schedule()
         for request in plan.preempted:
-            self._states[request].forget(request)
+            state_of(request).forget(request)
         if not plan.chunks:
             return []
         batch = Batch([self._row(chunk) for chunk in plan.chunks])
@@ -133,27 +131,27 @@ class Engine:
             forward = self.runner.run(batch)
         except BaseException:  # Ctrl-C, say: the layers may hold different lengths
             for chunk in plan.chunks:
-                self._states[chunk.request].forget(chunk.request)
+                state_of(chunk.request).forget(chunk.request)
             raise
         for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
             self.scheduler.advance(chunk)
             routings = partial(forward.routed.rows, slice(start, start + chunk.count))
-            self._states[chunk.request].ran(row.ids, routings)
+            state_of(chunk.request).ran(row.ids, routings)
         requests = [plan.chunks[row].request for row in batch.drawing]
         drawn = self._draw(forward.logits, requests)
         return [
-            self._push(request, token, forward.routed, batch.last(row))
+            self._push(request, token, forward.routed, batch.last[row])
             for request, token, row in zip(requests, drawn, batch.drawing, strict=True)
         ]
 
     def abort(self, request: Request) -> None:
         """End it now, wherever it is; one that has ended stays as it is."""
         self.scheduler.end(request, "abort")
-        self._states[request].cache = None
+        state_of(request).cache = None
 
     def completion(self, request: Request) -> Completion:
         """What was made of a request so far."""
-        state = self._states[request]
+        state = state_of(request)
         routings = joined(state.routings) if state.keeps_routing else {}
         return Completion("".join(state.text), list(request.token_ids), request.finish_reason, routings)
 
@@ -227,21 +225,20 @@ class Engine:
 
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request
-        cache = self._states[request].begin(request, self.model, self._new_cache(request))
+        cache = state_of(request).begin(request, self.model, self._new_cache(request))
         return Row(request.next_ids(chunk.count), cache, chunk.draws)
 
-    @torch.inference_mode()
     def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
         """A token for each, with its own settings and generator."""
         with one_thread():
             drawn = [
-                sample(logits_RV[r : r + 1], request.sampling, self._states[request].generator)
+                sample(logits_RV[r : r + 1], request.sampling, state_of(request).generator)
                 for r, request in enumerate(requests)
             ]
             return [int(token) for token in drawn]
 
     def _push(self, request: Request, token: int, routed: Routed, at: int) -> Token:
-        text, reason = self._states[request].push(request, token)
+        text, reason = state_of(request).push(request, token)
         if reason is not None:
             self.scheduler.end(request, reason)
         return Token(request, token, text, reason, routed, at)

@@ -15,7 +15,7 @@ FinishReason = Literal["stop", "length", "abort"]
 caller."""
 
 
-@dataclass(slots=True, eq=False, weakref_slot=True)
+@dataclass(slots=True, eq=False)
 class Request:
     """What one caller asked for, and how far it is. Only the scheduler and the engine write to it."""
 
@@ -33,6 +33,8 @@ class Request:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     """How often its blocks were taken and it had to be computed again."""
+    kept: object = field(default=None, repr=False)
+    """What the engine keeps with it."""
 
     @property
     def num_tokens(self) -> int:

@@ -49,27 +49,22 @@ class Runner:
 
     def __init__(self, model: Decoder) -> None:
         self.model = model
+        self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
         self._fused: dict[int, FusedStep | None] = {}  # by number of sequences; None: there can be none
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return self.model.embed_tokens.weight.device
 
     def run(self, batch: Batch) -> Forward:
         """One forward pass; each row's cache is extended by its tokens, none of them twice."""
         with torch.inference_mode(), evaluating(self._modules):
             hidden = self.hidden(batch)
             states_TD = hidden.states[0]
-            drawing = [batch.last(row) for row in batch.drawing]
-            if len(drawing) < batch.num_tokens:
-                states_TD = states_TD[drawing]
+            if len(batch.drawing) < batch.num_tokens:
+                states_TD = states_TD[[batch.last[row] for row in batch.drawing]]
             return Forward(self.model.head(states_TD), Routed(hidden.routings, batch.num_tokens))
 
     def hidden(self, batch: Batch) -> Hidden:
         """The pass up to the head: states [1, T, D]."""
-        ids_1T = batch.ids(self.device)[None]
+        ids_1T = batch.ids(self.device)
         if len(batch.rows) == 1:
             return self.model.hidden(ids_1T, cache=batch.rows[0].cache)
         counts, caches = [len(row.ids) for row in batch.rows], [row.cache for row in batch.rows]

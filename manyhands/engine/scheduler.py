@@ -86,9 +86,8 @@ class Scheduler:
                 left -= plan.chunks[-1].count
         while left and self.waiting and len(self.running) < self.max_sequences:
             request = self.waiting[0]
-            if request.table.missing(request.num_tokens) > self.blocks.num_free:
+            if not request.table.reserve(request.num_tokens):
                 break
-            request.table.grow(request.num_tokens)
             self.running.append(self.waiting.popleft())
             plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
             left -= plan.chunks[-1].count
@@ -111,7 +110,7 @@ class Scheduler:
 
     def _make_room(self, request: Request, plan: Plan) -> bool:
         """Blocks for the request's next token, if need be from the youngest. False: it is the youngest itself."""
-        while request.table.missing(request.num_tokens) > self.blocks.num_free:
+        while not request.table.reserve(request.num_tokens):
             youngest = self.running.pop()
             youngest.table.free()
             youngest.num_computed = 0
@@ -120,5 +119,4 @@ class Scheduler:
             plan.preempted.append(youngest)
             if youngest is request:
                 return False
-        request.table.grow(request.num_tokens)
         return True

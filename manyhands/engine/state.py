@@ -15,7 +15,7 @@ from manyhands.moe import Routing
 
 @dataclass(slots=True, eq=False)
 class State:
-    """One request's. It does not hold the request, which its caller does."""
+    """One request's: its `kept`."""
 
     generator: torch.Generator
     """The request's own, so that its draws do not depend on who else draws."""
@@ -65,3 +65,10 @@ class State:
             self.cache = None
         self.text.append(text)
         return text, reason
+
+
+def state_of(request: Request) -> State:
+    """The engine's part of a request that it was given."""
+    state = request.kept
+    assert isinstance(state, State)
+    return state
