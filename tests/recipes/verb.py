@@ -35,9 +35,9 @@ def layers(
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Which layers of a model are sparse."""
-    from manyhands.checkpoint.model import find, read_config
+    from manyhands.checkpoint.find import open_checkpoint
 
-    config = read_config(find(model))
+    config = open_checkpoint(model).config
     if json_output:
         import json
 
