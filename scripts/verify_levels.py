@@ -1,6 +1,6 @@
 """The kernels' tests at every level that this CPU has and that may run by default: `python scripts/verify_levels.py`.
 
-AVX-512 was written on a machine without it and ran under an emulator only (`scripts/emulate_levels.sh`). What fails
+The levels that a machine does not have run under an emulator (`scripts/emulate_levels.sh`). What fails
 here does not belong into `VERIFIED` in `manyhands/kernels/native/library.py`.
 """
 
