@@ -73,7 +73,7 @@ def _describe(
     model: str, overrides: list[str], ignore_fields: list[str]
 ) -> "tuple[ModelConfig, BalanceConfig, Source | None]":
     from manyhands.config import BalanceConfig
-    from manyhands.config.load import load_preset, load_run, preset_names
+    from manyhands.config.load import described_model, load_preset, load_run, preset_names
 
     path = Path(model)
     if path.is_dir():
@@ -93,4 +93,4 @@ def _describe(
         raise ConfigError(
             f"{model!r} is neither a preset ({', '.join(preset_names())}), nor a run file, nor a checkpoint directory"
         )
-    return run.model, run.balance, None
+    return described_model(run, model), run.balance, None

@@ -53,10 +53,10 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
         _no_overrides(model, overrides)
         return _from_catalogue(load(model), include_rumours)
 
-    from manyhands.config.load import load_preset, load_run, preset_names  # YAML costs 15 ms
+    from manyhands.config.load import described_model, load_preset, load_run, preset_names  # YAML costs 15 ms
 
     if path.suffix in (".yaml", ".yml"):
-        return _ours(load_run(path, overrides).model, path.stem, f"run file {path}")
+        return _ours(described_model(load_run(path, overrides), model), path.stem, f"run file {path}")
     if model in preset_names():
         return _ours(load_preset(model, overrides).model, model, f"preset {model}")
     near = difflib.get_close_matches(model.lower(), [*names(), *preset_names()], n=3, cutoff=0.5)

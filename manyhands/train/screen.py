@@ -114,7 +114,7 @@ class Screen:
         if "trained_parameters" in record:
             self._about += f"{self._dot}{compact(record['trained_parameters'])} of them trained"
         if self._live is None:
-            self._console.print(self._about)
+            self._console.print(self._about, soft_wrap=True)
 
     @_harmless
     def step(self, record: Record) -> None:
