@@ -27,7 +27,8 @@ def train(
     """Train a model, or continue where a run stopped.
 
     The run's directory holds the resolved run.yaml, the journal, the checkpoints and report.html. Starting the same
-    run again continues it; SIGTERM or Ctrl-C saves first. start=PATH begins from a checkpoint in the place of new weights.
+    run again continues it; SIGTERM or Ctrl-C saves first. start=PATH begins from a checkpoint in the place of new
+    weights.
     """
     from manyhands.config.load import load_preset, load_run
 
