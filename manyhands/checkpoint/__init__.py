@@ -5,7 +5,7 @@ reading     find.py         a path, a run or a hub name -> a verified directory,
             tensors.py      what every file format gives: a `TensorSource`; a dtype's name
             safetensors/    the format: header.py, files.py (by memory map), shards.py (written)
             quantized/      publishers' fp8, int4, mxfp4, decoded on load
-            packed.py       our own packed records
+            packed.py       our own packed records; unpacked.py what they stand for
             assemble.py     one tensor from its pieces; model.py all of them: `load`, `Model`, `save`
 writing     save.py         a model in a family's format; sidecars.py what lies beside it
             convert.py      from files to files, with a receipt (receipt.py)

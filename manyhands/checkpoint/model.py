@@ -21,19 +21,18 @@ from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.origin import Origin
-from manyhands.checkpoint.packed import Record, Unpacked, hold_records, write_packed
+from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import cannot_write
-from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder
 from manyhands.moe import Router
-from manyhands.moe.packed import RecordExperts
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import TOKENIZER, has_tokenizer, instead
 
@@ -54,9 +53,9 @@ class Model(Decoder):
     @property
     def records(self) -> dict[str, Record]:
         """What of it lies in packed records, by their names in `state_dict`; empty for a model that is not packed."""
-        held = {name for name, module in self.named_modules() if isinstance(module, RecordLinear | RecordExperts)}
+        held = {name for name, _ in self.named_buffers()}
         found = {} if self.origin is None else self.origin.records
-        return {name: record for name, record in found.items() if record.module in held}
+        return {name: record for name, record in found.items() if name in held}
 
     def train(self, mode: bool = True) -> "Model":
         """Raises `UserError` for packed weights, which have no gradient."""

@@ -15,10 +15,11 @@ from torch import Tensor
 from manyhands.checkpoint.descriptions import read_json
 from manyhands.checkpoint.match import match
 from manyhands.checkpoint.origin import Origin, stamp
-from manyhands.checkpoint.packed import Record, packed_tensors, read_records
+from manyhands.checkpoint.packed import Record, read_records
 from manyhands.checkpoint.quantized import logical_tensors
 from manyhands.checkpoint.safetensors.files import TensorFiles
 from manyhands.checkpoint.tensors import DTYPES, Logical, TensorSource, headers_of
+from manyhands.checkpoint.unpacked import packed_tensors
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError

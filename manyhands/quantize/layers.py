@@ -24,7 +24,6 @@ from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models.decoder import Block, find_positions
 from manyhands.moe import Routing
-from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
 from manyhands.quantize.calibrate import Seen, mean_square, watching
 from manyhands.quantize.figures import Figures, agreement, relative, squared_error
@@ -122,12 +121,8 @@ class Quantizer:
                 self._ready[record.name] = self._pack(record, state, prefix, seen)
                 local[record.name] = replace(record, module=record.module.removeprefix(prefix))
         hold_records(block, local, "auto")
-        for module_record in local.values():
-            module = block.get_submodule(module_record.module)
-            if isinstance(module, RecordLinear):
-                module.record = self._ready[module_record.name]
-            elif isinstance(module, RecordExperts):
-                module.records = self._ready[module_record.name]
+        held = {name.removeprefix(prefix): self._ready[name] for name in local}
+        block.load_state_dict(held, strict=False, assign=True)  # the rest of the block stays as it is
         after, routing_after = self._run(block, after, self.ids_BS[c:])
         if routing is not None and routing_after is not None:
             self.figures.agreement[layer] = agreement(routing, routing_after)
