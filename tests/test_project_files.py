@@ -48,3 +48,10 @@ def test_links_lead_somewhere() -> None:
                 headings = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
                 anchors = {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
                 assert link[1] in anchors, f"{page.name}: {link[0]}#{link[1]}"
+
+
+def test_every_page_is_linked_from_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    pages = [*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md")]
+    missing = [str(p.relative_to(ROOT)) for p in pages if f"({p.relative_to(ROOT)}" not in readme]
+    assert missing == ["README.md"]
