@@ -38,7 +38,7 @@ const float* norm_weight(const mh_norm& n, Workspace& workspace, const Kernels& 
   return to;
 }
 
-// The first `width` of a head's numbers turn; pairs come out as halves.
+// Rotates the first `width` numbers of a head; the two of a pair come out half of `width` apart.
 void rotate(const mh_rotation& r, const float* cos, const float* sin, float* head, float* scratch) {
   const int64_t half = r.width / 2, step = r.interleave ? 2 : 1, apart = r.interleave ? 1 : half;
   memcpy(scratch, head, r.width * sizeof(float));
