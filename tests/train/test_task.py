@@ -21,6 +21,7 @@ from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import Count, Forward, LanguageModelling, Loss, Task, next_token_loss
 
 from ..small_runs import small_run, write_text
+from ..thread_ranks import ThreadRanks, on_ranks
 
 
 @dataclass(frozen=True)
@@ -79,13 +80,15 @@ class Classify(LanguageModelling):
         return Loss(F.cross_entropy(F.linear(hidden.states[:, -1], model.head_weight), wanted), hidden.routings, {})
 
 
-def take(batch: Any, task: Task | None, *changes: str) -> tuple[StepResult, dict[str, torch.Tensor]]:
+def take(
+    batch: Any, task: Task | None, *changes: str, ranks: Ranks | None = None
+) -> tuple[StepResult, dict[str, torch.Tensor]]:
     """One step in float64 that changes nothing, and its gradients. (The router is float32 at any dtype.)"""
     run = small_run(Path("unused"), "balance.aux_scope=sequence", "optim.grad_clip=null", *changes)
     model = Decoder(run.model, "eager")
     init_weights(model, 0)
     model.double().train()
-    result = train_step(model, Optimizers([]), SpikeGuard(run.guard), batch, run, 1, 0.0, torch.float64, task)
+    result = train_step(model, Optimizers([]), SpikeGuard(run.guard), batch, run, 1, 0.0, torch.float64, task, ranks)
     return result, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
@@ -116,6 +119,22 @@ def test_accumulation_over_unequal_masks_is_one_big_batch(size: int) -> None:
     assert parts[0].count == Count(4, 128, 35)
     means = [take(Masked(ids_of()[i : i + 1], UNEQUAL[i : i + 1]), MaskedTargets())[0].loss for i in (0, 1, 3)]
     assert abs(sum(means) / 3 - parts[0].loss) > 0.01  # what a mean of means would have said
+
+
+@pytest.mark.parametrize("rows", [slice(0, 4), slice(1, 3)], ids=["34 and 1 targets", "2 and none"])
+def test_unequal_masks_on_two_ranks_are_one_big_batch(rows: slice) -> None:
+    ids, asked = ids_of()[rows], UNEQUAL[rows]
+    half = len(ids) // 2
+
+    def work(ranks: ThreadRanks) -> tuple[StepResult, dict[str, torch.Tensor]]:
+        mine = slice(half * ranks.rank, half * (ranks.rank + 1))
+        size = "train.micro_batch_size=1"
+        return take(Masked(ids[mine], asked[mine]), MaskedTargets(), size, ranks=ranks)
+
+    whole = take(Masked(ids, asked), MaskedTargets())
+    for found in on_ranks(2, work):
+        assert_same(whole, found)
+        assert found[0].count == whole[0].count
 
 
 def test_all_targets_are_language_modelling_bit_for_bit() -> None:
