@@ -9,6 +9,13 @@ from typing import BinaryIO
 
 from manyhands.errors import StorageError, UserError
 
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
+"""What files of a checkpoint are called that several rooms name."""
+RUN, JOURNAL, STATE = "run.yaml", "journal.jsonl", "state.json"
+TRAIN_TOKENS, VALID_TOKENS, PREPARED = "train.npy", "valid.npy", "data.json"
+"""The same of a run."""
+
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[BinaryIO]:

@@ -21,12 +21,13 @@ from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, has
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
-from manyhands.checkpoint.source import CONFIG, Source
+from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.target import claim
 from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
+from manyhands.files import CONFIG
 from manyhands.version import __version__
 
 SAMPLE_TOKENS = 48

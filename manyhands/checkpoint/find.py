@@ -6,9 +6,10 @@ from pathlib import Path
 from manyhands.checkpoint.hub import download, is_hub_name
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.runs import resolve_checkpoint
-from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.source import Source, open_source
 from manyhands.errors import CheckpointError
-from manyhands.text.tokenizer_files import TIKTOKEN, TOKENIZER
+from manyhands.files import CONFIG, TOKENIZER
+from manyhands.text.tokenizer_files import TIKTOKEN
 
 
 def open_checkpoint(path: str | Path, ignore_fields: Collection[str] = ()) -> Source:

@@ -11,12 +11,12 @@ from pydantic import Field
 
 from manyhands.config import Strict, parse
 from manyhands.errors import CheckpointError, ConfigError
-from manyhands.files import within
+from manyhands.files import GENERATION, within
 from manyhands.strict_json import read_object
 
 MANIFEST = "manifest.json"
 _MANIFEST_LIMIT = 4 << 20  # 30,000 files
-_EDITABLE = {"generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
+_EDITABLE = {GENERATION, "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"}
 """Text that people edit on purpose, and that changes no weight, no shape and no token's number; and any `*.md`."""
 _EDITS = ("truncated or changed", "damaged or changed", "missing")  # ends of `_problem`'s lines; all else is refused
 _log = logging.getLogger(__name__)

@@ -24,17 +24,17 @@ from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
-from manyhands.checkpoint.source import CONFIG, Source, open_source
+from manyhands.checkpoint.source import Source, open_source
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
-from manyhands.files import cannot_write
+from manyhands.files import CONFIG, TOKENIZER, cannot_write
 from manyhands.models import Decoder
 from manyhands.moe import Router
 from manyhands.text import Tokenizer
-from manyhands.text.tokenizer_files import TOKENIZER, has_tokenizer, instead
+from manyhands.text.tokenizer_files import has_tokenizer, instead
 
 
 class Model(Decoder):

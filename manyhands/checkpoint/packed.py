@@ -29,13 +29,13 @@ from manyhands.config.activation import GATED
 from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families.manyhands import MANYHANDS
+from manyhands.files import CONFIG
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.panels import integers
 from manyhands.quant.record import PAGE, PANEL
 
-CONFIG = "config.json"
 METADATA = "manyhands.packed"
 
 

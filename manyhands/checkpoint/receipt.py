@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.source import CONFIG, Source
+from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.tensors import Header
+from manyhands.files import CONFIG
 
 RECEIPT = "receipt.json"
 

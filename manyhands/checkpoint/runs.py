@@ -22,7 +22,7 @@ from manyhands.checkpoint.files import remove, sweep
 from manyhands.checkpoint.manifest import MANIFEST, verify
 from manyhands.config.load import load_run
 from manyhands.errors import CheckpointError, ConfigError, RunLocked, UserError
-from manyhands.files import cannot_write, write_atomic
+from manyhands.files import JOURNAL, PREPARED, RUN, TOKENIZER, TRAIN_TOKENS, VALID_TOKENS, cannot_write, write_atomic
 
 _STEP = re.compile(r"step-(\d{8,})")
 _MARK = {"format": "manyhands run", "version": 1}
@@ -36,9 +36,9 @@ class RunDirectory:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config_file = self.path / "run.yaml"
+        self.config_file = self.path / RUN
         self.mark_file = self.path / ".manyhands-run.json"
-        self.journal_file = self.path / "journal.jsonl"
+        self.journal_file = self.path / JOURNAL
         self.data_dir = self.path / "data"
         self.checkpoints_dir = self.path / "checkpoints"
 
@@ -69,7 +69,7 @@ class RunDirectory:
             with open(self.journal_file, "rb") as journal:
                 return bool(strict_json.loads(journal.readline(1 << 20))["kind"] == "start")
         except FileNotFoundError:  # no journal yet
-            data = all((self.data_dir / name).is_file() for name in ("data.json", "train.npy", "valid.npy"))
+            data = all((self.data_dir / name).is_file() for name in (PREPARED, TRAIN_TOKENS, VALID_TOKENS))
             return data or bool(self.checkpoints())
         except (OSError, ValueError, KeyError, TypeError, ConfigError):
             return False
@@ -115,7 +115,8 @@ class RunDirectory:
     def _unmake(self) -> None:
         """Take back what a start that failed made in a directory that was empty or not there."""
         with suppress(OSError):
-            for name in ("tokenizer.json", "train.npy", "train.npy.json", "valid.npy", "valid.npy.json", "data.json"):
+            tokens = (TRAIN_TOKENS, f"{TRAIN_TOKENS}.json", VALID_TOKENS, f"{VALID_TOKENS}.json")
+            for name in (TOKENIZER, *tokens, PREPARED):
                 (self.data_dir / name).unlink(missing_ok=True)
             if self.data_dir.is_dir():
                 self.data_dir.rmdir()

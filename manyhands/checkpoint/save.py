@@ -14,13 +14,14 @@ from manyhands.checkpoint.match import header_of
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import token_ids, write_beside
-from manyhands.checkpoint.source import CONFIG, Source, reopen
+from manyhands.checkpoint.source import Source, reopen
 from manyhands.checkpoint.tensors import DTYPES, NAMES, Header
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families import Family, Piece, export_config, text_fields
 from manyhands.families.base import Json
 from manyhands.families.harmless import HARMLESS, TRAINING_ONLY
+from manyhands.files import CONFIG
 from manyhands.text import Tokenizer
 
 _log = logging.getLogger(__name__)

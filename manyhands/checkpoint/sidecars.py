@@ -7,10 +7,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from manyhands.checkpoint.manifest import MANIFEST
+from manyhands.checkpoint.receipt import RECEIPT
 from manyhands.errors import CheckpointError
-from manyhands.files import write_atomic
+from manyhands.files import CONFIG, GENERATION, TOKENIZER, write_atomic
 from manyhands.text import Tokenizer
-from manyhands.text.tokenizer_files import GENERATION, LARGEST, TIKTOKEN, TOKENIZER, has_tokenizer, read_small
+from manyhands.text.tokenizer_files import LARGEST, TIKTOKEN, has_tokenizer, read_small
 
 _TOKENIZERS = (
     *LARGEST,
@@ -22,7 +24,7 @@ _TOKENIZERS = (
     "tokenizer.model.v*",
 )
 _OTHERS = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "*preprocessor_config.json", "processor_config.json")
-_OF_THE_MODEL = ("config.json", "manifest.json", "receipt.json", "*.safetensors", "*.safetensors.index.json")
+_OF_THE_MODEL = (CONFIG, MANIFEST, RECEIPT, "*.safetensors", "*.safetensors.index.json")
 _LIMIT = 64 << 20  # bytes
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -26,8 +26,8 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import Family, Piece, UnknownField, read_config, text_fields
 from manyhands.families.base import Json
 from manyhands.families.manyhands import packed_section
+from manyhands.files import CONFIG
 
-CONFIG = "config.json"
 _CONFIG_LIMIT = 1 << 20
 _log = logging.getLogger(__name__)
 _TIED = ("lm_head.weight", "model.lm_head.weight", "language_model.lm_head.weight")

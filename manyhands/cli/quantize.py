@@ -108,9 +108,10 @@ def _sample(
 ) -> "Sample | None":
     """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
     from manyhands.checkpoint.sidecars import tokenizer_of
+    from manyhands.files import TOKENIZER
     from manyhands.quantize.receipt import Sample
     from manyhands.text import read_documents
-    from manyhands.text.tokenizer_files import TOKENIZER, instead
+    from manyhands.text.tokenizer_files import instead
 
     tokenizer, unread = tokenizer_of(source.directory)
     if tokenizer is None:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from manyhands.errors import ConfigError
+from manyhands.files import RUN
 
 
 def train(
@@ -40,9 +41,9 @@ def train(
     if resume is not None:
         if out is not None:
             raise ConfigError("--resume continues in the run's own directory: leave --out away")
-        if not (resume / "run.yaml").is_file():
+        if not (resume / RUN).is_file():
             raise ConfigError(f"--resume {resume}: there is no run.yaml in it, so it is not a run's directory")
-        run, directory = load_run(resume / "run.yaml", changes), resume
+        run, directory = load_run(resume / RUN, changes), resume
     elif config is not None:
         run, directory = load_run(config, changes), out or Path("runs") / config.stem
     else:

@@ -6,8 +6,8 @@ from typing import Any
 from manyhands.config import SamplingConfig, parse
 from manyhands.defaults import TEMPERATURE
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.files import GENERATION
 
-_FILE = "generation_config.json"
 _HERE = ("temperature", "top_k", "top_p", "min_p")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "constraints": (),
@@ -44,7 +44,7 @@ def sampling_from(
     try:
         parse(SamplingConfig, found)
     except ConfigError as error:
-        raise CheckpointError(f"{_FILE}: {error}") from None
+        raise CheckpointError(f"{GENERATION}: {error}") from None
     if published.get("do_sample") is False:
         found = {"temperature": 0.0}
     given = {name: asked[name] for name in _HERE if asked.get(name) is not None}
@@ -57,9 +57,9 @@ def sampling_from(
     if not found and not ignored:
         return sampling, None
     used = {name: value for name, value in found.items() if name not in given}
-    parts = [f"{_words(used)} from {_FILE}"] if used else []
+    parts = [f"{_words(used)} from {GENERATION}"] if used else []
     parts += [f"{_words(given)} as asked"] if given else []
-    parts += [f"not done here: {', '.join(ignored)} of {_FILE}"] if ignored else []
+    parts += [f"not done here: {', '.join(ignored)} of {GENERATION}"] if ignored else []
     return sampling, "sampling: " + "; ".join(parts)
 
 

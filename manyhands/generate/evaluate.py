@@ -14,6 +14,7 @@ from torch import Tensor
 from manyhands.config.load import load_run
 from manyhands.engine.runner import Runner
 from manyhands.errors import DataError
+from manyhands.files import RUN
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, LoadSummary
@@ -93,7 +94,7 @@ def evaluate(
 def trained_length(checkpoint: str | Path) -> int | None:
     """The length of the sequences a run was trained on, from its directory or one of its checkpoints; else None."""
     path = Path(checkpoint).absolute()
-    for file in (path / "run.yaml", path.parent.parent / "run.yaml"):
+    for file in (path / RUN, path.parent.parent / RUN):
         if file.is_file() and (file.parent == path or path.parent.name == "checkpoints"):
             return load_run(file).train.sequence_length
     return None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from manyhands.config import AnyModelConfig, ModelConfig, PackedConfig, parse, read_model_config
 from manyhands.errors import ConfigError
+from manyhands.files import CONFIG, RUN
 from manyhands.plan.count import Counts, count_model
 from manyhands.plan.own_files import storage_of_files
 from manyhands.plan.sizes import Sizes, sizes_of
@@ -48,7 +49,7 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
         return _directory(path, overrides)
     if path.suffix == ".json" or (path.is_file() and path.suffix not in (".yaml", ".yml")):
         _no_overrides(model, overrides)
-        return _config_file(path, path.parent.name if path.name == "config.json" and path.parent.name else path.stem)
+        return _config_file(path, path.parent.name if path.name == CONFIG and path.parent.name else path.stem)
     if path.suffix not in (".yaml", ".yml") and model.lower() in names():
         _no_overrides(model, overrides)
         return _from_catalogue(load(model), include_rumours)
@@ -68,11 +69,11 @@ def _directory(path: Path, overrides: Sequence[str]) -> Subject:
     from manyhands.config.load import load_run
 
     name = path.resolve().name
-    if (path / "config.json").is_file():
+    if (path / CONFIG).is_file():
         _no_overrides(str(path), overrides)
-        return _config_file(path / "config.json", name)
-    if (path / "run.yaml").is_file():
-        return _ours(load_run(path / "run.yaml", overrides).model, name, f"run {path}")
+        return _config_file(path / CONFIG, name)
+    if (path / RUN).is_file():
+        return _ours(load_run(path / RUN, overrides).model, name, f"run {path}")
     raise ConfigError(f"{path}: neither a checkpoint (no config.json) nor a run (no run.yaml)")
 
 

@@ -23,12 +23,12 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from manyhands.errors import CheckpointError, DataError
-from manyhands.files import write_atomic, writing
+from manyhands.files import TOKENIZER, write_atomic, writing
 from manyhands.text import disarm
 from manyhands.text.chat import ChatTemplate, Message
 from manyhands.text.pieces import PIECES
 from manyhands.text.stream import StreamDecoder
-from manyhands.text.tokenizer_files import CONFIG, TEMPLATE, TOKENIZER, TokenizerFiles, read_tokenizer_files
+from manyhands.text.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles, read_tokenizer_files
 from manyhands.text.vet import vet
 from manyhands.text.vocabulary import bytes_of_tokens
 
@@ -179,9 +179,9 @@ class Tokenizer:
             content[TOKENIZER] = self.inner.to_str(pretty=True).encode()
             if self.chat_template is not None:
                 content[TEMPLATE] = self.chat_template.encode()
-        if CONFIG not in content:
+        if TOKENIZER_CONFIG not in content:
             described = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **named}
-            content[CONFIG] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
+            content[TOKENIZER_CONFIG] = (json.dumps(described, indent=2, ensure_ascii=False) + "\n").encode()
         for name, data in content.items():
             write_atomic(Path(path) / name, data)
 

@@ -17,21 +17,18 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import CheckpointError
-from manyhands.files import within
+from manyhands.files import CONFIG, GENERATION, TOKENIZER, within
 from manyhands.strict_json import parse_object
 from manyhands.text.tiktoken_model import is_kimi, tokenizer_json
 
-TOKENIZER = "tokenizer.json"
-CONFIG = "tokenizer_config.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 MAP = "special_tokens_map.json"
 TEMPLATE = "chat_template.jinja"
-GENERATION = "generation_config.json"
-MODEL = "config.json"
 TIKTOKEN = "tiktoken.model"
 _MB = 1 << 20
 LARGEST = {
     TOKENIZER: 256 * _MB,
-    CONFIG: 32 * _MB,
+    TOKENIZER_CONFIG: 32 * _MB,
     MAP: 4 * _MB,
     TEMPLATE: _MB,
     GENERATION: _MB,
@@ -69,17 +66,17 @@ def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
             content[name] = data
     if TOKENIZER not in content and TIKTOKEN not in content:
         raise CheckpointError(f"{directory / TOKENIZER}: cannot be read: there is no such file{instead(directory)}")
-    config, others = (_object(directory / name, content.get(name)) for name in (CONFIG, MAP))
+    config, others = (_object(directory / name, content.get(name)) for name in (TOKENIZER_CONFIG, MAP))
     tokens = {
         **{role: text for role in _ROLES if (text := _token(directory / MAP, others, role)) is not None},
-        **{role: text for role in _ROLES if (text := _token(directory / CONFIG, config, role)) is not None},
+        **{role: text for role in _ROLES if (text := _token(directory / TOKENIZER_CONFIG, config, role)) is not None},
     }
     if TEMPLATE in content:
         template: str | None = _text(directory / TEMPLATE, content[TEMPLATE])
     else:
-        template = _template(directory / CONFIG, config.get("chat_template"))
+        template = _template(directory / TOKENIZER_CONFIG, config.get("chat_template"))
     generation = _object(directory / GENERATION, content.get(GENERATION))
-    model = _object(directory / MODEL, read_small(directory / MODEL, _MB))
+    model = _object(directory / CONFIG, read_small(directory / CONFIG, _MB))
     if TOKENIZER not in content:
         if not is_kimi(config, model):
             raise CheckpointError(
@@ -87,7 +84,7 @@ def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
                 f"only; put a {TOKENIZER} beside it"
             )
         content[TOKENIZER] = tokenizer_json(directory / TIKTOKEN, content[TIKTOKEN], config)
-    ends = _ids(directory / GENERATION, generation.get("eos_token_id")) or _model_ids(directory / MODEL, model)
+    ends = _ids(directory / GENERATION, generation.get("eos_token_id")) or _model_ids(directory / CONFIG, model)
     return TokenizerFiles(content, tokens, template, ends, generation)
 
 
@@ -98,8 +95,8 @@ def has_tokenizer(directory: str | Path) -> bool:
         return True
     if not (directory / TIKTOKEN).is_file():
         return False
-    config = _object(directory / CONFIG, read_small(directory / CONFIG, LARGEST[CONFIG]))
-    return is_kimi(config, _object(directory / MODEL, read_small(directory / MODEL, _MB)))
+    config = _object(directory / TOKENIZER_CONFIG, read_small(directory / TOKENIZER_CONFIG, LARGEST[TOKENIZER_CONFIG]))
+    return is_kimi(config, _object(directory / CONFIG, read_small(directory / CONFIG, _MB)))
 
 
 def instead(directory: Path) -> str:

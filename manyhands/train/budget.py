@@ -12,6 +12,7 @@ from statistics import median
 
 from manyhands.config import RunConfig
 from manyhands.config.history import record
+from manyhands.files import STATE
 
 _WINDOW = 12  # steps measured for one estimate
 _WARMUP = 4  # of the first of them: allocations, caches
@@ -75,7 +76,7 @@ def with_plan(run: RunConfig, checkpoint: Path | None) -> RunConfig:
     """`run` with the steps its budget was turned into, if they stand in a checkpoint only (as up to version 0.1)."""
     if checkpoint is None or run.train.max_seconds is None or run.history:
         return run
-    state = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state = json.loads((checkpoint / STATE).read_text(encoding="utf-8"))
     if not state.get("planned"):
         return run
     changes = {"train.max_steps": (run.train.max_steps, state["max_steps"])}

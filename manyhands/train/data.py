@@ -17,11 +17,11 @@ from pathlib import Path
 from manyhands import strict_json
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, DataError
-from manyhands.files import write_atomic
+from manyhands.files import PREPARED, TOKENIZER, TRAIN_TOKENS, VALID_TOKENS, write_atomic
 from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split_documents, write_tokens
 
 MIN_BYTES = 1024
-FILES = ("tokenizer.json", "train.npy", "valid.npy")
+FILES = (TOKENIZER, TRAIN_TOKENS, VALID_TOKENS)
 _SAY_SECONDS = 10.0
 _COMPRESS_AT_MOST = 4_000_000  # bytes: xz -9e takes about a second per megabyte
 
@@ -50,8 +50,8 @@ def prepare_data(
     Raises `DataError` for text that cannot be read or is too little, and for files that are not what was prepared;
     `ConfigError` for a tokenizer that does not fit the model's vocabulary.
     """
-    tokenizer_path = directory / "tokenizer.json"
-    done = directory / "data.json"
+    tokenizer_path = directory / TOKENIZER
+    done = directory / PREPARED
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
         documents = read_documents(run.data.sources, run.data.text_field, say)
@@ -69,9 +69,9 @@ def prepare_data(
                 "name one of tokenizer.json's tokens <|endoftext|> or </s>"
             )
         write_tokens(
-            directory / "train.npy", train, tokenizer, _progress(sum(len(document.text) for document in train), say)
+            directory / TRAIN_TOKENS, train, tokenizer, _progress(sum(len(document.text) for document in train), say)
         )
-        write_tokens(directory / "valid.npy", valid, tokenizer)
+        write_tokens(directory / VALID_TOKENS, valid, tokenizer)
         _finish(done, compressors(valid))
     reached, digests = _checked(done, say)
     tokenizer = Tokenizer.from_file(tokenizer_path)
@@ -79,8 +79,8 @@ def prepare_data(
     return RunData(
         tokenizer,
         tokenizer_path,
-        TokenFile.open(directory / "train.npy", vocab),
-        TokenFile.open(directory / "valid.npy", vocab),
+        TokenFile.open(directory / TRAIN_TOKENS, vocab),
+        TokenFile.open(directory / VALID_TOKENS, vocab),
         reached,
         digests,
     )

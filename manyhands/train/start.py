@@ -9,9 +9,9 @@ import torch
 from manyhands.checkpoint.find import open_checkpoint
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
 from manyhands.checkpoint.model import load_model
-from manyhands.checkpoint.source import CONFIG
 from manyhands.config import ModelConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
+from manyhands.files import CONFIG
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer

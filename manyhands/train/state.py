@@ -11,6 +11,7 @@ from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.errors import CheckpointError
+from manyhands.files import STATE, WEIGHTS
 from manyhands.models import Decoder
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
@@ -65,12 +66,12 @@ class TrainState:
             save_model(partial, self.model, tokenizer_path)
             save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
             save_tensors(partial / "rng.safetensors", rng_tensors)
-            (partial / "state.json").write_text(json.dumps(document), encoding="utf-8")
+            (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
         """Continue from a verified checkpoint. Raises `CheckpointError` if it is not this run's."""
         try:
-            document = json.loads((directory / "state.json").read_text(encoding="utf-8"))
+            document = json.loads((directory / STATE).read_text(encoding="utf-8"))
             progress = Progress(*(document[name] for name in ("step", "tokens", "elapsed")))
             progress.wall = document.get("wall", progress.elapsed)  # older checkpoints had one clock, and no rate
             progress.lr = document.get("lr")
@@ -79,7 +80,7 @@ class TrainState:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
         device = str(next(self.model.parameters()).device)
         try:
-            self.model.load_state_dict(load_tensors(directory / "model.safetensors", device))
+            self.model.load_state_dict(load_tensors(directory / WEIGHTS, device))
         except RuntimeError as error:
             raise CheckpointError(f"{directory}: not this run's model: {' '.join(str(error).split())[:300]}") from None
         self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from manyhands.config import RunConfig
+from manyhands.files import TRAIN_TOKENS
 from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.models import Decoder
 from manyhands.moe import Routing
@@ -97,7 +98,7 @@ class LanguageModelling:
     def batches(self, data: "RunData", run: RunConfig, ranks: Ranks) -> PackedBatches:
         """The training text, cut anew and shuffled in every epoch."""
         sizes = run.train.sequence_length, run.train.batch_size
-        sha256 = data.sha256["train.npy"]
+        sha256 = data.sha256[TRAIN_TOKENS]
         return PackedBatches(data.train.ids, *sizes, run.train.seed, ranks.rank, ranks.size, sha256=sha256)
 
     def split(self, batch: Tensor, size: int | None) -> Sequence[Tensor]:

@@ -9,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from manyhands.checkpoint.model import Model, load_model, read_config, save
-from manyhands.checkpoint.safetensors.files import INDEX
 from manyhands.config import ModelConfig
 from manyhands.config.load import load_preset
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import FAMILIES, canonical, misfit, nearest
+from manyhands.files import INDEX
 from manyhands.models import Decoder, init_weights
 
 from .conftest import Made

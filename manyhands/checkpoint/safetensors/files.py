@@ -16,9 +16,8 @@ from manyhands.checkpoint.descriptions import read_json
 from manyhands.checkpoint.safetensors.header import read_header
 from manyhands.checkpoint.tensors import DTYPES, Logical, Stored, as_stored, headers_of
 from manyhands.errors import CheckpointError
+from manyhands.files import INDEX, WEIGHTS
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 _INDEX_LIMIT = 32 << 20  # Kimi K2.5's 207,000 tensors take 26 MB
 _MAP_NORESERVE = 0x4000  # Linux: a private map of a file larger than memory is not counted against it
 
@@ -36,13 +35,15 @@ class TensorFiles:
         """`__metadata__` of each file."""
         self._maps: dict[str, mmap.mmap] = {}
         weight_map = _weight_map(directory)
-        if weight_map is None and not os.path.lexists(directory / SINGLE):
+        if weight_map is None and not os.path.lexists(directory / WEIGHTS):
             raise _no_weights(directory)
-        if weight_map is not None and SINGLE not in weight_map.values() and os.path.lexists(directory / SINGLE):
-            raise CheckpointError(f"{directory}: holds both {SINGLE} and {INDEX}; remove the one that is not the model")
-        self.name = directory / (SINGLE if weight_map is None else INDEX)
+        if weight_map is not None and WEIGHTS not in weight_map.values() and os.path.lexists(directory / WEIGHTS):
+            raise CheckpointError(
+                f"{directory}: holds both {WEIGHTS} and {INDEX}; remove the one that is not the model"
+            )
+        self.name = directory / (WEIGHTS if weight_map is None else INDEX)
         """The file that answers for all."""
-        for name in [SINGLE] if weight_map is None else sorted(set(weight_map.values())):
+        for name in [WEIGHTS] if weight_map is None else sorted(set(weight_map.values())):
             self._add(name)
         if weight_map is not None:
             self._compare(weight_map)
@@ -130,9 +131,9 @@ def _no_weights(directory: Path) -> CheckpointError:
     for name in names:
         if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
             return CheckpointError(
-                f"{directory}: there is no {SINGLE}, and {name!r} is a pickle, which can run any code and is never "
+                f"{directory}: there is no {WEIGHTS}, and {name!r} is a pickle, which can run any code and is never "
                 "read; save the model as safetensors where it comes from"
             )
     shard = next((name for name in names if name.endswith(".safetensors")), None)
     more = "" if shard is None else f", and no {INDEX} that says what is in {shard!r}"
-    return CheckpointError(f"{directory / SINGLE}: does not exist{more}")
+    return CheckpointError(f"{directory / WEIGHTS}: does not exist{more}")

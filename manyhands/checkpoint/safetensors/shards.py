@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.safetensors.files import INDEX, SINGLE
 from manyhands.checkpoint.safetensors.header import SPELLED
 from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.errors import ConfigError
+from manyhands.files import INDEX, WEIGHTS
 
 MAX_SHARD_SIZE = 5_000_000_000
 """Bytes per file, as transformers has long written them."""
@@ -41,7 +41,7 @@ def write_shards(
         raise ConfigError(f"max_shard_size = {max_shard_size}: at least 1 byte")
     shards = _split(headers, max_shard_size)
     if len(shards) == 1:
-        _write(directory / SINGLE, shards[0], headers, value, align, metadata or {})
+        _write(directory / WEIGHTS, shards[0], headers, value, align, metadata or {})
         return
     weight_map: dict[str, str] = {}
     for number, names in enumerate(shards, 1):
