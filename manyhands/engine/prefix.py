@@ -33,7 +33,6 @@ class Prefix:
             self.cache = model.new_cache()
         else:
             self.cache.truncate(shared)
-            self.cache.fused.clear()  # weights may have been replaced since
         return self.cache
 
     def clear(self) -> None:

@@ -13,11 +13,10 @@ from manyhands.engine.batch import Batch
 from manyhands.engine.mode import evaluating
 from manyhands.kernels.native import step
 from manyhands.kernels.policy import MOST_APART
-from manyhands.layers.cache import ContiguousLayer
+from manyhands.layers.cache import Cache
 from manyhands.models import Decoder, Hidden
-from manyhands.models.decoder import Block
-from manyhands.models.fused import FusedStep, fused_step
 from manyhands.moe import Routing
+from manyhands.runtime import Program, prepare
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Runner:
         self.model = model
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
-        self._fused: dict[int, FusedStep | None] = {}  # by number of sequences; None: there can be none
+        self._programs: dict[int, Program] = {}  # by number of sequences
 
     def run(self, batch: Batch) -> Forward:
         """One forward pass; each row's cache is extended by its tokens, none of them twice."""
@@ -65,14 +64,16 @@ class Runner:
     def hidden(self, batch: Batch) -> Hidden:
         """The pass up to the head: states [1, T, D]."""
         ids_1T = batch.ids(self.device)
+        decodes = batch.num_tokens == len(batch.rows) and step.direct(self.model.embed_tokens.weight.detach())
         if len(batch.rows) == 1:
-            return self.model.hidden(ids_1T, cache=batch.rows[0].cache)
+            cache = batch.rows[0].cache
+            return self.model.hidden(ids_1T, cache=cache, program=self._program([cache]) if decodes else None)
         counts, caches = [len(row.ids) for row in batch.rows], [row.cache for row in batch.rows]
-        if batch.num_tokens > len(counts) or not self._direct(batch):
+        if not decodes:
             return self.model.hidden_rows(ids_1T, counts, caches)
         parts = [slice(first, first + MOST_APART) for first in range(0, len(counts), MOST_APART)]
         done = [
-            self.model.hidden_rows(ids_1T[:, rows], counts[rows], caches[rows], self._program(len(counts[rows])))
+            self.model.hidden_rows(ids_1T[:, rows], counts[rows], caches[rows], self._program(caches[rows]))
             for rows in parts
         ]
         if len(done) == 1:
@@ -80,20 +81,13 @@ class Runner:
         routings = joined([hidden.routings for hidden in done])
         return Hidden(torch.cat([hidden.states for hidden in done], 1), routings, {}, None)
 
-    def _direct(self, batch: Batch) -> bool:
-        """Whether native calls can take the rows' next tokens, one of each."""
-        weight = self.model.embed_tokens.weight.detach()
-        firsts = [row.cache.layers[0] for row in batch.rows]
-        ready = all(isinstance(layer, ContiguousLayer) and layer.dtype == weight.dtype for layer in firsts)
-        return ready and step.direct(weight) and self._program(min(len(firsts), MOST_APART)) is not None
-
-    def _program(self, B: int) -> FusedStep | None:
-        """The native calls for B rows with a token and a cache each, where there can be any."""
-        found = self._fused.get(B)
-        if B not in self._fused or (found is not None and not found.current(self.model)):
-            ours = all(type(block) is Block for block in self.model.layers)
-            found = self._fused[B] = fused_step(self.model, B, apart=True) if ours else None
-        return found
+    def _program(self, caches: Sequence[Cache]) -> Program | None:
+        """What runs the blocks for rows with a token and a cache each; None: the modules do as well."""
+        B = len(caches)
+        found = self._programs.get(B)
+        if found is None or not found.current(self.model):
+            found = self._programs[B] = prepare(self.model, B)
+        return found if found.native and found.takes(caches, self.model.embed_tokens.weight.dtype) else None
 
     @torch.no_grad()
     def score(self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None) -> Hidden:

@@ -19,8 +19,6 @@ FEW_SCORES = 1 << 12
 """A top-k: sorting so few takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
 FEW_QUERIES = 8
 """Attention to a cache: up to so many queries the native kernels do; more are PyTorch's work."""
-MOST_SEQUENCES = 8
-"""Decoding in one native call: so many sequences that share a cache. Beyond, block by block is as fast."""
 MOST_APART = 16
 """Decoding in one native call, a cache each: the native kernels take no more rows of plain weights."""
 

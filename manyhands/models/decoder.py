@@ -5,7 +5,7 @@ B batch, S sequence, T = B·S tokens, D model width, V vocabulary, L layers, H h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from torch.utils.checkpoint import checkpoint
 from manyhands.config import ModelConfig
 from manyhands.config.decoder import as_decoder
 from manyhands.errors import ConfigError
-from manyhands.kernels.native import step
-from manyhands.kernels.policy import MOST_SEQUENCES
 from manyhands.layers.attention import Attention, Caches, Positions, causal_mask
 from manyhands.layers.cache import Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
@@ -25,7 +23,6 @@ from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.rope import rope_tables
-from manyhands.models.fused import FusedStep, fused_step
 from manyhands.models.init import fill
 from manyhands.moe import MoELayer, Routing
 
@@ -55,6 +52,15 @@ class Output:
 
 pytree.register_dataclass(Hidden)
 pytree.register_dataclass(Output)
+
+
+class Stepper(Protocol):
+    """What runs all blocks and the final norm in the modules' place, where each sequence has one new token."""
+
+    def step(
+        self, x: Tensor, positions: Positions, caches: Sequence[Cache], real_1B: Tensor, ids_1B: Tensor
+    ) -> tuple[Tensor, dict[int, Routing]]:
+        """Embedded tokens [1, B, D], a cache each -> states [1, B, D], routings by layer."""
 
 
 class Block(nn.Module):
@@ -232,13 +238,14 @@ class Decoder(nn.Module):
         recompute: bool = False,
         clip_above: float | None = None,
         keep_outputs: bool = False,
+        program: Stepper | None = None,
     ) -> Hidden:
         """Everything but the head.
 
         `mask_BS` is false for padding (any side); `cache` continues from earlier tokens and is extended in place;
         `dtype` is the compute dtype (default: that of the weights); `recompute` trades time for memory in the
         backward pass; `clip_above` asks for the attention logits of QK-Clip; `keep_outputs` keeps the experts'
-        outputs in the routings.
+        outputs in the routings; `program` runs the blocks, for one token to a cache of one row.
         """
         S = ids_BS.shape[1]
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
@@ -252,22 +259,22 @@ class Decoder(nn.Module):
         positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         x = self._embed(ids_BS, dtype)
-        plain = not (recompute or keep_outputs or clip_above is not None)
-        if cache is not None and plain and (fused := self._fused(x, cache)) is not None:
-            states, found = fused.run(x, positions, [cache], real_BS[:, 0])
-            return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, cache)
+        if program is not None:
+            assert cache is not None
+            states, routings = program.step(x, positions, [cache], real_BS, ids_BS)
+            return self._hidden(states, routings, {}, cache)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
         x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs)
         return self._hidden(self.norm(x), routings, largest, cache)
 
     def hidden_rows(
-        self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], fused: FusedStep | None = None
+        self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], program: Stepper | None = None
     ) -> Hidden:
         """Everything but the head, for several sequences of different lengths at once, without padding.
 
         `ids_1T` are their next tokens, one sequence behind the other, `counts` of each; each has a cache of its own,
-        of one row, extended in place. States are [1, T, D], routings those of the T tokens. `fused` are the calls for
-        these sequences, where each has one token.
+        of one row, extended in place. States are [1, T, D], routings those of the T tokens. `program` runs the blocks,
+        where each has one token.
         """
         if any(len(cache.layers) != len(self.layers) for cache in caches):
             raise ConfigError(f"a cache has not the model's {len(self.layers)} layers")
@@ -276,9 +283,9 @@ class Decoder(nn.Module):
         ]
         positions = find_rows(self.config, counts, [cache.length for cache in caches], real, ids_1T.device)
         real_1T, x = torch.ones_like(ids_1T, dtype=torch.bool), self._embed(ids_1T, None)
-        if fused is not None:
-            states, found = fused.run(x, positions, caches, real_1T[0])
-            return self._hidden(states, dict(zip(self.config.sparse_layers, found, strict=True)), {}, None)
+        if program is not None:
+            states, routings = program.step(x, positions, caches, real_1T, ids_1T)
+            return self._hidden(states, routings, {}, None)
         layers = [[cache.layers[layer] for cache in caches] for layer in range(len(self.layers))]
         x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T)
         return self._hidden(self.norm(x), routings, largest, None)
@@ -318,19 +325,6 @@ class Decoder(nn.Module):
         if self.config.output_multiplier != 1.0:  # here, so that every use of the head has it
             states = states * self.config.output_multiplier
         return Hidden(states, routings, largest, cache)
-
-    def _fused(self, x_BSD: Tensor, cache: Cache) -> FusedStep | None:
-        """The native calls for this step, if it is one of decoding and the model and the moment allow them."""
-        B, S, _ = x_BSD.shape
-        decoding = S == 1 and cache.layers[0].dtype == x_BSD.dtype and not self.training
-        decoding = decoding and isinstance(cache.layers[0], ContiguousLayer)
-        if not decoding or B > MOST_SEQUENCES or not step.direct(x_BSD):
-            return None
-        found: FusedStep | None = cache.fused.get(B)
-        if B not in cache.fused or (found is not None and not found.current(self)):
-            ours = all(type(block) is Block for block in self.layers)
-            found = cache.fused[B] = fused_step(self, B) if ours else None
-        return found
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""

@@ -4,7 +4,7 @@ B batch, S sequence.
 """
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -83,14 +83,8 @@ class Cache:
         self.layers: list[LayerCache] = [kind() for _ in range(num_layers)]
         self.length = 0
         """Positions stored so far, padding included."""
-        self.fused: dict[int, Any] = {}
-        """`FusedStep` by number of sequences, None where there can be none: made for this cache's first step."""
         self.mask_BS: Tensor | None = None
         """[B, length] bool; None while there is no padding."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy prepares its own calls."""
-        return {**self.__dict__, "fused": {}}
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions, in every layer."""

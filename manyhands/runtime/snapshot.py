@@ -1,6 +1,6 @@
 """What modules were made of at one moment: to know later, cheaply, whether any of it was replaced or is listened to."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import attrgetter, call, is_, itemgetter
 from typing import Any
@@ -8,6 +8,17 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as modules
 
+from manyhands.layers.attention import Attention
+from manyhands.layers.feed_forward import FeedForward
+from manyhands.layers.linear import Linear
+from manyhands.layers.norm import RMSNorm
+from manyhands.layers.packed_linear import RecordLinear
+from manyhands.models.decoder import Block
+from manyhands.moe import Experts, MoELayer, Router
+from manyhands.moe.packed import RecordExperts
+
+_KINDS = (Block, Attention, FeedForward, MoELayer, Router, Experts, RecordExperts, Linear, RecordLinear, RMSNorm)
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 
 
@@ -21,20 +32,29 @@ class Snapshot:
     nothing. The memory is held, so that its addresses are given to nobody else.
     """
 
-    def __init__(self, roots: Iterable[nn.Module]) -> None:
-        found = list(dict.fromkeys(chain.from_iterable(root.modules() for root in roots)))
-        self._found = found
-        self._kinds = [type(m) for m in found]
+    def __init__(self, roots: Iterable[nn.Module], called: Sequence[nn.Module] = ()) -> None:
+        """`called`: parts that are called as modules. Of these only children and listeners are watched."""
+        apart = set(map(id, called))
+        found: dict[int, nn.Module] = {}
+        stack = list(roots)
+        while stack:
+            if id(module := stack.pop()) not in apart and id(module) not in found:
+                found[id(module)] = module
+                stack.extend(child for child in module._modules.values() if child is not None)
+        self._found = list(found.values())
+        watched = list(dict.fromkeys(chain.from_iterable(part.modules() for part in called)))
+        self._kinds = [type(m) for m in self._found]
         self._forwards = [(kind, kind.forward) for kind in set(self._kinds)]
         # every way into a module: its settings, and what PyTorch keeps beside them
-        inside = [(m._modules, m._parameters, m._buffers) for m in found]
-        listening = [(m._forward_hooks, m._forward_pre_hooks) for m in found]
-        beside = chain.from_iterable((*inside, *listening))
-        self._dicts: list[dict[Any, Any]] = [*map(vars, found), *beside, *_GLOBAL_HOOKS]
+        inside = [(m._modules, m._parameters, m._buffers) for m in self._found]
+        listening = [(m._forward_hooks, m._forward_pre_hooks) for m in self._found]
+        others = [(m._modules, m._forward_hooks, m._forward_pre_hooks) for m in watched]
+        beside = chain.from_iterable((*inside, *listening, *others))
+        self._dicts: list[dict[Any, Any]] = [*map(vars, self._found), *beside, *_GLOBAL_HOOKS]
         self._lengths = list(map(len, self._dicts))
-        self._filled = [d for d in self._dicts[len(found) :] if d]
+        self._filled = [d for d in self._dicts[len(self._found) :] if d]
         self._values = list(chain.from_iterable(map(dict.values, self._filled)))
-        self._readers = [self._reader(m) for m in found]
+        self._readers = [self._reader(m) for m in self._found]
         self._settings = list(map(call, self._readers, self._dicts))
         self._tensors = [t for t in self._values if isinstance(t, Tensor)]
         self._places = [list(map(look, self._tensors)) for look in _LAYOUT]
@@ -44,13 +64,6 @@ class Snapshot:
     def _reader(module: nn.Module) -> "itemgetter[Any]":
         """Reads the attributes that are neither PyTorch's own nor tensors or modules, `training` among them."""
         return itemgetter(*(name for name in vars(module) if not name.startswith("_")), "_modules", "_parameters")
-
-    @property
-    def heard(self) -> bool:
-        """Whether somebody listened already."""
-        return any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in self._found) or any(
-            _GLOBAL_HOOKS
-        )
 
     def holds(self) -> bool:
         """Whether everything is as it was."""
@@ -65,3 +78,17 @@ class Snapshot:
             )
         except (KeyError, RuntimeError, ValueError):  # an attribute is gone, a tensor has no memory any more
             return False
+
+
+def heard(module: nn.Module, below: bool = True) -> bool:
+    """Whether somebody listens to calls of `module`, or of anything below it.
+
+    That is a hook, a method put in its place, or a class whose `forward` is not what it was when claims were written.
+    """
+    return any(_GLOBAL_HOOKS) or any(
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or "forward" in vars(m)
+        or type(m).forward is not _FORWARDS.get(type(m), type(m).forward)
+        for m in (module.modules() if below else [module])
+    )

@@ -1,4 +1,4 @@
-"""Decoding as one call of the native library, against the same model block by block in PyTorch."""
+"""Decoding as a program, whole or split, against the same model block by block in PyTorch."""
 
 import pytest
 import torch
@@ -9,10 +9,10 @@ from manyhands.kernels import native
 from manyhands.kernels.native import step
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, init_weights
-from manyhands.models.fused import fused_step
 from manyhands.moe import Experts
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
+from manyhands.runtime import prepare
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 
@@ -87,31 +87,32 @@ def packed_model(fields: dict, format: str = "float32") -> Decoder:
 
 
 @torch.inference_mode()
-def decoded(model: Decoder, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int) -> tuple:
+def decoded(model: Decoder, ids: torch.Tensor, mask: torch.Tensor | None, prompt: int, native: bool = True) -> tuple:
+    """Steps by a program prepared for each (`native`), or by the modules."""
     cache = model.new_cache()
     model.hidden(ids[:, :prompt], mask, cache)
-    found = [model.hidden(ids[:, i : i + 1], None, cache) for i in range(prompt, ids.shape[1])]
-    return torch.cat([f.states for f in found], 1), [f.routings for f in found], cache
+    program = prepare(model) if native else None
+    found = [model.hidden(ids[:, i : i + 1], None, cache, program=program) for i in range(prompt, ids.shape[1])]
+    return torch.cat([f.states for f in found], 1), [f.routings for f in found], program
 
 
 @pytest.mark.parametrize("format", ["float32", "plain"])
-@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_fused_is_what_the_blocks_do(name: str, batch: int, format: str, monkeypatch) -> None:
+def test_a_program_is_what_the_blocks_do(name: str, padded: bool, format: str, monkeypatch) -> None:
     model = packed_model(CASES[name], format)
-    ids = torch.randint(0, 50, (batch, 20), generator=torch.Generator().manual_seed(2))
+    ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(2))
     mask = None
-    if batch > 1:
-        mask = torch.ones(batch, 12, dtype=torch.bool)
-        mask[1, :4] = False
-    states, routings, cache = decoded(model, ids, mask, 12)
-    assert cache.fused[batch] is not None
+    if padded:
+        mask = torch.ones(1, 12, dtype=torch.bool)
+        mask[0, :4] = False
+    states, routings, program = decoded(model, ids, mask, 12)
+    assert all(part.why is None for part in program.parts), program
     monkeypatch.setattr(step, "direct", lambda x: False)
     for module in model.modules():
         if isinstance(module, Experts | RecordLinear | RecordExperts):
             module.implementation = "eager"
-    expected, expected_routings, cache = decoded(model, ids, mask, 12)
-    assert not cache.fused
+    expected, expected_routings, _ = decoded(model, ids, mask, 12, native=False)
     torch.testing.assert_close(states, expected, atol=3e-5, rtol=3e-5)
     for found, right in zip(routings, expected_routings, strict=True):
         assert found.keys() == right.keys()
@@ -120,26 +121,76 @@ def test_fused_is_what_the_blocks_do(name: str, batch: int, format: str, monkeyp
                 torch.testing.assert_close(getattr(r, field), getattr(right[layer], field), atol=3e-5, rtol=3e-5)
 
 
-def test_latent_attention_decodes_in_the_library_as_in_pytorch(monkeypatch) -> None:
-    attention = {
-        "kind": "mla",
-        "num_attention_heads": 4,
-        "kv_lora_rank": 32,
-        "qk_nope_head_dim": 12,
-        "qk_rope_head_dim": 16,
-        "v_head_dim": 10,
-    }
-    model = packed_model({"attention": attention, "rope": {"interleave": True}})
-    ids = torch.randint(0, 50, (2, 20), generator=torch.Generator().manual_seed(2))
-    calls = []
-    native_attend = step.attend
-    monkeypatch.setattr(step, "attend", lambda *a: calls.append(a) or native_attend(*a))
-    states, _, cache = decoded(model, ids, None, 12)
-    assert len(calls) == 8 * 3 and cache.fused == {2: None}  # 8 steps, 3 layers; block by block
+MLA = {"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 12, "qk_rope_head_dim": 16,
+       "v_head_dim": 10}  # fmt: skip
+
+
+def test_latent_attention_is_called_and_the_rest_is_native(monkeypatch) -> None:
+    model = packed_model({"attention": MLA, "rope": {"interleave": True}})
+    ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(2))
+    states, routings, program = decoded(model, ids, None, 12)
+    why = "self_attn of layers 0–2 called as modules (multi-head latent attention has no claim)"
+    assert repr(program) == f"10 of 13 parts native; {why}"
     monkeypatch.setattr(step, "direct", lambda x: False)
-    expected, _, _ = decoded(model, ids, None, 12)
-    assert len(calls) == 8 * 3
+    expected, right, _ = decoded(model, ids, None, 12, native=False)
     torch.testing.assert_close(states, expected, atol=3e-5, rtol=3e-5)
+    assert [list(r) for r in routings] == [list(r) for r in right] == [[0, 1, 2]] * 8
+
+
+class Doubled(torch.nn.Module):
+    """A wrapper, as an adapter is."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *arguments):
+        y = self.inner(*arguments)
+        return (2 * y[0], *y[1:]) if isinstance(y, tuple) else 2 * y
+
+
+def hook(model: Decoder) -> None:
+    model.layers[1].mlp.experts.register_forward_hook(lambda m, a, y: 2 * y)
+
+
+def block_hook(model: Decoder) -> None:
+    model.layers[1].register_forward_hook(lambda m, a, y: (2 * y[0], *y[1:]))
+
+
+def adapter(model: Decoder) -> None:
+    model.layers[0].self_attn.q_proj = Doubled(model.layers[0].self_attn.q_proj)
+
+
+def bank(model: Decoder) -> None:
+    model.layers[2].mlp.experts = Doubled(model.layers[2].mlp.experts)
+
+
+def last_norm(model: Decoder) -> None:
+    model.norm = Doubled(model.norm)
+
+
+SPLITS = {
+    "hook": (hook, {("mlp", 1)}),
+    "block hook": (block_hook, {("block", 1)}),
+    "adapter": (adapter, {("self_attn", 0)}),
+    "bank": (bank, {("mlp", 2)}),
+    "last norm": (last_norm, {("norm", None)}),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPLITS)
+def test_a_part_without_a_claim_splits_the_program(name: str, dtype: torch.dtype) -> None:
+    model = packed_model(CASES["qwen3"], "plain").to(dtype)
+    split, called = SPLITS[name]
+    split(model)
+    ids = torch.arange(16)[None]
+    states, routings, program = decoded(model, ids, None, 12)
+    assert {(part.name, part.layer) for part in program.parts if part.why} == called
+    expected, right, _ = decoded(model, ids, None, 12, native=False)
+    bound = 5e-5 if dtype == torch.float32 else 0.1
+    torch.testing.assert_close(states, expected, atol=bound, rtol=bound)
+    assert [list(r) for r in routings] == [list(r) for r in right]
 
 
 def test_who_listens_is_heard() -> None:
@@ -172,14 +223,13 @@ def test_rows_with_a_cache_each_are_what_each_is_alone(name: str, format: str) -
     for caches in (rows, alone):
         for b, n in enumerate(lengths):
             model.hidden(ids[b : b + 1, :n], None, caches[b])
-    fused = fused_step(model, 3, apart=True)
-    assert fused is not None
+    program, single = prepare(model, 3), prepare(model)
+    assert program.native and program.takes(rows, model.embed_tokens.weight.dtype)
     for i in range(5):
         new = torch.stack([ids[b, n + i] for b, n in enumerate(lengths)])
-        found = model.hidden_rows(new[None], [1, 1, 1], rows, fused)
+        found = model.hidden_rows(new[None], [1, 1, 1], rows, program)
         for b in range(3):
-            right = model.hidden(new[b].view(1, 1), None, alone[b])
-            assert alone[b].fused[1] is not None
+            right = model.hidden(new[b].view(1, 1), None, alone[b], program=single)
             torch.testing.assert_close(found.states[:, b : b + 1], right.states, atol=3e-5, rtol=3e-5)
             for layer, routing in right.routings.items():
                 assert torch.equal(found.routings[layer].expert_ids[b : b + 1], routing.expert_ids)

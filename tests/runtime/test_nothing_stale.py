@@ -8,6 +8,10 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize, prune
 
+from manyhands.config import SamplingConfig
+from manyhands.engine.batch import Batch, Row
+from manyhands.engine.engine import Engine
+from manyhands.engine.runner import Runner
 from manyhands.kernels import native
 from manyhands.kernels.native import step
 from manyhands.layers.attention import Attention
@@ -19,7 +23,7 @@ from manyhands.models import Decoder
 from manyhands.moe import Experts, MoELayer
 from manyhands.moe.packed import RecordExperts
 
-from .test_fused import CASES, packed_model
+from .test_program import CASES, packed_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 
@@ -176,9 +180,21 @@ CHANGES: dict[str, Callable[[Decoder], None]] = {
 }
 
 
-def steps(model: Decoder, cache, first: int, last: int) -> torch.Tensor:
-    ids = torch.arange(20)[None]
-    return torch.cat([model.hidden(ids[:, i : i + 1], None, cache).states for i in range(first, last)], 1)
+class Holder:
+    """Decodes as the engine does: its runner keeps a program and looks whether it is current."""
+
+    def __init__(self, model: Decoder) -> None:
+        self.runner = Runner(model)
+
+    def steps(self, cache: Cache, first: int, last: int) -> torch.Tensor:
+        """States of the tokens `first` to `last`, one by one."""
+        found = [self.runner.hidden(Batch([Row([i], cache)])) for i in range(first, last)]
+        return torch.cat([hidden.states for hidden in found], 1)
+
+
+def steps(model: Decoder, cache: Cache, first: int, last: int) -> torch.Tensor:
+    """The same, prepared now."""
+    return Holder(model).steps(cache, first, last)
 
 
 def same(cache: Cache, length: int) -> Cache:
@@ -200,11 +216,12 @@ def test_what_changes_is_seen(change: str, dtype: torch.dtype, monkeypatch) -> N
     other = copy.deepcopy(model)
     cache = model.new_cache()
     model.hidden(torch.arange(5)[None], None, cache)
-    steps(model, cache, 5, 8)
-    assert cache.fused[1] is not None
+    holder = Holder(model)
+    holder.steps(cache, 5, 8)
+    assert holder.runner._programs[1].native
     for m in (model, other):
         CHANGES[change](m)
-    found = steps(model, cache, 8, 11)
+    found = holder.steps(cache, 8, 11)
     assert torch.equal(found, steps(other, same(cache, 8), 8, 11))  # prepared now
     if dtype == torch.float32:
         monkeypatch.setattr(step, "direct", lambda x: False)
@@ -217,7 +234,8 @@ def test_packed_parts_too(replace: str, monkeypatch) -> None:
     model = packed_model(CASES["qwen3"], "int8")
     cache = model.new_cache()
     model.hidden(torch.arange(5)[None], None, cache)
-    before = steps(model, cache, 5, 6)
+    holder = Holder(model)
+    before = holder.steps(cache, 5, 6)
     cache.truncate(5)
     experts, heard = first(model, RecordExperts), []
     if replace == "module":
@@ -229,7 +247,7 @@ def test_packed_parts_too(replace: str, monkeypatch) -> None:
     else:
         own = {"forward": lambda self, x: 0 * RecordLinear.forward(self, x)}
         first(model, RecordLinear).__class__ = type("Own", (RecordLinear,), own)
-    after = steps(model, cache, 5, 6)
+    after = holder.steps(cache, 5, 6)
     assert heard == [1] if replace == "hook" else not torch.equal(before, after)
 
 
@@ -285,12 +303,39 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside_and_is_copied() -> None
     torch.testing.assert_close(steps(model, cache, 7, 9), steps(model, other, 7, 9), atol=0, rtol=0)
 
 
-def test_a_router_or_attention_of_ones_own_is_called() -> None:
+@torch.no_grad()
+def test_a_part_of_ones_own_is_called_and_one_that_ceases_to_be_heard_is_native_again() -> None:
     """A subclass that overrides a part of the reference is not computed by what never heard of it."""
-    model = packed_model(CASES["qwen3"], "plain")
+    model, heard = packed_model(CASES["qwen3"], "plain"), []
+    holder, cache = Holder(model), model.new_cache()
+    model.hidden(torch.arange(5)[None], None, cache)
+    kind = type(model.layers[0].self_attn)
     model.layers[0].self_attn.__class__ = type("Own", (Attention,), {})
-    cache = model.new_cache()
-    with torch.no_grad():
-        model.hidden(torch.arange(5)[None], None, cache)
-        steps(model, cache, 5, 6)
-    assert cache.fused == {1: None}
+    holder.steps(cache, 5, 6)
+    called = lambda: [(p.name, p.layer) for p in holder.runner._programs[1].parts if p.why]  # noqa: E731
+    assert called() == [("self_attn", 0)]
+    hook = model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+    holder.steps(cache, 6, 8)
+    assert called() == [("self_attn", 0), ("mlp", 1)] and heard == [1, 1]
+    hook.remove()
+    model.layers[0].self_attn.__class__ = kind
+    holder.steps(cache, 8, 9)
+    assert called() == [] and heard == [1, 1]
+
+
+def test_one_engine_hears_and_sees_what_changes_between_its_tokens() -> None:
+    model, heard = packed_model(CASES["qwen3"], "plain"), []
+    engine = Engine(model)
+    request = engine.add([1, 2, 3], SamplingConfig(max_new_tokens=12, temperature=0.0))
+    for _ in range(4):
+        engine.step()
+    hook = model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: heard.append(1))
+    engine.step()
+    assert heard == [1]
+    hook.remove()
+    replaced(model, Experts)
+    while engine.busy:
+        engine.step()
+    assert heard == [1] and len(request.token_ids) == 12
+    (program,) = engine.runner._programs.values()
+    assert [(p.name, p.layer) for p in program.parts if p.why] == [("mlp", 0)]

@@ -1,0 +1,109 @@
+"""The native calls of a program, one behind the other, while claims write them.
+
+B rows of one token each. A buffer is [B, width] float32 with a name; a layer uses what the layer before it used.
+"""
+
+from ctypes import Array, Structure, addressof, c_void_p
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from manyhands.kernels.native import views
+from manyhands.kernels.native.library import CAttention, CCache, CRows, CStep
+from manyhands.runtime.segments import Native, Segment
+
+NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
+
+
+class Unfit(Exception):
+    """A part that no claim covers, and why."""
+
+
+class Builder:
+    """Collects segments, the memory that they point to, and what each step must bind anew."""
+
+    def __init__(self, B: int, config: Any) -> None:
+        self.B, self.config = B, config
+        self.D: int = config.hidden_size
+        self.segments: list[Segment] = []
+        self.copies: list[Tensor] = []
+        """Float32 copies that every step makes again, of `sources`."""
+        self.sources: list[Tensor] = []
+        self.attentions: list[tuple[CStep, int, int, CCache, CAttention, bool]] = []
+        """Per claimed layer and row: the call that places keys, layer, row, cache, how, whether it slides."""
+        self.held: list[Any] = []  # what the calls point to must live as long
+        self.tensors: dict[tuple[str, int], Tensor] = {}
+        self.routings: dict[int, tuple[Tensor, ...]] = {}
+        """Per claimed sparse layer: ids, logits, scores, weights, kept."""
+        self.cos, self.sin = (torch.empty(B, config.rope_dim // 2) for _ in range(2))
+        self._rows: dict[tuple[str, int], CRows] = {}
+        self._steps: list[CStep] = []
+
+    def buffer(self, name: str, width: int) -> CRows:
+        """The structure for a buffer."""
+        if (name, width) not in self._rows:
+            self.tensors[name, width] = torch.empty(self.B, width)
+            self._rows[name, width] = views.rows(self.tensors[name, width])
+        return self._rows[name, width]
+
+    def tensor(self, name: str, width: int) -> Tensor:
+        """The buffer itself."""
+        self.buffer(name, width)
+        return self.tensors[name, width]
+
+    def float32(self, tensor: Tensor | None, width: int) -> int | None:
+        """Where `tensor` [width] lies as float32: itself, or a copy that every step makes again."""
+        if tensor is None:
+            return None
+        if not views.plain(tensor, 1) or tensor.shape[0] != width:
+            raise Unfit("a vector that does not lie as the kernels read it")
+        source = tensor.detach()
+        if source.dtype != torch.float32:
+            self.sources.append(source)
+            self.copies.append(source.float())
+            source = self.copies[-1]
+        return source.data_ptr()
+
+    def call(self, kind: int, *arguments: Structure | Array[Any] | int | None, n: tuple[int, int] = (0, 0),
+             factor: float = 1.0) -> None:  # fmt: skip
+        """One native call."""
+        self.held.extend(arguments)
+        places = [a if a is None or isinstance(a, int) else addressof(a) for a in arguments]
+        self._steps.append(CStep(kind, (c_void_p * 6)(*places), n, factor))
+
+    def attention(self, layer: int, row: int, cache: CCache, how: CAttention, sliding: bool) -> None:
+        """The last call places keys and values in a cache, and the next one attends to it."""
+        self.attentions.append((self._steps[-1], layer, row, cache, how, sliding))
+
+    def add(self, factor: float = 1.0, gate: CRows | None = None, to: str = "x", source: str = "y") -> None:
+        """to += factor · gate · source."""
+        self.call(ADD, self.buffer(to, self.D), self.buffer(source, self.D), gate, factor=factor)
+
+    def module(self, segment: Segment) -> None:
+        """A part that is called as the module it is."""
+        self.flush()
+        self.segments.append(segment)
+
+    def flush(self) -> None:
+        """End the native segment."""
+        if self._steps:
+            native = Native(self._steps)
+            places = {id(step): native.calls[i] for i, step in enumerate(self._steps)}
+            self.attentions = [(places.get(id(step), step), *rest) for step, *rest in self.attentions]  # type: ignore[misc]
+            self.held.append(self._steps)  # so that no identity is given to another
+            self.segments.append(native)
+            self._steps = []
+
+    @property
+    def _written(self) -> tuple[list[Any], ...]:
+        return self._steps, self.copies, self.sources, self.attentions, self.held
+
+    def mark(self) -> tuple[int, ...]:
+        """Where the builder is, for `reset`."""
+        return tuple(len(written) for written in self._written)
+
+    def reset(self, mark: tuple[int, ...]) -> None:
+        """Forget what was written since."""
+        for written, n in zip(self._written, mark, strict=True):
+            del written[n:]

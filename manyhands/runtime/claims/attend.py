@@ -1,0 +1,42 @@
+"""Multi-head and grouped-query attention to a contiguous cache for each row."""
+
+from torch import nn
+
+from manyhands.kernels.covered import ATTENTION, ROPE
+from manyhands.kernels.moment import held
+from manyhands.kernels.native import step, views
+from manyhands.kernels.native.library import CAttention, CCache, CRotation
+from manyhands.layers.attention import Attention
+from manyhands.layers.latent_attention import LatentAttention
+from manyhands.runtime.builder import ATTEND, ROPE_AND_CACHE, Builder, Unfit
+from manyhands.runtime.claims import linear, norm
+
+
+def emit(b: Builder, attention: nn.Module, layer: int) -> None:
+    """From `normed` into `y`."""
+    if type(attention) is LatentAttention:
+        raise Unfit("multi-head latent attention has no claim")
+    if type(attention) is not Attention or not held(attention, "sinks"):
+        raise Unfit(f"{type(attention).__name__} has no claim")
+    a, d = attention.config, attention.config.head_dim
+    if not ATTENTION.covers(a) or not ROPE.covers(b.config.rope):
+        raise Unfit("attention or rope of a kind that no claim covers")
+    if d % 16 or (attention.q_norm is None) != (a.qk_norm == "none"):
+        raise Unfit(f"heads of width {d}, no multiple of 16" if d % 16 else "norms that the config does not say")
+    H, G = a.num_attention_heads, a.kv_heads
+    projections = {"q": (attention.q_proj, H * d), "k": (attention.k_proj, G * d), "v": (attention.v_proj, G * d)}
+    linear.emit(b, "normed", b.D, projections)
+    norms = [step.NO_NORM if n is None else norm.norm_of(n) for n in (attention.q_norm, attention.k_norm)]
+    sinks, pairs = b.float32(attention.sinks, H), b.cos.shape[1]
+    all_placed, all_heads = b.tensor("placed", H * d), b.tensor("heads", H * d)
+    for row in range(b.B):
+        part = slice(row, row + 1)
+        cos, sin, placed, heads = (t[part].data_ptr() for t in (b.cos, b.sin, all_placed, all_heads))
+        rotation = CRotation(cos, sin, 2 * pairs, 1, attention.interleave, *norms, step.NORMS[a.qk_norm])
+        how = CAttention(1, 1, H, 0, None, 0, 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
+        cache = CCache()
+        projected = [views.rows(b.tensors[name, n * d][part]) for name, n in (("q", H), ("k", G), ("v", G))]
+        b.call(ROPE_AND_CACHE, *projected, rotation, cache, placed, n=(1, 0))
+        b.attention(layer, row, cache, how, attention.sliding)
+        b.call(ATTEND, how, placed, cache, heads)
+    linear.emit(b, "heads", H * d, {"y": (attention.o_proj, b.D)})

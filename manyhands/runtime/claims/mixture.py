@@ -1,0 +1,67 @@
+"""A mixture: router, experts, shared experts.
+
+E experts, K experts per token.
+"""
+
+import torch
+from torch import nn
+
+from manyhands.config.activation import GATED
+from manyhands.kernels.covered import MIXTURE
+from manyhands.kernels.moment import held
+from manyhands.kernels.native import views
+from manyhands.kernels.native.library import ACTIVATION_CODES, CExperts, CRouting, CStacked
+from manyhands.moe import Experts, MoELayer, Router
+from manyhands.moe.packed import RecordExperts
+from manyhands.runtime.builder import EXPERTS, ROUTE, Builder, Unfit
+from manyhands.runtime.claims import feed_forward, linear
+
+
+def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
+    """From `normed` into `y`, and the layer's routing into `b.routings`."""
+    if type(mlp) is not MoELayer or not MIXTURE.covers(b.config.moe):
+        raise Unfit(f"{type(mlp).__name__} has no claim, or its config none")
+    if type(mlp.router) is not Router or not mlp.router.takes_few(b.D):
+        raise Unfit("a router that no claim covers")
+    E, K = mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok
+    packed, stacked = _experts(b, mlp.experts, E)
+    logits, scores, weights = (torch.empty(b.B, n) for n in (E, E, K))
+    ids, kept = torch.empty(b.B, K, dtype=torch.int64), torch.ones(b.B, K, dtype=torch.bool)
+    b.routings[layer] = (ids, logits, scores, weights, kept)
+    normed, y = b.buffer("normed", b.D), b.buffer("y", b.D)
+    places = (logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
+    b.call(ROUTE, mlp.router.for_native(), normed, *places)
+    routing = CRouting(ids.data_ptr(), weights.data_ptr(), kept.data_ptr(), *ids.shape)
+    b.call(EXPERTS, packed, stacked, routing, normed, y)
+    if mlp.shared_experts is not None:
+        feed_forward.emit(b, mlp.shared_experts, "shared")
+        gate = None
+        if mlp.shared_expert_gate is not None:
+            linear.emit(b, "normed", b.D, {"shared_gate": (mlp.shared_expert_gate, 1)})
+            gate = b.buffer("shared_gate", 1)
+        b.add(1.0, gate, to="y", source="shared")
+
+
+def _experts(b: Builder, experts: nn.Module, E: int) -> tuple[CExperts | None, CStacked | None]:
+    """Records, or stacked weights."""
+    D = b.D
+    if type(experts) is RecordExperts and experts.native:
+        records, layout = experts.records, experts.layout
+        if not views.plain(records, 2, (torch.uint8,)) or records.shape != (E, layout.record_bytes):
+            raise Unfit("records of another shape")
+        return views.experts(records, layout), None
+    if type(experts) is Experts and experts.implementation in ("auto", "native") and held(experts, *experts.names):
+        weights = experts.weights()
+        up, down, up_bias, down_bias, activation = weights
+        plain = views.plain(up, 3) and views.plain(down, 3) and up.dtype == down.dtype
+        if not plain or activation not in ACTIVATION_CODES:
+            raise Unfit("experts that do not lie as the kernels read them")
+        F = down.shape[2]
+        rows = 2 * F if activation in GATED else F
+        if up.shape != (E, rows, D) or down.shape != (E, D, F):
+            raise Unfit("experts of other shapes")
+        stacked, _ = views.stacked(weights._replace(up_bias=None, down_bias=None), up.dtype)
+        stacked.up_bias = b.float32(None if up_bias is None else up_bias.view(-1), E * rows)
+        stacked.down_bias = b.float32(None if down_bias is None else down_bias.view(-1), E * D)
+        return None, stacked
+    raise Unfit(f"{type(experts).__name__} with this backend has no claim")
