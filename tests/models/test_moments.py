@@ -15,7 +15,7 @@ from manyhands.layers.cache import Cache
 from manyhands.layers.rope import inverse_frequencies
 from manyhands.models import Decoder, Output
 
-from .test_fused import CASES, packed_model
+from ..runtime.test_program import CASES, packed_model
 
 IDS = torch.arange(10)[None]
 
