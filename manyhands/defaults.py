@@ -14,3 +14,5 @@ TOKENS_PER_DEVICE = 4096
 """With `plan --scale`."""
 GROUP_SIZE: Literal[32] = 32
 """Inputs that share a scale in int4 records."""
+MAX_SHARD_SIZE = 5_000_000_000
+"""Bytes per file of weights, as transformers has long written them."""

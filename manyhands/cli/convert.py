@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.defaults import MAX_SHARD_SIZE
 from manyhands.terminal import shown
 
 
@@ -20,7 +21,7 @@ def convert(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as stored (decoded: bfloat16).")
     ] = None,
-    max_shard_size: Annotated[float, typer.Option(min=1e-6, help="GB (10⁹ bytes) per file.")] = 5.0,
+    max_shard_size: Annotated[float, typer.Option(min=1e-6, help="GB (10⁹ bytes) per file.")] = MAX_SHARD_SIZE / 1e9,
     drop_extras: Annotated[
         bool, typer.Option("--drop-extras", help="Leave out what the model does not compute with (MTP, vision).")
     ] = False,

@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 
 from manyhands.catalog import load
+from manyhands.checkpoint.tensors import DTYPES
 from manyhands.errors import ConfigError
 from manyhands.families import FAMILIES, export_config
+from manyhands.plan import own_files
 from manyhands.plan.load_file import read_load
 from manyhands.plan.storage import weight_bytes
 from manyhands.plan.stored_dtype import native_storage
@@ -252,3 +254,8 @@ def test_a_recorded_load(tmp_path: Path) -> None:
         evaluation.write_text(wrong)
         with pytest.raises(ConfigError, match=r"eval\.json"):
             read_load(evaluation, config)
+
+
+def test_the_planner_knows_the_bytes_of_the_dtypes_it_reads() -> None:
+    """It imports no torch, so it states them; here they are the readers'."""
+    assert {name: DTYPES[name].itemsize for name in own_files._BYTES} == own_files._BYTES

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from manyhands.checkpoint.safetensors.header import SPELLED
 from manyhands.checkpoint.tensors import DTYPES, Header
+from manyhands.defaults import MAX_SHARD_SIZE as MAX_SHARD_SIZE
 from manyhands.errors import ConfigError
 from manyhands.files import INDEX, WEIGHTS
-
-MAX_SHARD_SIZE = 5_000_000_000
-"""Bytes per file, as transformers has long written them."""
 
 
 def header_size(header: Header) -> int:
