@@ -22,7 +22,7 @@ from manyhands.config import BalanceConfig, ModelConfig, suggest
 from manyhands.config.activation import GATED
 from manyhands.engine.mode import one_thread
 from manyhands.errors import ConfigError
-from manyhands.kernels import BACKENDS, check_name, native
+from manyhands.kernels import BACKENDS, ExpertWeights, backend_names, check_name, native
 
 Progress = Callable[[str, int, int], None]
 Job = tuple[str, str, str, Callable[[], Iterator[tuple[list[Row], Routings]]]]
@@ -99,7 +99,7 @@ def check_routers(
 
 
 def _names(backends: Sequence[str] | None, dtypes: Sequence[str] | None) -> tuple[list[str], list[str]]:
-    names = [check_name(name) for name in (BACKENDS if backends is None else backends)]
+    names = [check_name(name) for name in (backend_names() if backends is None else backends)]
     for dtype in dtypes or ():
         if dtype not in DTYPES:
             raise ConfigError(f"dtype = {dtype!r}: " + suggest(dtype, list(DTYPES)))
@@ -126,7 +126,7 @@ def _model_jobs(
                 if config.moe is not None and not _runs(
                     backend, dtype, config.hidden_size, config.moe.moe_intermediate_size, config.moe.hidden_act
                 ):
-                    report.skipped.append(f"{backend} in {dtype}: needs rows of whole multiples of 16 bytes")
+                    report.skipped.append(f"{backend} in {dtype}: {NEEDS.get(backend, 'does not take these sizes')}")
                     continue
                 yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
 
@@ -186,11 +186,15 @@ def _only(rows: Iterable[Row]) -> Iterator[tuple[list[Row], Routings]]:
     yield list(rows), ([], [])
 
 
+NEEDS = {"grouped_mm": "needs rows of whole multiples of 16 bytes"}
+
+
 def _runs(backend: str, dtype: str, width: int, expert_width: int, activation: str) -> bool:
-    """Whether the backend takes these sizes (`supports_grouped_mm` says the same of tensors)."""
-    bytes_each = torch.empty(0, dtype=DTYPES[dtype]).element_size()
-    up = expert_width * (2 if activation in GATED else 1)
-    return backend != "grouped_mm" or all(n * bytes_each % 16 == 0 for n in (width, expert_width, up))
+    """Whether the backend takes these sizes."""
+    one = torch.zeros((), dtype=DTYPES[dtype])
+    rows = expert_width * (2 if activation in GATED else 1)
+    weights = ExpertWeights(one.expand(1, rows, width), one.expand(1, width, expert_width), None, None, activation)
+    return backend == "auto" or BACKENDS[backend].supports(one.expand(1, width), weights)
 
 
 @one_thread()  # tiny tensors: on a busy machine, threads that wait for each other cost ten times the work

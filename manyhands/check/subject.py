@@ -13,7 +13,7 @@ from manyhands.check.verdict import one_hot
 from manyhands.config import RunConfig
 from manyhands.errors import TrainingHalted
 from manyhands.models import Decoder, Hidden
-from manyhands.moe import Experts, Routing
+from manyhands.moe import ExpertBank, Routing
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
 from manyhands.train.step import train_step
@@ -40,7 +40,7 @@ class Subject(Decoder):
     def use(self, backend: str) -> None:
         """Run the experts through `backend`."""
         for module in self.modules():
-            if isinstance(module, Experts):
+            if isinstance(module, ExpertBank):
                 module.implementation = backend
 
 

@@ -28,7 +28,7 @@ from manyhands.checkpoint.source import Source, open_source
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
-from manyhands.errors import CheckpointError, UserError
+from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import CONFIG, TOKENIZER, cannot_write
 from manyhands.models import Decoder
@@ -187,12 +187,17 @@ def save(
             write_rest(partial, tokenizer, origin)
         return
     chosen = nearest(model.config) if family is None else family_named(family, "family")
+    values = Unpacked(dict(model.state_dict()), records)
+    names = set(values)
+    for name in tensor_shapes(model.config):
+        if ".experts." in name and name not in names:
+            raise ConfigError(f"{name} is not in the model: its experts' weights are held in a way no format stores")
     with building(path, overwrite=overwrite, sources=sources) as partial:
         write_directory(
             partial,
             chosen,
             model.config,
-            Unpacked(dict(model.state_dict()), records),
+            values,
             origin=origin,
             tokenizer=tokenizer,
             dtype=dtype,

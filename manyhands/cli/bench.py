@@ -36,7 +36,7 @@ def bench(
     from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
     from manyhands.errors import ConfigError
     from manyhands.generate.speed import Speed, measure_speed, read_per_token, warm_up
-    from manyhands.kernels import BACKENDS, check_name
+    from manyhands.kernels import backend_names, check_name
     from manyhands.kernels.native import missing
     from manyhands.models import Decoder, init_weights
     from manyhands.plan.remember import measured
@@ -65,7 +65,7 @@ def bench(
             f"{decoder.config.max_position_embeddings}"
         )
     here = measured(quiet=json_output).processor
-    names = [check_name(name) for name in backend or (["auto", *BACKENDS] if decoder.config.moe else ["auto"])]
+    names = [check_name(name) for name in backend or (["auto", *backend_names()] if decoder.config.moe else ["auto"])]
     bytes_read = read_per_token(decoder)
     roof = here.bandwidth / bytes_read
     rows: list[Speed] = []

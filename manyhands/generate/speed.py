@@ -11,8 +11,7 @@ import torch
 from manyhands.config import SamplingConfig
 from manyhands.generate.steps import generate
 from manyhands.models import Decoder
-from manyhands.moe.experts import Experts
-from manyhands.moe.packed import RecordExperts
+from manyhands.moe.bank import ExpertBank
 
 _WARM_SECONDS = 1.0
 _ROUND_SECONDS = 0.5  # of one row: a small model's three rounds are over before anything is settled
@@ -57,7 +56,7 @@ def measure_speed(
     """
     seconds = _ROUND_SECONDS if seconds is None else seconds
     for module in model.modules():
-        if isinstance(module, Experts | RecordExperts):
+        if isinstance(module, ExpertBank):
             module.implementation = backend
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)

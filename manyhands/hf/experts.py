@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from manyhands.config.activation import GATED, Activation
 from manyhands.errors import ConfigError
-from manyhands.kernels import BACKENDS, ExpertWeights, run_experts
+from manyhands.kernels import ExpertWeights, backend_names, run_experts
 from manyhands.kernels.experts import activate
 
 _PROBE = (-1e4, -30.0, -7.5, -6.5, -3.0, -1.0, -0.1, 0.0, 0.1, 1.0, 3.0, 6.5, 7.5, 30.0, 1e4)
@@ -94,7 +94,7 @@ def register_experts() -> list[str]:
     """
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-    names = {"manyhands": "auto"} | {f"manyhands:{name}": name for name in BACKENDS}
+    names = {"manyhands": "auto"} | {f"manyhands:{name}": name for name in backend_names()}
     for name, backend in names.items():
         ALL_EXPERTS_FUNCTIONS.register(name, _Runner(backend))
     return list(names)

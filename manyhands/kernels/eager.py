@@ -4,13 +4,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyhands.kernels.experts import ExpertWeights, activate
+from manyhands.kernels.experts import Bank, ExpertWeights, activate
 
 
-def dense(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
+def dense(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: Bank) -> Tensor:
     """The same, every expert for every token: nothing depends on the numbers in `ids_TK`, so that it can be transformed
     (`torch.func`: vmap, grad, jvp)."""
-    up, down, up_bias, down_bias, activation = experts.cast(x_TD.dtype)
+    lie = experts.in_memory()
+    weights = lie if isinstance(lie, ExpertWeights) else experts.stacked(range(experts.num_experts))
+    up, down, up_bias, down_bias, activation = weights.cast(x_TD.dtype)
     accumulate = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros_like(x_TD, dtype=accumulate)
     for e in range(up.shape[0]):
@@ -21,18 +23,26 @@ def dense(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, exp
     return y_TD.to(x_TD.dtype)
 
 
-def eager(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
+def eager(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: Bank) -> Tensor:
     """y_t = Σ_k weights_tk · Expert_{ids_tk}(x_t) over the kept pairs; a loop over the experts.
 
-    An expert without tokens takes part with an empty batch, so its gradient is zero, not absent. A token picks
-    an expert at most once, so `index_add` has no repeated rows and the sum has a fixed order.
+    Of stacked weights an expert without tokens takes part with an empty batch, so its gradient is zero, not absent.
+    Other weights are asked for one expert at a time, and only those that some token chose. A token picks an expert at
+    most once, so `index_add` has no repeated rows and the sum has a fixed order.
     """
-    up, down, up_bias, down_bias, activation = experts.cast(x_TD.dtype)
+    lie = experts.in_memory()
     accumulate = torch.promote_types(x_TD.dtype, torch.float32)
     y_TD = torch.zeros_like(x_TD, dtype=accumulate)
-    for e in range(up.shape[0]):
+    if isinstance(lie, ExpertWeights):
+        turns, weights = list(range(experts.num_experts)), lie.cast(x_TD.dtype)
+    else:
+        turns, weights = torch.bincount(ids_TK[kept_TK]).nonzero().flatten().tolist(), None
+    for e in turns:
         t, k = torch.where((ids_TK == e) & kept_TK)
-        h = F.linear(x_TD[t], up[e], None if up_bias is None else up_bias[e])
-        h = F.linear(activate(h, activation), down[e], None if down_bias is None else down_bias[e])
+        own = experts.stacked([e]).cast(x_TD.dtype) if weights is None else weights
+        up, down, up_bias, down_bias, activation = own
+        i = 0 if weights is None else e
+        h = F.linear(x_TD[t], up[i], None if up_bias is None else up_bias[i])
+        h = F.linear(activate(h, activation), down[i], None if down_bias is None else down_bias[i])
         y_TD = y_TD.index_add(0, t, weights_TK[t, k, None] * h.to(accumulate))
     return y_TD.to(x_TD.dtype)

@@ -1,9 +1,10 @@
-"""What a backend is given: stacked expert weights and the activation between them.
+"""What a backend is given: experts, whose weights are got when asked or lie in memory, and their activation.
 
 E experts, D model width, F expert width.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,31 @@ from manyhands.config.activation import ACTIVATIONS, GATED
 from manyhands.errors import ConfigError
 from manyhands.kernels.moment import transformed
 from manyhands.kernels.twice import gradients_through
+from manyhands.quant import PackedExperts
 
 _OAI = ACTIVATIONS["swiglu_oai"]
+
+
+class Bank(Protocol):
+    """Where experts' weights come from: stacked weights themselves, or a module (`manyhands.moe.bank`)."""
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+
+    @property
+    def activation(self) -> str:
+        """Between the two products."""
+
+    def stacked(self, ids: Sequence[int]) -> "ExpertWeights":
+        """The exact float weights of these experts, stacked in that order."""
+
+    def in_memory(self) -> "ExpertWeights | PackedExperts | None":
+        """All weights as they lie in memory; None where they are made when asked."""
 
 
 class ExpertWeights(NamedTuple):
@@ -29,6 +53,30 @@ class ExpertWeights(NamedTuple):
     up_bias: Tensor | None
     down_bias: Tensor | None
     activation: str
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.down.shape[1]
+
+    def stacked(self, ids: Sequence[int]) -> "ExpertWeights":
+        """Of these experts, in that order."""
+        if len(ids) == 1:
+            which: slice | list[int] = slice(ids[0], ids[0] + 1)  # a view
+        else:
+            which = list(ids)
+        up_bias = None if self.up_bias is None else self.up_bias[which]
+        down_bias = None if self.down_bias is None else self.down_bias[which]
+        return self._replace(up=self.up[which], down=self.down[which], up_bias=up_bias, down_bias=down_bias)
+
+    def in_memory(self) -> "ExpertWeights":
+        """These."""
+        return self
 
     def cast(self, dtype: torch.dtype) -> "ExpertWeights":
         """The same weights in the compute dtype."""

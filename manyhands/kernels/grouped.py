@@ -5,20 +5,40 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.errors import ConfigError
-from manyhands.kernels.experts import ExpertWeights, activate
+from manyhands.kernels.experts import Bank, ExpertWeights, activate
 from manyhands.kernels.permute import combine, gather, sort_pairs
 
 
-def supports_grouped_mm(x: Tensor, experts: ExpertWeights) -> bool:
-    """grouped_mm takes float32, bfloat16 and float16, with rows that are whole multiples of 16 bytes."""
+def supports_grouped_mm(x: Tensor, experts: Bank) -> bool:
+    """grouped_mm takes float32, bfloat16 and float16, with rows that are whole multiples of 16 bytes.
+
+    Of weights that are not stacked yet only the tokens' width is known.
+    """
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    widths = (experts.up.shape[1], experts.up.shape[2], experts.down.shape[2])
+    lie = experts.in_memory()
+    widths: tuple[int, ...] = (experts.hidden_size,)
+    if isinstance(lie, ExpertWeights):
+        widths = (lie.up.shape[1], lie.up.shape[2], lie.down.shape[2])
     return all(width * x.element_size() % 16 == 0 for width in widths)
 
 
-def grouped_mm(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
-    """The fast path of plain PyTorch: work grows with the number of pairs, not with the number of experts."""
+def grouped_mm(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: Bank) -> Tensor:
+    """The fast path of plain PyTorch: work grows with the number of pairs, not with the number of experts.
+
+    Weights that are not stacked yet are asked for at once: those of all experts that some token chose.
+    """
+    lie = experts.in_memory()
+    if isinstance(lie, ExpertWeights):
+        return _stacked(x_TD, ids_TK, weights_TK, kept_TK, lie)
+    if not bool(kept_TK.any()):
+        return torch.zeros_like(x_TD)
+    ids_TK = ids_TK.where(kept_TK, ids_TK[kept_TK][0])  # an expert that is there anyway, not -1
+    chosen, new_ids = ids_TK.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    return _stacked(x_TD, new_ids, weights_TK, kept_TK, experts.stacked(chosen.tolist()))
+
+
+def _stacked(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights) -> Tensor:
     if not supports_grouped_mm(x_TD, experts):
         raise ConfigError(
             f"experts_implementation = 'grouped_mm' takes float32, bfloat16 and float16 with rows of whole multiples "

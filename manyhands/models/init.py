@@ -12,7 +12,7 @@ import torch
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
-from manyhands.moe.experts import Experts
+from manyhands.moe.bank import ExpertBank
 
 if TYPE_CHECKING:
     from manyhands.models.decoder import Decoder
@@ -32,7 +32,7 @@ def fill(model: "Decoder", generator: torch.Generator | None) -> None:
         own = residual_std if name.endswith(("o_proj", "down_proj")) else std
         if isinstance(module, Linear | Router):
             module.reset_parameters(own, generator)
-        elif isinstance(module, Experts):
+        elif isinstance(module, ExpertBank):
             module.reset_parameters(std, residual_std, generator)
         elif isinstance(module, RMSNorm):
             module.reset_parameters()

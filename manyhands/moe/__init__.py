@@ -1,5 +1,6 @@
 """The heart: routing, balance, capacity, experts, the layer. Start with `layer.py`, then `router.py`."""
 
+from manyhands.moe.bank import ExpertBank
 from manyhands.moe.experts import Experts
 from manyhands.moe.layer import MoELayer
 from manyhands.moe.load import LoadCounter, LoadSummary
@@ -7,4 +8,4 @@ from manyhands.moe.objective import balance_objective
 from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
 
-__all__ = ["Experts", "LoadCounter", "LoadSummary", "MoELayer", "Router", "Routing", "balance_objective"]
+__all__ = ["ExpertBank", "Experts", "LoadCounter", "LoadSummary", "MoELayer", "Router", "Routing", "balance_objective"]

@@ -3,31 +3,31 @@
 E experts, D model width, F expert width, T tokens.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from manyhands.config import MoEConfig
 from manyhands.config.activation import GATED
 from manyhands.config.decoder import INITIALIZER_RANGE
-from manyhands.kernels import ExpertWeights, check_name, run_experts
-from manyhands.moe.routing import Routing
+from manyhands.kernels import ExpertWeights
+from manyhands.kernels.moment import held
+from manyhands.moe.bank import ExpertBank
+from manyhands.quant import PackedExperts
 
 
-class Experts(nn.Module):
+class Experts(ExpertBank):
     """Stacked weights: `gate_up_proj` [E, 2F, D] (gate rows first; `up_proj` [E, F, D] where the activation has
     no gate) and `down_proj` [E, D, F], with optional `…_bias`.
 
-    `implementation` names the backend (`auto`, `eager`, `grouped_mm`); it can be changed at any time and given
-    per call. Fresh weights are N(0, 0.02²), biases 0; see `reset_parameters`.
+    Fresh weights are N(0, 0.02²), biases 0; see `reset_parameters`.
     """
 
     def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
-        super().__init__()
+        super().__init__(implementation)
         E, D, F = config.router.num_experts, hidden_size, config.moe_intermediate_size
         self.activation = config.hidden_act
-        self.implementation = check_name(implementation)
         self._up_name = "gate_up_proj" if self.activation in GATED else "up_proj"
         rows = 2 * F if self.activation in GATED else F
         self.register_parameter(self._up_name, nn.Parameter(torch.empty(E, rows, D)))
@@ -65,19 +65,24 @@ class Experts(nn.Module):
         up, up_bias = getattr(self, self._up_name), getattr(self, self._up_name + "_bias")
         return ExpertWeights(up, self.down_proj, up_bias, self.down_proj_bias, self.activation)
 
-    def forward(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
-        """[T, D] -> [T, D]: each token's kept experts, weighted and summed."""
-        name = self.implementation if implementation is None else implementation
-        return run_experts(name, x_TD, routing.expert_ids, routing.weights, routing.kept, self.weights())
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.down_proj.shape[0])
 
-    if TYPE_CHECKING:
-        __call__ = forward  # so that calls are typed
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return int(self.down_proj.shape[1])
 
-    def outputs(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
-        """[T, K, D]: the chosen experts' outputs, unweighted; zeros where the pair is not kept."""
-        T, K = routing.expert_ids.shape
-        name = self.implementation if implementation is None else implementation
-        ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
-        pairs = x_TD.repeat_interleave(K, dim=0)
-        ones = torch.ones_like(ids, dtype=torch.float32)
-        return run_experts(name, pairs, ids, ones, kept, self.weights()).view(T, K, x_TD.shape[-1])
+    def stacked(self, ids: Sequence[int]) -> ExpertWeights:
+        """Of these experts, in that order."""
+        return self.weights().stacked(ids)
+
+    def in_memory(self) -> ExpertWeights:
+        """The parameters themselves."""
+        return self.weights()
+
+    def for_native(self) -> ExpertWeights | PackedExperts | None:
+        """The parameters, where they are this module's own: a parametrization makes them anew for each look."""
+        return super().for_native() if held(self, *self.names) else None

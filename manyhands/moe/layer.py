@@ -9,6 +9,7 @@ from manyhands.config import MoEConfig
 from manyhands.errors import ConfigError
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear, reset_parts
+from manyhands.moe.bank import ExpertBank
 from manyhands.moe.experts import Experts
 from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
@@ -19,12 +20,23 @@ class MoELayer(nn.Module):
 
     Fresh weights are N(0, 0.02²) and biases 0, the router's as its `init` says; what a model initialises besides
     depends on its depth: `init_weights`.
+
+    `experts` is where the experts' weights come from: stacked parameters, run by backend `implementation`, unless a
+    bank is given (which names its own backend).
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
+    def __init__(
+        self, config: MoEConfig, hidden_size: int, implementation: str = "auto", experts: ExpertBank | None = None
+    ) -> None:
         super().__init__()
         self.router = Router(config.router, hidden_size)
-        self.experts = Experts(config, hidden_size, implementation)
+        if experts is None:
+            experts = Experts(config, hidden_size, implementation)
+        E = config.router.num_experts
+        if (experts.num_experts, experts.hidden_size) != (E, hidden_size):
+            found = f"{experts.num_experts} of width {experts.hidden_size}"
+            raise ConfigError(f"experts: the bank holds {found}, where the layer has {E} of width {hidden_size}")
+        self.experts = experts
         self.shared_experts = None
         self.shared_expert_gate = None
         if config.n_shared_experts:

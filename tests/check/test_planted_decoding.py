@@ -8,12 +8,12 @@ import pytest
 import torch
 
 import manyhands.check.run
+import manyhands.kernels.native.backend
 import manyhands.layers.attention
 import manyhands.layers.cross_entropy
 import manyhands.layers.latent_attention
 import manyhands.layers.rope
 import manyhands.models.decoder
-import manyhands.moe.packed
 import manyhands.moe.router
 import manyhands.moe.routing
 import manyhands.quant.packed
@@ -287,8 +287,8 @@ def test_scales_read_wrong(monkeypatch, format):
 @needs_native
 @pytest.mark.parametrize("format", ["int8", "int4", "bf16", "float32"])
 def test_kernels_of_packed_experts(monkeypatch, format):
-    right = manyhands.moe.packed.packed_experts
-    monkeypatch.setattr(manyhands.moe.packed, "packed_experts", lambda *a: 1.02 * right(*a))
+    right = manyhands.kernels.native.backend.packed_experts
+    monkeypatch.setattr(manyhands.kernels.native.backend, "packed_experts", lambda *a: 1.02 * right(*a))
     found = red(part_rows(f"{format} records"))
     assert found <= {"packed experts", "packed experts: slope", "packed experts gradients"}
     assert "packed experts: slope" in found

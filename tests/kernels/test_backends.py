@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from manyhands.errors import ConfigError
-from manyhands.kernels import BACKENDS, check_name, choose, run_experts
+from manyhands.kernels import backend_names, check_name, choose, run_experts
 
 from .dense_oracle import assert_matches_oracle, forward_and_gradients, make_case
 
@@ -14,7 +14,7 @@ ACTIVATIONS = ("swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh")
 SHAPES = 200
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 def test_random_shapes(backend: str) -> None:
     rng = random.Random(0)
     for seed in range(SHAPES):
@@ -36,7 +36,7 @@ def test_random_shapes(backend: str) -> None:
             raise AssertionError(f"shape {seed}: {error}") from None
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("bias", [False, True])
 def test_every_activation(backend: str, activation: str, bias: bool) -> None:
@@ -50,7 +50,7 @@ def test_eager_in_float64_is_exact(activation: str, bias: bool) -> None:
     assert_matches_oracle(case, "eager", torch.float64, tol=1e-13)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 @pytest.mark.parametrize(
     "activation", ["swiglu", "geglu", "gelu", "swiglu_oai", "geglu_tanh"]
 )  # relu's kink amplifies any rounding
@@ -61,7 +61,7 @@ def test_bfloat16(backend: str, activation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 def test_two_runs_are_bit_equal(backend: str, dtype: torch.dtype) -> None:
     case = make_case(64, 16, 16, 6, 3, bias=True, drop=0.1)
     y1, grads1 = forward_and_gradients(case.cast(dtype), backend)
@@ -70,7 +70,7 @@ def test_two_runs_are_bit_equal(backend: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(grads1[name], grads2[name]) for name in grads1)
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 def test_dtypes_of_results(backend: str) -> None:
     """Output in x's dtype, each gradient in its own leaf's: float32 masters get float32 gradients from bf16 work."""
     case = make_case(8, 8, 8, 4, 2).cast(torch.float32)
@@ -81,7 +81,7 @@ def test_dtypes_of_results(backend: str) -> None:
     assert case.experts.up.grad.dtype == case.experts.down.grad.dtype == case.weights.grad.dtype == torch.float32
 
 
-@pytest.mark.parametrize("backend", sorted(BACKENDS))
+@pytest.mark.parametrize("backend", sorted(backend_names()))
 def test_inputs_without_gradient_are_allowed(backend: str) -> None:
     case = make_case(6, 8, 8, 3, 2, bias=True)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_inputs_without_gradient_are_allowed(backend: str) -> None:
 
 
 def test_auto_takes_grouped_mm_where_its_rules_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyhands.kernels.level_here", lambda: None)
+    monkeypatch.setattr("manyhands.kernels.policy.level_here", lambda: None)
     fits, odd = make_case(2, 8, 8, 3, 1), make_case(2, 6, 8, 3, 1)
     assert choose(fits.x, fits.experts) == "grouped_mm"
     assert choose(odd.x, odd.experts) == "eager"
@@ -106,14 +106,14 @@ def test_auto_takes_the_native_kernels_at_a_measured_level(monkeypatch: pytest.M
     case = make_case(2, 8, 8, 3, 1)
     trained = case.experts._replace(up=case.experts.up.clone().requires_grad_())
     for level, chosen in (("avx2", "native"), ("portable", "grouped_mm"), (None, "grouped_mm")):
-        monkeypatch.setattr("manyhands.kernels.level_here", lambda level=level: level)
+        monkeypatch.setattr("manyhands.kernels.policy.level_here", lambda level=level: level)
         assert choose(case.x, case.experts) == choose(case.x.bfloat16(), case.experts) == chosen
         assert choose(case.x, trained) == chosen
         assert choose(case.x.to("meta"), case.experts) != "native" and choose(case.x.double(), case.experts) == "eager"
 
 
 def test_bfloat16_needs_twice_the_alignment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("manyhands.kernels.level_here", lambda: None)
+    monkeypatch.setattr("manyhands.kernels.policy.level_here", lambda: None)
     case = make_case(2, 12, 8, 3, 1)  # 12 · 2 bytes is not a multiple of 16
     assert choose(case.x, case.experts) == "grouped_mm"
     assert choose(case.x.bfloat16(), case.experts) == "eager"

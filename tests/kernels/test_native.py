@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from manyhands.errors import ConfigError
-from manyhands.kernels import BACKENDS, native, run_experts
+from manyhands.kernels import BACKENDS, Backend, native, run_experts
+from manyhands.kernels.native.backend import supports_native
 from manyhands.kernels.native.library import VERIFIED
 
 from .dense_oracle import Case, assert_matches_oracle, forward_and_gradients, make_case
@@ -31,9 +32,13 @@ SHAPES = {  # T, D, F, E, K
 }
 
 
+def forced(level: str, threads: int) -> Backend:
+    return Backend("forced", supports_native, native.Native(level, threads))
+
+
 @pytest.fixture(params=LEVELS)
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setitem(BACKENDS, "forced", native.Native(request.param, threads=1))
+    monkeypatch.setitem(BACKENDS, "forced", forced(request.param, 1))
     return "forced"
 
 
@@ -98,7 +103,7 @@ def test_threads_change_no_bit(level: str, dtype: torch.dtype, monkeypatch: pyte
     case = make_case(300, 70, 90, 6, 3, bias=True, drop=0.1)
     results = []
     for threads in (1, 2, 2, 5):
-        monkeypatch.setitem(BACKENDS, "forced", native.Native(level, threads))
+        monkeypatch.setitem(BACKENDS, "forced", forced(level, threads))
         results.append(forward_and_gradients(case.cast(dtype), "forced"))
     for y, grads in results[1:]:
         assert torch.equal(y, results[0][0])

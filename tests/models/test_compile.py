@@ -34,7 +34,7 @@ def test_the_whole_model_is_one_graph(model: Decoder) -> None:
 
 
 def test_what_auto_takes_can_be_traced(model: Decoder, monkeypatch) -> None:
-    monkeypatch.setattr("manyhands.kernels.level_here", lambda: None)
+    monkeypatch.setattr("manyhands.kernels.policy.level_here", lambda: None)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     experts = model.layers[0].mlp.experts.weights()
     assert choose(torch.zeros(1, 32), experts) == "eager"  # PyTorch traces its grouped product in bfloat16 only

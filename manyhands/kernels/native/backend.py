@@ -1,4 +1,4 @@
-"""The backend `native`: experts in C++, on the stacked weights as they are.
+"""The backend `native`: experts in C++, on stacked weights or packed records as they lie in memory.
 
 float32 tokens are multiplied with float32 weights, bfloat16 tokens with bfloat16 weights and float32 sums. The kernels
 transpose and round a piece of the weights while it is in cache, so that there is no second copy to keep and none to go
@@ -12,16 +12,22 @@ import torch
 from torch import Tensor
 
 from manyhands.errors import ConfigError
-from manyhands.kernels.experts import ExpertWeights
+from manyhands.kernels.experts import Bank, ExpertWeights
 from manyhands.kernels.moment import ordinary
 from manyhands.kernels.native import ops
-from manyhands.kernels.native.library import ACTIVATION_CODES, level_code
+from manyhands.kernels.native.library import ACTIVATION_CODES, available, level_code
+from manyhands.kernels.native.packed import packed_experts
 from manyhands.kernels.native.views import DTYPES
+from manyhands.quant import PackedExperts
 
 
-def supports_native(x: Tensor, experts: ExpertWeights) -> bool:
-    """Float32 and bfloat16 on the CPU, and the activations that have kernels."""
-    here = x.device.type == "cpu" and experts.down.device.type == "cpu"
+def supports_native(x: Tensor, experts: Bank) -> bool:
+    """Float32 and bfloat16 tokens on the CPU, weights that lie there, and an activation there are kernels for."""
+    lie = experts.in_memory()
+    if lie is None or not available():
+        return False
+    held = lie.down if isinstance(lie, ExpertWeights) else lie.records
+    here = x.device.type == "cpu" and held.device.type == "cpu"
     return here and x.dtype in DTYPES and experts.activation in ACTIVATION_CODES
 
 
@@ -32,19 +38,25 @@ class Native:
     level: str | None = None
     threads: int = 0
 
-    def __call__(
-        self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: ExpertWeights
-    ) -> Tensor:
+    def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: Bank) -> Tensor:
         """[T, D] -> [T, D]."""
+        lie = experts.in_memory()
+        if lie is None:
+            raise ConfigError(
+                f"experts_implementation = 'native' reads weights where they lie, stacked or packed; "
+                f"{type(experts).__name__} makes them when asked: use 'eager' or 'auto'"
+            )
         if not supports_native(x_TD, experts):
             raise ConfigError(
                 f"experts_implementation = 'native' takes float32 and bfloat16 on the CPU with one of "
                 f"{', '.join(ACTIVATION_CODES)}, not {x_TD.dtype} on {x_TD.device.type} with {experts.activation}: "
                 "use 'eager' or 'auto'"
             )
-        tensors = (x_TD, ids_TK, weights_TK, kept_TK, *experts[:4])
+        if isinstance(lie, PackedExperts):
+            return packed_experts(x_TD, ids_TK, weights_TK, kept_TK, lie, self.level, self.threads)
+        tensors = (x_TD, ids_TK, weights_TK, kept_TK, *lie[:4])
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         direct = not save and ordinary()  # the dispatcher costs more than a small expert
         op: Any = ops.experts if direct else torch.ops.manyhands.experts
-        y, _ = op(*tensors, experts.activation, save, level_code(self.level), self.threads)
+        y, _ = op(*tensors, lie.activation, save, level_code(self.level), self.threads)
         return cast(Tensor, y)

@@ -5,6 +5,8 @@ from ctypes import c_char_p, c_int, c_int64
 from functools import cache
 from pathlib import Path
 
+import torch
+
 from manyhands.errors import ConfigError, ManyhandsError
 from manyhands.kernels.native import structs
 from manyhands.kernels.native.structs import (
@@ -85,6 +87,7 @@ def _here() -> ctypes.CDLL | str:
     return library
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which cannot be traced
 def missing() -> str | None:
     """Why there is no native backend on this machine, in one clause; None where there is one."""
     found = _here()

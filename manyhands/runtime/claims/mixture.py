@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from manyhands.config.activation import GATED
+from manyhands.kernels import ExpertWeights
 from manyhands.kernels.covered import MIXTURE
-from manyhands.kernels.moment import held
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import ACTIVATION_CODES, CExperts, CRouting, CStacked
-from manyhands.moe import Experts, MoELayer, Router
-from manyhands.moe.packed import RecordExperts
+from manyhands.moe import ExpertBank, MoELayer, Router
+from manyhands.quant import PackedExperts
 from manyhands.runtime.builder import EXPERTS, ROUTE, Builder, Unfit
 from manyhands.runtime.claims import feed_forward, linear
 
@@ -45,14 +45,14 @@ def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
 def _experts(b: Builder, experts: nn.Module, E: int) -> tuple[CExperts | None, CStacked | None]:
     """Records, or stacked weights."""
     D = b.D
-    if type(experts) is RecordExperts and experts.native:
-        records, layout = experts.records, experts.layout
+    lie = experts.for_native() if isinstance(experts, ExpertBank) else None
+    if isinstance(lie, PackedExperts):
+        records, layout = lie.records, lie.layout
         if not views.plain(records, 2, (torch.uint8,)) or records.shape != (E, layout.record_bytes):
             raise Unfit("records of another shape")
         return views.experts(records, layout), None
-    if type(experts) is Experts and experts.implementation in ("auto", "native") and held(experts, *experts.names):
-        weights = experts.weights()
-        up, down, up_bias, down_bias, activation = weights
+    if isinstance(lie, ExpertWeights):
+        up, down, up_bias, down_bias, activation = lie
         plain = views.plain(up, 3) and views.plain(down, 3) and up.dtype == down.dtype
         if not plain or activation not in ACTIVATION_CODES:
             raise Unfit("experts that do not lie as the kernels read them")
@@ -60,7 +60,7 @@ def _experts(b: Builder, experts: nn.Module, E: int) -> tuple[CExperts | None, C
         rows = 2 * F if activation in GATED else F
         if up.shape != (E, rows, D) or down.shape != (E, D, F):
             raise Unfit("experts of other shapes")
-        stacked, _ = views.stacked(weights._replace(up_bias=None, down_bias=None), up.dtype)
+        stacked, _ = views.stacked(lie._replace(up_bias=None, down_bias=None), up.dtype)
         stacked.up_bias = b.float32(None if up_bias is None else up_bias.view(-1), E * rows)
         stacked.down_bias = b.float32(None if down_bias is None else down_bias.view(-1), E * D)
         return None, stacked
