@@ -18,6 +18,7 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.covered import ATTENTION
 from manyhands.kernels.moment import unheard
 from manyhands.kernels.native import step
+from manyhands.kernels.norm import for_native
 from manyhands.kernels.policy import FEW_QUERIES
 from manyhands.layers.cache import ContiguousLayer, LayerCache
 from manyhands.layers.linear import Linear, reset_parts
@@ -165,13 +166,16 @@ class Attention(nn.Module):
         if not few or cache.dtype != q.dtype or not step.direct(q) or not ATTENTION.covers(self.config):
             return False
         norms = [n for n in (self.q_norm, self.k_norm) if n is not None]
-        plain = all(type(n) is RMSNorm and unheard(n) and n.for_native() is not None for n in norms)
+        plain = all(type(n) is RMSNorm and unheard(n) and for_native(n.weight, n.eps) is not None for n in norms)
         return plain and (self.sinks is None or self.sinks.shape == (self.config.num_attention_heads,))
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: ContiguousLayer) -> Tensor:
         """Projections [B, S, ·] -> what the heads say, [B, S, H·d], with norms, rotation and cache as in `forward`."""
         B, S, _ = q.shape
-        norms = [step.NO_NORM if n is None else n.for_native() or step.NO_NORM for n in (self.q_norm, self.k_norm)]
+        norms = [
+            step.NO_NORM if n is None else for_native(n.weight, n.eps) or step.NO_NORM
+            for n in (self.q_norm, self.k_norm)
+        ]
         rotation = step.Rotation(*positions.rope, self.interleave, self.config.qk_norm, *norms)
         held = step.cache_of(*cache.grow(S))
         placed = step.rope_and_cache(q, k, v, cache.length - S, rotation, held)

@@ -6,10 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config.decoder import INITIALIZER_RANGE
-from manyhands.kernels.moment import held
-from manyhands.kernels.native import step, views
-from manyhands.kernels.native.library import CLinear
-from manyhands.kernels.policy import FEW_ROWS, ROUND_ROWS, slow_bf16
+from manyhands.kernels.linear import product
 
 
 class Linear(nn.Linear):
@@ -27,42 +24,14 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
-        if not torch.is_grad_enabled() and x.dtype == self.weight.dtype and step.direct(x):
-            if x.numel() <= FEW_ROWS * x.shape[-1] and (native := self.for_native(x.shape[-1])):
-                return step.linears(x, [native[0]])[0]
-            if x.dtype == torch.bfloat16 and slow_bf16():
-                return self._in_float32(x)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
+        if not torch.is_grad_enabled() and x.dtype == weight.dtype and (y := product(x, weight, bias)) is not None:
+            return y
+        return nn.functional.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
-
-    def for_native(self, width: int) -> tuple[CLinear, Tensor | None] | None:
-        """The layer as the native kernels take it for x [..., width], where they do, and its bias.
-
-        It points into the weight and into the bias, which may be a copy and must live as long: kept by nobody.
-        """
-        if not held(self, "weight", "bias"):
-            return None
-        weight: Tensor = self.weight
-        bias: Tensor | None = self.bias
-        if not views.plain(weight, 2) or weight.shape[1] != width or width % 16:
-            return None
-        if bias is not None:
-            if not views.plain(bias, 1) or bias.shape[0] != weight.shape[0]:
-                return None
-            bias = bias.detach().float()
-        return views.plain_linear(weight, bias), bias
-
-    def _in_float32(self, x: Tensor) -> Tensor:
-        """The same products, summed in float32 and rounded once."""
-        wide, y = x.float(), x.new_empty(*x.shape[:-1], self.out_features)
-        for first in range(0, self.out_features, ROUND_ROWS):
-            rows = slice(first, first + ROUND_ROWS)
-            bias = None if self.bias is None else self.bias[rows].float()
-            y[..., rows] = nn.functional.linear(wide, self.weight[rows].float(), bias)
-        return y
 
 
 def reset_parts(module: nn.Module) -> None:

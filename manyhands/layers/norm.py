@@ -4,12 +4,10 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from manyhands.kernels.moment import held, transformed
-from manyhands.kernels.native import step, views
-from manyhands.kernels.native.library import CNorm
+from manyhands.kernels.moment import transformed
+from manyhands.kernels.norm import rms_norm
 from manyhands.kernels.twice import gradients_through
 
 
@@ -27,18 +25,12 @@ class RMSNorm(nn.Module):
         with torch.no_grad():
             self.weight.fill_(1.0)
 
-    def for_native(self) -> CNorm | None:
-        """The weight as the native kernels take it, where they do; it points into the weight and is not to be kept."""
-        return step.norm_of(self.weight, self.eps) if held(self, "weight") and views.plain(self.weight, 1) else None
-
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         if transformed():
             return _rms_norm(x, self.weight, self.eps)
         if not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
-            if step.direct(x) and (norm := self.for_native()) is not None and norm.width == x.shape[-1]:
-                return step.rms_norm(x, norm)
-            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)  # the same in a third of the time
+            return rms_norm(x, self.weight, self.eps)
         y: Tensor = _RMSNorm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
         return y
 

@@ -23,9 +23,8 @@ from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, DecodingCheck, small_models
 from manyhands.check.parts import part_jobs
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
-from manyhands.kernels import native
+from manyhands.kernels import linear, native
 from manyhands.kernels.native import library, step
-from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
 from tests.check.configs import BALANCE, MIXTRAL
@@ -241,12 +240,12 @@ def test_positions_that_count_padding(monkeypatch):
 @needs_native
 def test_a_bias_prepared_once_for_ever(monkeypatch):
     kept = {}
-    right = Linear.for_native
+    right = linear.for_native
 
-    def prepared(self, width):
-        return kept.setdefault(id(self), (self, right(self, width)))[1]
+    def prepared(weight, bias, width):
+        return kept.setdefault(id(weight), (weight, right(weight, bias, width)))[1]
 
-    monkeypatch.setattr(Linear, "for_native", prepared)
+    monkeypatch.setattr(linear, "for_native", prepared)
     (rows,) = [list(rows()) for what, _, rows in part_jobs(0, ["bfloat16"]) if what == "norms and linears"]
     wrong = [row for row in rows if not row.ok]
     assert {row.worst for row in wrong} == {"linear, bias"}

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from manyhands.layers import linear as module
+from manyhands.kernels import linear as module
 from manyhands.layers.linear import Linear
 
 

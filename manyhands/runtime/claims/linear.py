@@ -5,6 +5,8 @@ from ctypes import addressof, c_void_p
 
 from torch import nn
 
+from manyhands.kernels.linear import for_native
+from manyhands.kernels.moment import held
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import CLinear
 from manyhands.layers.linear import Linear
@@ -30,7 +32,8 @@ def linear_of(b: Builder, layer: nn.Module | None, width: int) -> CLinear:
     """A record, or plain weights, for inputs of this width."""
     if type(layer) is RecordLinear and (record := layer.for_native(width)) is not None:
         return record
-    if type(layer) is not Linear or layer.for_native(width) is None:
+    own = type(layer) is Linear and held(layer, "weight", "bias")
+    if not isinstance(layer, Linear) or not own or for_native(layer.weight, layer.bias, width) is None:
         raise Unfit(f"a linear layer that is {type(layer).__name__}, or lies as the kernels do not read it")
     struct = views.plain_linear(layer.weight, None)
     struct.bias = b.float32(layer.bias, struct.weight.outputs)
