@@ -31,6 +31,8 @@ from decode_work import FULL, QUICK, bytes_per_token, model_config, random_state
 from torch import Tensor
 
 from manyhands.checkpoint.model import load_model
+from manyhands.engine.batch import Batch, Row
+from manyhands.engine.runner import Runner
 from manyhands.kernels.native import available, levels, missing
 from manyhands.quant import FORMATS
 
@@ -200,10 +202,11 @@ def our_model(system: str, directory: str) -> tuple[Run, Run]:
     """Prefill, which starts anew, and one step; each takes ids and gives the next token."""
     implementation = system.split()[2].rstrip(",")
     model = load_model(directory, experts_implementation="auto" if implementation == "native" else implementation)
-    cache = [model.new_cache()]
+    runner, cache = Runner(model), [model.new_cache()]
 
     def step(ids: Tensor) -> Tensor:
-        return model.head(model.hidden(ids, cache=cache[0]).states[:, -1:]).argmax(-1)
+        batch = Batch([Row(ids[0].tolist(), cache[0])])
+        return runner.run(batch).logits.argmax(-1, keepdim=True)
 
     def prefill(ids: Tensor) -> Tensor:
         cache[0] = model.new_cache()

@@ -94,7 +94,7 @@ def write_random(config: ModelConfig, format: str, directory: Path) -> None:
             return out.fill_(1.0) if "norm" in name else out.normal_(0.0, 0.02, generator=generator)
         layout = records[name].layout
         assert layout.record_bytes % PAGE == 0
-        out = torch.randint(-127, 128, header.shape, dtype=torch.int8, generator=generator).view(torch.uint8)
+        out = torch.zeros(header.shape, dtype=torch.uint8)  # between the sections a record holds zeros
         stacked = out.view(-1, layout.record_bytes)
         for section, (start, length) in layout.sections.items():
             dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(layout.format)
@@ -102,9 +102,12 @@ def write_random(config: ModelConfig, format: str, directory: Path) -> None:
                 dtype, scale = (torch.bfloat16, 0.004) if layout.format == "int4" else (torch.float32, 0.0003)
             else:
                 scale = 0.02
-            if dtype is not None:
-                draw = torch.empty(length // dtype.itemsize, dtype=dtype).normal_(0.0, scale, generator=generator)
-                stacked[:, start : start + length] = draw.view(torch.uint8)  # every expert alike: time is the same
+            if dtype is None:
+                piece = torch.randint(-127, 128, (length,), dtype=torch.int8, generator=generator).view(torch.uint8)
+            else:  # every expert alike: time is the same
+                drawn = torch.empty(length // dtype.itemsize, dtype=dtype)
+                piece = drawn.normal_(0.0, scale, generator=generator).view(torch.uint8)
+            stacked[:, start : start + length] = piece
         return out
 
     with building(directory) as partial:
