@@ -34,8 +34,10 @@ class Builder:
         """Per claimed layer and row: the call that places keys, layer, row, cache, how, whether it slides."""
         self.held: list[Any] = []  # what the calls point to must live as long
         self.tensors: dict[tuple[str, int], Tensor] = {}
-        self.routings: dict[int, tuple[Tensor, ...]] = {}
-        """Per claimed sparse layer: ids, logits, scores, weights, kept."""
+        self.routings: dict[int, int] = {}
+        """Claimed sparse layers, and where in `routed` each one's routing is."""
+        self.routed: tuple[Tensor, ...] = ()
+        """Ids, weights, scores, logits of all of them, [sparse layers, B, ·], so that a step's are copied as one."""
         self.cos, self.sin = (torch.empty(B, config.rope_dim // 2) for _ in range(2))
         self._rows: dict[tuple[str, int], CRows] = {}
         self._steps: list[CStep] = []
@@ -75,6 +77,17 @@ class Builder:
     def attention(self, layer: int, row: int, cache: CCache, how: CAttention, sliding: bool) -> None:
         """The last call places keys and values in a cache, and the next one attends to it."""
         self.attentions.append((self._steps[-1], layer, row, cache, how, sliding))
+
+    def routing(self, layer: int, E: int, K: int) -> list[Tensor]:
+        """Where a claimed layer's ids [B, K], weights [B, K], scores and logits [B, E] go."""
+        sparse = self.config.sparse_layers
+        if not self.routed:
+            floats = [torch.empty(len(sparse), self.B, n) for n in (K, E, E)]
+            self.routed = (torch.empty(len(sparse), self.B, K, dtype=torch.int64), *floats)
+        if layer not in sparse or (self.routed[0].shape[2], self.routed[2].shape[2]) != (K, E):
+            raise Unfit("a router of other sizes than the config's")
+        self.routings[layer] = list(sparse).index(layer)
+        return [t[self.routings[layer]] for t in self.routed]
 
     def add(self, factor: float = 1.0, gate: CRows | None = None, to: str = "x", source: str = "y") -> None:
         """to += factor · gate · source."""

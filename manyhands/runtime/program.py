@@ -99,9 +99,12 @@ class Program:
             segment.run(moment)
         states = b.tensors["states", b.D].to(x.dtype, copy=True).view(x.shape)
         routings = moment.routings
-        for layer, (ids, logits, scores, weights, kept) in b.routings.items():
-            copies = (ids.clone(), weights.clone(), scores.clone(), logits.clone())
-            routings[layer] = Routing(*copies, kept, real_1B[0])
+        if b.routings:
+            real_B, parts = real_1B[0], [t.clone().unbind(0) for t in b.routed]
+            kept_BK = torch.ones_like(parts[0][0], dtype=torch.bool)
+            for layer, i in b.routings.items():
+                ids, weights, scores, logits = (part[i] for part in parts)
+                routings[layer] = Routing(ids, weights, scores, logits, kept_BK, real_B)
         return states, dict(sorted(routings.items())) if len(b.routings) < len(routings) else routings
 
     def _bind(self, positions: Positions, caches: Sequence[Cache]) -> None:

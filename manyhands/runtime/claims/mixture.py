@@ -25,9 +25,9 @@ def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
         raise Unfit("a router that no claim covers")
     E, K = mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok
     packed, stacked = _experts(b, mlp.experts, E)
-    logits, scores, weights = (torch.empty(b.B, n) for n in (E, E, K))
-    ids, kept = torch.empty(b.B, K, dtype=torch.int64), torch.ones(b.B, K, dtype=torch.bool)
-    b.routings[layer] = (ids, logits, scores, weights, kept)
+    ids, weights, scores, logits = b.routing(layer, E, K)
+    kept = torch.ones(b.B, K, dtype=torch.bool)
+    b.held.append(kept)
     normed, y = b.buffer("normed", b.D), b.buffer("y", b.D)
     places = (logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
     b.call(ROUTE, mlp.router.for_native(), normed, *places)
