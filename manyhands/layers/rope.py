@@ -77,7 +77,8 @@ def rope_tables(config: RopeConfig, dim: int, positions_BS: Tensor) -> tuple[Ten
     """cos and sin [B, 1, S, dim/2] float32 for integer positions [B, S]."""
     frequencies, factor = inverse_frequencies(config, dim, positions_BS.device)
     angles = positions_BS[:, None, :, None].float() * frequencies
-    return angles.cos() * factor, angles.sin() * factor
+    cos, sin = angles.cos(), angles.sin()
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
 
 
 class _Rotate(torch.autograd.Function):

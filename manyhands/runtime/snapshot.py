@@ -22,7 +22,8 @@ _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for k
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 
 
-_LAYOUT: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
+_LAYOUT: tuple[Callable[[Tensor], Any], ...] = (Tensor.data_ptr, attrgetter("dtype"))
+"""What `is_set_to` does not compare: a storage may move (`share_memory_`), and be read as another type."""
 
 
 class Snapshot:
@@ -51,14 +52,16 @@ class Snapshot:
         others = [(m._modules, m._forward_hooks, m._forward_pre_hooks) for m in watched]
         beside = chain.from_iterable((*inside, *listening, *others))
         self._dicts: list[dict[Any, Any]] = [*map(vars, self._found), *beside, *_GLOBAL_HOOKS]
-        self._lengths = list(map(len, self._dicts))
+        self._empty = [d for d in self._dicts if not d]
+        self._held = [d for d in self._dicts if d]
+        self._lengths = list(map(len, self._held))
         self._filled = [d for d in self._dicts[len(self._found) :] if d]
         self._values = list(chain.from_iterable(map(dict.values, self._filled)))
         self._readers = [self._reader(m) for m in self._found]
         self._settings = list(map(call, self._readers, self._dicts))
         self._tensors = [t for t in self._values if isinstance(t, Tensor)]
-        self._places = [list(map(look, self._tensors)) for look in _LAYOUT]
         self._memory = [t.detach() for t in self._tensors]
+        self._places = [list(map(look, self._tensors)) for look in _LAYOUT]
 
     @staticmethod
     def _reader(module: nn.Module) -> "itemgetter[Any]":
@@ -69,10 +72,12 @@ class Snapshot:
         """Whether everything is as it was."""
         try:
             return (
-                list(map(len, self._dicts)) == self._lengths
+                not any(self._empty)
+                and list(map(len, self._held)) == self._lengths
                 and all(map(is_, chain.from_iterable(map(dict.values, self._filled)), self._values))
                 and list(map(type, self._found)) == self._kinds
                 and list(map(call, self._readers, self._dicts)) == self._settings  # which begin with every vars(m)
+                and all(map(Tensor.is_set_to, self._tensors, self._memory))  # storage, offset, shape, strides
                 and all(list(map(look, self._tensors)) == was for look, was in zip(_LAYOUT, self._places, strict=True))
                 and all(kind.forward is forward for kind, forward in self._forwards)
             )
