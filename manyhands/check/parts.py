@@ -6,6 +6,7 @@ T tokens, D width, F expert width, E experts.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 
 import torch
@@ -22,12 +23,16 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.config.packing import FORMATS, Format
 from manyhands.kernels import ExpertWeights
+from manyhands.kernels.native import step
+from manyhands.kernels.policy import MOST_APART
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe import Router, Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
+from manyhands.runtime.builder import Unfit
+from manyhands.runtime.claims.route import router_of
 
 COUNTS = (1, 3, 8, 16, 17, 32, 33, 48, 49)
 PLENTY = 160
@@ -77,14 +82,23 @@ def _routing(seed: int, dtype: str) -> Iterator[Row]:
                 generator = torch.Generator().manual_seed(seed + T)
                 x = cases.tokens(T, D, case, generator).to(DTYPES[dtype])
                 ids, mask = torch.randint(97, (T,), generator=generator), torch.ones(T, dtype=torch.bool)
-                tested = router(x, mask, ids)
-                oracle = route(
-                    x.double(), weights, config, training=False, mask_T=mask, ids_T=ids, generator=generator,
-                    tested=tested, slack=TOLERANCES["float32"].slack,
-                )  # fmt: skip
-                # the router is float32 whatever the model is
-                quantities = (at, [{0: tested}], [{0: oracle}], "router.", "routing of few tokens: ")
-                yield from routing_rows(*quantities, TOLERANCES["float32"])
+                for tested in _routings(router, x, mask, ids):
+                    oracle = route(
+                        x.double(), weights, config, training=False, mask_T=mask, ids_T=ids, generator=generator,
+                        tested=tested, slack=TOLERANCES["float32"].slack,
+                    )  # fmt: skip
+                    # the router is float32 whatever the model is
+                    quantities = (at, [{0: tested}], [{0: oracle}], "router.", "routing of few tokens: ")
+                    yield from routing_rows(*quantities, TOLERANCES["float32"])
+
+
+def _routings(router: Router, x: Tensor, mask: Tensor, ids: Tensor) -> Iterator[Routing]:
+    """As the module routes, and as decoding does where it has a claim to that."""
+    yield router(x, mask, ids)
+    if x.shape[0] <= MOST_APART and step.direct(x):
+        with suppress(Unfit):
+            logits, scores, chosen, w = step.route(router_of(router, x.shape[1]), x)
+            yield Routing(chosen, w, scores, logits, torch.ones_like(chosen, dtype=torch.bool), mask)
 
 
 @torch.no_grad()

@@ -15,8 +15,6 @@ FEW_ROWS = 16
 """A linear layer: up to so many rows the native kernels read the weights 1.4 times as fast as PyTorch."""
 ROUND_ROWS = 8192
 """A linear layer in bfloat16: rows of weights widened at a time, so that a large head needs no second copy."""
-FEW_TOKENS = 16
-"""A router: up to so many tokens the native kernels route; PyTorch's operators cost more than the work."""
 FEW_SCORES = 1 << 12
 """A top-k: sorting so few takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
 FEW_QUERIES = 8

@@ -14,29 +14,9 @@ from torch import Tensor, nn
 from manyhands.config import RouterConfig, suggest
 from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
-from manyhands.kernels.coverage import Coverage
-from manyhands.kernels.moment import held
-from manyhands.kernels.native import step, views
-from manyhands.kernels.native.library import CRouter
-from manyhands.kernels.policy import FEW_TOKENS
 from manyhands.moe.capacity import apply_capacity
 from manyhands.moe.routing import Routing, top_k_stable
 
-SCORE_CODES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
-ROUTE = Coverage(
-    {
-        **dict.fromkeys(("num_experts", "num_experts_per_tok", "norm_topk_prob", "norm_top1", "logit_bias", "bias")),
-        **dict.fromkeys(("routed_scaling_factor", "n_group", "topk_group")),
-        "select": ("topk",),
-        "score": tuple(SCORE_CODES),
-        "group_score": tuple(GROUP_SCORES),
-        # these act in training only, where the kernels do not route
-        **dict.fromkeys(("noisy", "jitter", "random_second", "init", "capacity_factor")),
-        **dict.fromkeys(("min_capacity", "drop_policy")),  # these only with a capacity
-    },
-    RouterConfig,
-)
-"""What the native kernels route; `eval_capacity_factor` they do not."""
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
 SWITCH_SCALE = 0.1  # Fedus et al. 2021, table 3: a tenth of the usual variance keeps a sparse model stable
 
@@ -89,10 +69,6 @@ class Router(nn.Module):
         elif token_mask_T.dtype != torch.bool or token_mask_T.shape != x_TD.shape[:1]:
             found = f"{list(token_mask_T.shape)} {str(token_mask_T.dtype).removeprefix('torch.')}"
             raise ConfigError(f"token_mask is {found}, not [{x_TD.shape[0]}] bool: true for a real token")
-        if x_TD.shape[0] <= FEW_TOKENS and step.direct(x_TD) and self.takes_few(x_TD.shape[1]):
-            logits_TE, scores_TE, ids_TK, weights_TK = step.route(self.for_native(), x_TD)
-            kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
-            return Routing(ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T)
         x_TD = x_TD.float()
         if self.training and config.jitter:  # on a copy: the experts must see the token as it is
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
@@ -126,29 +102,6 @@ class Router(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
-
-    def takes_few(self, D: int) -> bool:
-        """Whether the native kernels can route a few tokens: the config is covered, the numbers lie as they read."""
-        c, weight = self.config, self.weight
-        if self.training or D % 16 or type(self) is not Router or not ROUTE.covers(c):
-            return False
-        if not held(self, "weight", "bias", "e_score_correction_bias"):
-            return False
-        for bias in (self.bias, self.e_score_correction_bias):
-            if bias is not None and not (views.plain(bias, 1, FLOAT32) and bias.numel() == c.num_experts):
-                return False
-        return views.plain(weight, 2, FLOAT32) and weight.shape == (c.num_experts, D)
-
-    def for_native(self) -> CRouter:
-        """The router as the native kernels take it, where `takes_few`. It points into the weights: not to be kept."""
-        c, tensors = self.config, (self.weight, self.bias, self.e_score_correction_bias)
-        return CRouter(
-            *(None if t is None else t.data_ptr() for t in tensors),
-            *(c.num_experts, self.weight.shape[1], c.num_experts_per_tok, SCORE_CODES[c.score]),
-            *(c.n_group, c.topk_group, GROUP_SCORES[c.group_score]),
-            c.norm_topk_prob and (c.num_experts_per_tok > 1 or c.norm_top1),
-            c.routed_scaling_factor,
-        )
 
     def select(self, scores_TE: Tensor) -> Tensor:
         """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it."""

@@ -13,9 +13,10 @@ from manyhands.kernels.coverage import Coverage
 from manyhands.kernels.covered import ATTENTION, LATENT, MIXTURE, MODEL, ROPE
 from manyhands.kernels.native.backend import supports_native
 from manyhands.moe import Router, router
+from manyhands.runtime.claims import route
 
 ALL = {
-    "route": router.ROUTE,
+    "route": route.COVERED,
     "attention": ATTENTION,
     "latent": LATENT,
     "mixture": MIXTURE,

@@ -11,18 +11,17 @@ from manyhands.kernels import ExpertWeights
 from manyhands.kernels.covered import MIXTURE
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import ACTIVATION_CODES, CExperts, CRouting, CStacked
-from manyhands.moe import ExpertBank, MoELayer, Router
+from manyhands.moe import ExpertBank, MoELayer
 from manyhands.quant import PackedExperts
 from manyhands.runtime.builder import EXPERTS, ROUTE, Builder, Unfit
-from manyhands.runtime.claims import feed_forward, linear
+from manyhands.runtime.claims import feed_forward, linear, route
 
 
 def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
     """From `normed` into `y`, and the layer's routing into `b.routings`."""
     if type(mlp) is not MoELayer or not MIXTURE.covers(b.config.moe):
         raise Unfit(f"{type(mlp).__name__} has no claim, or its config none")
-    if type(mlp.router) is not Router or not mlp.router.takes_few(b.D):
-        raise Unfit("a router that no claim covers")
+    router = route.router_of(mlp.router, b.D)
     E, K = mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok
     packed, stacked = _experts(b, mlp.experts, E)
     ids, weights, scores, logits = b.routing(layer, E, K)
@@ -30,7 +29,7 @@ def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
     b.held.append(kept)
     normed, y = b.buffer("normed", b.D), b.buffer("y", b.D)
     places = (logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
-    b.call(ROUTE, mlp.router.for_native(), normed, *places)
+    b.call(ROUTE, router, normed, *places)
     routing = CRouting(ids.data_ptr(), weights.data_ptr(), kept.data_ptr(), *ids.shape)
     b.call(EXPERTS, packed, stacked, routing, normed, y)
     if mlp.shared_experts is not None:
