@@ -5,6 +5,7 @@ from ctypes import addressof, c_void_p
 
 from torch import nn
 
+from manyhands.kernels import packed_linear
 from manyhands.kernels.linear import for_native
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import views
@@ -30,8 +31,10 @@ def emit(b: Builder, source: str, width: int, layers: Mapping[str, tuple[nn.Modu
 
 def linear_of(b: Builder, layer: nn.Module | None, width: int) -> CLinear:
     """A record, or plain weights, for inputs of this width."""
-    if type(layer) is RecordLinear and (record := layer.for_native(width)) is not None:
-        return record
+    if type(layer) is RecordLinear and layer.stays and packed_linear.runs_native(layer.implementation):
+        record = packed_linear.for_native(layer.record, layer.layout, width)
+        if record is not None:
+            return record
     own = type(layer) is Linear and held(layer, "weight", "bias")
     if not isinstance(layer, Linear) or not own or for_native(layer.weight, layer.bias, width) is None:
         raise Unfit(f"a linear layer that is {type(layer).__name__}, or lies as the kernels do not read it")
