@@ -8,13 +8,16 @@ from torch import nn
 
 
 @contextmanager
-def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """The modules (`list(model.modules())`) are in evaluation mode inside the block, and as they were after it."""
+def evaluating(modules: Sequence[nn.Module]) -> Iterator[list[nn.Module]]:
+    """The modules (`list(model.modules())`) are in evaluation mode inside the block, and as they were after it.
+
+    Gives those that were training: one that is added inside the block is trained after it.
+    """
     training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
-        yield
+        yield training
     finally:
         for module in training:
             module.training = True

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyhands.engine.batch import Batch
 from manyhands.engine.mode import evaluating
@@ -50,11 +50,12 @@ class Runner:
         self.model = model
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
+        self._training: list[nn.Module] = []
         self._programs: dict[int, Program] = {}  # by number of sequences
 
     def run(self, batch: Batch) -> Forward:
         """One forward pass; each row's cache is extended by its tokens, none of them twice."""
-        with torch.inference_mode(), evaluating(self._modules):
+        with torch.inference_mode(), evaluating(self._modules) as self._training:
             hidden = self.hidden(batch)
             states_TD = hidden.states[0]
             if len(batch.drawing) < batch.num_tokens:
@@ -65,6 +66,8 @@ class Runner:
         """The pass up to the head: states [1, T, D]."""
         ids_1T = batch.ids(self.device)
         decodes = batch.num_tokens == len(batch.rows) and step.direct(self.model.embed_tokens.weight.detach())
+        if not decodes:
+            self._look_again()
         if len(batch.rows) == 1:
             cache = batch.rows[0].cache
             return self.model.hidden(ids_1T, cache=cache, program=self._program([cache]) if decodes else None)
@@ -81,11 +84,20 @@ class Runner:
         routings = joined([hidden.routings for hidden in done])
         return Hidden(torch.cat([hidden.states for hidden in done], 1), routings, {}, None)
 
+    def _look_again(self) -> None:
+        """A module that was put in since is in evaluation mode too, for this pass."""
+        self._modules = list(self.model.modules())
+        for module in self._modules:
+            if module.training:
+                module.training = False
+                self._training.append(module)
+
     def _program(self, caches: Sequence[Cache]) -> Program | None:
         """What runs the blocks for rows with a token and a cache each; None: the modules do as well."""
         B = len(caches)
         found = self._programs.get(B)
         if found is None or not found.current(self.model):
+            self._look_again()
             found = self._programs[B] = prepare(self.model, B)
         return found if found.native and found.takes(caches, self.model.embed_tokens.weight.dtype) else None
 

@@ -49,6 +49,31 @@ def test_a_model_that_changes_in_between_is_seen(make):
     assert len(heard) == 2
 
 
+class Dropping(torch.nn.Module):
+    """A part put around another: it drops everything while it trains."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner, self.dropout = inner, torch.nn.Dropout(1.0)
+
+    def forward(self, *arguments):
+        y, largest = self.inner(*arguments)
+        return self.dropout(y), largest
+
+
+@pytest.mark.parametrize("paged", [False, True])
+def test_a_part_that_comes_later_does_not_train(make, paged):
+    model = make(attention=WIDE)
+    plain, engine = Engine(make(attention=WIDE), paged=paged), Engine(model, paged=paged)
+    for one in (plain, engine):
+        one.add_all(PROMPTS, GREEDY)
+    assert tokens(plain, 3) == tokens(engine, 3)
+    block = model.layers[1]
+    block.self_attn = Dropping(block.self_attn)
+    assert tokens(plain, 3) == tokens(engine, 3)
+    assert block.self_attn.dropout.training
+
+
 def test_logits_are_of_the_rows_that_draw(make):
     model = make()
     rows = [Row(ids, model.new_cache(), draws) for ids, draws in zip(PROMPTS, (True, False, True), strict=True)]
