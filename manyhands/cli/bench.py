@@ -89,5 +89,8 @@ def bench(
     print(f"  {'experts':12} {'prefill ' + str(prompt):>16} {'decode':>14} {'of the roof':>12}")
     for row in rows:
         print(f"  {row.backend:12} {row.prefill:>10,.0f} tok/s {row.decode:>8,.1f} tok/s {row.decode / roof:>11.0%}")
+    print("a token is decoded by:")
+    for row in rows:
+        print(f"  {row.backend:12} {row.program}")
     if reason := missing():
         print(f"the native kernels are not here: {reason}")

@@ -12,6 +12,7 @@ from manyhands.config import SamplingConfig
 from manyhands.generate.steps import generate
 from manyhands.models import Decoder
 from manyhands.moe.bank import ExpertBank
+from manyhands.runtime import prepare
 
 _WARM_SECONDS = 1.0
 _ROUND_SECONDS = 0.5  # of one row: a small model's three rounds are over before anything is settled
@@ -26,6 +27,8 @@ class Speed:
     """Tokens per second of the prompt."""
     decode: float
     """Tokens per second after it."""
+    program: str
+    """How a token is decoded: which parts are native, which are called as modules, and why."""
 
 
 def read_per_token(model: Decoder) -> int:
@@ -72,4 +75,4 @@ def measure_speed(
         count = sum(1 for _ in steps)
         best_first = min(best_first, first - started)
         best_rest = min(best_rest, (time.perf_counter() - first) / max(count, 1))
-    return Speed(backend, prompt / best_first, 1.0 / best_rest)
+    return Speed(backend, prompt / best_first, 1.0 / best_rest, repr(prepare(model)))
