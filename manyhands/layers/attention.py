@@ -15,12 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
-from manyhands.kernels.covered import ATTENTION
-from manyhands.kernels.moment import unheard
-from manyhands.kernels.native import step
-from manyhands.kernels.norm import for_native
-from manyhands.kernels.policy import FEW_QUERIES
-from manyhands.layers.cache import ContiguousLayer, LayerCache
+from manyhands.kernels.attention import attend_few
+from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import linears
@@ -160,43 +156,11 @@ class Attention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
-    def _takes_step(self, q: Tensor, positions: Positions, cache: ContiguousLayer) -> bool:
-        """Whether the native kernels do the rest: a few queries and a cache of their dtype that is not empty."""
-        few = q.shape[1] <= FEW_QUERIES and self.config.head_dim % 16 == 0 and positions.clip_above is None
-        if not few or cache.dtype != q.dtype or not step.direct(q) or not ATTENTION.covers(self.config):
-            return False
-        norms = [n for n in (self.q_norm, self.k_norm) if n is not None]
-        plain = all(type(n) is RMSNorm and unheard(n) and for_native(n.weight, n.eps) is not None for n in norms)
-        return plain and (self.sinks is None or self.sinks.shape == (self.config.num_attention_heads,))
-
-    def _step(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions, cache: ContiguousLayer) -> Tensor:
-        """Projections [B, S, ·] -> what the heads say, [B, S, H·d], with norms, rotation and cache as in `forward`."""
-        B, S, _ = q.shape
-        norms = [
-            step.NO_NORM if n is None else for_native(n.weight, n.eps) or step.NO_NORM
-            for n in (self.q_norm, self.k_norm)
-        ]
-        rotation = step.Rotation(*positions.rope, self.interleave, self.config.qk_norm, *norms)
-        held = step.cache_of(*cache.grow(S))
-        placed = step.rope_and_cache(q, k, v, cache.length - S, rotation, held)
-        y = step.attend(
-            placed.view(B, S, -1, self.config.head_dim),
-            held,
-            cache.length,
-            self.scale,
-            positions.mask_of(self.sliding),
-            self.sinks,
-            self.config.attn_logit_softcap,
-        )
-        return y.view(B, S, -1).to(q.dtype)
-
     def forward(self, x_BSD: Tensor, positions: Positions, cache: Caches = None) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         B, S, _ = x_BSD.shape
         d = self.config.head_dim
         q, k, v = linears(x_BSD, self.q_proj, self.k_proj, self.v_proj)
-        if isinstance(cache, ContiguousLayer) and self._takes_step(q, positions, cache):
-            return self.o_proj(self._step(q, k, v, positions, cache)), None
         if self.config.qk_norm == "full":
             assert self.q_norm is not None and self.k_norm is not None
             q, k = self.q_norm(q), self.k_norm(k)
@@ -225,6 +189,10 @@ class Attention(nn.Module):
         if positions.clip_above is not None:
             largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.sliding)
         cap = self.config.attn_logit_softcap
+        if cache is not None and k_BGLd.shape[2] > S:  # decoding
+            y_BHSd = attend_few(q_BHSd, k_BGLd, v_BGLd, mask, self.scale, self.sinks, cap)
+            if y_BHSd is not None:
+                return y_BHSd, largest_H
         if cap is not None or self.sinks is not None:
             if mask is None and S > 1:
                 mask = torch.ones(S, k_BGLd.shape[2], dtype=torch.bool, device=q_BHSd.device).tril(k_BGLd.shape[2] - S)

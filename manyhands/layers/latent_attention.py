@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
-from manyhands.kernels.covered import LATENT
+from manyhands.kernels.attention import attend_few
 from manyhands.kernels.moment import unheard
-from manyhands.kernels.native import step
-from manyhands.kernels.policy import FEW_QUERIES
 from manyhands.layers.attention import Caches, Positions, better_in_float32, each_row, max_logits
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
@@ -130,20 +128,14 @@ class LatentAttention(nn.Module):
         up = self.kv_b_proj.weight.to(q_nope.dtype).view(a.num_attention_heads, -1, a.kv_lora_rank)
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
-        R, L = a.kv_lora_rank, keys_B1Ld.shape[2]
-        if q.shape[2] <= FEW_QUERIES and R % 16 == 0 and keys_B1Ld.shape[3] % 16 == 0 and self._covers(q):
-            held, mask = step.cache_of(keys_B1Ld, keys_B1Ld[..., :R]), positions.mask_of(self.sliding)
-            y_BSHR = step.attend(q.transpose(1, 2).float(), held, L, self.scale, mask)
-            y_BHSR = y_BSHR.transpose(1, 2).to(q.dtype)
-        else:
+        R = a.kv_lora_rank
+        y_BHSR = attend_few(q, keys_B1Ld, keys_B1Ld[..., :R], positions.mask_of(self.sliding), self.scale)
+        if y_BHSR is None:
             if better_in_float32(q):  # before the heads are expanded
                 q, keys_B1Ld = q.float(), keys_B1Ld.float()
             k = keys_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
             y_BHSR = self._attend(q, k, k[..., :R], positions).to(q_nope.dtype)
         return torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2))
-
-    def _covers(self, q: Tensor) -> bool:
-        return step.direct(q) and LATENT.covers(self.config)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         mask = positions.mask_of(self.sliding)

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from manyhands.kernels.covered import MODEL
 from manyhands.models import Decoder
 from manyhands.models.decoder import Block
 from manyhands.runtime import segments
 from manyhands.runtime.builder import Builder, Unfit
 from manyhands.runtime.claims import attend, feed_forward, mixture, norm
+from manyhands.runtime.covered import MODEL
 from manyhands.runtime.program import Part, Program
 from manyhands.runtime.snapshot import Snapshot, heard
 

@@ -137,10 +137,9 @@ def test_doubled_for_few_rows(monkeypatch, name, part, quantity):
 
 
 @needs_native
-@pytest.mark.parametrize("name", ["attend", "rope_and_cache"])
-def test_attention_to_a_cache_doubled(monkeypatch, name):
-    right = getattr(step, name)
-    monkeypatch.setattr(step, name, lambda *a, **k: 2 * right(*a, **k))
+def test_attention_to_a_cache_doubled(monkeypatch):
+    right = step.attend
+    monkeypatch.setattr(step, "attend", lambda *a, **k: 2 * right(*a, **k))
     assert red(attention_rows("multi-head", "latent (Moonlight)")) == {"attention to a cache"}
 
 
@@ -190,8 +189,6 @@ def _told(monkeypatch, function: str, place: int, struct: type, **wrong) -> None
 
 @needs_native
 @pytest.mark.parametrize(("function", "place", "struct", "field", "value", "kinds"), [
-    ("mh_rope_and_cache", 5, library.CRotation, "interleave", 0, {"neighbouring pairs"}),
-    ("mh_rope_and_cache", 5, library.CRotation, "norms", 2, {"norm of each head (Qwen3)", "half rotated (GLM-4.5)"}),
     ("mh_attend", 0, library.CAttention, "cap", 0.0, {"soft cap (Grok-1)"}),
     ("mh_attend", 0, library.CAttention, "sinks", None, {"sinks, window, YaRN (gpt-oss)"}),
     ("mh_attend", 0, library.CAttention, "mask", None, None),
@@ -203,6 +200,30 @@ def test_native_attention_that_reads_a_field_wrongly(monkeypatch, function, plac
     assert red(rows) == {"attention to a cache"}
     native_kinds = {name for name in ATTENTIONS if "without a kernel" not in name}
     assert scopes(rows) == (native_kinds if kinds is None else kinds)
+
+
+@needs_native
+@pytest.mark.parametrize(("field", "value", "kind"), [
+    ("interleave", 0, "neighbouring pairs"),
+    ("norms", 2, "norm of each head (Qwen3)"),
+    ("norms", 2, "half rotated (GLM-4.5)"),
+])  # fmt: skip
+def test_a_step_that_reads_the_rotation_wrongly(monkeypatch, field, value, kind):
+    call = library.call
+
+    def changed(name, *arguments):
+        if name == "mh_steps":
+            steps = ctypes.cast(arguments[0], ctypes.POINTER(library.CStep))
+            for i in range(arguments[1]):
+                if steps[i].kind == 2:
+                    rotation = ctypes.cast(steps[i].a[3], ctypes.POINTER(library.CRotation))[0]
+                    setattr(rotation, field, value)
+        return call(name, *arguments)
+
+    (name,) = [name for name in MODELS if kind in name]
+    assert not red(decoding_rows(name))
+    monkeypatch.setattr(library, "call", changed)
+    assert red(decoding_rows(name)) & {"decoding: states", "decoding: logits"}
 
 
 @needs_native

@@ -2,7 +2,6 @@
 
 from torch import nn
 
-from manyhands.kernels.covered import ATTENTION, ROPE
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CAttention, CCache, CRotation
@@ -10,6 +9,7 @@ from manyhands.layers.attention import Attention
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.runtime.builder import ATTEND, ROPE_AND_CACHE, Builder, Unfit
 from manyhands.runtime.claims import linear, norm
+from manyhands.runtime.covered import ATTENTION, ROPE
 
 
 def emit(b: Builder, attention: nn.Module, layer: int) -> None:

@@ -8,13 +8,13 @@ from torch import nn
 
 from manyhands.config.activation import GATED
 from manyhands.kernels import ExpertWeights
-from manyhands.kernels.covered import MIXTURE
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import ACTIVATION_CODES, CExperts, CRouting, CStacked
 from manyhands.moe import ExpertBank, MoELayer
 from manyhands.quant import PackedExperts
 from manyhands.runtime.builder import EXPERTS, ROUTE, Builder, Unfit
 from manyhands.runtime.claims import feed_forward, linear, route
+from manyhands.runtime.covered import MIXTURE
 
 
 def emit(b: Builder, mlp: nn.Module, layer: int) -> None:

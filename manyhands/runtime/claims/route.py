@@ -4,12 +4,12 @@ import torch
 from torch import nn
 
 from manyhands.config import RouterConfig
-from manyhands.kernels.coverage import Coverage
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import CRouter
 from manyhands.moe import Router
 from manyhands.runtime.builder import Unfit
+from manyhands.runtime.coverage import Coverage
 
 SCORE_CODES, GROUP_SCORES, FLOAT32 = {"softmax": 0, "sigmoid": 1}, {"max": 1, "top2_sum": 2}, (torch.float32,)
 COVERED = Coverage(

@@ -9,16 +9,15 @@ from torch.nn.functional import softplus
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, choose, native
-from manyhands.kernels.coverage import Coverage
-from manyhands.kernels.covered import ATTENTION, LATENT, MIXTURE, MODEL, ROPE
 from manyhands.kernels.native.backend import supports_native
 from manyhands.moe import Router, router
 from manyhands.runtime.claims import route
+from manyhands.runtime.coverage import Coverage
+from manyhands.runtime.covered import ATTENTION, MIXTURE, MODEL, ROPE
 
 ALL = {
     "route": route.COVERED,
     "attention": ATTENTION,
-    "latent": LATENT,
     "mixture": MIXTURE,
     "model": MODEL,
     "rope": ROPE,
@@ -26,7 +25,6 @@ ALL = {
 NOT_COMPUTED = {
     "route": {"eval_capacity_factor"},
     "attention": set(),
-    "latent": {"qk_norm", "sinks", "attn_logit_softcap", "attention_multiplier"},
     "mixture": set(),
     "model": {"kind"},
     "rope": set(),
@@ -35,7 +33,7 @@ NOT_COMPUTED = {
 
 
 def default(coverage: Coverage) -> Any:
-    return coverage.of(kind="mla") if coverage is LATENT else coverage.of()
+    return coverage.of()
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -74,9 +72,8 @@ def test_a_config_with_more_in_it_is_refused(name: str) -> None:
     class Own(of):
         alibi: bool = False
 
-    mla = {"kind": "mla"} if ALL[name] is LATENT else {}
-    assert not ALL[name].covers(Own(**mla)) and not ALL[name].covers(Own(alibi=True, **mla))
-    sneaked = of(**mla)
+    assert not ALL[name].covers(Own()) and not ALL[name].covers(Own(alibi=True))
+    sneaked = of()
     object.__setattr__(sneaked, "__dict__", {**sneaked.__dict__, "alibi": True})
     assert not ALL[name].covers(sneaked)
 

@@ -1,8 +1,8 @@
-"""What the fast paths of decoding compute of each config; all else goes the reference's way (see `Coverage`)."""
+"""What the claims compute of each config; all else is called as a module (see `Coverage`)."""
 
 from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig
-from manyhands.kernels.coverage import Coverage
 from manyhands.kernels.native.library import ACTIVATION_CODES
+from manyhands.runtime.coverage import Coverage
 
 ATTENTION = Coverage(
     {
@@ -44,15 +44,4 @@ MODEL = Coverage(
         **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "output_multiplier")),
     },
     ModelConfig,
-)
-
-LATENT = Coverage(
-    {
-        "kind": ("mla",),
-        "layer_types": (None, "full_attention", "sliding_attention"),
-        **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim", "attention_bias", "output_bias")),
-        **dict.fromkeys(("sliding_window", "q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim")),
-        **dict.fromkeys(("v_head_dim", "latent_norm_eps")),
-    },
-    AttentionConfig,
 )
