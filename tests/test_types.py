@@ -23,4 +23,4 @@ def test_every_module_of_ours_has_a_typed_call() -> None:
                 continue
             seen.append(node.name)
             assert re.search(r"if TYPE_CHECKING:\n +__call__ = forward", ast.unparse(node)), f"{path.name}: {node.name}"
-    assert {"MoELayer", "Router", "Experts", "Linear", "Decoder", "RecordLinear"} <= set(seen)
+    assert {"MoELayer", "Router", "ExpertBank", "Linear", "Decoder", "RecordLinear"} <= set(seen)
