@@ -33,7 +33,8 @@ from torch import Tensor
 from manyhands.checkpoint.model import load_model
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.runner import Runner
-from manyhands.kernels.native import available, levels, missing
+from manyhands.kernels.native import available, missing
+from manyhands.kernels.native.library import default_level
 from manyhands.quant import FORMATS
 
 PEERS = ("transformers eager", "transformers grouped_mm")
@@ -113,7 +114,7 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "torch": torch.__version__,
-        "native": missing() or levels()[-1],
+        "native": missing() or default_level(),
         "read_bandwidth": bandwidth,
         "bandwidth_range": [min(bandwidths), max(bandwidths)],
         "peers": peers,
