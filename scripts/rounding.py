@@ -80,8 +80,14 @@ def round_weights(model: mh.Decoder, format: str, quick: bool) -> None:
             one.up.copy_(up), one.down.copy_(down)
     for _, module in linears(model):
         weight = module.weight
-        linear = "int8" if name == "int4" else name  # the default of `manyhands quantize`
-        weight.copy_(nearest(weight, linear, group) if quick else pack_linear(weight, None, linear).dequantize()[0])
+        linear = "int8" if name == "int4" and model.sparse_layers() else name  # the default of `manyhands quantize`
+        pack = nearest if quick else packed
+        weight.copy_(pack(weight, linear, group))
+
+
+def packed(w: Tensor, name: str, group: int) -> Tensor:
+    """w [N, D] as a record has it."""
+    return pack_linear(w, None, name, group).dequantize()[0]
 
 
 def nearest(w: Tensor, name: str, group: int) -> Tensor:
