@@ -20,7 +20,9 @@ ROOT = Path(__file__).parent
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mprefer-vector-width=512"]
-LEVELS = {"level_avx2": AVX2, "level_avx512": AVX512, "level_amx": [*AVX512, "-mamx-tile", "-mamx-bf16"]}
+BF16 = [*AVX512, "-mavx512bf16"]
+AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
+LEVELS = {"level_avx2": AVX2, "level_avx512": AVX512, "level_avx512_bf16": BF16, "level_amx": AMX}
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-warning-option"]
 COMMON += ["-Wno-maybe-uninitialized"]  # gcc's, wrong about its own intrinsics; unknown to clang
 

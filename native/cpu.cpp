@@ -46,9 +46,10 @@ int64_t find_levels() {
   constexpr uint32_t avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31, vnni = 1u << 11;
   if ((b7 & avx512) != avx512 || !(c7 & vnni) || (state & 0xe6) != 0xe6) return found;
   found |= 1 << MH_AVX512;
-  constexpr uint32_t amx_bf16 = 1u << 22, amx_tile = 1u << 24, bf16 = 1u << 5;
+  constexpr uint32_t bf16 = 1u << 5, amx = 1u << 22 | 1u << 24 | 1u << 25;  // BF16, TILE, INT8
   if (!__get_cpuid_count(7, 1, &a71, &b71, &c71, &d71) || !(a71 & bf16)) return found;
-  if ((d7 & (amx_bf16 | amx_tile)) != (amx_bf16 | amx_tile) || (state & 0x60000) != 0x60000) return found;
+  found |= 1 << MH_AVX512_BF16;
+  if ((d7 & amx) != amx || (state & 0x60000) != 0x60000) return found;
   if (tiles_granted()) found |= 1 << MH_AMX;
   return found;
 }
@@ -62,7 +63,7 @@ int64_t find_levels() { return 1 << MH_PORTABLE; }
 
 int64_t levels() {
 #if defined(MH_EMULATE)
-  static const int64_t found = find_levels() | 1 << MH_AMX;
+  static const int64_t found = find_levels() | 1 << MH_AVX512_BF16 | 1 << MH_AMX;
 #else
   static const int64_t found = find_levels();
 #endif
@@ -78,6 +79,7 @@ const Kernels* kernels(int64_t level) {
   if (level < MH_PORTABLE || level > MH_AMX || !(levels() >> level & 1)) return nullptr;
 #if defined(MH_X86)
   if (level == MH_AMX) return &kAmx;
+  if (level == MH_AVX512_BF16) return &kAvx512Bf16;
   if (level == MH_AVX512) return &kAvx512;
   if (level == MH_AVX2) return &kAvx2;
 #endif

@@ -24,8 +24,8 @@ struct Format {
 constexpr Format kFormats[] = {
     {.name = "float32", .bits = 32, .exact = true, .few_rows = 4},
     {.name = "bf16", .bits = 16, .few_rows = 4},
-    {.name = "int8", .bits = 8, .scale_bytes = 4, .integer = true, .few_rows = 16},
-    {.name = "int4", .bits = 4, .scale_bytes = 2, .grouped = true, .integer = true, .few_rows = 16},
+    {.name = "int8", .bits = 8, .scale_bytes = 4, .integer = true, .exact = true, .few_rows = 16},
+    {.name = "int4", .bits = 4, .scale_bytes = 2, .grouped = true, .integer = true, .exact = true, .few_rows = 16},
     {.name = "plain float32", .bits = 32, .plain = true, .exact = true, .few_rows = 4},
     {.name = "plain bf16", .bits = 16, .plain = true, .few_rows = 4},
     {.name = "plain float32 taken as bf16", .bits = 32, .plain = true},

@@ -83,7 +83,7 @@ struct Kernels {
 
 extern const Kernels kPortable;
 #if defined(MH_X86)
-extern const Kernels kAvx2, kAvx512, kAmx;
+extern const Kernels kAvx2, kAvx512, kAvx512Bf16, kAmx;
 #endif
 
 int64_t levels();                       // bit mask of what this CPU and operating system allow

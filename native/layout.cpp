@@ -140,11 +140,11 @@ std::string describe() {
          MH_FUNCTION(mh_linear_forward) + MH_FUNCTION(mh_steps) + MH_FUNCTION(mh_linears) + MH_FUNCTION(mh_rms_norm) +
          MH_FUNCTION(mh_rope_and_cache) + MH_FUNCTION(mh_attend) + MH_FUNCTION(mh_route) + formats() +
          "activations: swiglu, swiglu_oai, geglu, geglu_tanh, gelu, relu\n"
-         "levels: portable, avx2, avx512, amx\n"
+         "levels: portable, avx2, avx512, avx512_bf16, amx\n"
          "steps: norm, linears, rope_and_cache, attend, route, experts, add, activate\n";
 }
 
-static_assert(MH_RELU == 5 && MH_AMX == 3 && MH_STEP_ACTIVATE == 7, "the names above are in the order of their codes");
+static_assert(MH_RELU == 5 && MH_AMX == 4 && MH_STEP_ACTIVATE == 7, "the names above are in the order of their codes");
 
 }  // namespace
 

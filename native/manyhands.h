@@ -30,7 +30,7 @@ enum {
   MH_PLAIN_ROUNDED,
   MH_FORMATS  // how many
 };
-enum { MH_PORTABLE = 0, MH_AVX2 = 1, MH_AVX512 = 2, MH_AMX = 3, MH_BEST = -1 };
+enum { MH_PORTABLE = 0, MH_AVX2 = 1, MH_AVX512 = 2, MH_AVX512_BF16 = 3, MH_AMX = 4, MH_BEST = -1 };
 enum { MH_SWIGLU = 0, MH_SWIGLU_OAI = 1, MH_GEGLU = 2, MH_GEGLU_TANH = 3, MH_GELU = 4, MH_RELU = 5 };
 
 struct mh_matrix {  // one packed matrix: places are byte offsets in a record, -1 where there is no such section

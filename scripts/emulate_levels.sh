@@ -4,7 +4,7 @@
 # kernel (linux-image-amd64) or another that boots without modules, and Bochs, made and installed with
 #   ./configure --enable-cpu-level=6 --enable-x86-64 --enable-avx --enable-evex --enable-amx --enable-pci \
 #     --enable-all-optimizations --with-nogui
-# tigerlake has AVX-512. sapphire_rapids has AMX too, but Linux wants XFD for it, which Bochs 3.0 lacks: for AMX mend
+# tigerlake has AVX-512. sapphire_rapids has VDPBF16PS and AMX too, but Linux wants XFD for it, which Bochs 3.0 lacks: for AMX mend
 # Bochs first (CPUID leaf 13, MSRs 0x1c4 and 0x1c5, #NM; and cpu/xsave.cc, which saves tiles wrongly).
 # Usage: [MODEL=tigerlake] [PYTHON=python3] [CXX=c++] emulate_levels.sh BOCHS VMLINUZ [rounds [seed]]
 set -euo pipefail
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 wanted="portable avx2 avx512"
-[[ $model != sapphire_rapids ]] || wanted+=" amx"
+[[ $model != sapphire_rapids ]] || wanted+=" avx512_bf16 amx"
 
 "${PYTHON:-python3}" setup.py -q build_ext --build-temp "$work/objects" --build-lib "$work/library"
 mkdir -p "$work"/root/{bin,proc} "$work"/disc

@@ -12,7 +12,8 @@ from manyhands.kernels.native.library import default_level, levels, missing
 FLAGS = {
     "avx2": {"avx2", "fma", "f16c"},
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni"},
-    "amx": {"amx_tile", "amx_bf16"},
+    "avx512_bf16": {"avx512_bf16"},
+    "amx": {"amx_tile", "amx_bf16", "amx_int8"},
 }
 """What each level is compiled for, in the words of /proc/cpuinfo; a level needs those before it too."""
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The expert kernels under AddressSanitizer and UndefinedBehaviorSanitizer, then under ThreadSanitizer, over random
 # shapes and damaged arguments; then, where g++-aarch64-linux-gnu and qemu-user-static are installed, as an ARM
-# program. The AMX level runs against an emulation of the tiles. Usage: [CXX=clang++] sanitize_kernels.sh [rounds]
+# program. The levels avx512_bf16 and amx run against an emulation of their instructions. Usage: [CXX=clang++] sanitize_kernels.sh [rounds]
 set -euo pipefail
 cd "$(dirname "$0")/../native"
 out=$(mktemp -d)

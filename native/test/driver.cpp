@@ -102,11 +102,11 @@ void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
   }
 }
 
-const char* const kNames[] = {"portable", "avx2", "avx512", "amx"};
+const char* const kNames[] = {"portable", "avx2", "avx512", "avx512_bf16", "amx"};
 struct {
   int64_t values;
   double farthest;
-} compared[4];
+} compared[5];
 
 // `largest`: every difference against the largest value. `norm`: the differences' norm against the values', where a few
 // values may fall to the other side of a kink. What is not finite is the same on both sides.
@@ -240,7 +240,7 @@ void experts_round(int64_t round) {
       continue;
     }
     // An integer format rounds activations, so that the last bit before may be a step of 1/127 after.
-    const bool coarse = level == MH_AMX && rounds;
+    const bool coarse = level >= MH_AVX512_BF16 && rounds;
     const float steps = coarse ? 3e-2f : mh::kFormats[format].integer ? 1e-2f : 1e-4f;
     const float rows_too = short_rows && steps < 1e-2f ? 1e-2f : steps;
     close(r.y, first.y, level, largest, rows_too, "y");
@@ -299,7 +299,7 @@ void linear_round(int64_t round) {
     if (level == MH_PORTABLE) first = y;
     if (level == MH_PORTABLE && format <= MH_BF16 && exact)
       close(y, plainly(w, b, bias, x, T, stride), level, largest, 1e-4, "linear");
-    close(y, first, level, largest, level == MH_AMX && format != MH_FLOAT32 && !exact ? 2e-2 : 1e-4, "linear");
+    close(y, first, level, largest, level >= MH_AVX512_BF16 && format == MH_BF16 && !exact ? 2e-2 : 1e-4, "linear");
     close(from_bf16(z), y, level, largest, 4e-3, "linear to bf16");
   }
 }

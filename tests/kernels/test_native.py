@@ -165,10 +165,10 @@ def test_an_expert_that_is_not_there_is_an_error_not_a_crash() -> None:
 
 def test_levels_by_name() -> None:
     assert LEVELS[0] == "portable"
-    with pytest.raises(ConfigError, match="portable, avx2, avx512, amx"):
+    with pytest.raises(ConfigError, match="portable, avx2, avx512, avx512_bf16, amx"):
         native.Native("sse9")(*[torch.zeros(1, 1)] * 4, make_case(1, 8, 8, 1, 1).experts)
     case = make_case(2, 8, 8, 1, 1)
-    for level in {"portable", "avx2", "avx512", "amx"} - set(native.levels()):
+    for level in {"portable", "avx2", "avx512", "avx512_bf16", "amx"} - set(native.levels()):
         with pytest.raises(native.NativeError, match="cannot run level"):
             native.Native(level)(case.x, case.ids, case.weights, case.kept, case.experts)
 

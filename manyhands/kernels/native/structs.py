@@ -11,7 +11,7 @@ from typing import Any
 
 from manyhands.config.packing import FORMATS, TRAITS, Format
 
-LEVELS = ("portable", "avx2", "avx512", "amx")
+LEVELS = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 FORMAT_CODES = {name: code for code, name in enumerate(FORMATS)}
 PLAIN = {"plain float32": 32, "plain bf16": 16, "plain float32 taken as bf16": 32}
 """Weights that are not packed, with the bits of each: their codes follow those of the packed formats."""

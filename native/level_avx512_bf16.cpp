@@ -1,0 +1,48 @@
+// AVX-512 with VDPBF16PS, which multiplies two bf16 inputs by sixteen outputs at once; the rest is AVX-512's.
+#include "vector_bf16.h"
+
+#include "kernels.inl"
+
+namespace {
+
+struct TileScope {};
+
+// c + two inputs of one row, at `x`, times those of sixteen outputs.
+inline V dot_pairs(V c, const uint16_t* x, const uint8_t* line) {
+#if defined(MH_EMULATE)
+  V first, second;
+  load_pairs(line, first, second);
+  return fma(set1(number(x[0])), first, fma(set1(number(x[1])), second, c));
+#else
+  uint32_t pair;
+  memcpy(&pair, x, 4);
+  return {_mm512_dpbf16_ps(c.v, (__m512bh)_mm512_loadu_si512(line), (__m512bh)_mm512_set1_epi32((int)pair))};
+#endif
+}
+
+template <int M>
+void pair_tile(const uint16_t* x, int64_t stride, int64_t n, const uint8_t* lines, float* c, bool first) {
+  V sums[M];
+  times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
+  for (int64_t k = 0; k < n; k += 2, lines += 64)
+    times<M>([&](auto i) { sums[i.value] = dot_pairs(sums[i.value], x + i.value * stride + k, lines); });
+  times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
+}
+
+template <int M>
+void pair_tile_of(int64_t m, const uint16_t* x, int64_t stride, int64_t n, const uint8_t* lines, float* c, bool first) {
+  if (m == M) return pair_tile<M>(x, stride, n, lines, c, first);
+  if constexpr (M > 1) pair_tile_of<M - 1>(m, x, stride, n, lines, c, first);
+}
+
+void panel_tiles(const Rows& rows, int64_t k, int64_t n, const uint8_t* lines, float* c, bool first) {
+  for (int64_t i = 0; i < rows.count; i += kTileRows)
+    pair_tile_of<kTileRows>(least(kTileRows, rows.count - i), rows.rounded + i * rows.rounded_stride + k,
+                            rows.rounded_stride, n, lines, c + 16 * i, first);
+}
+
+}  // namespace
+
+#include "tiles_bf16.inl"
+
+const mh::Kernels mh::kAvx512Bf16 = bf16_kernels("avx512_bf16");
