@@ -17,7 +17,7 @@ struct Format {
   bool integer = false;     // a few rows are rounded to int8 and multiplied with it as integers
   bool plain = false;       // [outputs][inputs] as training has them, not in panels of a record
   bool exact = false;       // never rounded to bf16, not even at a level that multiplies bf16
-  int64_t few_rows = 0;     // rows that the vector path (`dot`) takes; 0: there is none, all go the matrix path
+  int64_t few_rows = 0;     // rows that the vector path (`dot`) takes; more only where each must be as it is alone
 };
 
 // Integer products stay cheaper than widening the weights for some rows more than float ones.
@@ -31,14 +31,5 @@ constexpr Format kFormats[] = {
     {.name = "plain float32 taken as bf16", .bits = 32, .plain = true},
 };
 static_assert(sizeof kFormats / sizeof *kFormats == MH_FORMATS, "a row for each MH_... format, in their order");
-
-constexpr int64_t kMostFewRows = 16;
-static_assert(
-    [] {
-      for (const Format& f : kFormats)
-        if (f.few_rows > kMostFewRows) return false;
-      return true;
-    }(),
-    "few_rows of every format");
 
 }  // namespace mh

@@ -1,5 +1,5 @@
 // What a level does with each weight format: a few rows times a panel read once as it is stored (`dot`), and inputs of
-// a panel as floats for the matrix path (`widen`). A format without a `dot` is right, and slower for few rows.
+// a panel as floats for the matrix path (`widen`).
 #pragma once
 
 #include "loops.inl"
@@ -128,7 +128,7 @@ void widen_int4(const Panel& p, int64_t k, int64_t n, float* out) {
 // ---- The table. ----
 
 struct FormatKernels {
-  // c [M][16] of M = 1, 2, … rows; null where the format's few_rows is 0
+  // c [M][16] of M = 1, 2, … rows
   void (*dot[mh::kDotRows])(const Panel&, const Row*, float* c);
   // Inputs [k, k + n) as [n][16] floats, k and n multiples of 16; null where they lie like that already.
   void (*widen)(const Panel&, int64_t k, int64_t n, float* out);
@@ -141,7 +141,7 @@ constexpr FormatKernels kFormatKernels[] = {
     {{dot_int4<1>, dot_int4<2>, dot_int4<3>, dot_int4<4>}, widen_int4},
     {{dot_plain<float, 1>, dot_plain<float, 2>, dot_plain<float, 3>, dot_plain<float, 4>}, widen_plain},
     {{dot_plain<uint16_t, 1>, dot_plain<uint16_t, 2>, dot_plain<uint16_t, 3>, dot_plain<uint16_t, 4>}, widen_plain},
-    {{}, widen_plain},
+    {{dot_plain<Rounded, 1>, dot_plain<Rounded, 2>, dot_plain<Rounded, 3>, dot_plain<Rounded, 4>}, widen_plain},
 };
 static_assert(sizeof kFormatKernels / sizeof *kFormatKernels == MH_FORMATS, "a row for each row of kFormats");
 

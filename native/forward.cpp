@@ -15,6 +15,7 @@ struct Forward {
   Experts e;
   Sorted s = {};
   int64_t threads;
+  bool exact;
   Floats x = {};
   float* act = nullptr;  // a group's activations
   int64_t act_stride = 0;
@@ -24,7 +25,7 @@ struct Forward {
   std::vector<const float*> x_rows = {};
 
   RowBlock up_rows(const Block& b, const Worker& w) const {
-    RowBlock in(b.rows(), e.up);
+    RowBlock in(b.rows(), e.up, exact);
     const float* const* at = x_rows.data() + b.begin;
     if (in.is_few)
       for (int64_t i = 0; i < in.count; i++) in.row[i] = qx.view(s.token[b.begin + i], at[i]);
@@ -34,7 +35,7 @@ struct Forward {
   }
 
   RowBlock down_rows(const Block& b, int64_t group_begin, const Worker& w) const {
-    RowBlock in(b.rows(), e.down);
+    RowBlock in(b.rows(), e.down, exact);
     const int64_t first = b.begin - group_begin;
     const float* at = act + first * act_stride;
     if (in.is_few)
@@ -48,7 +49,7 @@ struct Forward {
   // in rows where the vector path takes them next, else in panels, [panels][rows][16].
   void activate(const Block& b, int64_t group_begin, int64_t column, const Worker& w) const {
     const int64_t rows = b.rows();
-    const bool in_rows = few(rows, e.down);
+    const bool in_rows = few(rows, e.down, exact);
     float* out = act + (b.begin - group_begin) * act_stride + column * (in_rows ? 1 : rows);
     const float* up = e.parts == 2 ? w.second : w.first;
     k.activate(static_cast<int>(e.activation), w.first, up, rows, out, in_rows ? act_stride : 16);
@@ -75,7 +76,7 @@ struct Forward {
   // Zeros beyond F: an infinite x times the zero padding of a weight is NaN, which must not spread.
   void pad_act(const Block& b, float* out) {
     const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts * 16;
-    if (few(rows, e.down))
+    if (few(rows, e.down, exact))
       for (int64_t i = 0; i < rows; i++) memset(out + i * act_stride + wide, 0, (act_stride - wide) * sizeof(float));
     else
       memset(out + wide * rows, 0, (act_stride - wide) * rows * sizeof(float));
@@ -123,7 +124,7 @@ struct Forward {
       qact.prepare(rows, e.down, workspaces().quantized[2], workspaces().quantized[3]);
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
-        for (int64_t i = b.begin; few(b.rows(), e.up) && i < b.end; i++)
+        for (int64_t i = b.begin; few(b.rows(), e.up, exact) && i < b.end; i++)
           qact.set(i - begin, act + (i - begin) * act_stride, k);
       });
     }
@@ -139,7 +140,7 @@ struct Forward {
     x_rows.resize(static_cast<size_t>(s.rows()));
     bool any_few = false;
     for (int64_t i = 0; i < s.rows(); i++) x_rows[i] = x.row(s.token[i]);
-    for (const Block& b : s.blocks) any_few = any_few || few(b.rows(), e.up);
+    for (const Block& b : s.blocks) any_few = any_few || few(b.rows(), e.up, exact);
     if (any_few && e.up.format().integer) {
       qx.prepare(in.count, e.up, workspaces().quantized[0], workspaces().quantized[1]);
       parallel(threads, in.count, [&](int64_t t, int64_t) { qx.set(t, x.row(t), k); });
@@ -167,7 +168,7 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    Forward f{.k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .hidden = hidden};
+    Forward f{.k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .exact = run->exact != 0, .hidden = hidden};
     f.s = sort_pairs(routing, f.e.num_experts);
     check_rows(x, routing->tokens, f.e.D, "x");
     check_rows(y, routing->tokens, f.e.D, "y");

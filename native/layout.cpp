@@ -127,7 +127,7 @@ std::string describe() {
          MH_STRUCTURE(mh_rows, F(data), F(dtype), F(count), F(width), F(stride)) +
          MH_STRUCTURE(mh_routing, F(ids), F(weights), F(kept), F(tokens), F(per_token)) +
          MH_STRUCTURE(mh_gradients, F(weights), F(up), F(down), F(up_bias), F(down_bias)) +
-         MH_STRUCTURE(mh_run, F(level), F(threads)) + MH_STRUCTURE(mh_norm, F(weight), F(dtype), F(width), F(eps)) +
+         MH_STRUCTURE(mh_run, F(level), F(threads), F(exact)) + MH_STRUCTURE(mh_norm, F(weight), F(dtype), F(width), F(eps)) +
          MH_STRUCTURE(mh_cache, F(k), F(v), F(k_size), F(v_size), F(dtype), F(groups), F(k_width), F(v_width),
                       F(k_batch), F(v_batch), F(k_group), F(v_group), F(k_row), F(v_row)) +
          MH_STRUCTURE(mh_rotation, F(cos), F(sin), F(width), F(positions), F(interleave), F(q_norm), F(k_norm),

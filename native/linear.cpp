@@ -19,6 +19,7 @@ struct Linears {
   const Kernels& k;
   std::vector<Layer> layers;
   int64_t threads;
+  bool exact;
   Quantized quantized[2];  // in groups of 32, of 64
   std::vector<const float*> at;
 
@@ -29,7 +30,7 @@ struct Linears {
   void panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
     const Matrix& m = layer.m;
     if (m.format().plain) return plain_panels(layer, first, end, begin, rows, w);
-    RowBlock in(rows, m);
+    RowBlock in(rows, m, exact);
     if (in.is_few)
       for (int64_t i = 0; i < rows; i++)
         in.row[i] =
@@ -76,7 +77,7 @@ struct Linears {
     for (const Layer& layer : layers) {
       every += layer.m.size.panels;
       Quantized* q = const_cast<Quantized*>(integers(layer.m));
-      if (!q || q->q || !few(count, layer.m)) continue;
+      if (!q || q->q || !few(count, layer.m, exact)) continue;
       Workspace* workspace = workspaces().quantized + 2 * (q - quantized);
       q->prepare(count, layer.m, workspace[0], workspace[1]);
       for (int64_t i = 0; i < count; i++) q->set(i, at[i], k);
@@ -135,10 +136,10 @@ Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
   return layer;
 }
 
-void run_layers(const Kernels& k, std::vector<Layer> layers, const mh_rows& x, int64_t threads) {
+void run_layers(const Kernels& k, std::vector<Layer> layers, const mh_rows& x, const mh_run& run) {
   if (x.count == 0) return;
   Call call(x.count);
-  Linears{k, std::move(layers), threads, {}, {}}.all(x);
+  Linears{k, std::move(layers), run.threads, run.exact != 0, {}, {}}.all(x);
   workspaces().trim();
 }
 
@@ -150,7 +151,7 @@ int mh_linear_forward(const mh_linear* l, const mh_rows* x, const mh_rows* y, co
   return guard([&] {
     const Kernels* k = checked_kernels(run);
     need(y, "y");
-    run_layers(*k, {checked_layer(l, x, *y)}, *x, run->threads);
+    run_layers(*k, {checked_layer(l, x, *y)}, *x, *run);
   });
 }
 
@@ -167,6 +168,6 @@ int mh_linears(const mh_linear* const* l, int64_t count, const mh_rows* x, void*
       const int64_t width = l[i] ? l[i]->weight.outputs : 0;
       layers.push_back(checked_layer(l[i], x, {y[i], x->dtype, x->count, width, width}));
     }
-    run_layers(*k, std::move(layers), *x, run->threads);
+    run_layers(*k, std::move(layers), *x, *run);
   });
 }

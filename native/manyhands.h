@@ -15,7 +15,7 @@
 
 #define MH_API extern "C" __attribute__((visibility("default")))
 
-enum { MH_ABI = 3 };
+enum { MH_ABI = 4 };
 enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
 // Formats of weights, a row of kFormats (format.h) each: packed ones in the order of manyhands/config/packing.py, then
 // those that are not packed, [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16. Rows of
@@ -72,8 +72,8 @@ struct mh_gradients {  // each may be null: not wanted. Layouts of the stacked w
   float *weights, *up, *down, *up_bias, *down_bias;
 };
 
-struct mh_run {
-  int64_t level, threads;
+struct mh_run {  // exact, 0 or 1: a row of a float format has the same bits however many rows there are beside it
+  int64_t level, threads, exact;
 };
 
 struct mh_norm {  // x / rms(x) · weight; weight [width] float32 or bf16, null where there is no norm

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "matrix.h"
+#include "sorted.h"
 
 namespace mh {
 
@@ -18,14 +19,17 @@ struct Quantized {  // rows as integers, for the vector path of integer weights
 
 constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
 
-inline bool few(int64_t rows, const Matrix& m) { return rows <= m.format().few_rows; }  // for the vector path
+// Whether rows take the vector path, in which each is by itself: where they are few, and exactly where all must.
+inline bool few(int64_t rows, const Matrix& m, bool exact) {
+  return rows <= m.format().few_rows || (exact && !m.format().integer);
+}
 
 struct RowBlock {  // rows as a matrix's kernels take them: each by itself where they are few, else as a matrix
   int64_t count;
   bool is_few;
-  Row row[kMostFewRows];
+  Row row[kBlockRows];
   Rows matrix;
-  RowBlock(int64_t rows, const Matrix& m) : count(rows), is_few(few(rows, m)), matrix{} {}
+  RowBlock(int64_t rows, const Matrix& m, bool exact) : count(rows), is_few(few(rows, m, exact)), matrix{} {}
   void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // c [count][16]
 };
 

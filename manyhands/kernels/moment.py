@@ -4,6 +4,10 @@ A fast path computes outside PyTorch's sight. In any other moment it would be co
 stands back; and what is made in such a moment is never kept.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -12,6 +16,26 @@ from torch.nn.modules import module as modules
 _interpreter = torch._C._functorch.peek_interpreter_stack
 _dispatch_modes, _function_modes = torch._C._len_torch_dispatch_stack, torch._C._len_torch_function_stack
 _tracing = torch._C._get_tracing_state
+
+_exact = ContextVar("exact", default=False)
+
+
+def is_exact() -> bool:
+    """Whether every row is to have the same bits however many rows are computed with it (`exactly`)."""
+    return _exact.get()
+
+
+@contextmanager
+def exactly(exact: bool = True) -> Iterator[None]:
+    """Inside, products of float weights take one order of sums for any number of rows, natively.
+
+    Whoever asks for it puts the whole pass inside, the head too; `False` leaves it as it is.
+    """
+    token = _exact.set(exact or _exact.get())
+    try:
+        yield
+    finally:
+        _exact.reset(token)
 
 
 def transformed() -> bool:

@@ -214,7 +214,8 @@ void experts_round(int64_t round) {
   Results first;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)}, other_run{level, any(1, 3)};
+    const int64_t alone = any(0, 1);  // each row
+    const mh_run run{level, any(1, 3), alone}, other_run{level, any(1, 3), alone};
     Results r{normals(T * D, false),     normals(T * D, false),
               normals(T * K, false),     normals(E * parts * F * D, false),
               normals(E * D * F, false), normals(E * parts * F, false),
@@ -291,9 +292,16 @@ void linear_round(int64_t round) {
     if (!has(level)) continue;
     std::vector<float> y(static_cast<size_t>(T * stride));
     std::vector<uint16_t> z(static_cast<size_t>(T * stride));
-    const mh_run run{level, any(1, 3)};
+    const mh_run run{level, any(1, 3), any(0, 1)};
     const mh_rows in{x.data(), 0, T, K, K}, out{y.data(), 0, T, N, stride}, short_out{z.data(), 1, T, N, stride};
     expect(!mh_linear_forward(&line, &in, &out, &run), "linear");
+    if (run.exact && T) {
+      const int64_t t = any(0, T - 1);
+      std::vector<float> one(static_cast<size_t>(N));
+      const mh_rows in_one{x.data() + t * K, 0, 1, K, K}, out_one{one.data(), 0, 1, N, N};
+      expect(!mh_linear_forward(&line, &in_one, &out_one, &run), "linear of one row");
+      if (memcmp(one.data(), y.data() + t * stride, 4 * one.size())) expect(false, "other rows, other bits");
+    }
     expect(!mh_linear_forward(&line, &in, &short_out, &run), "linear to bf16");
     for (int64_t n = 0; endless && n < N; n++) expect(isnan(y[static_cast<size_t>(n)]), "a NaN is lost");
     if (level == MH_PORTABLE) first = y;
@@ -320,13 +328,13 @@ void damaged_round() {
   if (N < 1 || N > 4096 || K < 1 || K > 4096) {
     float nothing = 0;
     const mh_rows rows{&nothing, 0, 0, K, K}, out{&nothing, 0, 0, N, N};
-    const mh_run run{MH_BEST, 1};
+    const mh_run run{MH_BEST, 1, 0};
     mh_linear_forward(&line, &rows, &out, &run);
     return;
   }
   std::vector<float> x(static_cast<size_t>(3 * K)), y(static_cast<size_t>(3 * N));
   const mh_rows in{x.data(), 0, 3, K, K}, out{y.data(), 0, 3, N, N};
-  const mh_run run{MH_BEST, 1};
+  const mh_run run{MH_BEST, 1, 0};
   mh_linear_forward(&line, &in, &out, &run);
 }
 
@@ -344,7 +352,7 @@ int main(int count, char** arguments) {
         return 1;
       }
   for (int i = 0; i < rounds; i++) experts_round(i), linear_round(i), damaged_round(), step_rounds();
-  const mh_run bad{MH_BEST, 0};
+  const mh_run bad{MH_BEST, 0, 0};
   expect(mh_linear_forward(nullptr, nullptr, nullptr, &bad) == MH_BAD_ARGUMENT, "0 threads");
   expect(mh_forward(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, 0, nullptr) == MH_BAD_ARGUMENT, "nulls");
   printf("%d rounds: clean\n", rounds);

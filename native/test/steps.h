@@ -17,7 +17,7 @@ void norm_round() {
   }
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)};
+    const mh_run run{level, any(1, 3), any(0, 1)};
     const mh_rows in{x.data(), 0, T, N, N}, out{y.data(), 0, T, N, N};
     expect(!mh_rms_norm(&norm, &in, &out, &run), "norm");
     close(y, first, level, largest, 1e-5, "norm");
@@ -44,7 +44,7 @@ void route_round() {
   std::vector<int64_t> ids(static_cast<size_t>(T * K));
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)};
+    const mh_run run{level, any(1, 3), any(0, 1)};
     const mh_rows in{x.data(), 0, T, D, D};
     float none = 0;
     int64_t nobody = 0;
@@ -93,7 +93,7 @@ void linears_round() {
   std::vector<std::vector<float>> first;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)};
+    const mh_run run{level, any(1, 3), any(0, 1)};
     const mh_rows in{short_x ? static_cast<void*>(short_in.data()) : x.data(), short_x, T, K, K};
     std::vector<std::vector<float>> ys;
     std::vector<std::vector<uint16_t>> short_ys;
@@ -144,7 +144,7 @@ void attend_round() {
   std::vector<float> first_q, first_y;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
-    const mh_run run{level, any(1, 3)};
+    const mh_run run{level, any(1, 3), any(0, 1)};
     mh_cache c{k.data(), v.data(),      B * G * room * dk, B * G * room * dv, dtype,     G,  dk,
                dv,       G * room * dk, G * room * dv,     room * dk,         room * dv, dk, dv};
     if (dtype) c.k = short_k.data(), c.v = short_v.data();
@@ -176,7 +176,7 @@ void damaged_step_round() {
   int64_t* field = fields[any(0, 23)];
   const int64_t was = *field, now = values[any(0, 9)];
   *field = now;
-  const mh_run run{MH_BEST, 1};
+  const mh_run run{MH_BEST, 1, 0};
   // Sizes the caller states truly, and with them what may be written, are not damaged upwards.
   if (field != &c.k_size && field != &c.v_size && (field != &how.heads || now < was) &&
       (field != &how.queries || now < was) && (field != &how.batch || now < was))

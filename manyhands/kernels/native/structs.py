@@ -91,7 +91,7 @@ class CGradients(Structure):
 class CRun(Structure):
     """`mh_run`."""
 
-    _fields_ = [("level", c_int64), ("threads", c_int64)]
+    _fields_ = [("level", c_int64), ("threads", c_int64), ("exact", c_int64)]
 
 
 class CNorm(Structure):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from manyhands.kernels.experts import ExpertWeights
+from manyhands.kernels.moment import is_exact
 from manyhands.kernels.native.library import default_level, level_code
 from manyhands.kernels.native.structs import (
     ACTIVATION_CODES,
@@ -119,11 +120,14 @@ def plain_linear(weight: Tensor, bias: Tensor | None) -> CLinear:
     return CLinear(weight.data_ptr(), weight.nbytes, CMatrix(N, K, 1, code, 0, 0, -1, -1), place)
 
 
-def run(level: int, threads: int) -> Any:
-    """A reference to `mh_run`; level -1 is the default one, 0 threads are as many as PyTorch uses."""
-    return _run(level, min(threads or torch.get_num_threads(), MOST_THREADS))
+def run(level: int, threads: int, exact: bool | None = None) -> Any:
+    """A reference to `mh_run`; level -1 is the default one, 0 threads are as many as PyTorch uses.
+
+    `exact` None: as the moment asks (`moment.exactly`), so that no call inside can forget it.
+    """
+    return _run(level, min(threads or torch.get_num_threads(), MOST_THREADS), is_exact() if exact is None else exact)
 
 
 @lru_cache(maxsize=64)
-def _run(level: int, threads: int) -> Any:
-    return byref(CRun(level_code(default_level()) if level < 0 else level, threads))
+def _run(level: int, threads: int, exact: bool) -> Any:
+    return byref(CRun(level_code(default_level()) if level < 0 else level, threads, exact))
