@@ -41,17 +41,29 @@ constexpr int64_t kScratch = 2 * kChunk * 16;  // floats of scratch a product ne
 
 constexpr int64_t kSplitKeys = 256;  // keys of a split: their weights and values stay in the second cache
 
-struct KvSplit {  // up to four heads, one query each, that attend to the same keys
-  const float* q;
-  int64_t q_stride, heads;
-  const void *k, *v;  // float32 or bf16 rows; widths are multiples of 16
+struct KvRun {  // keys and values of consecutive positions in one block
+  const void *k, *v;
+  int64_t keys;
+};
+
+struct KvSplit {  // rows (queries of heads that share keys) that attend to the same split
+  const float* const* q;     // [rows]
+  const int32_t *from, *to;  // [rows]: each sees keys [from, to) of the split, at least one
+  int64_t rows;
+  const KvRun* runs;
+  int64_t run_count, keys;  // of all runs
   bool is_bf16;
-  int64_t k_stride, v_stride, keys, k_width, v_width;
-  const uint8_t* mask;         // of the keys, or null
-  float scale, cap;            // cap 0 is none
-  float* scratch;              // [heads][kSplitKeys]
-  float *largest, *total, *y;  // per head: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
-  int64_t y_stride;
+  int64_t k_stride, v_stride, k_width, v_width;  // widths are multiples of 16
+  float scale, cap;                              // cap 0 is none
+  float* scratch;                                // [attend_scratch(rows)]
+  float *largest, *total, *y;  // per row: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
+};
+constexpr int64_t attend_scratch(int64_t rows) { return rows * kSplitKeys; }
+
+struct KvJoin {  // the splits of one row: `next` from one's largest and total to the next one's, `next_part` of its y
+  const float *largest, *total, *parts;
+  int64_t splits, next, next_part, width;
+  const float* sink;  // or null
 };
 
 struct Kernels {
@@ -77,6 +89,7 @@ struct Kernels {
   void (*add_bias)(const float* bias, int64_t columns, int64_t rows, float* c);
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
   void (*attend)(const KvSplit&);
+  void (*join)(const KvJoin&, float* y);  // in order; zeros where no split has a key
   // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
   void (*gemv)(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out);
 };

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "activation.inl"
+#include "attend.inl"
 #include "formats.inl"
 #include "kernels.h"
 #include "rows.inl"
@@ -30,6 +31,7 @@ constexpr mh::Kernels level_kernels(const char* name) {
       .add_bias = add_bias,
       .norm = norm,
       .attend = attend,
+      .join = join,
       .gemv = gemv,
   };
 }

@@ -25,6 +25,7 @@ MH_NAME(mh_gradients);
 MH_NAME(mh_run);
 MH_NAME(mh_norm);
 MH_NAME(mh_cache);
+MH_NAME(mh_sequences);
 MH_NAME(mh_rotation);
 MH_NAME(mh_attention);
 MH_NAME(mh_router);
@@ -129,11 +130,11 @@ std::string describe() {
          MH_STRUCTURE(mh_gradients, F(weights), F(up), F(down), F(up_bias), F(down_bias)) +
          MH_STRUCTURE(mh_run, F(level), F(threads), F(exact)) + MH_STRUCTURE(mh_norm, F(weight), F(dtype), F(width), F(eps)) +
          MH_STRUCTURE(mh_cache, F(k), F(v), F(k_size), F(v_size), F(dtype), F(groups), F(k_width), F(v_width),
-                      F(k_batch), F(v_batch), F(k_group), F(v_group), F(k_row), F(v_row)) +
+                      F(block), F(k_block), F(v_block), F(k_group), F(v_group), F(k_row), F(v_row)) +
+         MH_STRUCTURE(mh_sequences, F(count), F(begin), F(first), F(table), F(blocks), F(entries), F(start)) +
          MH_STRUCTURE(mh_rotation, F(cos), F(sin), F(width), F(positions), F(interleave), F(q_norm), F(k_norm),
                       F(norms)) +
-         MH_STRUCTURE(mh_attention, F(batch), F(queries), F(heads), F(length), F(mask), F(mask_batch), F(mask_query),
-                      F(sinks), F(scale), F(cap)) +
+         MH_STRUCTURE(mh_attention, F(heads), F(window), F(sinks), F(scale), F(cap)) +
          MH_STRUCTURE(mh_router, F(weight), F(logit_bias), F(choice_bias), F(experts), F(width), F(per_token),
                       F(sigmoid), F(groups), F(topk_group), F(best_of_group), F(renormalise), F(scaling)) +
          MH_STRUCTURE(mh_step, F(kind), F(a), F(n), F(factor)) + MH_FUNCTION(mh_forward) + MH_FUNCTION(mh_backward) +

@@ -82,10 +82,20 @@ struct mh_norm {  // x / rms(x) · weight; weight [width] float32 or bf16, null 
   double eps;
 };
 
-struct mh_cache {  // keys and values [batch][groups][length][width] of one layer, with strides between each
-  void *k, *v;
+struct mh_cache {  // one layer's keys and values in blocks of positions, [blocks][groups][block][width]
+  void *k, *v;            // v may lie in k: of a latent, the first numbers are the values
   int64_t k_size, v_size;  // numbers that may be touched
-  int64_t dtype, groups, k_width, v_width, k_batch, v_batch, k_group, v_group, k_row, v_row;
+  int64_t dtype, groups, k_width, v_width;
+  int64_t block;  // positions of a block; of a cache in one piece its room, or anything larger
+  int64_t k_block, v_block, k_group, v_group, k_row, v_row;  // numbers from one to the next
+};
+
+struct mh_sequences {  // sequence s has rows [begin[s], begin[s + 1]) of the call, at positions first[s], first[s] + 1, …
+  int64_t count;
+  const int64_t *begin, *first;   // [count + 1], [count]; begin[0] is 0
+  const int64_t *table, *blocks;  // blocks[table[s] + p / block] is the block of position p
+  int64_t entries;                // how many blocks[] has
+  const int64_t* start;           // [count] positions at the head of each that are padding, which nobody sees; or null
 };
 
 enum { MH_NORM_ROW = 0, MH_NORM_HEAD = 1, MH_NORM_AFTER = 2 };  // over all heads; each; each after the rotation
@@ -97,11 +107,9 @@ struct mh_rotation {  // cos and sin [positions][width / 2] float32; interleave:
 };
 
 struct mh_attention {
-  int64_t batch, queries, heads, length;  // the last query is at position length - 1
-  const uint8_t* mask;                    // true where a query may look, or null; strides may be 0
-  int64_t mask_batch, mask_query;
-  const float* sinks;  // [heads] or null
-  double scale, cap;   // cap 0 is none
+  int64_t heads, window;  // a query at position p sees keys ≤ p, with a window those > p − window; 0 is none
+  const float* sinks;     // [heads] or null
+  double scale, cap;      // cap 0 is none
 };
 
 struct mh_router {  // weight [experts][width] float32; biases [experts] float32 or null; groups 0 or 1: not limited
@@ -127,8 +135,7 @@ MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, 
                        const mh_run*);
 MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* y, const mh_run*);
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
-// MH_STEP_LINEARS has its count in n[0], MH_STEP_ROPE_AND_CACHE batch and first in n[0] and n[1], MH_STEP_EXPERTS no
-// hidden. MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
+// MH_STEP_LINEARS has its count in n[0], MH_STEP_EXPERTS no hidden. MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
 // MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
 enum {
   MH_STEP_NORM = 0,
@@ -142,7 +149,7 @@ enum {
 };
 struct mh_step {
   int64_t kind;
-  void* a[6];
+  void* a[8];
   int64_t n[2];
   double factor;
 };
@@ -151,12 +158,16 @@ MH_API int mh_steps(const mh_step*, int64_t count, const mh_run*);
 // Layers with the same input: y[i] is [x->count][outputs of i] in x's dtype, contiguous.
 MH_API int mh_linears(const mh_linear* const*, int64_t count, const mh_rows* x, void* const* y, const mh_run*);
 MH_API int mh_rms_norm(const mh_norm*, const mh_rows* x, const mh_rows* y, const mh_run*);
-// Projected rows, one per (sequence, query): q to out [rows][heads · k_width] float32, normed and rotated; keys the
-// same and values as they are into the cache at positions [first, first + queries).
-MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, int64_t batch, int64_t first,
+// Projected rows: q to out [rows][heads · k_width] float32, normed and rotated; keys the same and values as they are
+// into the cache, each at its position. `positions` of the rotation are the rows: cos and sin have one of each. v is null
+// where the values lie in the keys.
+MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, const mh_sequences*,
                              const mh_rotation*, const mh_cache*, float* out, const mh_run*);
-// q and y [batch][queries][heads][width] float32, contiguous.
-MH_API int mh_attend(const mh_attention*, const float* q, const mh_cache*, float* y, const mh_run*);
+// q and y [rows][heads][width] float32, contiguous, rows as begin[count] says. A query's keys are those of its sequence
+// from `start` on up to its own position; y of a row that is padding is 0. A row's numbers depend on its own query, keys
+// and values alone: keys are taken in splits of 256 from `start` on, which are joined in order.
+MH_API int mh_attend(const mh_attention*, const mh_sequences*, const float* q, const mh_cache*, float* y,
+                     const mh_run*);
 // logits and scores [tokens][experts], ids and weights [tokens][per_token].
 MH_API int mh_route(const mh_router*, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights,
                     const mh_run*);

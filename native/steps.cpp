@@ -52,10 +52,11 @@ int one(const mh_step& s, const mh_run* run) {
     case MH_STEP_LINEARS:
       return mh_linears(as<const mh_linear*>(a[0]), s.n[0], as<mh_rows>(a[1]), as<void*>(a[2]), run);
     case MH_STEP_ROPE_AND_CACHE:
-      return mh_rope_and_cache(as<mh_rows>(a[0]), as<mh_rows>(a[1]), as<mh_rows>(a[2]), s.n[0], s.n[1],
-                               as<mh_rotation>(a[3]), as<mh_cache>(a[4]), as<float>(a[5]), run);
+      return mh_rope_and_cache(as<mh_rows>(a[0]), as<mh_rows>(a[1]), as<mh_rows>(a[2]), as<mh_sequences>(a[3]),
+                               as<mh_rotation>(a[4]), as<mh_cache>(a[5]), as<float>(a[6]), run);
     case MH_STEP_ATTEND:
-      return mh_attend(as<mh_attention>(a[0]), as<float>(a[1]), as<mh_cache>(a[2]), as<float>(a[3]), run);
+      return mh_attend(as<mh_attention>(a[0]), as<mh_sequences>(a[1]), as<float>(a[2]), as<mh_cache>(a[3]),
+                       as<float>(a[4]), run);
     case MH_STEP_ROUTE:
       return mh_route(as<mh_router>(a[0]), as<mh_rows>(a[1]), as<float>(a[2]), as<float>(a[3]), as<int64_t>(a[4]),
                       as<float>(a[5]), run);

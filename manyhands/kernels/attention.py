@@ -13,23 +13,27 @@ def attend_few(
     q_BHSd: Tensor,
     k_BGLd: Tensor,
     v_BGLv: Tensor,
-    mask: Tensor | None,
+    start_B: Tensor | None,
+    window: int | None,
     scale: float,
     sinks: Tensor | None = None,
     cap: float | None = None,
 ) -> Tensor | None:
     """What the heads say [B, H, S, v] in q's dtype, for the last S of L positions; None where PyTorch does it.
 
-    A query looks only back, and where `mask` [B or 1, 1, S, L] bool is true; a sink [H] takes part in the softmax and
+    A query looks only back, no further than the `window`, and not at the first `start_B` [B or 1] positions, which are
+    padding (None: there is padding elsewhere, which no kernel can leave out). A sink [H] takes part in the softmax and
     has no value; `cap` is the soft cap of the logits.
     """
-    if q_BHSd.shape[2] > FEW_QUERIES or not step.direct(q_BHSd) or k_BGLd.dtype != v_BGLv.dtype:
+    B, H, S, _ = q_BHSd.shape
+    if S > FEW_QUERIES or start_B is None or not step.direct(q_BHSd) or k_BGLd.dtype != v_BGLv.dtype:
         return None
     for t in (k_BGLd, v_BGLv):
         if t.dtype not in views.DTYPES or type(t) is not Tensor or t.shape[3] % 16 or t.stride(3) != 1:
             return None
-    if sinks is not None and sinks.shape != q_BHSd.shape[1:2]:
+    if sinks is not None and sinks.shape != (H,):
         return None
-    held, L = step.cache_of(k_BGLd, v_BGLv), k_BGLd.shape[2]
-    y_BSHv = step.attend(q_BHSd.transpose(1, 2).float(), held, L, scale, mask, sinks, cap)
-    return y_BSHv.transpose(1, 2).to(q_BHSd.dtype)
+    sequences = step.rectangle(B, S, k_BGLd.shape[2] - S, start_B.expand(B).contiguous())
+    q = q_BHSd.transpose(1, 2).float().reshape(B * S, H, -1)
+    y = step.attend(q, step.cache_of(k_BGLd, v_BGLv), sequences, scale, window, sinks, cap)
+    return y.view(B, S, H, -1).transpose(1, 2).to(q_BHSd.dtype)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
 from manyhands.kernels.attention import attend_few
+from manyhands.kernels.moment import ordinary
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.layers.norm import RMSNorm
@@ -37,6 +38,8 @@ class Positions:
     """[B, S] bool, false for padding among the queries; None where there is none."""
     sliding_mask: Tensor | None = None
     """`mask` for the layers with a sliding window."""
+    start_B: Tensor | None = None
+    """[B or 1] int64: where each row's real positions begin, where `start_of` says it; for the native kernels."""
     rows: "tuple[tuple[slice, Positions], ...]" = ()
     """Of a ragged batch: which of the S tokens each sequence has, and where those are. Empty for a rectangle."""
 
@@ -83,6 +86,21 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
         window_BSL = place_BL[:, None, :] > place_BL[:, L - num_queries :, None] - sliding_window
         allowed_SL = allowed_SL & window_BSL  # now [B, S, L]
     return ((allowed_SL & real_BL[:, None, :]) | (keys == queries))[:, None]
+
+
+def start_of(real_BL: Tensor, plain: bool) -> Tensor | None:
+    """[B or 1] int64: how many positions at the head of each row are padding; L where all are.
+
+    None where real positions are not in one piece (a right-padded prompt that was continued), and in a moment that is
+    not ordinary, or away from the CPU, where no native kernel is asked.
+    """
+    if real_BL.device.type != "cpu" or not ordinary():
+        return None
+    if plain:
+        return torch.zeros(1, dtype=torch.int64)
+    place_BL = real_BL.cumsum(1)
+    start_B, gaps_BL = (place_BL == 0).sum(1), ~real_BL[:, :-1] & real_BL[:, 1:]  # padding before a real position
+    return None if bool((gaps_BL.sum(1) > (start_B > 0)).any()) else start_B
 
 
 @torch.no_grad()
@@ -135,7 +153,8 @@ class Attention(nn.Module):
         super().__init__()
         a, D = config.attention, config.hidden_size
         self.config = a
-        self.sliding = a.window(layer) is not None
+        self.window = a.window(layer)
+        self.sliding = self.window is not None
         self.scale = a.attention_multiplier or a.head_dim**-0.5
         self.interleave = config.rope.interleave
         H, G, d = a.num_attention_heads, a.kv_heads, a.head_dim
@@ -190,7 +209,7 @@ class Attention(nn.Module):
             largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.sliding)
         cap = self.config.attn_logit_softcap
         if cache is not None and k_BGLd.shape[2] > S:  # decoding
-            y_BHSd = attend_few(q_BHSd, k_BGLd, v_BGLd, mask, self.scale, self.sinks, cap)
+            y_BHSd = attend_few(q_BHSd, k_BGLd, v_BGLd, positions.start_B, self.window, self.scale, self.sinks, cap)
             if y_BHSd is not None:
                 return y_BHSd, largest_H
         if cap is not None or self.sinks is not None:

@@ -31,7 +31,8 @@ class LatentAttention(nn.Module):
         super().__init__()
         a, D = config.attention, config.hidden_size
         self.config = a
-        self.sliding = a.window(layer) is not None
+        self.window = a.window(layer)
+        self.sliding = self.window is not None
         self.interleave = config.rope.interleave
         H, R, n, r, v = (
             a.num_attention_heads,
@@ -129,7 +130,7 @@ class LatentAttention(nn.Module):
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
         R = a.kv_lora_rank
-        y_BHSR = attend_few(q, keys_B1Ld, keys_B1Ld[..., :R], positions.mask_of(self.sliding), self.scale)
+        y_BHSR = attend_few(q, keys_B1Ld, keys_B1Ld[..., :R], positions.start_B, self.window, self.scale)
         if y_BHSR is None:
             if better_in_float32(q):  # before the heads are expanded
                 q, keys_B1Ld = q.float(), keys_B1Ld.float()

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from manyhands.config import ModelConfig
 from manyhands.config.decoder import as_decoder
 from manyhands.errors import ConfigError
-from manyhands.layers.attention import Attention, Caches, Positions, causal_mask
+from manyhands.layers.attention import Attention, Caches, Positions, causal_mask, start_of
 from manyhands.layers.cache import Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.latent_attention import LatentAttention
@@ -177,6 +177,7 @@ def _look(
         sliding_mask=None if window is None else causal_mask(real_BL, S, window, plain),
         clip_above=clip_above,
         real_BS=None if plain else real_BL[:, L - S :],
+        start_B=start_of(real_BL, plain),
     )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.kernels.native import views
-from manyhands.kernels.native.library import CAttention, CCache, CRows, CStep
+from manyhands.kernels.native import step, views
+from manyhands.kernels.native.library import CCache, CRows, CStep
 from manyhands.runtime.segments import Native, Segment
 
 NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
@@ -30,9 +30,14 @@ class Builder:
         self.copies: list[Tensor] = []
         """Float32 copies that every step makes again, of `sources`."""
         self.sources: list[Tensor] = []
-        self.attentions: list[tuple[CStep, int, int, CCache, CAttention, bool]] = []
-        """Per claimed layer and row: the call that places keys, layer, row, cache, how, whether it slides."""
-        self.held: list[Any] = []  # what the calls point to must live as long
+        self.attentions: list[tuple[int, int, CCache]] = []
+        """Per claimed layer and row: layer, row, cache."""
+        self.first, self.start = (torch.zeros(B, dtype=torch.int64) for _ in range(2))
+        """The position of each row's token, and how many at the head of its sequence are padding."""
+        one = torch.tensor([0, 1])
+        rows = [step.Sequences(one, self.first[i : i + 1], one[:1], one[:1], self.start[i : i + 1]) for i in range(B)]
+        self.sequences = [row.struct() for row in rows]
+        self.held: list[Any] = [one]  # what the calls point to must live as long
         self.tensors: dict[tuple[str, int], Tensor] = {}
         self.routings: dict[int, int] = {}
         """Claimed sparse layers, and where in `routed` each one's routing is."""
@@ -72,11 +77,7 @@ class Builder:
         """One native call."""
         self.held.extend(arguments)
         places = [a if a is None or isinstance(a, int) else addressof(a) for a in arguments]
-        self._steps.append(CStep(kind, (c_void_p * 6)(*places), n, factor))
-
-    def attention(self, layer: int, row: int, cache: CCache, how: CAttention, sliding: bool) -> None:
-        """The last call places keys and values in a cache, and the next one attends to it."""
-        self.attentions.append((self._steps[-1], layer, row, cache, how, sliding))
+        self._steps.append(CStep(kind, (c_void_p * 8)(*places), n, factor))
 
     def routing(self, layer: int, E: int, K: int) -> list[Tensor]:
         """Where a claimed layer's ids [B, K], weights [B, K], scores and logits [B, E] go."""
@@ -101,11 +102,7 @@ class Builder:
     def flush(self) -> None:
         """End the native segment."""
         if self._steps:
-            native = Native(self._steps)
-            places = {id(step): native.calls[i] for i, step in enumerate(self._steps)}
-            self.attentions = [(places.get(id(step), step), *rest) for step, *rest in self.attentions]  # type: ignore[misc]
-            self.held.append(self._steps)  # so that no identity is given to another
-            self.segments.append(native)
+            self.segments.append(Native(self._steps))
             self._steps = []
 
     @property

@@ -12,10 +12,11 @@ from operator import is_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.kernels.native import step
-from manyhands.layers.attention import Positions
+from manyhands.layers.attention import Positions, start_of
 from manyhands.layers.cache import Cache, ContiguousLayer
 from manyhands.models import Decoder
 from manyhands.moe import Routing
@@ -74,12 +75,18 @@ class Program:
         )
 
     def takes(self, caches: Sequence[Cache], dtype: torch.dtype) -> bool:
-        """Whether the claimed attention reads caches like these: in one piece, begun, of the compute dtype."""
+        """Whether the claimed attention reads caches like these: in one piece, begun, of the compute dtype.
+
+        Their padding, if there is any, is at the head.
+        """
         if not self._b.attentions:
             return True
-        first = self._b.attentions[0][1]
+        first = self._b.attentions[0][0]
         layers = [cache.layers[first] for cache in caches]
-        return all(isinstance(layer, ContiguousLayer) and layer.dtype == dtype for layer in layers)
+        if not all(isinstance(layer, ContiguousLayer) and layer.dtype == dtype for layer in layers):
+            return False
+        masks = [cache.mask_BS for cache in caches if cache.mask_BS is not None]
+        return all(start_of(F.pad(mask, (0, 1), value=True), False) is not None for mask in masks)
 
     def step(
         self, x: Tensor, positions: Positions, caches: Sequence[Cache], real_1B: Tensor, ids_1B: Tensor
@@ -113,16 +120,16 @@ class Program:
         for table, now in zip((b.cos, b.sin), positions.rope, strict=True):
             table.copy_(now.flatten(0, 2))
         rows = [row for _, row in positions.rows] or [positions]
-        for i, (call, layer, row, struct, how, sliding) in enumerate(b.attentions):
+        b.start.copy_(torch.cat([row.start_B for row in rows if row.start_B is not None]))
+        for i, (layer, row, struct) in enumerate(b.attentions):
             cache = caches[row].layers[layer]
             assert isinstance(cache, ContiguousLayer)
             buffers = tuple(cache.grow(1))
             if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
                 step.bind_cache(struct, *buffers)
                 self._seen[i] = buffers
-            call.n[1] = cache.length - 1
-            how.length = cache.length
-            step.set_mask(how, rows[row].mask_of(sliding))
+        first = b.attentions[0][0]
+        b.first.copy_(torch.tensor([cache.layers[first].length - 1 for cache in caches]))
 
 
 def _span(numbers: list[int]) -> str:

@@ -112,47 +112,61 @@ void linears_round() {
   for (Bytes* record : records) delete record;
 }
 
+// Sequences of any lengths, their blocks in any order.
+struct Sequences {
+  std::vector<int64_t> begin{0}, first, table, blocks, start;
+  mh_sequences view() const {
+    return {static_cast<int64_t>(first.size()), begin.data(), first.data(), table.data(), blocks.data(),
+            static_cast<int64_t>(blocks.size()), start.data()};
+  }
+};
+
+Sequences sequences(int64_t block) {
+  Sequences s;
+  for (int64_t i = any(1, 3); i > 0; i--) {
+    const int64_t rows = any(1, 4) > 1 ? any(0, 3) : any(8, 90);
+    s.first.push_back(any(0, 2) ? any(0, 40) : any(200, 600));
+    s.begin.push_back(s.begin.back() + rows);
+    s.start.push_back(any(0, 1) ? 0 : any(0, s.first.back() + rows));
+    s.table.push_back(static_cast<int64_t>(s.blocks.size()));
+    for (int64_t b = 0; b * block < s.first.back() + rows; b++) s.blocks.push_back(static_cast<int64_t>(s.blocks.size()));
+  }
+  s.blocks.push_back(0);
+  std::shuffle(s.blocks.begin(), s.blocks.end(), generator);
+  return s;
+}
+
 void attend_round() {
-  const int64_t B = any(1, 3), S = any(1, 3), G = any(1, 3), H = G * any(1, 9), dk = 16 * any(1, 5),
-                dv = 16 * any(1, 5);
-  const int64_t before = any(0, 2) ? any(0, 40) : any(200, 600), L = before + S, room = L + any(0, 3),
-                dtype = any(0, 1);
+  const int64_t block = any(0, 2) ? any(1, 64) : 1000;
+  const Sequences held = sequences(block);
+  const mh_sequences who = held.view();
+  const int64_t R = held.begin.back(), G = any(1, 3), H = G * any(1, 9), dk = 16 * any(1, 5), dv = 16 * any(1, 5);
+  const int64_t N = who.entries, dtype = any(0, 1);
+  if (!R) return;
   const int64_t rotated = 2 * any(0, dk / 2), half_width = rotated / 2, norms = any(0, 2);
-  std::vector<float> k = normals(B * G * room * dk, true), v = normals(B * G * room * dv, true);
+  std::vector<float> k = normals(N * G * block * dk, true), v = normals(N * G * block * dv, true);
   std::vector<uint16_t> short_k = to_bf16(k), short_v = to_bf16(v);
-  std::vector<float> q_in = normals(B * S * H * dk, true), k_in = normals(B * S * G * dk, true),
-                     v_in = normals(B * S * G * dv, true);
-  std::vector<float> cos = normals(S * half_width + 1, false), sin = normals(S * half_width + 1, false),
+  std::vector<float> q_in = normals(R * H * dk, true), k_in = normals(R * G * dk, true), v_in = normals(R * G * dv, true);
+  std::vector<float> cos = normals(R * half_width + 1, false), sin = normals(R * half_width + 1, false),
                      sinks = normals(H, false);
   std::vector<float> q_weight = normals(norms ? dk : H * dk, false), k_weight = normals(norms ? dk : G * dk, false);
-  std::vector<uint8_t> mask(static_cast<size_t>(S * L));
-  for (int64_t s = 0; s < S; s++)
-    for (int64_t i = 0; i < L; i++) mask[s * L + i] = i == before + s || any(0, 2) == 0;
-  mh_rotation r{cos.data(), sin.data(), rotated, S, any(0, 1), {}, {}, norms};
+  mh_rotation r{cos.data(), sin.data(), rotated, R, any(0, 1), {}, {}, norms};
   if (any(0, 1)) r.q_norm = {q_weight.data(), 0, static_cast<int64_t>(q_weight.size()), 1e-5};
   if (any(0, 1)) r.k_norm = {k_weight.data(), 0, static_cast<int64_t>(k_weight.size()), 1e-5};
-  const mh_attention how{B,
-                         S,
-                         H,
-                         L,
-                         any(0, 1) ? mask.data() : nullptr,
-                         0,
-                         L,
-                         any(0, 1) ? sinks.data() : nullptr,
-                         0.3,
+  const mh_attention how{H, any(0, 1) ? any(1, 300) : 0, any(0, 1) ? sinks.data() : nullptr, 0.3,
                          any(0, 1) ? 3.0 : 0.0};
   std::vector<float> first_q, first_y;
   for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
     if (!has(level)) continue;
     const mh_run run{level, any(1, 3), any(0, 1)};
-    mh_cache c{k.data(), v.data(),      B * G * room * dk, B * G * room * dv, dtype,     G,  dk,
-               dv,       G * room * dk, G * room * dv,     room * dk,         room * dv, dk, dv};
+    mh_cache c{k.data(), v.data(), N * G * block * dk, N * G * block * dv, dtype,  G,  dk, dv, block,
+               G * block * dk, G * block * dv, block * dk, block * dv, dk, dv};
     if (dtype) c.k = short_k.data(), c.v = short_v.data();
-    std::vector<float> q(q_in.size()), y(static_cast<size_t>(B * S * H * dv));
-    const mh_rows qs{q_in.data(), 0, B * S, H * dk, H * dk}, ks{k_in.data(), 0, B * S, G * dk, G * dk};
-    const mh_rows vs{v_in.data(), 0, B * S, G * dv, G * dv};
-    expect(!mh_rope_and_cache(&qs, &ks, &vs, B, before, &r, &c, q.data(), &run), "rope_and_cache");
-    expect(!mh_attend(&how, q.data(), &c, y.data(), &run), "attend");
+    std::vector<float> q(q_in.size()), y(static_cast<size_t>(R * H * dv));
+    const mh_rows qs{q_in.data(), 0, R, H * dk, H * dk}, ks{k_in.data(), 0, R, G * dk, G * dk};
+    const mh_rows vs{v_in.data(), 0, R, G * dv, G * dv};
+    expect(!mh_rope_and_cache(&qs, &ks, &vs, &who, &r, &c, q.data(), &run), "rope_and_cache");
+    expect(!mh_attend(&how, &who, q.data(), &c, y.data(), &run), "attend");
     if (level == MH_PORTABLE) first_q = q, first_y = y;
     close(q, first_q, level, largest, 1e-5, "rotated queries");
     close(y, first_y, level, largest, 1e-2, "attended");  // a key in bf16 may be rounded the other way
@@ -162,33 +176,37 @@ void attend_round() {
 // One field after another set to something that cannot be.
 void damaged_step_round() {
   std::vector<float> k(2 * 8 * 16), q(4 * 16), y(4 * 16), w(16);
-  mh_cache c{k.data(), k.data(), 2 * 8 * 16, 2 * 8 * 16, 0, 2, 16, 16, 256, 256, 128, 128, 16, 16};
-  mh_attention how{1, 1, 4, 8, nullptr, 0, 0, nullptr, 1, 0};
+  mh_cache c{k.data(), k.data(), 2 * 8 * 16, 2 * 8 * 16, 0, 2, 16, 16, 8, 256, 256, 128, 128, 16, 16};
+  int64_t begin[] = {0, 1}, first = 3, table = 0, blocks[] = {0}, start = 0;
+  mh_sequences who{1, begin, &first, &table, blocks, 1, &start};
+  mh_attention how{4, 0, nullptr, 1, 0};
   mh_router router{k.data(), nullptr, nullptr, 4, 16, 2, 0, 2, 1, 2, 1, 1};
   mh_norm norm{w.data(), 0, 16, 1e-5};
   mh_rotation r{w.data(), w.data(), 16, 1, 0, {}, {}, 0};
   int64_t* fields[] = {&c.k_size,     &c.v_size,         &c.dtype,       &c.groups,          &c.k_width,
-                       &c.v_width,    &c.k_batch,        &c.k_group,     &c.k_row,           &c.v_row,
-                       &how.batch,    &how.queries,      &how.heads,     &how.length,        &router.experts,
+                       &c.v_width,    &c.k_block,        &c.k_group,     &c.k_row,           &c.v_row,
+                       &c.block,      &how.window,       &how.heads,     &first,             &router.experts,
                        &router.width, &router.per_token, &router.groups, &router.topk_group, &router.best_of_group,
-                       &norm.dtype,   &norm.width,       &r.width,       &r.positions};
+                       &norm.dtype,   &norm.width,       &r.width,       &r.positions,       &table,
+                       blocks,        &start,            begin,          begin + 1};
   static const int64_t values[] = {-1, 0, 3, 7, 63, 4096, 1 << 20, int64_t{1} << 40, INT64_MAX, INT64_MIN};
-  int64_t* field = fields[any(0, 23)];
+  int64_t* field = fields[any(0, 28)];
   const int64_t was = *field, now = values[any(0, 9)];
   *field = now;
   const mh_run run{MH_BEST, 1, 0};
   // Sizes the caller states truly, and with them what may be written, are not damaged upwards.
   if (field != &c.k_size && field != &c.v_size && (field != &how.heads || now < was) &&
-      (field != &how.queries || now < was) && (field != &how.batch || now < was))
-    mh_attend(&how, q.data(), &c, y.data(), &run);
+      (field != begin + 1 || now < was))
+    mh_attend(&how, &who, q.data(), &c, y.data(), &run);
   std::vector<float> logits(8), scores(8), weights(8);
   std::vector<int64_t> ids(8);
   const mh_rows x{q.data(), 0, 1, 16, 16}, out{y.data(), 0, 1, 16, 16}, wide_q{q.data(), 0, 1, 64, 64},
       ks{q.data(), 0, 1, 32, 32};
   mh_rms_norm(&norm, &x, &out, &run);
   if (field != &router.experts) mh_route(&router, &x, logits.data(), scores.data(), ids.data(), weights.data(), &run);
-  if (field != &c.k_size && field != &c.v_size) mh_rope_and_cache(&wide_q, &ks, &ks, 1, 3, &r, &c, y.data(), &run);
-  mh_step step{any(-1, 9), {nullptr, nullptr, nullptr, nullptr, nullptr, nullptr}, {any(-1, 5), any(-1, 5)}, 1};
+  if (field != &c.k_size && field != &c.v_size) 
+    mh_rope_and_cache(&wide_q, &ks, &ks, &who, &r, &c, y.data(), &run);
+  mh_step step{any(-1, 9), {}, {any(-1, 5), any(-1, 5)}, 1};
   mh_steps(&step, 1, &run);
 }
 

@@ -146,7 +146,7 @@ def test_attention_to_a_cache_doubled(monkeypatch):
 @needs_native
 @pytest.mark.parametrize("fault", ["raises", "states", "route", "place"])
 def test_fused_step(monkeypatch, fault):
-    call = library.call
+    call, held = library.call, []
 
     def broken(name, *arguments):
         if name == "mh_steps":
@@ -157,7 +157,11 @@ def test_fused_step(monkeypatch, fault):
                 if fault == "states" and steps[i].kind == 6:  # what is added is doubled
                     steps[i].factor = 2.0
                 if fault == "place" and steps[i].kind == 2:  # keys and values one place too early
-                    steps[i].n[1] -= 1
+                    who = ctypes.cast(steps[i].a[3], ctypes.POINTER(library.CSequences))[0]
+                    early = ctypes.c_int64(ctypes.cast(who.first, ctypes.POINTER(ctypes.c_int64))[0] - 1)
+                    moved = library.CSequences.from_buffer_copy(who)
+                    moved.first, steps[i].a[3] = ctypes.addressof(early), ctypes.addressof(moved)
+                    held.append((early, moved))
                 if fault == "route" and steps[i].kind == 4:
                     router = ctypes.cast(steps[i].a[0], ctypes.POINTER(library.CRouter))
                     router[0].renormalise = not router[0].renormalise
@@ -187,11 +191,14 @@ def _told(monkeypatch, function: str, place: int, struct: type, **wrong) -> None
     monkeypatch.setattr(library, "call", changed)
 
 
+WINDOWS = {"window (Mistral)", "sinks, window, YaRN (gpt-oss)", "latent, window, biases"}
+
+
 @needs_native
 @pytest.mark.parametrize(("function", "place", "struct", "field", "value", "kinds"), [
     ("mh_attend", 0, library.CAttention, "cap", 0.0, {"soft cap (Grok-1)"}),
     ("mh_attend", 0, library.CAttention, "sinks", None, {"sinks, window, YaRN (gpt-oss)"}),
-    ("mh_attend", 0, library.CAttention, "mask", None, None),
+    ("mh_attend", 0, library.CAttention, "window", 0, WINDOWS),
     ("mh_attend", 0, library.CAttention, "scale", 1.0, None),
 ])  # fmt: skip
 def test_native_attention_that_reads_a_field_wrongly(monkeypatch, function, place, struct, field, value, kinds):

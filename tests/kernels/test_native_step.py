@@ -112,29 +112,28 @@ CASES = [  # B, S, H, G, width of keys, of values, length
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("extras", ["plain", "masked", "sinks and cap"])
+@pytest.mark.parametrize("extras", ["plain", "padding and window", "sinks and cap"])
 def test_attend(level: int, case: tuple[int, ...], dtype: str, extras: str) -> None:
     B, S, H, G, dk, dv, L = case
-    room = L + 5
-    k, v = (draw(B, G, room, d, seed=d).to(getattr(torch, dtype)) for d in (dk, dv))
-    q, scale = draw(B, S, H, dk, seed=1), 0.2
-    mask = sinks = cap = None
-    allowed = torch.ones(S, L, dtype=torch.bool).tril(L - S)[None, None]
-    if extras == "masked":
-        mask = torch.rand(B, 1, S, L, generator=torch.Generator().manual_seed(4)) < 0.3
-        mask[..., : min(L - S, 260)] = False  # a whole stretch that nobody sees
-        mask = mask | torch.eye(L, dtype=torch.bool)[L - S :]
-        allowed = allowed & mask
+    k, v = (draw(B, G, L + 5, d, seed=d).to(getattr(torch, dtype)) for d in (dk, dv))
+    q, scale, first = draw(B * S, H, dk, seed=1), 0.2, L - S
+    start = window = sinks = cap = None
+    keys, queries = torch.arange(L), torch.arange(first, L)[:, None]
+    allowed = (keys <= queries).expand(B, 1, S, L)
+    if extras == "padding and window":
+        window, start = 300, (torch.arange(B) * 7 + 3).clamp(max=first)
+        allowed = allowed & (keys > queries - window) & (keys >= start[:, None, None, None])
     elif extras != "plain":
         sinks, cap = draw(H, seed=6), 2.0
-    y = step.attend(q, step.cache_of(k, v), L, scale, mask, sinks, cap, level, 2)
+    rows = step.rectangle(B, S, first, start)
+    y = step.attend(q, step.cache_of(k, v), rows, scale, window, sinks, cap, level, 2)
     k, v = (t[:, :, :L].double().repeat_interleave(H // G, 1) for t in (k, v))
     none = torch.full((H,), float("-inf"), dtype=torch.float64)
-    expected = attend(q.double().transpose(1, 2), k, v, allowed, scale, cap, none if sinks is None else sinks)
-    torch.testing.assert_close(y, expected.transpose(1, 2).float(), atol=2e-6, rtol=2e-5)
-    assert torch.equal(
-        y, step.attend(q, step.cache_of(*cached(k, v, dtype, G, H)), L, scale, mask, sinks, cap, level, 1)
-    )
+    q64 = q.double().view(B, S, H, dk).transpose(1, 2)
+    expected = attend(q64, k, v, allowed, scale, cap, none if sinks is None else sinks).transpose(1, 2).flatten(0, 1)
+    torch.testing.assert_close(y, expected.float(), atol=2e-6, rtol=2e-5)
+    held = cached(k, v, dtype, G, H)
+    assert torch.equal(y, step.attend(q, step.cache_of(*held), rows, scale, window, sinks, cap, level, 1))
 
 
 def cached(k: torch.Tensor, v: torch.Tensor, dtype: str, G: int, H: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,22 +146,24 @@ def cached(k: torch.Tensor, v: torch.Tensor, dtype: str, G: int, H: int) -> tupl
 def test_not_a_number_is_not_hidden() -> None:
     k, v = draw(1, 1, 8, 16), draw(1, 1, 8, 16)
     k[0, 0, 3, 2] = float("nan")
-    assert step.attend(draw(1, 1, 1, 16), step.cache_of(k, v), 8, 1.0).isnan().all()
+    assert step.attend(draw(1, 1, 16), step.cache_of(k, v), step.rectangle(1, 1, 7), 1.0).isnan().all()
 
 
 def test_what_does_not_fit_is_refused() -> None:
     k = draw(1, 2, 8, 16)
+    one, two = step.rectangle(1, 1, 7), step.rectangle(1, 2, 7)
     with pytest.raises(NativeError, match="no room for 9 positions"):
-        step.attend(draw(1, 1, 2, 16), step.cache_of(k, k), 9, 1.0)
+        step.attend(draw(2, 2, 16), step.cache_of(k, k), two, 1.0)
     with pytest.raises(NativeError, match="3 heads are not a multiple of 2 groups"):
-        step.attend(draw(1, 1, 3, 16), step.cache_of(k, k), 8, 1.0)  # 3 heads, 2 groups
+        step.attend(draw(1, 3, 16), step.cache_of(k, k), one, 1.0)  # 3 heads, 2 groups
     with pytest.raises(NativeError, match="multiples of 16"):
-        step.attend(draw(1, 1, 2, 8), step.cache_of(k[..., :8], k[..., :8]), 8, 1.0)
-    rotation = step.Rotation(draw(1, 1, 1, 8), draw(1, 1, 1, 8), False)
+        step.attend(draw(1, 2, 8), step.cache_of(k[..., :8], k[..., :8]), one, 1.0)
+    rotation = step.Rotation(draw(1, 8), draw(1, 8), False)
     with pytest.raises(NativeError, match="no room for 9 positions"):
-        step.rope_and_cache(draw(1, 1, 64), draw(1, 1, 32), draw(1, 1, 32), 8, rotation, step.cache_of(k, k))
+        behind = step.rectangle(1, 1, 8)
+        step.rope_and_cache(draw(1, 64), draw(1, 32), draw(1, 32), behind, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="k is"):
-        step.rope_and_cache(draw(1, 1, 64), draw(1, 1, 48), draw(1, 1, 32), 0, rotation, step.cache_of(k, k))
+        step.rope_and_cache(draw(1, 64), draw(1, 48), draw(1, 32), one, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="x is"):
         step.rms_norm(draw(2, 16), step.norm_of(draw(8), 1e-5))
     with pytest.raises(NativeError, match="a router of width 8"):
@@ -173,7 +174,8 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NativeError, match="y is missing"):
         library.call("mh_steps", byref(add(x, None)), 1, views.run(-1, 0))
     with pytest.raises(NativeError, match="q is missing"):
-        library.call("mh_attend", byref(CAttention()), None, byref(step.cache_of(k, k)), None, views.run(-1, 0))
+        cache = byref(step.cache_of(k, k))
+        library.call("mh_attend", byref(CAttention()), byref(one.struct()), None, cache, None, views.run(-1, 0))
 
 
 def add(x: object, y: object) -> CStep:

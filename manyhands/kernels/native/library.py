@@ -24,6 +24,7 @@ from manyhands.kernels.native.structs import (
     CRouting,
     CRows,
     CRun,
+    CSequences,
     CStacked,
     CStep,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "CRouting",
     "CRows",
     "CRun",
+    "CSequences",
     "CStacked",
     "CStep",
     "NativeError",

@@ -14,7 +14,16 @@ from torch import Tensor
 
 from manyhands.kernels.moment import ordinary
 from manyhands.kernels.native import library, views
-from manyhands.kernels.native.library import CAttention, CCache, CLinear, CNorm, CRotation, CRouter, available
+from manyhands.kernels.native.library import (
+    CAttention,
+    CCache,
+    CLinear,
+    CNorm,
+    CRotation,
+    CRouter,
+    CSequences,
+    available,
+)
 
 NO_NORM = CNorm()
 
@@ -56,7 +65,10 @@ def linears(x: Tensor, layers: Sequence[CLinear], level: int = -1, threads: int 
 
 
 def cache_of(k: Tensor, v: Tensor) -> CCache:
-    """Keys and values [B, G, room, width]; one dtype, unit stride along the width."""
+    """Keys and values [N, G, P, width]: N rows in one piece of P positions each, or a pool's N blocks of P positions.
+
+    One dtype, unit stride along the width; `v` may be a part of `k`.
+    """
     held = CCache()
     bind_cache(held, k, v)
     return held
@@ -65,18 +77,41 @@ def cache_of(k: Tensor, v: Tensor) -> CCache:
 def bind_cache(held: CCache, k: Tensor, v: Tensor) -> None:
     """Fill a structure as `cache_of` does."""
     held.k, held.v, held.dtype = k.data_ptr(), v.data_ptr(), views.DTYPES[k.dtype]
-    held.groups, held.k_width, held.v_width = k.shape[1], k.shape[3], v.shape[3]
-    held.k_batch, held.k_group, held.k_row = k.stride()[:3]
-    held.v_batch, held.v_group, held.v_row = v.stride()[:3]
+    held.groups, held.block, held.k_width, held.v_width = k.shape[1], k.shape[2], k.shape[3], v.shape[3]
+    held.k_block, held.k_group, held.k_row = k.stride()[:3]
+    held.v_block, held.v_group, held.v_row = v.stride()[:3]
     held.k_size, held.v_size = (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (k, v))
 
 
-def set_mask(attention: CAttention, mask: Tensor | None) -> None:
-    """Point to a mask [B or 1, 1, S, length] bool with unit stride along the keys, or to none."""
-    attention.mask = None if mask is None else mask.data_ptr()
-    if mask is not None:
-        attention.mask_batch = 0 if mask.shape[0] == 1 else mask.stride(0)
-        attention.mask_query = mask.stride(2)
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Who the rows of a call are: sequence s has rows [begin[s], begin[s + 1]) at positions first[s] and following.
+
+    All are contiguous int64. The structure points into them.
+    """
+
+    begin: Tensor
+    """[count + 1]"""
+    first: Tensor
+    """[count]"""
+    table: Tensor
+    """[count]: `blocks[table[s] + p // P]` is the block of position p; of rows in one piece, the row."""
+    blocks: Tensor
+    start: Tensor | None = None
+    """[count]: positions at the head that are padding; None: there is none."""
+
+    def struct(self) -> CSequences:
+        """What the calls take; good while the tensors live and keep their sizes."""
+        parts = (self.begin, self.first, self.table, self.blocks, self.start)
+        assert all(t is None or (t.dtype == torch.int64 and t.dim() == 1 and t.is_contiguous()) for t in parts)
+        begin, first, table, blocks, start = (None if t is None else t.data_ptr() for t in parts)
+        return CSequences(self.first.shape[0], begin, first, table, blocks, self.blocks.shape[0], start)
+
+
+def rectangle(B: int, S: int, first: int, start: Tensor | None = None) -> Sequences:
+    """B sequences with S rows each from position `first` on, in a cache [B, G, P, width] in one piece."""
+    rows = torch.arange(B + 1)
+    return Sequences(rows * S, torch.full((B,), first), rows[:B], rows[:B], start)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +119,7 @@ class Rotation:
     """How projected heads become queries and keys: `norms` ("full", "head", "head_after_rope"), and the turning."""
 
     cos: Tensor
-    """[B or 1, 1, S, r / 2] float32, and so `sin`."""
+    """[rows, r / 2] float32, and so `sin`."""
     sin: Tensor
     interleave: bool
     norms: str = "none"
@@ -96,20 +131,26 @@ NORMS = {"none": 0, "full": 0, "head": 1, "head_after_rope": 2}
 
 
 def rope_and_cache(
-    q: Tensor, k: Tensor, v: Tensor, first: int, rotation: Rotation, cache: CCache, level: int = -1, threads: int = 0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    sequences: Sequences,
+    rotation: Rotation,
+    cache: CCache,
+    level: int = -1,
+    threads: int = 0,
 ) -> Tensor:
-    """Projected q [B, S, H·d], k and v [B, S, G·d] -> normed, turned q [B, S, H·d] float32.
+    """Projected q [rows, H·d], k and v [rows, G·d] -> normed, turned q [rows, H·d] float32.
 
-    Keys and values go into the cache at positions [first, first + S).
+    Keys and values go into the cache, each to its row's position; v is None where the values lie in the keys.
     """
-    B = q.shape[0]
-    rows = [views.unit_stride(t.reshape(-1, t.shape[-1])) for t in (q, k, v)]
+    held = [None if t is None else views.unit_stride(t) for t in (q, k, v)]
     cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
     turning = CRotation(
         cos.data_ptr(),
         sin.data_ptr(),
         2 * cos.shape[-1],
-        cos.shape[0] * cos.shape[2],
+        cos.shape[0],
         int(rotation.interleave),
         rotation.q_norm,
         rotation.k_norm,
@@ -118,9 +159,8 @@ def rope_and_cache(
     out = torch.empty(q.shape, dtype=torch.float32)
     library.call(
         "mh_rope_and_cache",
-        *(views.at(t) for t in rows),
-        B,
-        first,
+        *(None if t is None else views.at(t) for t in held),
+        byref(sequences.struct()),
         byref(turning),
         byref(cache),
         out.data_ptr(),
@@ -132,26 +172,28 @@ def rope_and_cache(
 def attend(
     q: Tensor,
     cache: CCache,
-    length: int,
+    sequences: Sequences,
     scale: float,
-    mask: Tensor | None = None,
+    window: int | None = None,
     sinks: Tensor | None = None,
     cap: float | None = None,
     level: int = -1,
     threads: int = 0,
 ) -> Tensor:
-    """q [B, S, H, k width] float32, the last of `length` positions -> [B, S, H, v width] float32.
+    """q [rows, H, k width] float32 -> [rows, H, v width] float32: each row to its sequence's keys up to its own.
 
-    `mask` [B or 1, 1, S, length] bool is true where a query may look, beside looking only back; a sink [H] takes part
-    in the softmax and has no value; `cap` is the soft cap of the logits.
+    With a `window` a row at position p sees keys after p − window only; a sink [H] takes part in the softmax and has
+    no value; `cap` is the soft cap of the logits. Rows that are padding get zeros.
     """
     q = q.contiguous()
-    B, S, H, _ = q.shape
-    y = torch.empty(B, S, H, cache.v_width, dtype=torch.float32)
+    rows, H, _ = q.shape
+    y = torch.empty(rows, H, cache.v_width, dtype=torch.float32)
     sinks = None if sinks is None else sinks.float().contiguous()
-    how = CAttention(B, S, H, length, None, 0, 0, None if sinks is None else sinks.data_ptr(), scale, cap or 0.0)
-    set_mask(how, mask)
-    library.call("mh_attend", byref(how), q.data_ptr(), byref(cache), y.data_ptr(), views.run(level, threads))
+    how = CAttention(H, window or 0, None if sinks is None else sinks.data_ptr(), scale, cap or 0.0)
+    who = sequences.struct()
+    library.call(
+        "mh_attend", byref(how), byref(who), q.data_ptr(), byref(cache), y.data_ptr(), views.run(level, threads)
+    )
     return y
 
 

@@ -109,10 +109,21 @@ class CCache(Structure):
         *(
             (name, c_int64)
             for name in (
-                *("k_size", "v_size", "dtype", "groups", "k_width", "v_width"),
-                *("k_batch", "v_batch", "k_group", "v_group", "k_row", "v_row"),
+                *("k_size", "v_size", "dtype", "groups", "k_width", "v_width", "block"),
+                *("k_block", "v_block", "k_group", "v_group", "k_row", "v_row"),
             )
         ),
+    ]
+
+
+class CSequences(Structure):
+    """`mh_sequences`."""
+
+    _fields_ = [
+        ("count", c_int64),
+        *((name, c_void_p) for name in ("begin", "first", "table", "blocks")),
+        ("entries", c_int64),
+        ("start", c_void_p),
     ]
 
 
@@ -133,10 +144,7 @@ class CAttention(Structure):
     """`mh_attention`."""
 
     _fields_ = [
-        *((name, c_int64) for name in ("batch", "queries", "heads", "length")),
-        ("mask", c_void_p),
-        ("mask_batch", c_int64),
-        ("mask_query", c_int64),
+        *((name, c_int64) for name in ("heads", "window")),
         ("sinks", c_void_p),
         ("scale", c_double),
         ("cap", c_double),
@@ -162,12 +170,12 @@ class CRouter(Structure):
 class CStep(Structure):
     """`mh_step`."""
 
-    _fields_ = [("kind", c_int64), ("a", c_void_p * 6), ("n", c_int64 * 2), ("factor", c_double)]
+    _fields_ = [("kind", c_int64), ("a", c_void_p * 8), ("n", c_int64 * 2), ("factor", c_double)]
 
 
 STRUCTURES: tuple[type[Structure], ...] = (
     *(CMatrix, CExperts, CStacked, CLinear, CRows, CRouting, CGradients, CRun),
-    *(CNorm, CCache, CRotation, CAttention, CRouter, CStep),
+    *(CNorm, CCache, CSequences, CRotation, CAttention, CRouter, CStep),
 )
 _Experts, _Stacked, _Routing, _Rows, _Run = map(POINTER, (CExperts, CStacked, CRouting, CRows, CRun))
 
@@ -182,10 +190,10 @@ CALLS: dict[str, list[Any]] = {
     "mh_linears": [c_void_p, c_int64, _Rows, c_void_p, _Run],
     "mh_rms_norm": [POINTER(CNorm), _Rows, _Rows, _Run],
     "mh_rope_and_cache": [
-        *(_Rows, _Rows, _Rows, c_int64, c_int64),
+        *(_Rows, _Rows, _Rows, POINTER(CSequences)),
         *(POINTER(CRotation), POINTER(CCache), c_void_p, _Run),
     ],
-    "mh_attend": [POINTER(CAttention), c_void_p, POINTER(CCache), c_void_p, _Run],
+    "mh_attend": [POINTER(CAttention), POINTER(CSequences), c_void_p, POINTER(CCache), c_void_p, _Run],
     "mh_route": [POINTER(CRouter), _Rows, c_void_p, c_void_p, c_void_p, c_void_p, _Run],
 }
 """Functions with their arguments; each gives an error code."""
