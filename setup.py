@@ -24,6 +24,7 @@ BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 LEVELS = {"level_avx2": AVX2, "level_avx512": AVX512, "level_avx512_bf16": BF16, "level_amx": AMX}
 COMMON = ["-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-warning-option"]
+COMMON += ["-ffp-contract=off"]  # levels agree: a product and a sum are one rounding where `fma` says so, nowhere else
 COMMON += ["-Wno-maybe-uninitialized"]  # gcc's, wrong about its own intrinsics; unknown to clang
 
 

@@ -43,7 +43,7 @@ class Workspace {
 struct Workspaces {  // used by one call at a time
   Workspace x, y, act, dh, dact, gathered;
   Workspace worker[257];
-  Workspace quantized[4];
+  Workspace integers[3];
   void trim();
 };
 Workspaces& workspaces();

@@ -1,5 +1,6 @@
-// What a level does with each weight format: a few rows times a panel read once as it is stored (`dot`), and inputs of
-// a panel as floats for the matrix path (`widen`).
+// What a level does with each weight format as floats: a few rows times a panel read once as it is stored (`dot`), and
+// inputs of a panel for the matrix path (`widen`). Products of integer formats are in integers.inl; their gradients are
+// those of the widened weights.
 #pragma once
 
 #include "loops.inl"
@@ -42,47 +43,6 @@ void dot_bf16(const Panel& p, const Row* rows, float* c) {
     }
   }
   for (int i = 0; i < M; i++) store(c + 16 * i, add(even[i], odd[i]));
-}
-
-template <int M>
-void dot_int8(const Panel& p, const Row* rows, float* c) {
-  prefetch(p.scales);  // they lie elsewhere, and are needed last
-  V sums[M];
-  for (int i = 0; i < M; i++) sums[i] = set1(0);
-  const uint8_t* line = p.data;
-  for (int64_t k = 0, g = 0; k < p.depth; g++) {
-    I dots[M];
-    for (int i = 0; i < M; i++) dots[i] = zero_int();
-    for (int64_t end = k + mh::kQuantGroup; k < end; k += 4, line += 64) {
-      prefetch(line + kPrefetchBytes);
-      for (int i = 0; i < M; i++) dots[i] = dot_int8(dots[i], line, rows[i].q + k);
-    }
-    for (int i = 0; i < M; i++) sums[i] = fma(to_float(dots[i]), set1(rows[i].scale[g]), sums[i]);
-  }
-  const V scale = load(reinterpret_cast<const float*>(p.scales));
-  for (int i = 0; i < M; i++) store(c + 16 * i, mul(sums[i], scale));
-}
-
-template <int M>
-void dot_int4(const Panel& p, const Row* rows, float* c) {
-  V sums[M];
-  for (int i = 0; i < M; i++) sums[i] = set1(0);
-  const uint8_t* lines = p.data;
-  const uint16_t* scales = reinterpret_cast<const uint16_t*>(p.scales);
-  for (int64_t k = 0, g = 0; k < p.depth; g++, scales += 16) {
-    I dots[M];
-    for (int i = 0; i < M; i++) dots[i] = zero_int();
-    for (int64_t end = k + p.group; k < end; k += 32, lines += 256) {
-      for (int l = 0; l < 256; l += 64) prefetch(lines + kPrefetchBytes + l);
-      for (int i = 0; i < M; i++) dots[i] = dot_int4(dots[i], lines, rows[i].q + k);
-    }
-    const V scale = load_bf16(scales);
-    for (int i = 0; i < M; i++) {
-      const V x = sub(mul(to_float(dots[i]), set1(rows[i].scale[g])), set1(rows[i].offset[g]));
-      sums[i] = fma(x, scale, sums[i]);
-    }
-  }
-  for (int i = 0; i < M; i++) store(c + 16 * i, sums[i]);
 }
 
 // ---- As floats. ----
@@ -137,8 +97,8 @@ struct FormatKernels {
 constexpr FormatKernels kFormatKernels[] = {
     {{dot_float32<1>, dot_float32<2>, dot_float32<3>, dot_float32<4>}, nullptr},
     {{dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf16<4>}, widen_bf16},
-    {{dot_int8<1>, dot_int8<2>, dot_int8<3>, dot_int8<4>}, widen_int8},
-    {{dot_int4<1>, dot_int4<2>, dot_int4<3>, dot_int4<4>}, widen_int4},
+    {{}, widen_int8},
+    {{}, widen_int4},
     {{dot_plain<float, 1>, dot_plain<float, 2>, dot_plain<float, 3>, dot_plain<float, 4>}, widen_plain},
     {{dot_plain<uint16_t, 1>, dot_plain<uint16_t, 2>, dot_plain<uint16_t, 3>, dot_plain<uint16_t, 4>}, widen_plain},
     {{dot_plain<Rounded, 1>, dot_plain<Rounded, 2>, dot_plain<Rounded, 3>, dot_plain<Rounded, 4>}, widen_plain},

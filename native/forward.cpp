@@ -21,35 +21,49 @@ struct Forward {
   int64_t act_stride = 0;
   float *hidden, *y = nullptr;
   int64_t y_stride = 0;
-  Quantized qx = {}, qact = {};
+  IntList qx = {};      // tokens, where up is of integers
+  IntBlocks qact = {};  // a group's activations, where down is
   std::vector<const float*> x_rows = {};
 
   RowBlock up_rows(const Block& b, const Worker& w) const {
     RowBlock in(b.rows(), e.up, exact);
     const float* const* at = x_rows.data() + b.begin;
-    if (in.is_few)
-      for (int64_t i = 0; i < in.count; i++) in.row[i] = qx.view(s.token[b.begin + i], at[i]);
-    else
+    if (in.is_integer) {
+      const IntBlock block(qx.shape, in.count, k.integer_tile(in.count), w.rounded);
+      for (int64_t i = 0; i < in.count; i++) block.copy(i, qx.row(s.token[b.begin + i]));
+      in.integers = block.rows();
+    } else if (in.is_few) {
+      for (int64_t i = 0; i < in.count; i++) in.row[i] = {at[i]};
+    } else {
       in.matrix = matrix_rows(at, in.count, e.up.size.depth, e.up.m.format, k, w.rounded);
+    }
     return in;
   }
 
-  RowBlock down_rows(const Block& b, int64_t group_begin, const Worker& w) const {
+  // A block's rows of integers for down; `first` is the group's first block.
+  IntBlock act_integers(const Block& b, const Block* first) const {
+    return qact.block(&b - first, b.begin - first->begin, b.rows(), k.integer_tile(b.rows()));
+  }
+
+  RowBlock down_rows(const Block& b, const Block* group, const Worker& w) const {
     RowBlock in(b.rows(), e.down, exact);
-    const int64_t first = b.begin - group_begin;
-    const float* at = act + first * act_stride;
-    if (in.is_few)
-      for (int64_t i = 0; i < in.count; i++) in.row[i] = qact.view(first + i, at + i * act_stride);
+    const float* at = act + (b.begin - group->begin) * act_stride;
+    if (in.is_integer)
+      in.integers = act_integers(b, group).rows();
+    else if (in.is_few)
+      for (int64_t i = 0; i < in.count; i++) in.row[i] = {at + i * act_stride};
     else
       in.matrix = panel_rows(at, in.count, e.down.size.depth, e.down.m.format, k, w.rounded);
     return in;
   }
 
+  bool act_in_rows(int64_t rows) const { return e.down.format().integer || few(rows, e.down, exact); }
+
   // 16 columns of a block's activations, from gate in w.first and up in w.second or from up alone in w.first. They lie
-  // in rows where the vector path takes them next, else in panels, [panels][rows][16].
+  // in rows where they are rounded or the vector path takes them next, else in panels, [panels][rows][16].
   void activate(const Block& b, int64_t group_begin, int64_t column, const Worker& w) const {
     const int64_t rows = b.rows();
-    const bool in_rows = few(rows, e.down, exact);
+    const bool in_rows = act_in_rows(rows);
     float* out = act + (b.begin - group_begin) * act_stride + column * (in_rows ? 1 : rows);
     const float* up = e.parts == 2 ? w.second : w.first;
     k.activate(static_cast<int>(e.activation), w.first, up, rows, out, in_rows ? act_stride : 16);
@@ -76,7 +90,7 @@ struct Forward {
   // Zeros beyond F: an infinite x times the zero padding of a weight is NaN, which must not spread.
   void pad_act(const Block& b, float* out) {
     const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts * 16;
-    if (few(rows, e.down, exact))
+    if (act_in_rows(rows))
       for (int64_t i = 0; i < rows; i++) memset(out + i * act_stride + wide, 0, (act_stride - wide) * sizeof(float));
     else
       memset(out + wide * rows, 0, (act_stride - wide) * rows * sizeof(float));
@@ -84,7 +98,7 @@ struct Forward {
 
   void down_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
     for (const Block* b = blocks; b < blocks + count; b++) {
-      const RowBlock in = down_rows(*b, blocks[0].begin, w);
+      const RowBlock in = down_rows(*b, blocks, w);
       Panel panel = e.down.panel(b->expert, first);
       for (int64_t p = first, n; p < end; p += n) {
         n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
@@ -120,12 +134,13 @@ struct Forward {
       up_task(b, begin, first, end - first, Worker(workspaces().worker[worker], most));
     });
 
-    if (qx.q) {
-      qact.prepare(rows, e.down, workspaces().quantized[2], workspaces().quantized[3]);
+    if (e.down.format().integer) {
+      qact.prepare({e.down, k}, rows, static_cast<int64_t>(count), workspaces().integers[1]);
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
-        for (int64_t i = b.begin; few(b.rows(), e.up, exact) && i < b.end; i++)
-          qact.set(i - begin, act + (i - begin) * act_stride, k);
+        const IntBlock to = act_integers(b, blocks);
+        const float* from = act + (b.begin - begin) * act_stride;
+        for (int64_t i = 0; i < b.rows(); i++) to.set(i, from + i * act_stride, k);
       });
     }
     int64_t chunks = 8 * threads < e.down.size.panels ? 8 * threads : e.down.size.panels;
@@ -138,12 +153,12 @@ struct Forward {
   void all(const mh_rows& in, const mh_rows& out) {
     x = as_floats(in, e.up.size.depth, workspaces().x, k, threads);
     x_rows.resize(static_cast<size_t>(s.rows()));
-    bool any_few = false;
     for (int64_t i = 0; i < s.rows(); i++) x_rows[i] = x.row(s.token[i]);
-    for (const Block& b : s.blocks) any_few = any_few || few(b.rows(), e.up, exact);
-    if (any_few && e.up.format().integer) {
-      qx.prepare(in.count, e.up, workspaces().quantized[0], workspaces().quantized[1]);
-      parallel(threads, in.count, [&](int64_t t, int64_t) { qx.set(t, x.row(t), k); });
+    if (e.up.format().integer) {
+      qx.prepare({e.up, k}, in.count, workspaces().integers[0]);
+      parallel(threads, divide_up(in.count, kQuantRows), [&](int64_t task, int64_t) {
+        for (int64_t t = task * kQuantRows; t < in.count && t < (task + 1) * kQuantRows; t++) qx.set(t, x.row(t), k);
+      });
     }
     act_stride = e.down.size.depth;
     y_stride = out.dtype == MH_FLOAT32 ? out.stride : e.D;

@@ -19,11 +19,23 @@ struct Columns {  // blocks of 16 inputs each, [block, block + blocks), of all o
   int64_t count, block, blocks;
 };
 
-struct Row {  // one row of activations for the vector path; the integers only where the format has them
+struct Row {  // one row of activations for the vector path
   const float* x;
+};
+
+struct IntRows {  // rows rounded to int8, [tiles][depth / 64][tile][64], the last tile perhaps with rows missing
   const int8_t* q;
-  const float* scale;   // per group of inputs
-  const float* offset;  // int4: 8 · scale · Σ q of the group, because the nibbles hold q + 8
+  const float* scale;    // [groups][stride]
+  const int32_t* start;  // the same of -shift · Σ q: a product adds `shift` to the weights (int4: nibbles hold w + 8)
+  int64_t count, tile, stride, group;
+};
+
+struct IntRow {  // where one of them is written: 64 integers, and those q_step further; scales `stride` apart
+  int8_t* q;
+  int64_t q_step;
+  float* scale;
+  int32_t* start;
+  int64_t stride;
 };
 
 struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `rounded` where the level multiplies bf16
@@ -82,7 +94,11 @@ struct Kernels {
                         float* act, float* dweight);
   void (*widen)(const uint16_t* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
-  void (*quantize)(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset);
+  // n inputs, a multiple of 64; the last group may be shorter
+  void (*quantize)(const float* x, int64_t n, int64_t group, int32_t shift, const IntRow& to);
+  int64_t (*integer_tile)(int64_t count);  // how many of so many rows lie in a tile
+  void (*multiply_integers)(const Panel&, const IntRows&, float* scratch, float* c);  // c [count][16]
+  int32_t int8_shift;                                                                 // of a row's starts for int8
   // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them from as many blocks; weight and bias may be null
   void (*combine)(const float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* bias,
                   const float* weight, const int64_t* places, int64_t stride, float* y);

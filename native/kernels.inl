@@ -6,6 +6,7 @@
 #include "activation.inl"
 #include "attend.inl"
 #include "formats.inl"
+#include "integers.inl"
 #include "kernels.h"
 #include "rows.inl"
 #include "step.inl"
@@ -27,6 +28,9 @@ constexpr mh::Kernels level_kernels(const char* name) {
       .widen = widen,
       .narrow = narrow,
       .quantize = quantize,
+      .integer_tile = integer_tile,
+      .multiply_integers = multiply_integers,
+      .int8_shift = kInt8Shift,
       .combine = combine,
       .add_bias = add_bias,
       .norm = norm,

@@ -20,25 +20,31 @@ struct Linears {
   std::vector<Layer> layers;
   int64_t threads;
   bool exact;
-  Quantized quantized[2];  // in groups of 32, of 64
+  IntBlocks integers[3];  // int8; int4 in groups of 32, of 64
   std::vector<const float*> at;
 
-  const Quantized* integers(const Matrix& m) const {
-    return m.format().integer ? &quantized[m.row_group() == 64] : nullptr;
+  static int kind(const Matrix& m) { return !m.format().grouped ? 0 : m.m.group == 32 ? 1 : 2; }
+
+  IntBlock int_block(const Matrix& m, int64_t block, int64_t begin, int64_t rows) const {
+    return integers[kind(m)].block(block, begin, rows, k.integer_tile(rows));
   }
 
-  void panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows, const Worker& w) const {
+  void panels(const Layer& layer, int64_t first, int64_t end, int64_t block, int64_t begin, int64_t rows,
+              const Worker& w) const {
     const Matrix& m = layer.m;
     if (m.format().plain) return plain_panels(layer, first, end, begin, rows, w);
     RowBlock in(rows, m, exact);
-    if (in.is_few)
-      for (int64_t i = 0; i < rows; i++)
-        in.row[i] =
-            integers(m) ? integers(m)->view(begin + i, at[begin + i]) : Row{at[begin + i], nullptr, nullptr, nullptr};
+    if (in.is_integer)
+      in.integers = int_block(m, block, begin, rows).rows();
+    else if (in.is_few)
+      for (int64_t i = 0; i < rows; i++) in.row[i] = {at[begin + i]};
     else
       in.matrix = matrix_rows(at.data() + begin, rows, m.size.depth, m.m.format, k, w.rounded);
     for (int64_t p = first; p < end; p++) {
-      in.times(k, m.panel(0, p), w.scratch, w.first);
+      const Panel next = m.panel(0, p + 1 < m.size.panels ? p + 1 : p);
+      Panel panel = m.panel(0, p);
+      panel.next = &next;
+      in.times(k, panel, w.scratch, w.first);
       put(layer, p, begin, rows, w.first);
     }
   }
@@ -66,6 +72,20 @@ struct Linears {
     }
   }
 
+  // Once for all matrices of a kind.
+  void round_rows(const Matrix& m, int64_t blocks) {
+    IntBlocks& to = integers[kind(m)];
+    if (to.memory) return;
+    const int64_t count = static_cast<int64_t>(at.size()), parts = divide_up(kBlockRows, kQuantRows);
+    to.prepare({m, k}, count, blocks, workspaces().integers[kind(m)]);
+    parallel(threads, count <= kQuantRows ? 1 : blocks * parts, [&](int64_t task, int64_t) {
+      const int64_t b = task / parts, begin = b * count / blocks, rows = (b + 1) * count / blocks - begin;
+      const IntBlock block = int_block(m, b, begin, rows);
+      for (int64_t i = task % parts * kQuantRows; i < rows && i < (task % parts + 1) * kQuantRows; i++)
+        block.set(i, at[begin + i], k);
+    });
+  }
+
   void all(const mh_rows& in) {
     int64_t depth = 0, count = in.count, blocks = divide_up(count, kBlockRows);
     for (const Layer& layer : layers)
@@ -76,11 +96,7 @@ struct Linears {
     int64_t every = 0;
     for (const Layer& layer : layers) {
       every += layer.m.size.panels;
-      Quantized* q = const_cast<Quantized*>(integers(layer.m));
-      if (!q || q->q || !few(count, layer.m, exact)) continue;
-      Workspace* workspace = workspaces().quantized + 2 * (q - quantized);
-      q->prepare(count, layer.m, workspace[0], workspace[1]);
-      for (int64_t i = 0; i < count; i++) q->set(i, at[i], k);
+      if (layer.m.format().integer) round_rows(layer.m, blocks);
     }
     const int64_t most = count < kBlockRows ? count : kBlockRows;
     for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
@@ -93,7 +109,7 @@ struct Linears {
       int64_t first = piece * every / pieces, left = (piece + 1) * every / pieces - first;
       for (const Layer& layer : layers) {
         const int64_t here = layer.m.size.panels - first < left ? layer.m.size.panels - first : left;
-        if (here > 0) panels(layer, first, first + here, begin, rows, w), left -= here;
+        if (here > 0) panels(layer, first, first + here, block, begin, rows, w), left -= here;
         first = here > 0 ? 0 : first - layer.m.size.panels;
       }
     });

@@ -4,25 +4,8 @@
 
 namespace mh {
 
-void Quantized::prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales) {
-  depth = m.size.depth;
-  group = m.row_group();
-  groups = depth / group;
-  q = reinterpret_cast<int8_t*>(values.floats(divide_up(rows * depth, 4)));
-  scale = scales.floats(2 * rows * groups);
-  offset = scale + rows * groups;
-}
-
-void Quantized::set(int64_t row, const float* x, const Kernels& k) const {
-  k.quantize(x, depth, group, q + row * depth, scale + row * groups, offset + row * groups);
-}
-
-Row Quantized::view(int64_t row, const float* x) const {
-  if (!q) return {x, nullptr, nullptr, nullptr};
-  return {x, q + row * depth, scale + row * groups, offset + row * groups};
-}
-
 void RowBlock::times(const Kernels& k, const Panel& p, float* scratch, float* c) const {
+  if (is_integer) return k.multiply_integers(p, integers, scratch, c);
   if (!is_few) return k.product(p, matrix, scratch, c);
   for (int64_t i = 0; i < count; i += kDotRows) {
     const int64_t n = count - i < kDotRows ? count - i : kDotRows;

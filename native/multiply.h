@@ -1,21 +1,10 @@
 // Rows times one panel, by whichever path suits their number.
 #pragma once
 
-#include "matrix.h"
+#include "integers.h"
 #include "sorted.h"
 
 namespace mh {
-
-struct Quantized {  // rows as integers, for the vector path of integer weights
-  int8_t* q = nullptr;
-  float *scale = nullptr, *offset = nullptr;
-  int64_t depth = 0, groups = 0, group = 0;
-
-  // Takes the memory for `rows` rows.
-  void prepare(int64_t rows, const Matrix& m, Workspace& values, Workspace& scales);
-  void set(int64_t row, const float* x, const Kernels& k) const;
-  Row view(int64_t row, const float* x) const;
-};
 
 constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
 
@@ -24,12 +13,14 @@ inline bool few(int64_t rows, const Matrix& m, bool exact) {
   return rows <= m.format().few_rows || (exact && !m.format().integer);
 }
 
-struct RowBlock {  // rows as a matrix's kernels take them: each by itself where they are few, else as a matrix
-  int64_t count;
-  bool is_few;
+struct RowBlock {  // rows as a matrix's kernels take them: as integers, or each by itself where they are few, or else
+  int64_t count;  // as a matrix
+  bool is_integer, is_few;
   Row row[kBlockRows];
   Rows matrix;
-  RowBlock(int64_t rows, const Matrix& m, bool exact) : count(rows), is_few(few(rows, m, exact)), matrix{} {}
+  IntRows integers;
+  RowBlock(int64_t rows, const Matrix& m, bool exact)
+      : count(rows), is_integer(m.format().integer), is_few(few(rows, m, exact)), matrix{}, integers{} {}
   void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // c [count][16]
 };
 

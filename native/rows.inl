@@ -25,13 +25,15 @@ void narrow(const float* from, int64_t n, uint16_t* to) {
   for (int64_t j = i; j < n; j++) to[j] = rounded[j - i];
 }
 
-// x ≈ scale · q with q in [-127, 127], group by group; n is a multiple of the group. A group that is not finite gets
-// a NaN scale, so that its rows come out as NaN and not as something plausible.
-void quantize(const float* x, int64_t n, int64_t group, int8_t* q, float* scale, float* offset) {
-  for (int64_t g = 0; g < n / group; g++, x += group, q += group) {
+// x ≈ scale · q with q in [-127, 127], group by group. A group that is not finite gets a NaN scale, so that its rows
+// come out as NaN and not as something plausible.
+void quantize(const float* x, int64_t n, int64_t group, int32_t shift, const mh::IntRow& to) {
+  int8_t* q = to.q;
+  for (int64_t g = 0, k = 0; k < n; g++) {
+    const int64_t end = least(k + group, n);
     V most = set1(0), nothing = set1(0);  // 0 · x: `max` forgets a NaN at the next number, a sum does not
-    for (int64_t k = 0; k < group; k += 16) {
-      const V y = load(x + k);
+    for (int64_t i = k; i < end; i += 16) {
+      const V y = load(x + i);
       most = max(most, abs(y)), nothing = fma(y, set1(0), nothing);
     }
     float lanes[16], largest = 0;
@@ -42,17 +44,14 @@ void quantize(const float* x, int64_t n, int64_t group, int8_t* q, float* scale,
       largest = lane > largest ? lane : largest;
     }
     const V inverse = set1(finite && largest > 1e-30f ? 127.0f / largest : 0.0f);
-    int32_t total = 0;
-    for (int64_t k = 0; k < group; k += 16) {
-      store(lanes, round(mul(load(x + k), inverse)));
-      for (int j = 0; j < 16; j++) {
-        const int8_t value = finite ? static_cast<int8_t>(lanes[j]) : int8_t{0};
-        q[k + j] = value;
-        total += value;
-      }
+    V total = set1(0);
+    for (; k < end; k += 16) {
+      const V rounded = finite ? round(mul(load(x + k), inverse)) : set1(0);
+      store_int8(q + k / 64 * to.q_step + k % 64, rounded);
+      total = add(total, rounded);
     }
-    scale[g] = finite ? largest / 127.0f : __builtin_nanf("");
-    offset[g] = finite ? 8.0f * scale[g] * static_cast<float>(total) : scale[g];
+    to.scale[g * to.stride] = finite ? largest / 127.0f : __builtin_nanf("");
+    to.start[g * to.stride] = -shift * static_cast<int32_t>(sum(total));
   }
 }
 

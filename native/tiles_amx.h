@@ -13,19 +13,38 @@ struct Tile {
   uint8_t row[16][64];
 };
 thread_local Tile tile_file[8];
+thread_local int tile_rows[8], tile_bytes[8];
 
-struct TileScope {};
+struct TileScope {  // a narrow tile has 32 bytes in a row, a short one 8 rows
+  explicit TileScope(int narrow = -1, int short_one = -1) {
+    for (int i = 0; i < 8; i++) tile_rows[i] = i == short_one ? 8 : 16, tile_bytes[i] = i == narrow ? 32 : 64;
+  }
+};
 template <int T>
 inline void tile_zero() {
   memset(&tile_file[T], 0, sizeof(Tile));
 }
 template <int T>
 inline void tile_load(const void* p, int64_t stride) {
-  for (int i = 0; i < 16; i++) memcpy(tile_file[T].row[i], static_cast<const uint8_t*>(p) + i * stride, 64);
+  memset(&tile_file[T], 0, sizeof(Tile));
+  for (int i = 0; i < tile_rows[T]; i++)
+    memcpy(tile_file[T].row[i], static_cast<const uint8_t*>(p) + i * stride, tile_bytes[T]);
 }
 template <int T>
 inline void tile_store(void* p, int64_t stride) {
-  for (int i = 0; i < 16; i++) memcpy(static_cast<uint8_t*>(p) + i * stride, tile_file[T].row[i], 64);
+  for (int i = 0; i < tile_rows[T]; i++)
+    memcpy(static_cast<uint8_t*>(p) + i * stride, tile_file[T].row[i], tile_bytes[T]);
+}
+template <int C, int A, int B>
+inline void tile_multiply_int8() {  // what a smaller tile does not have is zero
+  for (int i = 0; i < 16; i++)
+    for (int n = 0; n < 16; n++) {
+      int32_t c;
+      memcpy(&c, tile_file[C].row[i] + 4 * n, 4);
+      for (int k = 0; k < 64; k++)
+        c += static_cast<int8_t>(tile_file[A].row[i][k]) * static_cast<int8_t>(tile_file[B].row[k / 4][4 * n + k % 4]);
+      memcpy(tile_file[C].row[i] + 4 * n, &c, 4);
+    }
 }
 inline float tile_bf16(const uint8_t* p) {
   const uint8_t bytes[4] = {0, 0, p[0], p[1]};
@@ -54,14 +73,14 @@ namespace {
 // Written as assembly: gcc 12's intrinsics take a tile's number as text, not as a constant, and do not say that the
 // configuration is read.
 struct TileScope {  // the configuration belongs to the thread
-  TileScope() {
+  explicit TileScope(int narrow = -1, int short_one = -1) {  // a tile with 32 bytes in a row, one with 8 rows
     struct alignas(64) {
       uint8_t palette, start, reserved[14];
       uint16_t bytes[16];
       uint8_t rows[16];
     } config = {};
     config.palette = 1;
-    for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = 16;
+    for (int i = 0; i < 8; i++) config.bytes[i] = i == narrow ? 32 : 64, config.rows[i] = i == short_one ? 8 : 16;
     __asm__ volatile("ldtilecfg (%0)" ::"r"(&config) : "memory");
   }
   ~TileScope() { __asm__ volatile("tilerelease"); }
@@ -81,6 +100,10 @@ inline void tile_store(void* p, int64_t stride) {
 template <int C, int A, int B>
 inline void tile_multiply() {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
+}
+template <int C, int A, int B>
+inline void tile_multiply_int8() {
+  __asm__ volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(C), "i"(A), "i"(B));
 }
 
 }  // namespace

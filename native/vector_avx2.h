@@ -103,40 +103,58 @@ inline void load_octets(const uint8_t* line, V* out) {
           _mm256_sub_epi8(_mm256_and_si256(_mm256_srli_epi16(b, 4), low), eight), out + 4);
 }
 
+constexpr int kIntRows = 4;
+constexpr int32_t kInt8Shift = 0;  // nothing is added to a weight of int8
+
 struct I {  // sixteen 32-bit integers
   __m256i a, b;
 };
-inline I zero_int() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline I set1_int(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline V to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+inline void store_int8(int8_t* p, V x) {  // whole numbers in [-128, 127]
+  const __m256i pairs = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+  const __m256i words = _mm256_permute4x64_epi64(pairs, 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 
-inline int32_t four(const int8_t* q) {
+struct Quads {  // weights of four inputs by sixteen outputs, without signs; with them where there are any
+  __m256i a, b, signed_a, signed_b;
+};
+struct Part {  // sums of int4 products over at most 32 inputs, in 16 bits: 8 · 2 · 15 · 127 fits
+  __m256i a, b;
+};
+inline Quads load_int8(const uint8_t* line) {
+  const __m256i* p = reinterpret_cast<const __m256i*>(line);
+  const __m256i a = _mm256_load_si256(p), b = _mm256_load_si256(p + 1);
+  return {_mm256_abs_epi8(a), _mm256_abs_epi8(b), a, b};
+}
+inline void load_int4(const uint8_t* line, Quads& first, Quads& second) {  // the nibbles: weights + 8
+  const __m256i* p = reinterpret_cast<const __m256i*>(line);
+  const __m256i low = _mm256_set1_epi8(15), a = _mm256_load_si256(p), b = _mm256_load_si256(p + 1);
+  first = {_mm256_and_si256(a, low), _mm256_and_si256(b, low), a, b};
+  second = {_mm256_and_si256(_mm256_srli_epi16(a, 4), low), _mm256_and_si256(_mm256_srli_epi16(b, 4), low), a, b};
+}
+inline __m256i four(const int8_t* q) {
   int32_t x;
   memcpy(&x, q, 4);
-  return x;
+  return _mm256_set1_epi32(x);
 }
 inline __m256i pairs_to_int(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
-// |x| · sign(w, x): neither is -128, so two products fit in 16 bits.
-inline I dot_int8(I c, const uint8_t* line, const int8_t* q) {
-  const __m256i* p = reinterpret_cast<const __m256i*>(line);
-  const __m256i x = _mm256_set1_epi32(four(q)), magnitude = _mm256_abs_epi8(x);
-  const __m256i a = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_load_si256(p), x));
-  const __m256i b = _mm256_maddubs_epi16(magnitude, _mm256_sign_epi8(_mm256_load_si256(p + 1), x));
+// |w| · (±x): x is never -128, so that two products fit in 16 bits.
+inline I dot_int8(I c, const Quads& w, const int8_t* q) {
+  const __m256i x = four(q);
+  const __m256i a = _mm256_maddubs_epi16(w.a, _mm256_sign_epi8(x, w.signed_a));
+  const __m256i b = _mm256_maddubs_epi16(w.b, _mm256_sign_epi8(x, w.signed_b));
   return {_mm256_add_epi32(c.a, pairs_to_int(a)), _mm256_add_epi32(c.b, pairs_to_int(b))};
 }
-// Four lines of nibbles, 32 inputs: 8 · 2 · 15 · 127 fits in 16 bits. The result holds Σ (w + 8)·q.
-inline I dot_int4(I c, const uint8_t* lines, const int8_t* q) {
-  const __m256i low = _mm256_set1_epi8(15);
-  __m256i a = _mm256_setzero_si256(), b = a;
-  for (int i = 0; i < 4; i++) {
-    const __m256i* p = reinterpret_cast<const __m256i*>(lines + 64 * i);
-    const __m256i wa = _mm256_load_si256(p), wb = _mm256_load_si256(p + 1);
-    const __m256i x = _mm256_set1_epi32(four(q + 8 * i)), y = _mm256_set1_epi32(four(q + 8 * i + 4));
-    a = _mm256_add_epi16(a, _mm256_maddubs_epi16(_mm256_and_si256(wa, low), x));
-    b = _mm256_add_epi16(b, _mm256_maddubs_epi16(_mm256_and_si256(wb, low), x));
-    a = _mm256_add_epi16(a, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(wa, 4), low), y));
-    b = _mm256_add_epi16(b, _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(wb, 4), low), y));
-  }
-  return {_mm256_add_epi32(c.a, pairs_to_int(a)), _mm256_add_epi32(c.b, pairs_to_int(b))};
+inline Part first_part(I) { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Part dot_int4(Part c, const Quads& w, const int8_t* q) {
+  const __m256i x = four(q);
+  return {_mm256_add_epi16(c.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(c.b, _mm256_maddubs_epi16(w.b, x))};
+}
+inline I with_part(I c, Part part) {
+  return {_mm256_add_epi32(c.a, pairs_to_int(part.a)), _mm256_add_epi32(c.b, pairs_to_int(part.b))};
 }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 

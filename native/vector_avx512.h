@@ -80,30 +80,41 @@ inline void load_octets(const uint8_t* line, V* out) {
   unpack8(_mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(x, 4), low), eight), out + 4);
 }
 
-struct I {
+constexpr int kIntRows = 12;  // 12 integer sums, 12 float ones, the weights: dpbusd keeps both its ports busy
+constexpr int32_t kInt8Shift = 128;  // what is added to a weight of int8: dpbusd takes one operand without signs
+
+struct I {  // sixteen 32-bit integers
   __m512i v;
 };
-inline I zero_int() { return {_mm512_setzero_si512()}; }
+inline I set1_int(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline V to_float(I x) { return {_mm512_cvtepi32_ps(x.v)}; }
-inline __m512i four(const int8_t* q) {
+inline void store_int8(int8_t* p, V x) {  // whole numbers in [-128, 127]
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+
+inline I load_ints(const int32_t* p) { return {_mm512_loadu_si512(p)}; }
+
+using Quads = I;  // weights of four inputs by sixteen outputs as they are multiplied
+using Part = I;   // sums of int4 products over 32 inputs
+inline Quads load_int8(const uint8_t* line) {
+  return {_mm512_xor_si512(_mm512_load_si512(line), _mm512_set1_epi8(-128))};
+}
+inline void load_int4(const uint8_t* line, Quads& first, Quads& second) {  // the nibbles: weights + 8
+  const __m512i low = _mm512_set1_epi8(15), w = _mm512_load_si512(line);
+  first = {_mm512_and_si512(w, low)}, second = {_mm512_and_si512(_mm512_srli_epi16(w, 4), low)};
+}
+inline I dot_int8(I c, Quads w, const int8_t* q) {
   int32_t x;
   memcpy(&x, q, 4);
-  return _mm512_set1_epi32(x);
+  return {_mm512_dpbusd_epi32(c.v, w.v, _mm512_set1_epi32(x))};
 }
-// The instruction wants one operand without signs: |x| · (±w).
-inline I dot_int8(I c, const uint8_t* line, const int8_t* q) {
-  const __m512i x = four(q), w = _mm512_load_si512(line);
-  const __m512i signed_w = _mm512_mask_sub_epi8(w, _mm512_movepi8_mask(x), _mm512_setzero_si512(), w);
-  return {_mm512_dpbusd_epi32(c.v, _mm512_abs_epi8(x), signed_w)};
-}
-inline I dot_int4(I c, const uint8_t* lines, const int8_t* q) {
-  const __m512i low = _mm512_set1_epi8(15);
-  for (int i = 0; i < 4; i++) {
-    const __m512i w = _mm512_load_si512(lines + 64 * i);
-    c.v = _mm512_dpbusd_epi32(c.v, _mm512_and_si512(w, low), four(q + 8 * i));
-    c.v = _mm512_dpbusd_epi32(c.v, _mm512_and_si512(_mm512_srli_epi16(w, 4), low), four(q + 8 * i + 4));
-  }
-  return c;
+inline Part first_part(I c) { return c; }
+inline Part dot_int4(Part c, Quads w, const int8_t* q) { return dot_int8(c, w, q); }
+inline I with_part(I, Part part) { return part; }
+inline void unpack_int4(const uint8_t* line, uint8_t* to) {  // a line of nibbles to two of int8
+  const __m512i low = _mm512_set1_epi8(15), eight = _mm512_set1_epi8(8), w = _mm512_load_si512(line);
+  _mm512_store_si512(to, _mm512_sub_epi8(_mm512_and_si512(w, low), eight));
+  _mm512_store_si512(to + 64, _mm512_sub_epi8(_mm512_and_si512(_mm512_srli_epi16(w, 4), low), eight));
 }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 

@@ -32,7 +32,23 @@ inline V load(const float* p) {
 }
 inline void store(float* p, V v) { memcpy(p, &v, 64); }
 inline V set1(float x) { MH_EACH((Quad{x, x, x, x})); }
-inline V fma(V x, V y, V z) { MH_EACH(x.q[i] * y.q[i] + z.q[i]); }
+// Rounded once, as the other levels' instruction does. The product is exact in double precision; the sum is rounded to
+// odd there (the last bit is set where anything is left), so that rounding it again to a float is as rounding it once.
+inline float fused(float x, float y, float z) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA) || defined(__aarch64__)
+  return __builtin_fmaf(x, y, z);
+#else
+  const double product = static_cast<double>(x) * y, sum = product + z, back = sum - product;
+  const double left = (product - (sum - back)) + (z - back);
+  uint64_t bits;
+  memcpy(&bits, &sum, 8);
+  if ((left < 0 || left > 0) && !(bits & 1)) bits += (left > 0) == (sum > 0) ? 1 : static_cast<uint64_t>(-1);
+  double odd;
+  memcpy(&odd, &bits, 8);
+  return static_cast<float>(odd);
+#endif
+}
+inline V fma(V x, V y, V z) { MH_LANES(fused(x.q[i][j], y.q[i][j], z.q[i][j])); }
 inline V add(V x, V y) { MH_EACH(x.q[i] + y.q[i]); }
 inline V sub(V x, V y) { MH_EACH(x.q[i] - y.q[i]); }
 inline V mul(V x, V y) { MH_EACH(x.q[i] * y.q[i]); }
@@ -83,24 +99,53 @@ inline void load_octets(const uint8_t* line, V* out) {
     }
 }
 
+constexpr int kIntRows = 4;
+constexpr int32_t kInt8Shift = 0;  // nothing is added to a weight of int8
+
 struct I {
   int32_t lane[16];
 };
-inline I zero_int() { return {}; }
+inline I set1_int(int32_t x) {
+  I r;
+  for (int n = 0; n < 16; n++) r.lane[n] = x;
+  return r;
+}
 inline V to_float(I x) { MH_LANES(static_cast<float>(x.lane[4 * i + j])); }
-inline I dot_int8(I c, const uint8_t* line, const int8_t* q) {
+inline void store_int8(int8_t* p, V x) {  // whole numbers in [-128, 127]
+  for (int n = 0; n < 16; n++) p[n] = static_cast<int8_t>(whole(x.q[n / 4][n % 4]));
+}
+
+inline I load_ints(const int32_t* p) {
+  I r;
+  memcpy(&r, p, 64);
+  return r;
+}
+
+struct Quads {  // weights of four inputs by sixteen outputs
+  int16_t of[64];
+};
+using Part = I;  // sums of int4 products over 32 inputs
+inline Quads load_int8(const uint8_t* line) {
+  Quads w;
+  for (int n = 0; n < 64; n++) w.of[n] = static_cast<int8_t>(line[n]);
+  return w;
+}
+inline void load_int4(const uint8_t* line, Quads& first, Quads& second) {  // the nibbles: weights + 8
+  for (int n = 0; n < 64; n++) first.of[n] = line[n] & 15, second.of[n] = static_cast<int16_t>(line[n] >> 4);
+}
+inline I dot_int8(I c, const Quads& w, const int8_t* q) {
   for (int n = 0; n < 16; n++)
-    for (int i = 0; i < 4; i++) c.lane[n] += static_cast<int8_t>(line[4 * n + i]) * q[i];
+    for (int i = 0; i < 4; i++) c.lane[n] += w.of[4 * n + i] * q[i];
   return c;
 }
-inline I dot_int4(I c, const uint8_t* lines, const int8_t* q) {
-  for (int l = 0; l < 4; l++)
-    for (int n = 0; n < 16; n++)
-      for (int i = 0; i < 4; i++) {
-        const int byte = lines[64 * l + 4 * n + i];
-        c.lane[n] += (byte & 15) * q[8 * l + i] + (byte >> 4) * q[8 * l + 4 + i];
-      }
-  return c;
+inline Part first_part(const I& c) { return c; }
+inline Part dot_int4(const Part& c, const Quads& w, const int8_t* q) { return dot_int8(c, w, q); }
+inline I with_part(const I&, const Part& part) { return part; }
+inline void unpack_int4(const uint8_t* line, uint8_t* to) {  // a line of nibbles to two of int8
+  for (int n = 0; n < 64; n++) {
+    to[n] = static_cast<uint8_t>((line[n] & 15) - 8);
+    to[64 + n] = static_cast<uint8_t>((line[n] >> 4) - 8);
+  }
 }
 inline void prefetch(const uint8_t*) {}
 inline void transpose16(const float* from, int64_t stride, float* to) {

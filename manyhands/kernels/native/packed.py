@@ -22,8 +22,8 @@ def packed_experts(
 ) -> Tensor:
     """y_t = Σ_k kept·weight·Expert(x_t): [T, D] float32 or bfloat16 -> the same. Gradients go to x and the weights.
 
-    With integer weights, the rows of an expert that has at most 16 of them are rounded to 8 bits in groups of 32 or 64
-    inputs; more rows stay floats.
+    With integer weights rows are rounded to 8 bits in groups of 32 or 64 inputs, for any number of rows: a token's y is
+    the same, bit for bit, whatever the batch, the number of threads and the level (native/integers.inl).
     """
     save = torch.is_grad_enabled() and (x_TD.requires_grad or weights_TK.requires_grad)
     direct = not save and ordinary()
@@ -35,7 +35,7 @@ def packed_experts(
 
 
 def linear(x: Tensor, weights: PackedLinear, level: str | None = None, threads: int = 0) -> Tensor:
-    """[..., K] -> [..., N]: x·Wᵀ (+ b). No gradient: the weights are constants."""
+    """[..., K] -> [..., N]: x·Wᵀ (+ b), rows rounded as above. No gradient: the weights are constants."""
     op: Any = ops.packed_linear if ordinary() else torch.ops.manyhands.packed_linear
     y = op(x.reshape(-1, x.shape[-1]), weights.record, ops.sizes_of(weights.layout), level_code(level), threads)
     return cast(Tensor, y).view(*x.shape[:-1], y.shape[-1])
