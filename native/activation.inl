@@ -95,7 +95,7 @@ void activate(int kind, const float* gate, const float* up, int64_t rows, float*
 }
 
 void activate_grad(int kind, const float* h, const float* dact, const float* weight, int64_t rows, float* dh,
-                   float* act, float* dweight) {
+                   int64_t dh_part, float* act, float* dweight) {
   const int64_t up = is_gated(kind) ? 16 * rows : 0;
   for (int64_t i = 0; i < rows; i++, h += 16, dh += 16, dact += 16, act += 16) {
     const Activated a = activated(kind, load(h), load(h + up));
@@ -103,7 +103,7 @@ void activate_grad(int kind, const float* h, const float* dact, const float* wei
     dweight[i] += sum(mul(a.y, d));
     store(act, mul(a.y, w));
     store(dh, mul(a.dgate, dy));
-    if (up) store(dh + up, mul(a.dup, dy));
+    if (up) store(dh + dh_part, mul(a.dup, dy));
   }
 }
 

@@ -1,237 +1,76 @@
-// The experts' backward pass, for any format (a frozen integer expert passes gradients on to x and to the router).
-// Three phases for each group of blocks:
-//   1. by rows: dact = dy·Wdown; the router weights' gradient <act, dact>; dh through the activation
-//   2. by outputs of the weights: dW = Σ rows, biases likewise
-//   3. by columns of dx: dh·Wup, summed over a token's experts in their order
-// Each number belongs to one task, so that the result does not depend on the number of threads.
-#include <string.h>
+#include "backward.h"
 
-#include "multiply.h"
-#include "pool.h"
-#include "sorted.h"
+#include <string.h>
 
 namespace mh {
 namespace {
 
-struct Backward {
-  const Kernels& k;
-  Experts e;
-  int64_t threads;
-  const float* hidden;
-  const mh_gradients& g;
-  Sorted s = {};
-  Floats x = {}, dy = {};
-  float *act = nullptr, *dh = nullptr, *dyp = nullptr;  // of a group, block by block in panels: [panels][rows][16]
-  float* dx = nullptr;
-  int64_t act_stride = 0, h_stride = 0, dy_stride = 0, dx_stride = 0, begin = 0;
-  std::vector<const float*> x_rows = {}, dy_rows = {};
-  std::vector<char> seen = {};  // experts whose weight gradient has been begun
+float inner(const float* a, const float* b, int64_t n) {
+  float lanes[16] = {}, total = 0;
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16)
+    for (int j = 0; j < 16; j++) lanes[j] += a[i + j] * b[i + j];
+  for (; i < n; i++) lanes[i % 16] += a[i] * b[i];
+  for (const float lane : lanes) total += lane;
+  return total;
+}
 
-  static float inner(const float* a, const float* b, int64_t n) {
-    float lanes[16] = {}, total = 0;
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16)
-      for (int j = 0; j < 16; j++) lanes[j] += a[i + j] * b[i + j];
-    for (; i < n; i++) lanes[i % 16] += a[i] * b[i];
-    for (const float lane : lanes) total += lane;
-    return total;
-  }
-
-  int64_t offset(const Block& b) const { return b.begin - begin; }
-
-  void rows_task(const Block& b, Worker w) {
-    const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts;
-    gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + offset(b) * dy_stride);
-    const Rows matrix = panel_rows(dyp + offset(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
-    float* dweight = w.second;
-    for (int64_t i = 0; i < rows; i++) dweight[i] = 0;
-    float *dh_block = dh + offset(b) * h_stride, *act_block = act + offset(b) * act_stride;
-    const float* h = hidden + b.begin * h_stride;
-    const std::vector<Panel> down = e.down.all_panels(b.expert), other = e.down.all_panels(s.after(b).expert);
-    const Columns first{other.data(), e.down.size.panels, 0, kColumnBlocks};
-    for (int64_t p = 0; p < wide; p += kColumnBlocks) {
-      const int64_t n = wide - p < kColumnBlocks ? wide - p : kColumnBlocks;
-      const Columns now{down.data(), e.down.size.panels, p, n},
-          next{down.data(), e.down.size.panels, p + n, kColumnBlocks};
-      k.product_transposed(now, p + n < wide ? next : first, matrix, w.scratch, w.first, w.c_stride);
-      for (int64_t q = 0; q < n; q++) {
-        const int64_t column = (p + q) * 16 * rows;
-        k.activate_grad(static_cast<int>(e.activation), h + e.parts * column, w.first + q * w.c_stride,
-                        s.weight.data() + b.begin, rows, dh_block + e.parts * column, act_block + column, dweight);
-      }
-    }
-    if (!g.weights) return;
-    for (int64_t i = 0; i < rows; i++) {
-      float bias = 0;
-      for (int64_t p = 0; e.down.bias(b.expert, 0) && p < e.down.size.panels; p++)
-        bias += inner(e.down.bias(b.expert, p), dy_rows[b.begin + i] + 16 * p, e.down.outputs_of(p));
-      g.weights[s.pair[b.begin + i]] = dweight[i] + bias;
-    }
-  }
-
-  struct Outer {  // dW [outputs][inputs] += Σ a[m][output]·b[m][input], both in panels
-    const float *a, *b;
-    const float* scale;  // of each row of a for dbias, or null
-    int64_t rows, parts, outputs, inputs;
-    float *dw, *dbias;
-    bool fresh;
+void zero_idle(const Backward& b, const mh_routing& routing) {
+  const mh_gradients& g = b.g;
+  const Experts& e = b.e;
+  const int64_t pairs = routing.tokens * routing.per_token;
+  if (g.weights) memset(g.weights, 0, pairs * sizeof(float));
+  std::vector<char> busy(static_cast<size_t>(e.num_experts), 0);
+  for (const Block& block : b.s.blocks) busy[block.expert] = 1;
+  const int64_t up = e.parts * e.F, down = e.D;
+  const auto clear = [](float* p, int64_t expert, int64_t n) {
+    if (p) memset(p + expert * n, 0, n * sizeof(float));
   };
-
-  // Output panels [first, end).
-  void outer_task(const Outer& o, int64_t first, int64_t end) {
-    float c[256];
-    for (int64_t p = first; p < end; p++) {
-      const float* a = o.a + p * o.rows * 16;
-      const int64_t row = p / o.parts * 16, to_row = (p % o.parts) * o.outputs + row;
-      const int64_t rows = o.outputs - row < 16 ? o.outputs - row : 16;
-      if (o.dbias) {
-        float sums[16] = {};
-        for (int64_t i = 0; i < o.rows; i++)
-          for (int j = 0; j < 16; j++) sums[j] += (o.scale ? o.scale[i] : 1.0f) * a[16 * i + j];
-        for (int64_t j = 0; j < rows; j++) o.dbias[to_row + j] = sums[j] + (o.fresh ? 0 : o.dbias[to_row + j]);
-      }
-      for (int64_t q = 0; o.dw && 16 * q < o.inputs; q++) {
-        const int64_t n = o.inputs - 16 * q < 16 ? o.inputs - 16 * q : 16;
-        const float* b = o.b + q * o.rows * 16;
-        float* to = o.dw + to_row * o.inputs + 16 * q;
-        if (rows == 16 && n == 16) {
-          k.outer(a, b, o.rows, to, o.inputs, o.fresh);
-          continue;
-        }
-        for (int64_t i = 0; !o.fresh && i < rows; i++) memcpy(c + 16 * i, to + i * o.inputs, n * sizeof(float));
-        k.outer(a, b, o.rows, c, 16, o.fresh);
-        for (int64_t i = 0; i < rows; i++) memcpy(to + i * o.inputs, c + 16 * i, n * sizeof(float));
-      }
-    }
+  for (int64_t i = 0; i < e.num_experts; i++) {
+    if (busy[i]) continue;
+    clear(g.up, i, up * e.D), clear(g.down, i, down * e.F), clear(g.up_bias, i, up), clear(g.down_bias, i, down);
   }
+}
 
-  // One block's share of an expert's dW, up or down.
-  void weights_task(const Block& b, bool up, int64_t piece, int64_t pieces, bool fresh, float* scratch) {
-    const Matrix& m = up ? e.up : e.down;
-    float *dw = up ? g.up : g.down, *dbias = up ? g.up_bias : g.down_bias;
-    Outer o{};
-    o.rows = b.rows(), o.parts = m.m.parts, o.outputs = m.m.outputs, o.inputs = m.m.inputs, o.fresh = fresh;
-    o.dw = dw ? dw + b.expert * o.parts * o.outputs * o.inputs : nullptr;
-    o.dbias = dbias ? dbias + b.expert * o.parts * o.outputs : nullptr;
-    if (up) {
-      o.a = dh + offset(b) * h_stride, o.b = scratch;
-      if (o.dw) gather(x_rows.data() + b.begin, o.rows, round_up(e.D, 16), scratch);
-    } else {  // act already carries the router's weight, the bias does not
-      o.a = dyp + offset(b) * dy_stride, o.b = act + offset(b) * act_stride, o.scale = s.weight.data() + b.begin;
-    }
-    outer_task(o, piece * m.size.panels / pieces, (piece + 1) * m.size.panels / pieces);
+void all(Backward& b, const mh_routing& routing, const mh_rows& in, const mh_rows& grad, const mh_rows* out) {
+  const Experts& e = b.e;
+  const Kernels& k = b.k;
+  zero_idle(b, routing);
+  b.seen.assign(static_cast<size_t>(e.num_experts), 0);
+  b.act_stride = round_up(e.F, 16);
+  b.h_stride = e.up.size.panels * 16;
+  b.dy_stride = e.down.size.panels * 16;
+  if (b.g.up) b.x = as_floats(in, round_up(e.D, 16), workspaces().x, k, b.threads);
+  b.dy = as_floats(grad, b.dy_stride, workspaces().dact, k, b.threads);
+  const size_t rows = static_cast<size_t>(b.s.rows());
+  b.x_rows.resize(rows), b.dy_rows.resize(rows);
+  for (size_t i = 0; i < rows; i++) {
+    if (b.g.up) b.x_rows[i] = b.x.row(b.s.token[i]);
+    b.dy_rows[i] = b.dy.row(b.s.token[i]);
   }
-
-  void dx_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
-    std::vector<Panel> up = e.up.all_panels(blocks->expert), after;
-    for (const Block* b = blocks; b < blocks + count; b++) {
-      const int64_t rows = b->rows();
-      const Rows matrix = panel_rows(dh + offset(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
-      after = e.up.all_panels(s.after(*b).expert);
-      const Columns begin{after.data(), e.up.size.panels, first, kColumnBlocks};
-      for (int64_t p = first, n; p < end; p += n) {
-        n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
-        const Columns now{up.data(), e.up.size.panels, p, n}, next{up.data(), e.up.size.panels, p + n, kColumnBlocks};
-        k.product_transposed(now, p + n < end ? next : begin, matrix, w.scratch, w.first, w.c_stride);
-        const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
-        k.combine(w.first, w.c_stride, rows, columns, nullptr, nullptr, s.token.data() + b->begin, dx_stride,
-                  dx + 16 * p);
-      }
-      up.swap(after);
-    }
+  if (out) {
+    b.dx_stride = out->dtype == MH_FLOAT32 ? out->stride : e.D;
+    b.dx = out->dtype == MH_FLOAT32 ? static_cast<float*>(out->data) : workspaces().y.floats(out->count * e.D);
+    for (int64_t t = 0; t < out->count; t++) memset(b.dx + t * b.dx_stride, 0, e.D * sizeof(float));
   }
-
-  void weights(const Block* blocks, size_t count) {
-    struct Part {  // an expert's blocks
-      const Block *begin, *end;
-    };
-    std::vector<Part> parts;
-    int64_t most = 0;
-    for (const Block* b = blocks; b < blocks + count; b++) {
-      if (parts.empty() || parts.back().begin->expert != b->expert) parts.push_back({b, b});
-      parts.back().end = b + 1;
-      most = b->rows() > most ? b->rows() : most;
-    }
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(most * round_up(e.D, 16));
-    const int64_t pieces = divide_up(4 * threads, 2 * static_cast<int64_t>(parts.size()));
-    parallel(threads, static_cast<int64_t>(parts.size()) * 2 * pieces, [&](int64_t task, int64_t worker) {
-      const Part& part = parts[task / (2 * pieces)];
-      const bool up = task / pieces % 2 == 0;
-      if (up ? !g.up && !g.up_bias : !g.down && !g.down_bias) return;
-      for (const Block* b = part.begin; b < part.end; b++)
-        weights_task(*b, up, task % pieces, pieces, b == part.begin && !seen[b->expert],
-                     workspaces().worker[worker].floats(0));
-    });
-    for (const Part& part : parts) seen[part.begin->expert] = 1;
-  }
-
-  void group(const Block* blocks, size_t count) {
-    begin = blocks[0].begin;
-    const int64_t rows = blocks[count - 1].end - begin;
-    int64_t most = 0;
-    for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
-    act = workspaces().act.floats(rows * act_stride);
-    dh = workspaces().dh.floats(rows * h_stride);
-    dyp = workspaces().gathered.floats(rows * dy_stride);
-    const int64_t depth = h_stride > dy_stride ? h_stride : dy_stride;
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
-    parallel(threads, static_cast<int64_t>(count),
-             [&](int64_t task, int64_t worker) { rows_task(blocks[task], Worker(workspaces().worker[worker], most)); });
-    if (g.up || g.down || g.up_bias || g.down_bias) weights(blocks, count);
-    if (!dx) return;
-    const int64_t panels = divide_up(e.D, 16), chunks = 8 * threads < panels ? 8 * threads : panels;
-    parallel(threads, chunks, [&](int64_t task, int64_t worker) {
-      dx_task(blocks, count, task * panels / chunks, (task + 1) * panels / chunks,
-              Worker(workspaces().worker[worker], most));
-    });
-  }
-
-  void zero_idle(const mh_routing& routing) {
-    const int64_t pairs = routing.tokens * routing.per_token;
-    if (g.weights) memset(g.weights, 0, pairs * sizeof(float));
-    std::vector<char> busy(static_cast<size_t>(e.num_experts), 0);
-    for (const Block& b : s.blocks) busy[b.expert] = 1;
-    const int64_t up = e.parts * e.F, down = e.D;
-    const auto clear = [](float* p, int64_t expert, int64_t n) {
-      if (p) memset(p + expert * n, 0, n * sizeof(float));
-    };
-    for (int64_t i = 0; i < e.num_experts; i++) {
-      if (busy[i]) continue;
-      clear(g.up, i, up * e.D), clear(g.down, i, down * e.F), clear(g.up_bias, i, up), clear(g.down_bias, i, down);
-    }
-  }
-
-  void all(const mh_routing& routing, const mh_rows& in, const mh_rows& grad, const mh_rows* out) {
-    zero_idle(routing);
-    seen.assign(static_cast<size_t>(e.num_experts), 0);
-    dy_stride = e.down.size.panels * 16;
-    if (g.up) x = as_floats(in, round_up(e.D, 16), workspaces().x, k, threads);
-    dy = as_floats(grad, dy_stride, workspaces().dact, k, threads);
-    x_rows.resize(static_cast<size_t>(s.rows())), dy_rows.resize(static_cast<size_t>(s.rows()));
-    for (int64_t i = 0; i < s.rows(); i++) {
-      if (g.up) x_rows[i] = x.row(s.token[i]);
-      dy_rows[i] = dy.row(s.token[i]);
-    }
-    dx = nullptr;
-    if (out) {
-      dx_stride = out->dtype == MH_FLOAT32 ? out->stride : e.D;
-      dx = out->dtype == MH_FLOAT32 ? static_cast<float*>(out->data) : workspaces().y.floats(out->count * e.D);
-      for (int64_t t = 0; t < out->count; t++) memset(dx + t * dx_stride, 0, e.D * sizeof(float));
-    }
-    act_stride = round_up(e.F, 16);
-    h_stride = e.up.size.panels * 16;
-    size_t first = 0;
-    for (const size_t end : group_blocks(s.blocks, act_stride + h_stride + dy_stride)) {
-      group(s.blocks.data() + first, end - first);
-      first = end;
-    }
-    if (out && out->dtype == MH_BF16)
-      for (int64_t t = 0; t < out->count; t++)
-        k.narrow(dx + t * e.D, e.D, static_cast<uint16_t*>(out->data) + t * out->stride);
-  }
-};
+  const bool tiles = k.tiles && !e.up.format().exact && !e.down.format().exact;
+  tiles ? backward_tiles(b) : backward_floats(b);
+  if (out && out->dtype == MH_BF16)
+    for (int64_t t = 0; t < out->count; t++)
+      k.narrow(b.dx + t * e.D, e.D, static_cast<uint16_t*>(out->data) + t * out->stride);
+}
 
 }  // namespace
+
+void Backward::weight_gradients(const Block& b, const float* dweight) const {
+  for (int64_t i = b.begin; g.weights && i < b.end; i++) {
+    float bias = 0;
+    for (int64_t p = 0; e.down.bias(b.expert, 0) && p < e.down.size.panels; p++)
+      bias += inner(e.down.bias(b.expert, p), dy_rows[i] + 16 * p, e.down.outputs_of(p));
+    g.weights[s.pair[i]] = dweight[i - b.begin] + bias;
+  }
+}
+
 }  // namespace mh
 
 int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_routing* routing, const mh_rows* x,
@@ -249,7 +88,7 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
     if (dx) check_rows(dx, routing->tokens, b.e.D, "dx");
     if (b.s.rows()) check_hidden(hidden, hidden_count, b.s.rows() * b.e.up.size.panels * 16);
     Call call(routing->tokens);
-    b.all(*routing, *x, *dy, dx);
+    all(b, *routing, *x, *dy, dx);
     workspaces().trim();
   });
 }

@@ -78,6 +78,31 @@ struct KvJoin {  // the splits of one row: `next` from one's largest and total t
   const float* sink;  // or null
 };
 
+// Products of bf16 by bf16 with float32 sums, in tiles of 1 KB: a left tile is 16 rows by 32 inputs, [16][32]; a right
+// tile is 32 inputs by 16 columns in pairs of inputs, [16][16][2]. Tiles of one depth lie one after the other.
+constexpr int64_t kTileNumbers = 512;
+
+struct TileProduct {  // c = or += left [rows][depth] · right [blocks][depth], all counted in tiles
+  const uint16_t *left, *right;
+  int64_t rows, depth, blocks;
+  float* c;
+  int64_t row, block;  // floats from a row of c to the next, and from 16 of its columns to the next 16
+  bool first;
+};
+
+struct TileKernels {
+  // Rows of 16 floats, `stride` apart, as the first or second half of left tiles that are `step` numbers apart; zeros
+  // up to whole tiles.
+  void (*left)(const float* from, int64_t stride, int64_t rows, bool second, uint16_t* to, int64_t step);
+  // The same rows as the inputs of right tiles.
+  void (*right)(const float* from, int64_t stride, int64_t rows, uint16_t* to);
+  // Right tiles whose inputs are the outputs of a matrix: [blocks][(count + 1) / 2].
+  void (*columns)(const Columns&, float* scratch, uint16_t* to);
+  // The columns of right tiles become the rows of left ones.
+  void (*turn)(const uint16_t* right, int64_t count, uint16_t* left);
+  void (*multiply)(const TileProduct&);
+};
+
 struct Kernels {
   const char* name;
   bool rounds_rows;
@@ -89,9 +114,10 @@ struct Kernels {
   // c[16][16], rows `stride` apart, = or += Σ_m a[m][16]·b[m][16]
   void (*outer)(const float* a, const float* b, int64_t m, float* c, int64_t stride, bool first);
   void (*activate)(int activation, const float* gate, const float* up, int64_t rows, float* out, int64_t out_stride);
-  // dh from h and dact, [rows][16] and for each part after the other; act·weight; dweight += Σ act·dact
+  // dh from h and dact, [rows][16] and for each part after the other, the parts of dh `dh_part` apart; act·weight;
+  // dweight += Σ act·dact
   void (*activate_grad)(int activation, const float* h, const float* dact, const float* weight, int64_t rows, float* dh,
-                        float* act, float* dweight);
+                        int64_t dh_part, float* act, float* dweight);
   void (*widen)(const uint16_t* from, int64_t n, float* to);
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   // n inputs, a multiple of 64; the last group may be shorter
@@ -108,6 +134,7 @@ struct Kernels {
   void (*join)(const KvJoin&, float* y);  // in order; zeros where no split has a key
   // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
   void (*gemv)(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out);
+  const TileKernels* tiles;  // null where the level multiplies no bf16
 };
 
 extern const Kernels kPortable;

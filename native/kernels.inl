@@ -37,6 +37,7 @@ constexpr mh::Kernels level_kernels(const char* name) {
       .attend = attend,
       .join = join,
       .gemv = gemv,
+      .tiles = nullptr,
   };
 }
 
