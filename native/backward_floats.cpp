@@ -19,7 +19,7 @@ struct InFloats : Backward {
   void rows_task(const Block& b, Worker w) {
     const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts;
     gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + offset(b) * dy_stride);
-    const Rows matrix = panel_rows(dyp + offset(b) * dy_stride, rows, dy_stride, e.down.m.format, k, w.rounded);
+    const Rows matrix{dyp + offset(b) * dy_stride, rows, nullptr, 0};
     float* dweight = w.second;
     for (int64_t i = 0; i < rows; i++) dweight[i] = 0;
     float *dh_block = dh + offset(b) * h_stride, *act_block = act + offset(b) * act_stride;
@@ -98,7 +98,7 @@ struct InFloats : Backward {
     std::vector<Panel> up = e.up.all_panels(blocks->expert), after;
     for (const Block* b = blocks; b < blocks + count; b++) {
       const int64_t rows = b->rows();
-      const Rows matrix = panel_rows(dh + offset(*b) * h_stride, rows, h_stride, e.up.m.format, k, w.rounded);
+      const Rows matrix{dh + offset(*b) * h_stride, rows, nullptr, 0};
       after = e.up.all_panels(s.after(*b).expert);
       const Columns begin{after.data(), e.up.size.panels, first, kColumnBlocks};
       for (int64_t p = first, n; p < end; p += n) {

@@ -2,7 +2,7 @@
 #include "vector_bf16.h"
 
 #include "kernels.inl"
-#include "tiles_amx.h"
+#include "multiply_amx.inl"
 
 namespace {
 

@@ -2,10 +2,13 @@
 #include "vector_bf16.h"
 
 #include "kernels.inl"
+#include "pairs.inl"
 
 namespace {
 
-struct TileScope {};
+struct TileScope {
+  ~TileScope() {}  // so that it counts as used
+};
 
 // c + two inputs of one row, at `x`, times those of sixteen outputs.
 inline V dot_pairs(V c, const uint16_t* x, const uint8_t* line) {
@@ -39,6 +42,34 @@ void panel_tiles(const Rows& rows, int64_t k, int64_t n, const uint8_t* lines, f
   for (int64_t i = 0; i < rows.count; i += kTileRows)
     pair_tile_of<kTileRows>(least(kTileRows, rows.count - i), rows.rounded + i * rows.rounded_stride + k,
                             rows.rounded_stride, n, lines, c + 16 * i, first);
+}
+
+// Eight rows of left tiles, from the given one on, times N blocks of right tiles.
+template <int N>
+void eight_rows(const mh::TileProduct& p, int64_t row, int64_t block) {
+  const uint16_t* left = p.left + row / 16 * p.depth * kTileNumbers + row % 16 * 32;
+  const uint8_t* right = reinterpret_cast<const uint8_t*>(p.right + block * p.depth * kTileNumbers);
+  const int64_t next = p.depth * 2 * kTileNumbers;
+  float* c = p.c + row * p.row + block * p.block;
+  V sums[8 * N];
+  times<8 * N>([&](auto i) {
+    sums[i.value] = p.first ? set1(0) : load(c + i.value / N * p.row + i.value % N * p.block);
+  });
+  for (int64_t k = 0; k < p.depth; k++, left += kTileNumbers)
+    for (int64_t j = 0; j < 32; j += 2, right += 64)
+      times<8 * N>([&](auto i) {
+        sums[i.value] = dot_pairs(sums[i.value], left + i.value / N * 32 + j, right + i.value % N * next);
+      });
+  times<8 * N>([&](auto i) { store(c + i.value / N * p.row + i.value % N * p.block, sums[i.value]); });
+}
+
+void multiply_tiles(const mh::TileProduct& p) {
+  for (int64_t row = 0; row < 16 * p.rows; row += 8) {
+    int64_t block = 0;
+    for (; block + 3 <= p.blocks; block += 3) eight_rows<3>(p, row, block);
+    if (p.blocks - block == 2) eight_rows<2>(p, row, block);
+    if (p.blocks - block == 1) eight_rows<1>(p, row, block);
+  }
 }
 
 }  // namespace

@@ -1,7 +1,7 @@
 // Tiles of bf16 times tiles of bf16 by AMX: two by two, so that each is loaded once for two products.
 #pragma once
 
-#include "bf16_tiles.inl"
+#include "pairs.inl"
 #include "tiles_amx.h"
 
 namespace {
@@ -44,7 +44,5 @@ void multiply_tiles(const mh::TileProduct& p) {
   for (q = 0; q + 2 <= p.blocks; q += 2) multiply_corner<1, 2>(p, i, q);
   if (q < p.blocks) multiply_corner<1, 1>(p, i, q);
 }
-
-constexpr mh::TileKernels kTileKernels = {left_tiles, right_tiles, column_tiles, turn_tiles, multiply_tiles};
 
 }  // namespace

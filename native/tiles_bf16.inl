@@ -6,6 +6,7 @@
 #pragma once
 
 #include "kernels.inl"
+#include "pairs.inl"
 
 namespace {
 
@@ -25,30 +26,11 @@ void product_bf16(const Panel& p, const Rows& rows, float* scratch, float* c) {
   }
 }
 
-void product_transposed_bf16(const Columns& w, const Columns& next, const Rows& rows, float* scratch, float* c,
-                             int64_t c_stride) {
-  if (!rows.rounded) return product_transposed(w, next, rows, scratch, c, c_stride);
-  const TileScope scope;
-  float *wide = scratch, *transposed = scratch + 256;
-  uint8_t* lines = reinterpret_cast<uint8_t*>(scratch + kChunk * 16);
-  constexpr int64_t step = kChunk / 16;
-  for (int64_t q = 0; q < w.blocks; q++)
-    for (int64_t p = 0; p < w.count; p += step) {
-      const int64_t count = least(step, w.count - p), even = (count + 1) / 2 * 2;
-      for (int64_t j = 0; j < count; j++) {
-        transposed_block(w.panels[p + j], w.block + q, wide, transposed);
-        pair_up(transposed, 16, lines + 512 * j);
-      }
-      if (even > count) memset(lines + 512 * count, 0, 512);
-      panel_tiles(rows, p * 16, even * 16, lines, c + q * c_stride, p == 0);
-    }
-}
-
 constexpr mh::Kernels bf16_kernels(const char* name) {
   mh::Kernels k = level_kernels(name);
   k.rounds_rows = true;
   k.product = product_bf16;
-  k.product_transposed = product_transposed_bf16;
+  k.tiles = &kTileKernels;
   return k;
 }
 

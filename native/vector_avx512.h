@@ -59,9 +59,6 @@ inline __m512i rounded_bits(V x) {
 inline void store_bf16(uint16_t* p, V x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(rounded_bits(x)));
 }
-inline void store_pairs(uint8_t* line, V first, V second) {
-  _mm512_storeu_si512(line, _mm512_or_si512(rounded_bits(first), _mm512_slli_epi32(rounded_bits(second), 16)));
-}
 inline void load_pairs(const uint8_t* line, V& first, V& second) {
   const __m512i x = _mm512_load_si512(line);
   first = {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16))};

@@ -1,18 +1,21 @@
-// Floats and weights as tiles of bf16 (kernels.h has their layouts), in terms of a level's vector. A level that
-// includes this has `store_pairs`: two vectors rounded and interleaved.
+// Floats and weights as tiles of bf16 (kernels.h has their layouts), for the levels that multiply them: such a level
+// defines multiply_tiles.
 #pragma once
 
 #include "tiles.inl"
+#include "vector_bf16.h"
 
 namespace {
 
 using mh::kTileNumbers;
 
+void multiply_tiles(const mh::TileProduct&);
+
 void left_tiles(const float* from, int64_t stride, int64_t rows, bool second, uint16_t* to, int64_t step) {
   for (int64_t i = 0; i < rows; i += 16, to += step) {
     uint16_t* half = to + 16 * second;
     const int64_t n = least(16, rows - i);
-    for (int64_t j = 0; j < n; j++) store_bf16(half + 32 * j, load(from + (i + j) * stride));
+    for (int64_t j = 0; j < n; j++) store_rounded(half + 32 * j, load(from + (i + j) * stride));
     for (int64_t j = n; j < 16; j++) __builtin_memset(half + 32 * j, 0, 32);
   }
 }
@@ -62,5 +65,7 @@ void turn_tiles(const uint16_t* right, int64_t count, uint16_t* left) {  // a pa
   for (int64_t i = 0; i < count * kTileNumbers; i += kTileNumbers)
     transpose16(reinterpret_cast<const float*>(right + i), 16, reinterpret_cast<float*>(left + i));
 }
+
+constexpr mh::TileKernels kTileKernels = {left_tiles, right_tiles, column_tiles, turn_tiles, multiply_tiles};
 
 }  // namespace
