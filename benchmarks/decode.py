@@ -32,6 +32,7 @@ from torch import Tensor
 
 from manyhands.checkpoint.model import load_model
 from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
 from manyhands.engine.runner import Runner
 from manyhands.kernels.native import available, missing
 from manyhands.kernels.native.library import default_level
@@ -203,14 +204,15 @@ def our_model(system: str, directory: str) -> tuple[Run, Run]:
     """Prefill, which starts anew, and one step; each takes ids and gives the next token."""
     implementation = system.split()[2].rstrip(",")
     model = load_model(directory, experts_implementation="auto" if implementation == "native" else implementation)
-    runner, cache = Runner(model), [model.new_cache()]
+    runner, memory = Runner(model), Caches(len(model.layers))
+    cache = [memory.new()]
 
     def step(ids: Tensor) -> Tensor:
         batch = Batch([Row(ids[0].tolist(), cache[0])])
         return runner.run(batch).logits.argmax(-1, keepdim=True)
 
     def prefill(ids: Tensor) -> Tensor:
-        cache[0] = model.new_cache()
+        cache[0].truncate(0)
         return step(ids)
 
     return prefill, step

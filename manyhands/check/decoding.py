@@ -28,7 +28,7 @@ from manyhands.engine.engine import Engine
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.runner import Forward, Runner, joined
 from manyhands.layers.cache import Cache
-from manyhands.models import Decoder, Hidden
+from manyhands.models import Decoder
 from manyhands.moe import Experts, Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import pack_experts, pack_linear
@@ -47,8 +47,10 @@ ROUNDED = Tolerance(error=1e-1, floor=5e-2, by_norm=True, cosine=0.99, slack=1e-
 """Integer weights: every product of few rows rounds its input to 8 bits (0.6 %, `parts.py`), some eight times a layer
 along the longest path, and what one layer got wrong the next one's router and softmax see: √(3·8) · 0.6 % = 3 %,
 tripled. The parts by themselves are held closer."""
-ROWS = (1, 3, 8, 9)
-"""Sequences at a time: fused, and more than is fused."""
+ROWS = (1, 3, 9)
+"""Sequences at a time."""
+CHUNKED, CHUNK = 3, 4
+"""With so many sequences a step has at most so many tokens: prompts run in chunks, beside those that decode."""
 TURNS = (6, 3, 8, 12)
 """New tokens of each turn of one conversation, so that a cache is continued by a few and by many."""
 NEW_TOKENS = 5
@@ -65,21 +67,15 @@ class Recorder(Runner):
         """Start again."""
         self.caches: list[Cache] = []  # one for each sequence, in the order in which they came
         self.passes: list[Pass] = []
-        self._states = torch.empty(0)
 
-    def hidden(self, batch: Batch) -> Hidden:
-        """`Runner.hidden`, remembered."""
-        hidden = super().hidden(batch)
-        self._states = hidden.states[0]
-        return hidden
-
-    def run(self, batch: Batch) -> Forward:
+    def run(self, batch: Batch, states: bool = True) -> Forward:
         """`Runner.run`, remembered."""
         self.caches += [row.cache for row in batch.rows if not any(row.cache is cache for cache in self.caches)]
         found = [next(b for b, cache in enumerate(self.caches) if cache is row.cache) for row in batch.rows]
         rows = [(b, row.position, row.ids) for b, row in zip(found, batch.rows, strict=True)]
-        forward = super().run(batch)
-        self.passes.append(Pass(rows, [rows[r] for r in batch.drawing], self._states, forward))
+        forward = super().run(batch, states=True)
+        assert forward.states is not None
+        self.passes.append(Pass(rows, [rows[r] for r in batch.drawing], forward.states, forward))
         return forward
 
 
@@ -187,29 +183,33 @@ class DecodingCheck:
             limit = longest + NEW_TOKENS - 1  # the longest prompt's answer ends first
             self.model.config = self.config.model_copy(update={"max_position_embeddings": limit})
             prompts = [self._tokens(max(1, longest - (b * 2) % 6), generator) for b in range(B)]
+            chunk = CHUNK if B == CHUNKED else None
             self.recorder.forget()
-            self._generate(prompts, NEW_TOKENS)
-            yield self._compare(f"generate, {B} rows")
+            self._generate(self._engine(B, chunk), prompts, NEW_TOKENS)
+            yield self._compare(f"generate, {B} rows{f' in steps of {chunk} tokens' if chunk else ''}")
         self.model.config = self.config.model_copy(update={"max_position_embeddings": 256})
-        prefix, text = Prefix(), []
+        engine, prefix, text = self._engine(1), Prefix(), []
         self.recorder.forget()
         for more in TURNS:
             text += self._tokens(more, generator)
-            text += self._generate([text], 2, prefix)
+            text += self._generate(engine, [text], 2, prefix)
         yield self._compare("chat, 1 row")
         if self.given is None and self.packed is None:  # in place: nothing prepared from the old weights may be left
             cases.fill(self.model, "random", generator)
             self.recorder.forget()
-            self._generate([self._tokens(5, generator)] * 2, 3)
+            self._generate(self._engine(2), [self._tokens(5, generator)] * 2, 3)
             yield self._compare("generate, 2 rows, new weights")
 
     def _tokens(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(self.config.vocab_size, (count,), generator=generator).tolist()
 
-    def _generate(self, prompts: list[list[int]], new: int, prefix: Prefix | None = None) -> list[int]:
-        """What the first prompt was continued with, each with a seed of its own."""
-        engine = Engine(self.model, max_sequences=len(prompts))
+    def _engine(self, sequences: int, chunk: int | None = None) -> Engine:
+        engine = Engine(self.model, max_sequences=sequences, max_batch_tokens=chunk)
         engine.runner = self.recorder
+        return engine
+
+    def _generate(self, engine: Engine, prompts: list[list[int]], new: int, prefix: Prefix | None = None) -> list[int]:
+        """What the first prompt was continued with, each with a seed of its own."""
         first, *_ = [
             engine.add(ids, SamplingConfig(max_new_tokens=new, seed=self.seed + b), prefix=prefix)
             for b, ids in enumerate(prompts)
@@ -241,9 +241,11 @@ class DecodingCheck:
         logits: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = ({}, {})
         for n, ran in enumerate(self.recorder.passes):
             name = f"{f'step {n}' if n else 'prefill'} of {ran.name}"
-            states[0][name], logits[0][name] = ran.states, ran.forward.logits
+            states[0][name] = ran.states
             states[1][name] = torch.cat([oracles[b].states[0, first : first + len(ids)] for b, first, ids in ran.rows])
-            logits[1][name] = torch.stack([oracles[b].logits[0, first + len(ids) - 1] for b, first, ids in ran.drawing])
+            last = [oracles[b].logits[0, first + len(ids) - 1] for b, first, ids in ran.drawing]
+            if last:  # none in a step of chunks alone
+                logits[0][name], logits[1][name] = ran.forward.logits, torch.stack(last)
         rows = [
             close(at, "decoding: states", *states, tolerance=tolerance),
             close(at, "decoding: logits", *logits, tolerance=tolerance),

@@ -24,7 +24,6 @@ from manyhands.check.routers import ROUTERS
 from manyhands.config.packing import FORMATS, Format
 from manyhands.kernels import ExpertWeights
 from manyhands.kernels.native import step
-from manyhands.kernels.policy import MOST_APART
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
@@ -95,7 +94,7 @@ def _routing(seed: int, dtype: str) -> Iterator[Row]:
 def _routings(router: Router, x: Tensor, mask: Tensor, ids: Tensor) -> Iterator[Routing]:
     """As the module routes, and as decoding does where it has a claim to that."""
     yield router(x, mask, ids)
-    if x.shape[0] <= MOST_APART and step.direct(x):
+    if step.direct(x):
         with suppress(Unfit):
             logits, scores, chosen, w = step.route(router_of(router, x.shape[1]), x)
             yield Routing(chosen, w, scores, logits, torch.ones_like(chosen, dtype=torch.bool), mask)

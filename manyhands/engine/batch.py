@@ -3,10 +3,8 @@
 T tokens of R rows.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-
-import torch
-from torch import Tensor
 
 from manyhands.layers.cache import Cache
 
@@ -51,6 +49,41 @@ class Batch:
         self.drawing = [r for r, row in enumerate(rows) if row.draws]
         """The rows after which a token is to be drawn."""
 
-    def ids(self, device: torch.device) -> Tensor:
-        """[1, T] int64."""
-        return torch.tensor([[token for row in self.rows for token in row.ids]], device=device)
+    @property
+    def ids(self) -> list[int]:
+        """The T tokens."""
+        return self.rows[0].ids if len(self.rows) == 1 else [token for row in self.rows for token in row.ids]
+
+    @property
+    def counts(self) -> list[int]:
+        """Of each row, its tokens."""
+        return [len(row.ids) for row in self.rows]
+
+    @property
+    def caches(self) -> list[Cache]:
+        """Of each row."""
+        return [row.cache for row in self.rows]
+
+    @property
+    def draws(self) -> list[int]:
+        """The tokens after which a token is to be drawn."""
+        return [self.last[row] for row in self.drawing]
+
+    def parts(self, most: int) -> "Iterator[Batch]":
+        """The same tokens as batches of at most so many, to be run one after the other."""
+        if self.num_tokens <= most:
+            yield self
+            return
+        rows: list[Row] = []
+        room = most
+        for row in self.rows:
+            first = 0
+            while first < len(row.ids):
+                ids = row.ids[first : first + room]
+                first, room = first + len(ids), room - len(ids)
+                rows.append(Row(ids, row.cache, row.draws and first == len(row.ids)))
+                if not room:
+                    yield Batch(rows)
+                    rows, room = [], most
+        if rows:
+            yield Batch(rows)

@@ -46,6 +46,11 @@ class Blocks:
         """An empty one."""
         return Table(self)
 
+    def forget(self) -> None:
+        """Begin again with block 0. No table may hold one."""
+        assert not self._holders
+        self._returned, self._untouched = [], 0
+
     def _take(self) -> int:
         if self._returned:
             block = self._returned.pop()
@@ -70,7 +75,8 @@ class Table:
     """The blocks of one sequence, in the order of its positions."""
 
     def __init__(self, blocks: Blocks) -> None:
-        self._blocks = blocks
+        self.blocks = blocks
+        """The pool they are of."""
         self.ids: list[int] = []
         self.length = 0
         """Positions the blocks are taken for: the last one may have room for more."""
@@ -80,54 +86,60 @@ class Table:
     @property
     def block_size(self) -> int:
         """Positions of a block."""
-        return self._blocks.block_size
+        return self.blocks.block_size
 
     def missing(self, length: int) -> int:
         """Free blocks that `grow(length)` takes: those for new positions, and one for a shared block it writes to."""
         if length <= self.length:
             return 0
-        return self._blocks.needed(length) - len(self.ids) + self._writes_shared()
+        return self.blocks.needed(length) - len(self.ids) + self._writes_shared()
 
     def reserve(self, length: int) -> bool:
         """Have blocks for `length` positions, if there are any to have; whether it has."""
         missing = self.missing(length)
-        if missing > self._blocks.num_free:
+        if missing > self.blocks.num_free:
             return False
         if missing and self._writes_shared():
-            shared, self.ids[-1] = self.ids[-1], self._blocks._take()
+            shared, self.ids[-1] = self.ids[-1], self.blocks._take()
             self.copies.append((shared, self.ids[-1]))
-            self._blocks._release(shared)
-        while missing and len(self.ids) < self._blocks.needed(length):
-            self.ids.append(self._blocks._take())
+            self.blocks._release(shared)
+        while missing and len(self.ids) < self.blocks.needed(length):
+            self.ids.append(self.blocks._take())
         self.length = max(self.length, length)
         return True
 
     def grow(self, length: int) -> None:
         """The same. Raises `OutOfBlocks`, with nothing changed, if there is none."""
         if not self.reserve(length):
-            missing, free = self.missing(length), self._blocks.num_free
+            missing, free = self.missing(length), self.blocks.num_free
             raise OutOfBlocks(f"{missing} blocks are needed and {free} are free")
 
     def truncate(self, length: int) -> None:
         """Give back what is behind the first `length` positions."""
         self.length = min(self.length, length)
-        while len(self.ids) > self._blocks.needed(self.length):
-            self._blocks._release(self.ids.pop())
+        while len(self.ids) > self.blocks.needed(self.length):
+            self.blocks._release(self.ids.pop())
         self.copies = [copy for copy in self.copies if copy[1] in self.ids]
 
     def free(self) -> None:
         """Give back all of it."""
         self.truncate(0)
 
+    def move(self, to: "Table") -> None:
+        """All of it becomes another table's, which had nothing: who ends leaves it to who goes on."""
+        assert not to.ids and to.blocks is self.blocks
+        to.ids, to.length, to.copies = self.ids, self.length, self.copies
+        self.ids, self.length, self.copies = [], 0, []
+
     def fork(self) -> "Table":
         """Another table of the same blocks, for a sequence that goes on differently."""
         assert not self.copies, "the cache has to copy first"
-        twin = Table(self._blocks)
+        twin = Table(self.blocks)
         twin.ids, twin.length = list(self.ids), self.length
         for block in twin.ids:
-            self._blocks._share(block)
+            self.blocks._share(block)
         return twin
 
     def _writes_shared(self) -> bool:
         """Whether the next position lies in a block that others hold too."""
-        return self.length % self.block_size > 0 and self._blocks.holders(self.ids[-1]) > 1
+        return self.length % self.block_size > 0 and self.blocks.holders(self.ids[-1]) > 1

@@ -13,6 +13,7 @@ R rows of logits, V vocabulary.
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -21,17 +22,18 @@ from manyhands.config import SamplingConfig
 from manyhands.engine.answer import Completion, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.blocks import BLOCK_SIZE, Blocks
+from manyhands.engine.caches import Caches
 from manyhands.engine.mode import one_thread
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
-from manyhands.engine.request import Request
+from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed, Runner, joined
 from manyhands.engine.sampling import sample
-from manyhands.engine.scheduler import Chunk, Scheduler
+from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
 from manyhands.errors import UserError
-from manyhands.layers.cache import Cache, PagedCache, Pool
+from manyhands.layers.cache import Cache
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 
@@ -50,14 +52,15 @@ class Engine:
         max_sequences: int = 64,
         max_batch_tokens: int | None = None,
         cache_tokens: int | None = None,
-        paged: bool = False,
+        paged: bool | None = None,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
 
         `max_batch_tokens` go through the model in one step, prompts in chunks if need be; None: no prompt is cut.
         `cache_tokens` bounds the cache of all together, in blocks of 32; when they run out, the youngest request waits
         and is computed again; None: no bound but the context of each. `paged` keeps the caches in such blocks, else
-        each in one piece. None of this changes what a request says, but for rounding.
+        each in one piece; None: in blocks where native attention reads them. None of this changes what a request says,
+        but for rounding.
 
         Raises `UserError` for a model that cannot generate.
         """
@@ -67,7 +70,8 @@ class Engine:
         most = max_sequences * -(-context // BLOCK_SIZE)
         blocks = Blocks(most if cache_tokens is None else max(1, cache_tokens // BLOCK_SIZE))
         self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
-        self._pools = [Pool(BLOCK_SIZE) for _ in model.layers] if paged else None
+        self._caches, self._paged = Caches(len(model.layers), blocks), paged
+        self._prefixes: WeakSet[Prefix] = WeakSet()
         self._count = 0
 
     @property
@@ -112,7 +116,8 @@ class Engine:
             keeps_routing=routing,
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
-            state.begin(request, self.model, self._new_cache(request))
+            self._prefixes.add(prefix)
+            state.begin(request, self._new_cache(request))
         return request
 
     def step(self) -> list[Token]:
@@ -121,9 +126,7 @@ class Engine:
         Nothing while only a part of a prompt was run. Raises `ManyhandsError` if the logits are not finite. A pass that
         was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
         """
-        plan = self.scheduler.schedule()
-        for request in plan.preempted:
-            state_of(request).forget(request)
+        plan = self._plan()
         if not plan.chunks:
             return []
         batch = Batch([self._row(chunk) for chunk in plan.chunks])
@@ -146,8 +149,7 @@ class Engine:
 
     def abort(self, request: Request) -> None:
         """End it now, wherever it is; one that has ended stays as it is."""
-        self.scheduler.end(request, "abort")
-        state_of(request).cache = None
+        self._end(request, "abort")
 
     def completion(self, request: Request) -> Completion:
         """What was made of a request so far."""
@@ -218,14 +220,35 @@ class Engine:
         for request in requests:
             self.abort(request)
 
+    def _plan(self) -> Plan:
+        """The next step. Where nothing fits any more, what conversations keep for their next turns goes."""
+        plan = self.scheduler.schedule()
+        if not plan.chunks and self.busy:
+            active = {state_of(r).prefix for r in self.scheduler.running}
+            for request in self.scheduler.waiting:
+                state_of(request).forget(request)
+            for prefix in self._prefixes:
+                if prefix not in active:
+                    prefix.clear()
+            again = self.scheduler.schedule()
+            plan = Plan(again.chunks, plan.preempted + again.preempted)
+        for request in plan.preempted:
+            state_of(request).forget(request)
+        return plan
+
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        state_of(request).leave()
+        self.scheduler.end(request, reason)
+        self._caches.rest()
+
     def _new_cache(self, request: Request) -> Callable[[], Cache]:
-        if self._pools is None:
-            return self.model.new_cache
-        return partial(PagedCache, self._pools, request.table)
+        if self._paged is None:
+            self._paged = self.runner.reads_blocks
+        return partial(self._caches.new, request.table) if self._paged else self.model.new_cache
 
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request
-        cache = state_of(request).begin(request, self.model, self._new_cache(request))
+        cache = state_of(request).begin(request, self._new_cache(request))
         return Row(request.next_ids(chunk.count), cache, chunk.draws)
 
     def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
@@ -240,5 +263,5 @@ class Engine:
     def _push(self, request: Request, token: int, routed: Routed, at: int) -> Token:
         text, reason = state_of(request).push(request, token)
         if reason is not None:
-            self.scheduler.end(request, reason)
+            self._end(request, reason)
         return Token(request, token, text, reason, routed, at)

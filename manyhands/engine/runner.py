@@ -9,11 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from manyhands.engine.batch import Batch
+from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
 from manyhands.engine.mode import evaluating
 from manyhands.kernels.native import step
-from manyhands.kernels.policy import MOST_APART
-from manyhands.layers.cache import Cache
+from manyhands.kernels.policy import MOST_AT_ONCE
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import Routing
 from manyhands.runtime import Program, prepare
@@ -41,6 +41,8 @@ class Forward:
     logits: Tensor
     """[drawing rows, V]"""
     routed: Routed
+    states: Tensor | None
+    """[T, D] after the final norm, where they were asked for."""
 
 
 class Runner:
@@ -51,38 +53,53 @@ class Runner:
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
         self._training: list[nn.Module] = []
-        self._programs: dict[int, Program] = {}  # by number of sequences
+        self._program: Program | None = None
 
-    def run(self, batch: Batch) -> Forward:
-        """One forward pass; each row's cache is extended by its tokens, none of them twice."""
+    def run(self, batch: Batch, states: bool = False) -> Forward:
+        """One forward pass; each row's cache is extended by its tokens, none of them twice.
+
+        `states` asks for those of all tokens.
+        """
         with torch.inference_mode(), evaluating(self._modules) as self._training:
-            hidden = self.hidden(batch)
-            states_TD = hidden.states[0]
-            if len(batch.drawing) < batch.num_tokens:
-                states_TD = states_TD[[batch.last[row] for row in batch.drawing]]
-            return Forward(self.model.head(states_TD), Routed(hidden.routings, batch.num_tokens))
+            program = self._prepared(batch.num_tokens)
+            many = program is not None and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
+            if program is None or many or not program.takes(batch.caches):
+                return self._modules_run(batch, states)
+            return self._run(program, batch, states)
 
-    def hidden(self, batch: Batch) -> Hidden:
-        """The pass up to the head: states [1, T, D]."""
-        ids_1T = batch.ids(self.device)
-        decodes = batch.num_tokens == len(batch.rows) and step.direct(self.model.embed_tokens.weight.detach())
-        if not decodes:
-            self._look_again()
-        if len(batch.rows) == 1:
-            cache = batch.rows[0].cache
-            return self.model.hidden(ids_1T, cache=cache, program=self._program([cache]) if decodes else None)
-        counts, caches = [len(row.ids) for row in batch.rows], [row.cache for row in batch.rows]
-        if not decodes:
-            return self.model.hidden_rows(ids_1T, counts, caches)
-        parts = [slice(first, first + MOST_APART) for first in range(0, len(counts), MOST_APART)]
-        done = [
-            self.model.hidden_rows(ids_1T[:, rows], counts[rows], caches[rows], self._program(caches[rows]))
-            for rows in parts
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether caches in blocks are the ones to give it: native attention reads those and no others."""
+        with torch.inference_mode(), evaluating(self._modules) as self._training:
+            program = self._prepared(1)
+        return program is not None and program.reads_blocks
+
+    def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
+        """In steps of no more than are worth the memory; their size shows in no number."""
+        steps = [
+            program.run(part.ids, part.counts, part.caches, part.draws, states) for part in batch.parts(program.most)
         ]
-        if len(done) == 1:
-            return done[0]
-        routings = joined([hidden.routings for hidden in done])
-        return Hidden(torch.cat([hidden.states for hidden in done], 1), routings, {}, None)
+        if len(steps) == 1:
+            (one,) = steps
+            return Forward(one.logits, Routed(one.routings, batch.num_tokens), one.states)
+        found = [s.states for s in steps if s.states is not None]
+        logits = torch.cat([s.logits for s in steps])
+        routed = Routed(joined([s.routings for s in steps]), batch.num_tokens)
+        return Forward(logits, routed, torch.cat(found) if found else None)
+
+    def _modules_run(self, batch: Batch, states: bool) -> Forward:
+        """Where there is no program for it."""
+        self._look_again()
+        ids_1T = torch.tensor([batch.ids], device=self.device)
+        if len(batch.rows) == 1:
+            hidden = self.model.hidden(ids_1T, cache=batch.caches[0])
+        else:
+            hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches)
+        drawn = hidden.states[0]
+        if len(batch.drawing) < batch.num_tokens:
+            drawn = drawn[batch.draws]
+        routed = Routed(hidden.routings, batch.num_tokens)
+        return Forward(self.model.head(drawn), routed, hidden.states[0] if states else None)
 
     def _look_again(self) -> None:
         """A module that was put in since is in evaluation mode too, for this pass."""
@@ -92,20 +109,53 @@ class Runner:
                 module.training = False
                 self._training.append(module)
 
-    def _program(self, caches: Sequence[Cache]) -> Program | None:
-        """What runs the blocks for rows with a token and a cache each; None: the modules do as well."""
-        B = len(caches)
-        found = self._programs.get(B)
-        if found is None or not found.current(self.model):
+    def _prepared(self, tokens: int) -> Program | None:
+        """The program, made again for more tokens or for another model; None: the modules do as well."""
+        if not step.direct(self.model.embed_tokens.weight.detach()):
+            return None
+        found, wanted = self._program, min(tokens, MOST_AT_ONCE)
+        if found is None or found.capacity < wanted or not found.current():
             self._look_again()
-            found = self._programs[B] = prepare(self.model, B)
-        return found if found.native and found.takes(caches, self.model.embed_tokens.weight.dtype) else None
+            most = max(1 << (wanted - 1).bit_length(), 0 if found is None else found.capacity)
+            found = self._program = prepare(self.model, most)
+        return found if found.native else None
 
     @torch.no_grad()
     def score(self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None) -> Hidden:
-        """A rectangle of texts, without a cache: for whoever wants every token's state and not a next token."""
-        with evaluating(self._modules):
+        """A rectangle of texts: for whoever wants every token's state and not a next token.
+
+        States are [B, S, D], those of padding 0 or what they are; the routing may be that of real tokens only. Where
+        all of the model is native, a text's numbers depend on the text alone, wherever its padding is.
+        """
+        with evaluating(self._modules) as self._training:
+            if dtype in (None, self.model.embed_tokens.weight.dtype):
+                with torch.inference_mode():
+                    program = self._prepared(ids_BS.numel())
+                    fits = program is not None and program.most == program.capacity
+                    if program is not None and fits and program.whole and (mask_BS is None or bool(mask_BS.any())):
+                        return self._score(program, ids_BS, mask_BS)
             return self.model.hidden(ids_BS, mask_BS, dtype=dtype)
+
+    def _score(self, program: Program, ids_BS: Tensor, mask_BS: Tensor | None) -> Hidden:
+        """One text behind the other; what a text has in blocks is given back when it has run."""
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
+        memory = Caches(len(self.model.layers))
+        texts = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
+        rows = [Row(ids, memory.new(), draws=False) for ids in texts if ids]
+        lengths = {row.cache: len(row.ids) for row in rows}
+        states: list[Tensor] = []
+        routings: list[dict[int, Routing]] = []
+        for part in Batch(rows).parts(program.most):
+            forward = self._run(program, part, states=True)
+            assert forward.states is not None
+            states.append(forward.states)
+            routings.append(forward.routed.layers)
+            for cache in part.caches:
+                if cache.length == lengths[cache]:
+                    cache.truncate(0)
+        found = states[0].new_zeros(*ids_BS.shape, states[0].shape[-1])
+        found[real_BS] = torch.cat(states)
+        return Hidden(found, joined(routings), {}, None)
 
 
 def joined(passes: Sequence[dict[int, Routing]]) -> dict[int, Routing]:

@@ -9,7 +9,6 @@ from manyhands.engine.prefix import Prefix
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.stream import TextStream
 from manyhands.layers.cache import Cache
-from manyhands.models import Decoder
 from manyhands.moe import Routing
 
 
@@ -30,10 +29,10 @@ class State:
     """Of the passes it had a part in, its tokens'."""
     text: list[str] = field(default_factory=list)
 
-    def begin(self, request: Request, model: Decoder, new: Callable[[], Cache]) -> Cache:
-        """Its cache: what there is, or the prefix's with what that shares with it, or a new one."""
+    def begin(self, request: Request, new: Callable[[], Cache]) -> Cache:
+        """Its cache: what there is, or a new one, with what the prefix shares with it."""
         if self.cache is None and self.prefix is not None:
-            self.cache = self.prefix.begin(model, request.prompt_ids)
+            self.cache = self.prefix.begin(request.prompt_ids, new)
             request.num_computed = len(self.prefix.ids)
         elif self.cache is None:
             self.cache = new()
@@ -53,6 +52,12 @@ class State:
         if self.prefix is not None:
             self.prefix.clear()
 
+    def leave(self) -> None:
+        """It has ended, and its blocks are given back; what a prefix keeps stays with that."""
+        if self.prefix is not None and self.cache is not None:
+            self.prefix.keep()
+        self.cache = None
+
     def push(self, request: Request, token: int) -> tuple[str, FinishReason | None]:
         """It has a new token: the text that became certain with it, and why it ends."""
         request.token_ids.append(token)
@@ -62,7 +67,6 @@ class State:
         reason: FinishReason | None = "stop" if stopped else "length" if full else None
         if reason is not None:
             text += self.stream.finish() if self.stream else ""
-            self.cache = None
         self.text.append(text)
         return text, reason
 

@@ -19,8 +19,8 @@ FEW_SCORES = 1 << 12
 """A top-k: sorting so few takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
 FEW_QUERIES = 8
 """Attention to a cache: up to so many queries the native kernels do; more are PyTorch's work."""
-MOST_APART = 16
-"""Decoding in one native call, a cache each: the native kernels take no more rows of plain weights."""
+MOST_AT_ONCE = 1024
+"""Tokens of one step of a program: more are run one step after the other, so that memory is bounded."""
 
 
 @cache

@@ -5,7 +5,7 @@ B batch, S sequence, T = B·S tokens, D model width, V vocabulary, L layers, H h
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -52,15 +52,6 @@ class Output:
 
 pytree.register_dataclass(Hidden)
 pytree.register_dataclass(Output)
-
-
-class Stepper(Protocol):
-    """What runs all blocks and the final norm in the modules' place, where each sequence has one new token."""
-
-    def step(
-        self, x: Tensor, positions: Positions, caches: Sequence[Cache], real_1B: Tensor, ids_1B: Tensor
-    ) -> tuple[Tensor, dict[int, Routing]]:
-        """Embedded tokens [1, B, D], a cache each -> states [1, B, D], routings by layer."""
 
 
 class Block(nn.Module):
@@ -239,14 +230,13 @@ class Decoder(nn.Module):
         recompute: bool = False,
         clip_above: float | None = None,
         keep_outputs: bool = False,
-        program: Stepper | None = None,
     ) -> Hidden:
         """Everything but the head.
 
         `mask_BS` is false for padding (any side); `cache` continues from earlier tokens and is extended in place;
         `dtype` is the compute dtype (default: that of the weights); `recompute` trades time for memory in the
         backward pass; `clip_above` asks for the attention logits of QK-Clip; `keep_outputs` keeps the experts'
-        outputs in the routings; `program` runs the blocks, for one token to a cache of one row.
+        outputs in the routings.
         """
         S = ids_BS.shape[1]
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
@@ -259,23 +249,16 @@ class Decoder(nn.Module):
         length = S if cache is None else cache.length
         positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
-        x = self._embed(ids_BS, dtype)
-        if program is not None:
-            assert cache is not None
-            states, routings = program.step(x, positions, [cache], real_BS, ids_BS)
-            return self._hidden(states, routings, {}, cache)
+        x = self.embed(ids_BS, dtype)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
         x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs)
         return self._hidden(self.norm(x), routings, largest, cache)
 
-    def hidden_rows(
-        self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], program: Stepper | None = None
-    ) -> Hidden:
+    def hidden_rows(self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache]) -> Hidden:
         """Everything but the head, for several sequences of different lengths at once, without padding.
 
         `ids_1T` are their next tokens, one sequence behind the other, `counts` of each; each has a cache of its own,
-        of one row, extended in place. States are [1, T, D], routings those of the T tokens. `program` runs the blocks,
-        where each has one token.
+        of one row, extended in place. States are [1, T, D], routings those of the T tokens.
         """
         if any(len(cache.layers) != len(self.layers) for cache in caches):
             raise ConfigError(f"a cache has not the model's {len(self.layers)} layers")
@@ -283,15 +266,13 @@ class Decoder(nn.Module):
             cache.extend(ids, None) for cache, ids in zip(caches, torch.split(ids_1T, list(counts), 1), strict=True)
         ]
         positions = find_rows(self.config, counts, [cache.length for cache in caches], real, ids_1T.device)
-        real_1T, x = torch.ones_like(ids_1T, dtype=torch.bool), self._embed(ids_1T, None)
-        if program is not None:
-            states, routings = program.step(x, positions, caches, real_1T, ids_1T)
-            return self._hidden(states, routings, {}, None)
+        real_1T, x = torch.ones_like(ids_1T, dtype=torch.bool), self.embed(ids_1T)
         layers = [[cache.layers[layer] for cache in caches] for layer in range(len(self.layers))]
         x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T)
         return self._hidden(self.norm(x), routings, largest, None)
 
-    def _embed(self, ids_BS: Tensor, dtype: torch.dtype | None) -> Tensor:
+    def embed(self, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Token ids [B, S] -> what the first block takes [B, S, D], in `dtype` (default: that of the weights)."""
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = x if dtype is None else x.to(dtype)
         return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier

@@ -1,56 +1,78 @@
 """The native calls of a program, one behind the other, while claims write them.
 
-B rows of one token each. A buffer is [B, width] float32 with a name; a layer uses what the layer before it used.
+T rows, a token each, of at most `capacity`. A buffer is [capacity, width] float32 with a name; a layer uses what the
+layer before it used.
 """
 
 from ctypes import Array, Structure, addressof, c_void_p
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from manyhands.kernels.native import step, views
-from manyhands.kernels.native.library import CCache, CRows, CStep
+from manyhands.kernels.native import views
+from manyhands.kernels.native.library import CCache, CRotation, CRouting, CRows, CSequences, CStep
 from manyhands.runtime.segments import Native, Segment
 
 NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
+
+
+Argument = Structure | Array[Any] | int | None
+"""What a call is given: by address, or the address itself."""
 
 
 class Unfit(Exception):
     """A part that no claim covers, and why."""
 
 
+def step_of(kind: int, *arguments: Argument, n: tuple[int, int] = (0, 0), factor: float = 1.0) -> CStep:
+    """A call, whose arguments must live as long."""
+    places = [a if a is None or isinstance(a, int) else addressof(a) for a in arguments]
+    return CStep(kind, (c_void_p * (CStep.a.size // 8))(*places), n, factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Claimed:
+    """A layer whose attention is native: its structure, which is filled before a step, and what is kept in blocks."""
+
+    layer: int
+    cache: CCache
+    kinds: tuple[tuple[int, int], ...]
+    """Heads and width of each tensor that is cached."""
+
+
 class Builder:
     """Collects segments, the memory that they point to, and what each step must bind anew."""
 
-    def __init__(self, B: int, config: Any) -> None:
-        self.B, self.config = B, config
+    def __init__(self, capacity: int, config: Any) -> None:
+        self.capacity, self.config = capacity, config
         self.D: int = config.hidden_size
         self.segments: list[Segment] = []
         self.copies: list[Tensor] = []
         """Float32 copies that every step makes again, of `sources`."""
         self.sources: list[Tensor] = []
-        self.attentions: list[tuple[int, int, CCache]] = []
-        """Per claimed layer and row: layer, row, cache."""
-        self.first, self.start = (torch.zeros(B, dtype=torch.int64) for _ in range(2))
-        """The position of each row's token, and how many at the head of its sequence are padding."""
-        one = torch.tensor([0, 1])
-        rows = [step.Sequences(one, self.first[i : i + 1], one[:1], one[:1], self.start[i : i + 1]) for i in range(B)]
-        self.sequences = [row.struct() for row in rows]
-        self.held: list[Any] = [one]  # what the calls point to must live as long
+        self.attentions: list[Claimed] = []
+        self.held: list[Any] = []  # what the calls point to must live as long
         self.tensors: dict[tuple[str, int], Tensor] = {}
         self.routings: dict[int, int] = {}
         """Claimed sparse layers, and where in `routed` each one's routing is."""
         self.routed: tuple[Tensor, ...] = ()
-        """Ids, weights, scores, logits of all of them, [sparse layers, B, ·], so that a step's are copied as one."""
-        self.cos, self.sin = (torch.empty(B, config.rope_dim // 2) for _ in range(2))
+        """Ids, weights, scores, logits of all of them, [sparse layers, capacity · ·]: a layer's T rows lie together."""
+        self.cos, self.sin = (torch.empty(capacity, config.rope_dim // 2) for _ in range(2))
+        self.most = capacity
+        """Rows that all the claimed parts take."""
+        self.sequences = CSequences()
+        """Who the rows are: every call reads it."""
         self._rows: dict[tuple[str, int], CRows] = {}
+        self._routed: list[CRouting] = []
+        self._rotations: list[CRotation] = []
         self._steps: list[CStep] = []
 
     def buffer(self, name: str, width: int) -> CRows:
         """The structure for a buffer."""
         if (name, width) not in self._rows:
-            self.tensors[name, width] = torch.empty(self.B, width)
+            self.tensors[name, width] = torch.empty(self.capacity, width)
             self._rows[name, width] = views.rows(self.tensors[name, width])
         return self._rows[name, width]
 
@@ -58,6 +80,15 @@ class Builder:
         """The buffer itself."""
         self.buffer(name, width)
         return self.tensors[name, width]
+
+    def count(self, T: int) -> None:
+        """From now on the rows are T."""
+        for rows in self._rows.values():
+            rows.count = T
+        for routing in self._routed:
+            routing.tokens = T
+        for rotation in self._rotations:
+            rotation.positions = T
 
     def float32(self, tensor: Tensor | None, width: int) -> int | None:
         """Where `tensor` [width] lies as float32: itself, or a copy that every step makes again."""
@@ -72,19 +103,26 @@ class Builder:
             source = self.copies[-1]
         return source.data_ptr()
 
-    def call(self, kind: int, *arguments: Structure | Array[Any] | int | None, n: tuple[int, int] = (0, 0),
-             factor: float = 1.0) -> None:  # fmt: skip
+    def call(self, kind: int, *arguments: Argument, n: tuple[int, int] = (0, 0), factor: float = 1.0) -> None:
         """One native call."""
         self.held.extend(arguments)
-        places = [a if a is None or isinstance(a, int) else addressof(a) for a in arguments]
-        self._steps.append(CStep(kind, (c_void_p * 8)(*places), n, factor))
+        for argument in arguments:
+            if isinstance(argument, CRouting):
+                self._routed.append(argument)
+            elif isinstance(argument, CRotation):
+                self._rotations.append(argument)
+        self._steps.append(step_of(kind, *arguments, n=n, factor=factor))
+
+    def attention(self, layer: int, cache: CCache, *kinds: tuple[int, int]) -> None:
+        """The calls before and after this one place keys and values in a cache and attend to it."""
+        self.attentions.append(Claimed(layer, cache, kinds))
 
     def routing(self, layer: int, E: int, K: int) -> list[Tensor]:
-        """Where a claimed layer's ids [B, K], weights [B, K], scores and logits [B, E] go."""
+        """Where a claimed layer's ids [T, K], weights [T, K], scores and logits [T, E] go."""
         sparse = self.config.sparse_layers
         if not self.routed:
-            floats = [torch.empty(len(sparse), self.B, n) for n in (K, E, E)]
-            self.routed = (torch.empty(len(sparse), self.B, K, dtype=torch.int64), *floats)
+            floats = [torch.empty(len(sparse), self.capacity, n) for n in (K, E, E)]
+            self.routed = (torch.empty(len(sparse), self.capacity, K, dtype=torch.int64), *floats)
         if layer not in sparse or (self.routed[0].shape[2], self.routed[2].shape[2]) != (K, E):
             raise Unfit("a router of other sizes than the config's")
         self.routings[layer] = list(sparse).index(layer)
@@ -107,7 +145,8 @@ class Builder:
 
     @property
     def _written(self) -> tuple[list[Any], ...]:
-        return self._steps, self.copies, self.sources, self.attentions, self.held
+        lists = (self._steps, self.copies, self.sources, self.attentions, self.held)
+        return (*lists, self._routed, self._rotations)
 
     def mark(self) -> tuple[int, ...]:
         """Where the builder is, for `reset`."""

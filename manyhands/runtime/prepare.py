@@ -12,27 +12,33 @@ from manyhands.runtime import segments
 from manyhands.runtime.builder import Builder, Unfit
 from manyhands.runtime.claims import attend, feed_forward, mixture, norm
 from manyhands.runtime.covered import MODEL
+from manyhands.runtime.head import Head
 from manyhands.runtime.program import Part, Program
 from manyhands.runtime.snapshot import Snapshot, heard
 
 
 @torch.inference_mode(False)  # a program may be used outside of the mode it was made in
-def prepare(model: Decoder, B: int = 1) -> Program:
-    """The program for B sequences of one new token and one cache each. It never fails: see `Program.native`."""
-    reader = _Reader(model, B)
+def prepare(model: Decoder, capacity: int = 1) -> Program:
+    """The program for steps of at most `capacity` tokens. It never fails: see `Program.native`."""
+    reader = _Reader(model, capacity)
     for layer, block in enumerate(model.layers):
         reader.block(block, layer)
     reader.norm("norm", model.norm, "x", "states", None)
     reader.builder.flush()
-    snapshot = Snapshot((model.layers, model.norm), reader.called)
-    return Program(model, reader.builder, snapshot, reader.parts)
+    head = Head(model, reader.builder)
+    reader.parts.append(Part("head", None, head.why))
+    last = model.embed_tokens if model.lm_head is None else model.lm_head
+    if head.why is not None:
+        reader.called.append(last)
+    snapshot = Snapshot((model.layers, model.norm, last), reader.called)
+    return Program(model, reader.builder, snapshot, reader.parts, head)
 
 
 class _Reader:
     """Walks the model in the order in which it computes."""
 
-    def __init__(self, model: Decoder, B: int) -> None:
-        self.builder = Builder(B, model.config)
+    def __init__(self, model: Decoder, capacity: int) -> None:
+        self.builder = Builder(capacity, model.config)
         self.builder.buffer("x", model.config.hidden_size)
         self.parts: list[Part] = []
         self.called: list[nn.Module] = []

@@ -1,27 +1,27 @@
-"""Decoding as a program: native calls, each of many parts, and between them the modules that no claim covers.
+"""A model as a program: native calls, each of many parts, and between them the modules that no claim covers.
 
 In small models the time between the calls is more than the time in them, so that a stretch of parts is one call.
-Between the parts everything is float32, whatever the model's dtype.
+Between the parts everything is float32, whatever the model's dtype. Prompts, chunks of prompts and single tokens go
+the same way: a step runs the next tokens of some sequences, and a row's numbers depend on its sequence alone.
 
-B sequences of one token each, D model width.
+T tokens of R sequences, D model width, V vocabulary.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.kernels.native import step
-from manyhands.layers.attention import Positions, start_of
-from manyhands.layers.cache import Cache, ContiguousLayer
+from manyhands.layers.cache import Cache, PagedCache
 from manyhands.models import Decoder
 from manyhands.moe import Routing
 from manyhands.runtime.builder import Builder
+from manyhands.runtime.head import Head
 from manyhands.runtime.segments import Moment, Native
+from manyhands.runtime.sequences import Rotations, Sequences
 from manyhands.runtime.snapshot import Snapshot
 
 
@@ -34,23 +34,49 @@ class Part:
     why: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a step made. Inference tensors, to be read only."""
+
+    logits: Tensor
+    """[drawing rows, V]; float32 where the head is native."""
+    routings: dict[int, Routing]
+    """Of each sparse layer, T tokens."""
+    states: Tensor | None
+    """[T, D] in the model's dtype after the final norm, where they were asked for."""
+
+
 class Program:
-    """Prepared once (`prepare`), good for as long as `current`.
+    """Prepared once (`prepare`) for steps of at most `capacity` tokens, good for as long as `current`.
 
     The calls read the weights where they lie, so that a change in place is seen; what is a copy is made again in each
     step. A module that is called is called as ever: hooks, wrappers and overridden methods are heard.
     """
 
-    def __init__(self, model: Decoder, builder: Builder, snapshot: Snapshot, parts: list[Part]) -> None:
-        self.parts = parts
-        self._config, self._layers, self._last = model.config, model.layers, model.norm
-        self._snapshot, self._b, self._segments = snapshot, builder, builder.segments
-        self._seen: list[Any] = [None] * len(builder.attentions)
+    def __init__(self, model: Decoder, builder: Builder, snapshot: Snapshot, parts: list[Part], head: Head) -> None:
+        self.parts, self.capacity, self.most = parts, builder.capacity, builder.most
+        self._model, self._config = model, model.config
+        self._roots = [model.layers, model.norm, model.embed_tokens, model.lm_head]
+        self._snapshot, self._b, self._segments, self._head = snapshot, builder, builder.segments, head
+        self._sequences, self._rotations = Sequences(builder.sequences), Rotations(model.config)
+        self._seen: list[list[Tensor]] = []
+        self._room = self._count = 0
+        self._real_T = torch.empty(0, dtype=torch.bool)
 
     @property
     def native(self) -> bool:
         """Whether any part is: else the modules do as well alone."""
         return any(isinstance(segment, Native) for segment in self._segments) and any(p.why is None for p in self.parts)
+
+    @property
+    def whole(self) -> bool:
+        """Whether every part is."""
+        return all(part.why is None for part in self.parts)
+
+    @property
+    def reads_blocks(self) -> bool:
+        """Whether it wants caches in blocks: some attention is native."""
+        return bool(self._b.attentions)
 
     def __repr__(self) -> str:
         """Which parts are native; which are called as modules, and why."""
@@ -65,71 +91,96 @@ class Program:
             said.append(f"{where} called as modules ({why})")
         return "; ".join(said)
 
-    def current(self, model: Decoder) -> bool:
+    def current(self) -> bool:
         """Whether the model is still what this was made from: nothing replaced, nobody began or ceased to listen."""
-        return (
-            model.config is self._config
-            and model.layers is self._layers
-            and model.norm is self._last
-            and self._snapshot.holds()
-        )
+        m = self._model
+        now = (m.layers, m.norm, m.embed_tokens, m.lm_head)
+        return m.config is self._config and all(map(is_, self._roots, now)) and self._snapshot.holds()
 
-    def takes(self, caches: Sequence[Cache], dtype: torch.dtype) -> bool:
-        """Whether the claimed attention reads caches like these: in one piece, begun, of the compute dtype.
-
-        Their padding, if there is any, is at the head.
-        """
+    def takes(self, caches: Sequence[Cache]) -> bool:
+        """Whether the claimed attention reads caches like these: blocks of the same pools, in the compute dtype."""
         if not self._b.attentions:
             return True
-        first = self._b.attentions[0][0]
-        layers = [cache.layers[first] for cache in caches]
-        if not all(isinstance(layer, ContiguousLayer) and layer.dtype == dtype for layer in layers):
+        first = caches[0]
+        if not isinstance(first, PagedCache) or len(first.pools) != len(self._model.layers):
             return False
-        masks = [cache.mask_BS for cache in caches if cache.mask_BS is not None]
-        return all(start_of(F.pad(mask, (0, 1), value=True), False) is not None for mask in masks)
+        held = first.pools[self._b.attentions[0].layer].buffers
+        return (not held or held[0].dtype == self._model.embed_tokens.weight.dtype) and all(
+            isinstance(cache, PagedCache) and cache.pools is first.pools for cache in caches
+        )
 
-    def step(
-        self, x: Tensor, positions: Positions, caches: Sequence[Cache], real_1B: Tensor, ids_1B: Tensor
-    ) -> tuple[Tensor, dict[int, Routing]]:
-        """[1, B, D] after the embedding -> the same after the final norm, and the routing of each sparse layer.
+    def run(
+        self, ids: Sequence[int], counts: Sequence[int], caches: Sequence[Cache], draws: Sequence[int],
+        states: bool = False,
+    ) -> Step:  # fmt: skip
+        """The next tokens of some sequences, `counts` of each, one sequence behind the other; each has a cache.
 
-        Every row has a cache of its own, which has made room in its mask but not in its layers.
+        `draws` are the rows whose logits are wanted, in ascending order; `states` asks for all rows' states too.
         """
-        b = self._b
-        b.tensors["x", b.D].copy_(x.view(b.B, b.D))
+        b, T, firsts = self._b, len(ids), [cache.length for cache in caches]
+        if self._count != T:
+            b.count(T)
+            self._count, self._real_T = T, torch.ones(T, dtype=torch.bool)
+        ids_1T = torch.tensor([ids])
+        x = self._model.embed(ids_1T)
+        moment = Moment(self._config, x.dtype, ids_1T, counts, caches, _make_room(ids_1T, counts, caches))
+        b.tensors["x", b.D][:T].copy_(x[0])
         if b.attentions:
-            self._bind(positions, caches)
+            self._bind(counts, firsts, caches)
         if b.copies:
             torch._foreach_copy_(b.copies, b.sources)
-        moment = Moment(x.dtype, positions, caches, real_1B, ids_1B)
         for segment in self._segments:
             segment.run(moment)
-        states = b.tensors["states", b.D].to(x.dtype, copy=True).view(x.shape)
-        routings = moment.routings
-        if b.routings:
-            real_B, parts = real_1B[0], [t.clone().unbind(0) for t in b.routed]
-            kept_BK = torch.ones_like(parts[0][0], dtype=torch.bool)
-            for layer, i in b.routings.items():
-                ids, weights, scores, logits = (part[i] for part in parts)
-                routings[layer] = Routing(ids, weights, scores, logits, kept_BK, real_B)
-        return states, dict(sorted(routings.items())) if len(b.routings) < len(routings) else routings
+        for cache in caches:
+            if isinstance(cache, PagedCache):
+                cache.written = cache.length
+        states_TD = b.tensors["states", b.D][:T]
+        if self._config.output_multiplier != 1.0:
+            states_TD.mul_(self._config.output_multiplier)
+        logits = self._head.logits(states_TD, draws, x.dtype)
+        return Step(logits, self._routings(moment), states_TD.to(x.dtype, copy=True) if states else None)
 
-    def _bind(self, positions: Positions, caches: Sequence[Cache]) -> None:
-        """Where this step's keys go, how many there are, who may look where."""
+    def _routings(self, moment: Moment) -> dict[int, Routing]:
+        """Of all sparse layers: what native calls and what modules routed."""
+        b, T, called = self._b, moment.num_tokens, moment.routings
+        if not b.routings:
+            return called
+        parts = [t[:, :T].clone().unbind(0) for t in b.routed]
+        kept_TK, found = torch.ones_like(parts[0][0], dtype=torch.bool), dict(called)
+        for layer, i in b.routings.items():
+            ids, weights, scores, logits = (part[i] for part in parts)
+            found[layer] = Routing(ids, weights, scores, logits, kept_TK, self._real_T)
+        return dict(sorted(found.items())) if called else found
+
+    def _bind(self, counts: Sequence[int], firsts: Sequence[int], caches: Sequence[Cache]) -> None:
+        """Where this step's keys go, and where the earlier ones are."""
         b = self._b
-        for table, now in zip((b.cos, b.sin), positions.rope, strict=True):
-            table.copy_(now.flatten(0, 2))
-        rows = [row for _, row in positions.rows] or [positions]
-        b.start.copy_(torch.cat([row.start_B for row in rows if row.start_B is not None]))
-        for i, (layer, row, struct) in enumerate(b.attentions):
-            cache = caches[row].layers[layer]
-            assert isinstance(cache, ContiguousLayer)
-            buffers = tuple(cache.grow(1))
-            if self._seen[i] is None or not all(map(is_, buffers, self._seen[i])):
-                step.bind_cache(struct, *buffers)
-                self._seen[i] = buffers
-        first = b.attentions[0][0]
-        b.first.copy_(torch.tensor([cache.layers[first].length - 1 for cache in caches]))
+        paged = [cache for cache in caches if isinstance(cache, PagedCache)]
+        self._sequences.bind(counts, firsts, paged)
+        self._rotations.fill(b.cos, b.sin, counts, firsts)
+        pools = [paged[0].pools[claimed.layer] for claimed in b.attentions]
+        now = [pool.buffers for pool in pools]
+        if self._sequences.blocks <= self._room and all(map(is_, now, self._seen)):
+            return
+        weight = self._model.embed_tokens.weight
+        for claimed, pool in zip(b.attentions, pools, strict=True):
+            k, v = pool.hold(self._sequences.blocks, claimed.kinds, weight)
+            step.bind_cache(claimed.cache, k, v)
+        self._seen = [pool.buffers for pool in pools]
+        self._room = min(buffers[0].shape[0] for buffers in self._seen)
+
+
+def _make_room(ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache]) -> list[Tensor | None]:
+    """Every cache has positions for its sequence's tokens; which of its positions are no padding, None: all."""
+    real: list[Tensor | None] = [None] * len(caches)
+    start = 0
+    for i, (cache, count) in enumerate(zip(caches, counts, strict=True)):
+        if isinstance(cache, PagedCache):
+            cache.take(count)
+        else:
+            real[i] = cache.extend(ids_1T[:, start : start + count], None)
+        start += count
+    return real
 
 
 def _span(numbers: list[int]) -> str:

@@ -101,7 +101,7 @@ def test_everything_is_a_job(monkeypatch):
 def test_what_ran_is_counted():
     with counting() as calls:
         decoding_rows()
-    assert calls["mh_steps"] and calls["mh_steps: route"] and calls["mh_attend"]
+    assert calls["mh_steps"] and calls["mh_steps: route"] and calls["mh_steps: attend"]
     assert "mh_backward" in coverage_row(calls).failing
 
 
@@ -158,7 +158,8 @@ def test_fused_step(monkeypatch, fault):
                     steps[i].factor = 2.0
                 if fault == "place" and steps[i].kind == 2:  # keys and values one place too early
                     who = ctypes.cast(steps[i].a[3], ctypes.POINTER(library.CSequences))[0]
-                    early = ctypes.c_int64(ctypes.cast(who.first, ctypes.POINTER(ctypes.c_int64))[0] - 1)
+                    first = ctypes.cast(who.first, ctypes.POINTER(ctypes.c_int64))
+                    early = (ctypes.c_int64 * who.count)(*(first[s] - 1 for s in range(who.count)))
                     moved = library.CSequences.from_buffer_copy(who)
                     moved.first, steps[i].a[3] = ctypes.addressof(early), ctypes.addressof(moved)
                     held.append((early, moved))
@@ -223,7 +224,7 @@ def test_a_step_that_reads_the_rotation_wrongly(monkeypatch, field, value, kind)
             steps = ctypes.cast(arguments[0], ctypes.POINTER(library.CStep))
             for i in range(arguments[1]):
                 if steps[i].kind == 2:
-                    rotation = ctypes.cast(steps[i].a[3], ctypes.POINTER(library.CRotation))[0]
+                    rotation = ctypes.cast(steps[i].a[4], ctypes.POINTER(library.CRotation))[0]
                     setattr(rotation, field, value)
         return call(name, *arguments)
 

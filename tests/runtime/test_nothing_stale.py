@@ -10,12 +10,13 @@ from torch.nn.utils import parametrize, prune
 
 from manyhands.config import SamplingConfig
 from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
 from manyhands.engine.engine import Engine
 from manyhands.engine.runner import Runner
 from manyhands.kernels import native
 from manyhands.kernels.native import step
 from manyhands.layers.attention import Attention
-from manyhands.layers.cache import Cache
+from manyhands.layers.cache import Cache, PagedCache
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
@@ -188,8 +189,8 @@ class Holder:
 
     def steps(self, cache: Cache, first: int, last: int) -> torch.Tensor:
         """States of the tokens `first` to `last`, one by one."""
-        found = [self.runner.hidden(Batch([Row([i], cache)])) for i in range(first, last)]
-        return torch.cat([hidden.states for hidden in found], 1)
+        found = [self.runner.run(Batch([Row([i], cache)]), states=True) for i in range(first, last)]
+        return torch.cat([f.states for f in found])[None]
 
 
 def steps(model: Decoder, cache: Cache, first: int, last: int) -> torch.Tensor:
@@ -197,12 +198,16 @@ def steps(model: Decoder, cache: Cache, first: int, last: int) -> torch.Tensor:
     return Holder(model).steps(cache, first, last)
 
 
+def new_cache(model: Decoder) -> PagedCache:
+    return Caches(len(model.layers)).new()
+
+
 def same(cache: Cache, length: int) -> Cache:
     """Another cache with the same beginning, for which nothing was prepared."""
-    again = Cache(len(cache.layers))
+    again = Caches(len(cache.layers)).new()
+    again.take(length)
     for ours, theirs in zip(again.layers, cache.layers, strict=True):
-        ours.append(*(b[..., :length, :].clone() for b in theirs._buffers))
-    again.length = length
+        ours.append(*(t[..., :length, :] for t in theirs.read()))
     return again
 
 
@@ -214,11 +219,11 @@ def test_what_changes_is_seen(change: str, dtype: torch.dtype, monkeypatch) -> N
     model = packed_model({**CASES["gpt-oss"], "attention": attention}, "plain")
     model.to(dtype)
     other = copy.deepcopy(model)
-    cache = model.new_cache()
+    cache = new_cache(model)
     model.hidden(torch.arange(5)[None], None, cache)
     holder = Holder(model)
     holder.steps(cache, 5, 8)
-    assert holder.runner._programs[1].native
+    assert holder.runner._program.native
     for m in (model, other):
         CHANGES[change](m)
     found = holder.steps(cache, 8, 11)
@@ -232,7 +237,7 @@ def test_what_changes_is_seen(change: str, dtype: torch.dtype, monkeypatch) -> N
 @pytest.mark.parametrize("replace", ["module", "record", "hook", "subclass"])
 def test_packed_parts_too(replace: str, monkeypatch) -> None:
     model = packed_model(CASES["qwen3"], "int8")
-    cache = model.new_cache()
+    cache = new_cache(model)
     model.hidden(torch.arange(5)[None], None, cache)
     holder = Holder(model)
     before = holder.steps(cache, 5, 6)
@@ -280,7 +285,7 @@ def test_latent_attention_hears_who_replaces_its_up_projection() -> None:
     attention = {"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 12,
                  "qk_rope_head_dim": 16, "v_head_dim": 10}  # fmt: skip
     model = packed_model({"attention": attention}, "plain")
-    cache = model.new_cache()
+    cache = new_cache(model)
     model.hidden(torch.arange(5)[None], None, cache)
     for block in model.layers:
         block.self_attn.kv_b_proj = Twice(block.self_attn.kv_b_proj)
@@ -296,7 +301,7 @@ def test_latent_attention_hears_who_replaces_its_up_projection() -> None:
 def test_a_cache_begun_in_inference_mode_goes_on_outside_and_is_copied() -> None:
     model = packed_model(CASES["qwen3"], "plain")
     with torch.inference_mode():
-        cache = model.new_cache()
+        cache = new_cache(model)
         model.hidden(torch.arange(5)[None], None, cache)
         steps(model, cache, 5, 7)
     other = copy.deepcopy(cache)
@@ -307,12 +312,12 @@ def test_a_cache_begun_in_inference_mode_goes_on_outside_and_is_copied() -> None
 def test_a_part_of_ones_own_is_called_and_one_that_ceases_to_be_heard_is_native_again() -> None:
     """A subclass that overrides a part of the reference is not computed by what never heard of it."""
     model, heard = packed_model(CASES["qwen3"], "plain"), []
-    holder, cache = Holder(model), model.new_cache()
+    holder, cache = Holder(model), new_cache(model)
     model.hidden(torch.arange(5)[None], None, cache)
     kind = type(model.layers[0].self_attn)
     model.layers[0].self_attn.__class__ = type("Own", (Attention,), {})
     holder.steps(cache, 5, 6)
-    called = lambda: [(p.name, p.layer) for p in holder.runner._programs[1].parts if p.why]  # noqa: E731
+    called = lambda: [(p.name, p.layer) for p in holder.runner._program.parts if p.why]  # noqa: E731
     assert called() == [("self_attn", 0)]
     hook = model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
     holder.steps(cache, 6, 8)
@@ -337,5 +342,5 @@ def test_one_engine_hears_and_sees_what_changes_between_its_tokens() -> None:
     while engine.busy:
         engine.step()
     assert heard == [1] and len(request.token_ids) == 12
-    (program,) = engine.runner._programs.values()
+    program = engine.runner._program
     assert [(p.name, p.layer) for p in program.parts if p.why] == [("mlp", 0)]

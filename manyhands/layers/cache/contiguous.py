@@ -31,7 +31,7 @@ class ContiguousLayer:
             raise ConfigError("the cache was made for another model: make another with model.new_cache()")
         for buffer, t in zip(self.grow(added), new, strict=True):
             buffer.narrow(-2, self.length - added, added).copy_(t)
-        return [buffer.narrow(-2, 0, self.length) for buffer in self._buffers]
+        return self.read()
 
     def grow(self, added: int) -> list[Tensor]:
         """Take `added` positions more, which the caller fills; the buffers, [..., room, d]. Not for an empty cache."""
@@ -44,6 +44,10 @@ class ContiguousLayer:
             self._buffers = grown
         self.length = needed
         return self._buffers
+
+    def read(self) -> list[Tensor]:
+        """Views of everything so far, [..., length, d]."""
+        return [buffer.narrow(-2, 0, self.length) for buffer in self._buffers]
 
     @property
     def dtype(self) -> torch.dtype | None:

@@ -15,9 +15,9 @@ class LayerCache(Protocol):
 
     | kind | where | for |
     |---|---|---|
-    | contiguous | one tensor, all positions of B sequences | rectangles, one sequence, the native kernels |
+    | contiguous | one tensor, all positions of B sequences | rectangles: whoever calls a model by hand |
     | latent | the same, of MLA's latents | MLA |
-    | paged | blocks of a pool, by a table | many sequences that grow, share and end |
+    | paged | blocks of a pool, by a table | the engine: sequences that grow, share and end; the native kernels |
     """
 
     @property
@@ -26,6 +26,9 @@ class LayerCache(Protocol):
 
     def append(self, *new: Tensor) -> Sequence[Tensor]:
         """Add [B, G, S, d] tensors at the end; returns everything so far, [B, G, length, d], to be read at once."""
+
+    def read(self) -> Sequence[Tensor]:
+        """Everything so far, [B, G, length, d], to be read at once."""
 
     def truncate(self, length: int) -> None:
         """Forget everything after the first `length` positions."""

@@ -1,9 +1,9 @@
-"""Multi-head and grouped-query attention to a contiguous cache for each row."""
+"""Multi-head and grouped-query attention to each sequence's blocks of keys and values."""
 
 from torch import nn
 
 from manyhands.kernels.moment import held
-from manyhands.kernels.native import step, views
+from manyhands.kernels.native import step
 from manyhands.kernels.native.library import CAttention, CCache, CRotation
 from manyhands.layers.attention import Attention
 from manyhands.layers.latent_attention import LatentAttention
@@ -27,16 +27,13 @@ def emit(b: Builder, attention: nn.Module, layer: int) -> None:
     projections = {"q": (attention.q_proj, H * d), "k": (attention.k_proj, G * d), "v": (attention.v_proj, G * d)}
     linear.emit(b, "normed", b.D, projections)
     norms = [step.NO_NORM if n is None else norm.norm_of(n) for n in (attention.q_norm, attention.k_norm)]
-    sinks, pairs = b.float32(attention.sinks, H), b.cos.shape[1]
-    all_placed, all_heads = b.tensor("placed", H * d), b.tensor("heads", H * d)
-    for row in range(b.B):
-        part = slice(row, row + 1)
-        cos, sin, placed, heads = (t[part].data_ptr() for t in (b.cos, b.sin, all_placed, all_heads))
-        rotation = CRotation(cos, sin, 2 * pairs, 1, attention.interleave, *norms, step.NORMS[a.qk_norm])
-        how = CAttention(H, attention.window or 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
-        cache = CCache()
-        projected = [views.rows(b.tensors[name, n * d][part]) for name, n in (("q", H), ("k", G), ("v", G))]
-        b.call(ROPE_AND_CACHE, *projected, b.sequences[row], rotation, cache, placed)
-        b.attentions.append((layer, row, cache))
-        b.call(ATTEND, how, b.sequences[row], placed, cache, heads)
+    q, k, v = b.buffer("q", H * d), b.buffer("k", G * d), b.buffer("v", G * d)
+    placed, heads = (b.tensor(name, H * d).data_ptr() for name in ("placed", "heads"))
+    kind, pairs = step.NORMS[a.qk_norm], b.cos.shape[1]
+    rotation = CRotation(b.cos.data_ptr(), b.sin.data_ptr(), 2 * pairs, 1, attention.interleave, *norms, kind)
+    sinks, cache = b.float32(attention.sinks, H), CCache()
+    how = CAttention(H, attention.window or 0, sinks, attention.scale, a.attn_logit_softcap or 0.0)
+    b.call(ROPE_AND_CACHE, q, k, v, b.sequences, rotation, cache, placed)
+    b.attention(layer, cache, (G, d), (G, d))
+    b.call(ATTEND, how, b.sequences, placed, cache, heads)
     linear.emit(b, "heads", H * d, {"y": (attention.o_proj, b.D)})

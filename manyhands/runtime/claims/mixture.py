@@ -25,7 +25,7 @@ def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
     E, K = mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok
     packed, stacked = _experts(b, mlp.experts, E)
     ids, weights, scores, logits = b.routing(layer, E, K)
-    kept = torch.ones(b.B, K, dtype=torch.bool)
+    kept = torch.ones(b.capacity, K, dtype=torch.bool)
     b.held.append(kept)
     normed, y = b.buffer("normed", b.D), b.buffer("y", b.D)
     places = (logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
