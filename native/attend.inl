@@ -54,31 +54,32 @@ void mix_rows(const float* p, const mh::KvSplit& s, int64_t first, int64_t last,
   for (; j < s.v_width; j += 16) mix_strip<M, 1, T>(p, s, first, last, j, y);
 }
 
-// x[0..n) becomes e^(x - largest), zero where x is -inf; n is a multiple of 16. Returns the sum.
-float exponentials(float* x, int64_t n, float largest) {
-  const V shift = set1(largest), low = set1(-3.0e38f);
-  V total = set1(0);
-  for (int64_t i = 0; i < n; i += 16) {
-    const V l = load(x + i), e = where_less(l, low, set1(0), exp(sub(l, shift)));
-    store(x + i, e);
-    total = add(total, e);
-  }
-  return sum(total);
-}
-
-// Products of row r with the split's keys become weights; keys it does not see get 0.
+// Products of row r with the split's keys become weights: e^(scaled product - the largest). Keys before the first
+// sixteen that it sees and after the last are not touched; their weights would be 0.
 void weigh(const mh::KvSplit& s, int64_t r, float* p) {
-  const int64_t from = s.from[r], to = s.to[r], padded = (to + 15) / 16 * 16;
-  for (int64_t i = 0; i < padded; i += 16) {
+  const int64_t from = s.from[r], to = s.to[r], first = from / 16 * 16, last = (to + 15) / 16 * 16;
+  for (int64_t i = first; i < from; i++) p[i] = 0;
+  for (int64_t i = to; i < last; i++) p[i] = 0;
+  for (int64_t i = first; i < last; i += 16) {
     const V l = mul(load(p + i), set1(s.scale));
     store(p + i, s.cap > 0 ? mul(set1(s.cap), tanh(div(l, set1(s.cap)))) : l);
   }
-  for (int64_t i = 0; i < from; i++) p[i] = -__builtin_inff();
-  for (int64_t i = to; i < padded; i++) p[i] = -__builtin_inff();
-  float largest = p[from];
-  for (int64_t i = from + 1; i < to; i++) largest = p[i] > largest || p[i] != p[i] ? p[i] : largest;
-  s.largest[r] = largest;
-  s.total[r] = exponentials(p, padded, largest > -3.0e38f || largest != largest ? largest : 0.0f);
+  for (int64_t i = first; i < from; i++) p[i] = -__builtin_inff();
+  for (int64_t i = to; i < last; i++) p[i] = -__builtin_inff();
+  V most = load(p + first);
+  for (int64_t i = first + 16; i < last; i += 16) most = max(most, load(p + i));
+  float lanes[16], largest = -__builtin_inff();
+  store(lanes, most);
+  for (float lane : lanes) largest = lane > largest ? lane : largest;
+  const V shift = set1(largest > -3.0e38f ? largest : 0.0f), low = set1(-3.0e38f);
+  V total = set1(0);
+  for (int64_t i = first; i < last; i += 16) {
+    const V l = load(p + i), e = where_less(l, low, set1(0), exp(sub(l, shift)));
+    store(p + i, e);
+    total = add(total, e);
+  }
+  s.total[r] = sum(total);
+  s.largest[r] = s.total[r] == s.total[r] ? largest : s.total[r];  // a NaN is lost among the largest, not in the sum
 }
 
 // Up to M rows that do not see the same: where they all see they are mixed together, and what only some see, which may
@@ -105,13 +106,11 @@ void attend_rows(const mh::KvSplit& s, int64_t r) {
 }
 
 template <class T>
-void attend_all(const mh::KvSplit& s) {
+void attend_few(const mh::KvSplit& s) {
   int64_t r = 0;
   for (; r + 4 <= s.rows; r += 4) attend_rows<4, T>(s, r);
   for (; r < s.rows; r++) attend_rows<1, T>(s, r);
 }
-
-void attend(const mh::KvSplit& s) { s.is_bf16 ? attend_all<uint16_t>(s) : attend_all<float>(s); }
 
 inline float exp_of(float x) {
   float lanes[16];

@@ -13,7 +13,7 @@
 namespace mh {
 namespace {
 
-constexpr int64_t kUnitRows = 64;
+constexpr int64_t kUnitRows = 240;  // a multiple of every level's kAttendRows
 constexpr int64_t kPartsAtOnce = int64_t{2} << 20;  // numbers of parts that wait for their join
 
 struct Unit {
@@ -31,6 +31,7 @@ struct Attend {
   float* y;
   int64_t threads;
   const int64_t per_group = a.heads / c.groups, numbers = c.v_width + 2;  // of a part
+  const int64_t scratch = attend_scratch(kUnitRows, c.k_width + c.v_width);
 
   struct Seen {  // positions, from the sequence's first real one on
     int64_t from, to;
@@ -67,7 +68,7 @@ struct Attend {
       if (tasks >= 4 * threads) break;
       most /= 2;
     }
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(attend_scratch(kUnitRows));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(scratch);
     for (size_t first = 0, last = 0; first < every.size(); first = last) {
       int64_t parts = 0, tasks = 0;
       for (; last < every.size() && (last == first || parts < kPartsAtOnce); last++) {
@@ -82,8 +83,7 @@ struct Attend {
     parallel(threads, tasks, [&](int64_t task, int64_t worker) {
       const Unit* u = std::upper_bound(units, units + count, task, [](int64_t t, const Unit& x) { return t < x.task; });
       u--;
-      attend(*u, u->split + task - u->task, parts + u->parts + (task - u->task) * u->rows * numbers,
-             workspaces().worker[worker].floats(attend_scratch(kUnitRows)));
+      attend(*u, u->split + task - u->task, parts + u->parts + (task - u->task) * u->rows * numbers, workspaces().worker[worker].floats(scratch));
     });
     const int64_t joins = tasks > 8 ? count : 1;
     parallel(threads, joins, [&](int64_t task, int64_t) {

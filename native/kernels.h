@@ -67,10 +67,11 @@ struct KvSplit {  // rows (queries of heads that share keys) that attend to the 
   bool is_bf16;
   int64_t k_stride, v_stride, k_width, v_width;  // widths are multiples of 16
   float scale, cap;                              // cap 0 is none
-  float* scratch;                                // [attend_scratch(rows)]
+  float* scratch;                                // [attend_scratch(rows, k_width + v_width)]
   float *largest, *total, *y;  // per row: the largest logit, Σ e^(logit - largest), Σ e^(logit - largest) · v
 };
-constexpr int64_t attend_scratch(int64_t rows) { return rows * kSplitKeys; }
+constexpr int64_t kManyRows = 8;  // from here on keys and values are laid out anew, which costs as much as a few rows
+constexpr int64_t attend_scratch(int64_t rows, int64_t widths) { return (rows + widths) * kSplitKeys; }
 
 struct KvJoin {  // the splits of one row: `next` from one's largest and total to the next one's, `next_part` of its y
   const float *largest, *total, *parts;

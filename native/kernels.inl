@@ -4,7 +4,7 @@
 #pragma once
 
 #include "activation.inl"
-#include "attend.inl"
+#include "attend_many.inl"
 #include "formats.inl"
 #include "integers.inl"
 #include "kernels.h"

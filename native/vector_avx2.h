@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kTileRows = 6;   // 12 accumulators, 2 of the panel, 1 of the row: 15 of 16 registers
 constexpr int kOuterRows = 6;  // 6 + 6 + 4 make 16
+constexpr int kAttendRows = 3, kScoreTiles = 1, kMixStrip = 2;  // rows × 16 keys, × 16 numbers of values
 
 struct V {
   __m256 a, b;

@@ -11,6 +11,7 @@ namespace {
 
 constexpr int kTileRows = 14;
 constexpr int kOuterRows = 8;
+constexpr int kAttendRows = 6, kScoreTiles = 2, kMixStrip = 4;  // rows × 16 keys, × 16 numbers of values
 
 struct V {
   __m512 v;

@@ -9,6 +9,7 @@ namespace {
 
 constexpr int kTileRows = 3;
 constexpr int kOuterRows = 2;
+constexpr int kAttendRows = 2, kScoreTiles = 1, kMixStrip = 1;  // rows × 16 keys, × 16 numbers of values
 
 typedef float Quad __attribute__((vector_size(16)));
 struct V {

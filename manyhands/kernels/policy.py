@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhands.kernels.experts import Bank, ExpertWeights
+from manyhands.kernels.moment import is_exact
 from manyhands.kernels.native.library import available, default_level
 
 FEW_ROWS = 16
@@ -18,7 +19,10 @@ ROUND_ROWS = 8192
 FEW_SCORES = 1 << 12
 """A top-k: sorting so few takes less than the steps to a top-k (a fifth, for one token among 64 experts)."""
 FEW_QUERIES = 8
-"""Attention to a cache: up to so many queries the native kernels do; more are PyTorch's work."""
+"""Attention to a cache: up to so many queries the native kernels do, in every dtype."""
+MOST_KEYS = 1024
+"""Attention in float32 with AVX-512: up to so many keys the native kernels take 0.7 to 0.8 times as long as PyTorch's
+`scaled_dot_product_attention` (512 tokens, 16 heads of 128, and 32 with 4 of keys); at 2,048 keys 1.1 times."""
 MOST_AT_ONCE = 1024
 """Tokens of one step of a program: more are run one step after the other, so that memory is bounded."""
 
@@ -43,6 +47,14 @@ def native_is_best(x: Tensor, experts: Bank) -> bool:
     more. AVX-512 does the same in wider steps, and was not timed. Packed: at every level, since all else unpacks.
     """
     return not isinstance(experts.in_memory(), ExpertWeights) or level_here() not in (None, "portable")
+
+
+def native_attention_is_best(q_BHSd: Tensor, keys: int, written_out: bool) -> bool:
+    """Whether the native kernels attend, where they can: few queries, where every row is to have the bits that it has
+    alone (`exactly`), in float32 up to `MOST_KEYS`, and where PyTorch has no kernel either (`written_out`)."""
+    wide = q_BHSd.dtype == torch.float32 and level_here() not in (None, "portable", "avx2")
+    few = q_BHSd.shape[2] <= FEW_QUERIES and keys > q_BHSd.shape[2]
+    return few or is_exact() or (wide and (written_out or keys <= MOST_KEYS))
 
 
 def grouped_mm_is_best(x: Tensor, experts: Bank) -> bool:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
-from manyhands.kernels.attention import attend_few
+from manyhands.kernels.attention import attend_natively
 from manyhands.kernels.moment import ordinary
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
@@ -208,10 +208,9 @@ class Attention(nn.Module):
         if positions.clip_above is not None:
             largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.sliding)
         cap = self.config.attn_logit_softcap
-        if cache is not None and k_BGLd.shape[2] > S:  # decoding
-            y_BHSd = attend_few(q_BHSd, k_BGLd, v_BGLd, positions.start_B, self.window, self.scale, self.sinks, cap)
-            if y_BHSd is not None:
-                return y_BHSd, largest_H
+        done = attend_natively(q_BHSd, k_BGLd, v_BGLd, positions.start_B, self.window, self.scale, self.sinks, cap)
+        if done is not None:
+            return done, largest_H
         if cap is not None or self.sinks is not None:
             if mask is None and S > 1:
                 mask = torch.ones(S, k_BGLd.shape[2], dtype=torch.bool, device=q_BHSd.device).tril(k_BGLd.shape[2] - S)

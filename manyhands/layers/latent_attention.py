@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
-from manyhands.kernels.attention import attend_few
+from manyhands.kernels.attention import attend_natively
 from manyhands.kernels.moment import unheard
 from manyhands.layers.attention import Caches, Positions, better_in_float32, each_row, max_logits
 from manyhands.layers.cache import LayerCache
@@ -130,7 +130,7 @@ class LatentAttention(nn.Module):
         w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
         q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
         R = a.kv_lora_rank
-        y_BHSR = attend_few(q, keys_B1Ld, keys_B1Ld[..., :R], positions.start_B, self.window, self.scale)
+        y_BHSR = attend_natively(q, keys_B1Ld, keys_B1Ld[..., :R], positions.start_B, self.window, self.scale)
         if y_BHSR is None:
             if better_in_float32(q):  # before the heads are expanded
                 q, keys_B1Ld = q.float(), keys_B1Ld.float()

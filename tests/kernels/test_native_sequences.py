@@ -97,6 +97,20 @@ def test_chunks_of_a_prompt(window: int | None) -> None:
     assert first == n and held
 
 
+def test_what_a_query_does_not_see_is_never_mixed_in() -> None:
+    n = 70
+    k, v, q = draw(1, G, n, D, seed=1), draw(1, G, n, D, seed=2), draw(n, H, D)
+    y = step.attend(q, step.cache_of(k, v), step.rectangle(1, n, 0), 0.3, 9)
+    for tensor in (k, v):
+        for value in ("nan", "inf"):
+            broken = tensor.clone()
+            broken[:, :, 40] = float(value)
+            pair = (broken, v) if tensor is k else (k, broken)
+            z = step.attend(q, step.cache_of(*pair), step.rectangle(1, n, 0), 0.3, 9)
+            assert torch.equal(z[:40], y[:40]) and torch.equal(z[49:], y[49:])
+            assert not z[40:49].isfinite().any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rows_are_placed_in_blocks(dtype: torch.dtype) -> None:
     who = sequences(ROWS, FIRST, START)
