@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from llama_cpp_peer import BITS
+from llama_cpp_peer import BITS, write_gguf
 from torch import Tensor
 
 from manyhands.checkpoint.files import building
@@ -36,8 +36,11 @@ def model_config(size: dict[str, int]) -> ModelConfig:
     )
 
 
-def bytes_per_token(config: ModelConfig, system: str) -> int:
-    """What a decoded token reads: every linear layer, the chosen experts, the routers."""
+def bytes_per_token(config: ModelConfig, system: str, experts: float | None = None) -> int:
+    """What a decoded token reads: every linear layer, the chosen experts, the routers.
+
+    `experts`: how many of a layer are read instead, by a step of several tokens.
+    """
     assert config.moe is not None
     router = config.moe.router
     format = system.split()[1] if system.startswith("manyhands") and "not packed" not in system else "bf16"
@@ -45,7 +48,8 @@ def bytes_per_token(config: ModelConfig, system: str) -> int:
     total = 0
     for record in records_of(config, packed):
         size = sum(size for _, size in record.layout.sections.values())  # without what fills the last page
-        total += size if record.num_experts is None else size * router.num_experts_per_tok
+        chosen = router.num_experts_per_tok if experts is None else experts
+        total += size if record.num_experts is None else int(size * chosen)
     if system.startswith("llama.cpp"):
         total = int(total * BITS[system.split()[1]] / 16)
     return total + 4 * len(config.sparse_layers) * router.num_experts * config.hidden_size
@@ -74,6 +78,21 @@ def write_plain(config: ModelConfig, state: dict[str, Tensor], directory: Path) 
         model = Decoder(config)
     model.load_state_dict(state, assign=True)
     save(model, directory, family="olmoe")
+
+
+def held(config: ModelConfig, format: str, directory: Path) -> Path:
+    """The files of one format (`plain`, a packed one, or one of llama.cpp's), written if they are not there."""
+    if format in BITS:
+        path = directory / "gguf" / f"{format}.gguf"
+        if not path.exists():
+            write_gguf(config, random_state(config), list(BITS), path.parent)
+        return path
+    path = directory / format
+    if not path.exists() and format == "plain":
+        write_plain(config, random_state(config), path)
+    elif not path.exists():
+        write_random(config, format, path)
+    return path
 
 
 def write_random(config: ModelConfig, format: str, directory: Path) -> None:

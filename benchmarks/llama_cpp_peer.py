@@ -4,7 +4,9 @@ Needs llama-cpp-python and gguf (`benchmarks/install_peers.sh`). Nothing of eith
 """
 
 import importlib.util
+import statistics
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -113,9 +115,9 @@ def gguf_tensors(state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
 
 
 class LlamaCpp:
-    """One model, one context of `length` tokens, one sequence; as many threads as torch has."""
+    """One model, one context of `length` tokens for all of its sequences; as many threads as torch has."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, sequences: int = 1) -> None:
         import llama_cpp
 
         quiet()
@@ -125,7 +127,8 @@ class LlamaCpp:
         if not self.model:
             raise RuntimeError(f"llama.cpp did not load {path.name}")
         parameters = self.api.llama_context_default_params()
-        parameters.n_ctx = length
+        parameters.n_ctx, parameters.n_seq_max = length, sequences
+        parameters.kv_unified = sequences > 1
         parameters.n_batch = parameters.n_ubatch = 512
         parameters.n_threads = parameters.n_threads_batch = torch.get_num_threads()
         self.context = self.api.llama_init_from_model(self.model, parameters)
@@ -141,6 +144,26 @@ class LlamaCpp:
         logits = self.api.llama_get_logits_ith(self.context, -1)
         return np.ctypeslib.as_array(logits, (self.vocab_size,))
 
+    def feed_many(self, tokens: list[int], position: int) -> list[int]:
+        """The greedy next token of each sequence after its token at `position`."""
+        batch = self.api.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i] = token, position, 1
+                batch.seq_id[i][0], batch.logits[i] = i, True
+            if status := self.api.llama_decode(self.context, batch):
+                raise RuntimeError(f"llama_decode gave {status}")
+            rows = (self.api.llama_get_logits_ith(self.context, i) for i in range(len(tokens)))
+            return [int(np.ctypeslib.as_array(row, (self.vocab_size,)).argmax()) for row in rows]
+        finally:
+            self.api.llama_batch_free(batch)
+
+    def close(self) -> None:
+        """Give the memory back."""
+        self.api.llama_free(self.context)
+        self.api.llama_model_free(self.model)
+
     def step(self, ids: Tensor) -> Tensor:
         """The greedy next token [1, 1] after `ids`."""
         return torch.tensor([[int(self.feed(ids).argmax())]])
@@ -149,6 +172,20 @@ class LlamaCpp:
         """The same, after forgetting what was fed before."""
         self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
         return self.step(ids)
+
+
+def many_steps(path: Path, prompts: list[list[int]], steps: int) -> float:
+    """Seconds of the median step that decodes a token for each prompt (all of one length)."""
+    peer = LlamaCpp(path, (len(prompts[0]) + steps + 3) * len(prompts), len(prompts))
+    tokens, times = [], []
+    for position in range(len(prompts[0])):
+        tokens = peer.feed_many([prompt[position] for prompt in prompts], position)
+    for position in range(len(prompts[0]), len(prompts[0]) + steps + 2):
+        started = time.perf_counter()
+        tokens = peer.feed_many(tokens, position)
+        times.append(time.perf_counter() - started)
+    peer.close()
+    return statistics.median(times[2:])
 
 
 @torch.inference_mode()
