@@ -123,9 +123,7 @@ def ways(model: Decoder, prompts: list[list[int]]) -> Iterator[tuple[str, list[t
             yield f"B {B}, padded {'left' if left else 'right'}", rows
 
 
-def in_chunks(
-    model: Decoder, prompts: list[list[int]], group: list[int], chunk: int
-) -> Iterator[tuple[int, Tensor]]:
+def in_chunks(model: Decoder, prompts: list[list[int]], group: list[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
     """Prompts beside each other, so many tokens of each at a time; each leaves when it is done."""
     runner, caches, done = Runner(model), {i: model.new_cache() for i in group}, dict.fromkeys(group, 0)
     while left := [i for i in group if done[i] < len(prompts[i])]:

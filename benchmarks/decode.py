@@ -5,7 +5,8 @@ experts, top-8, F 1024), 4 layers, vocabulary 16,384, random weights: 1.745 B pa
 
 Every system runs in a process of its own, so that its memory is its own; the processes take turns, round after round,
 so that a change of the machine's speed meets all of them. The read bandwidth is measured in each round too: a decoded
-token reads every active weight once, so bandwidth over bytes is the roof, and the share of it is what is reported.
+token reads every active weight once, so bandwidth over bytes is the roof, and the share of it is what is reported. Of
+prefill the share is of the fastest instruction that the level has for the format, bare (`rates.cpp`).
 
 Peers, where they are installed (`benchmarks/install_peers.sh`): transformers on the same bfloat16 weights, llama.cpp on
 the same weights as BF16, Q8_0 and Q4_0. Ratios are taken round by round.
@@ -27,7 +28,8 @@ from typing import Any
 
 import llama_cpp_peer
 import torch
-from decode_work import FULL, QUICK, bytes_per_token, model_config, random_state, write_plain, write_random
+from decode_work import FULL, QUICK, bytes_per_token, held, model_config, operations_per_token
+from machine import at, read_bandwidth, unit, unit_rates
 from torch import Tensor
 
 from manyhands.checkpoint.model import load_model
@@ -50,6 +52,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--formats", nargs="*", default=["bf16", "int8", "int4", "float32"], choices=FORMATS)
     parser.add_argument("--without-peers", action="store_true")
+    parser.add_argument(
+        "--only", nargs="*", default=[], metavar="WORDS", help="only systems with one of these in their names"
+    )
+    parser.add_argument("--level", help="of the native kernels; the best by default")
+    parser.add_argument("--keep", type=Path, help="a directory for the files, which are used again")
     parser.add_argument("--slow", action="store_true", help="also what unpacks its experts on every call")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", nargs=2, metavar=("SYSTEM", "DIRECTORY"), help=argparse.SUPPRESS)
@@ -58,49 +65,52 @@ def main() -> None:
     size = QUICK if arguments.quick else FULL
     if arguments.worker:
         system, path = arguments.worker
-        apart = llama_cpp_peer.logits_difference(path) if system == LOGITS else measure(system, path, size)
+        with at(arguments.level):
+            apart = llama_cpp_peer.logits_difference(path) if system == LOGITS else measure(system, path, size)
         print(json.dumps(apart))
         return
     with tempfile.TemporaryDirectory() as directory:
-        result = compare(arguments, size, Path(directory))
+        result = compare(arguments, size, arguments.keep or Path(directory))
     print(json.dumps(result) if arguments.json else table(result))
 
 
 def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path) -> dict[str, Any]:
     """All systems, in turn."""
     config = model_config(size)
-    systems = {}
+    peers, systems = peers_here(arguments), {}
     for format in arguments.formats:
-        write_random(config, format, directory / format)
         for implementation in [*(["native"] if available() else []), *(["eager"] if arguments.slow else [])]:
-            systems[f"manyhands {format} {implementation}"] = directory / format
-    peers = peers_here(arguments)
-    state = random_state(config)
-    write_plain(config, state, directory / "plain")
-    for implementation in ("auto", "grouped_mm"):
-        systems[f"manyhands bfloat16 {implementation}, not packed"] = directory / "plain"
+            systems[f"manyhands {format} {implementation}"] = format
+    systems |= {f"manyhands bfloat16 {way}, not packed": "plain" for way in ("auto", "grouped_mm")}
     if peers["transformers"].startswith("measured"):
-        systems |= dict.fromkeys(PEERS, directory / "plain")
+        systems |= dict.fromkeys(PEERS, "plain")
     if peers["llama_cpp"].startswith("measured"):
         theirs = [llama_cpp_peer.FORMATS[format] for format in arguments.formats if format in llama_cpp_peer.FORMATS]
-        llama_cpp_peer.write_gguf(config, state, theirs, directory / "gguf")
-        systems |= {f"llama.cpp {format}": directory / "gguf" / f"{format}.gguf" for format in theirs}
-    del state
-    difference = run_apart(LOGITS, directory, arguments) if (directory / "gguf").exists() else None
+        systems |= {f"llama.cpp {format}": format for format in theirs}
+    systems = {n: f for n, f in systems.items() if not arguments.only or any(word in n for word in arguments.only)}
+    if not systems:
+        sys.exit(f"--only {' '.join(arguments.only)}: no system has such a name")
+    paths = {name: held(config, format, directory) for name, format in systems.items()}
+    difference = None
+    if "llama.cpp BF16" in paths and not arguments.only:
+        held(config, "plain", directory)
+        difference = run_apart(LOGITS, directory, arguments)
+    units = unit_rates(arguments.threads)
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in systems}
     bandwidths = []
     for number in range(arguments.rounds):
         order = list(systems) if number % 2 == 0 else list(systems)[::-1]
         bandwidths.append(read_bandwidth(64 << 20 if arguments.quick else 1 << 30))
         for name in order:
-            rounds[name].append(run_apart(name, systems[name], arguments))
+            rounds[name].append(run_apart(name, paths[name], arguments))
             if not arguments.json:
                 last = rounds[name][-1]
                 print(
                     f"round {number + 1}  {name:42} decode {last['decode']:7.2f}  prefill {last['prefill']:8.1f} tok/s"
                 )
     bandwidth = statistics.median(bandwidths)
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
+    level = arguments.level or default_level() if available() else "portable"
     for name, runs in rounds.items():
         middle = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
         read = bytes_per_token(config, name)
@@ -110,12 +120,17 @@ def compare(arguments: argparse.Namespace, size: dict[str, int], directory: Path
             "roof": bandwidth / read,
             "share_of_roof": middle["decode"] * read / bandwidth,
         }
+        if name.startswith("manyhands") and (
+            rate := units.get(unit(name.split()[1].replace("bfloat", "bf"), level) or "")
+        ):
+            found[name]["share_of_unit"] = middle["prefill"] * operations_per_token(config) / rate
     return {
         "sizes": size,
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "torch": torch.__version__,
-        "native": missing() or default_level(),
+        "native": missing() or level,
+        "units": units,
         "read_bandwidth": bandwidth,
         "bandwidth_range": [min(bandwidths), max(bandwidths)],
         "peers": peers,
@@ -162,7 +177,7 @@ def ratios(rounds: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, lis
 def run_apart(name: str, directory: Path, arguments: argparse.Namespace) -> dict[str, float]:
     """One system in a process of its own."""
     command = [sys.executable, __file__, "--worker", name, str(directory), "--threads", str(arguments.threads)]
-    command += ["--quick"] if arguments.quick else []
+    command += ["--quick"] * arguments.quick + (["--level", arguments.level] if arguments.level else [])
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": str(arguments.threads)}
     )
@@ -240,21 +255,15 @@ def transformers_model(system: str, directory: str) -> tuple[Run, Run]:
     return prefill, step
 
 
-def read_bandwidth(size: int) -> float:
-    """Bytes per second at which this process reads memory, all its threads together: the best of a few sums."""
-    block = torch.ones(size // 8, dtype=torch.int64)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        block.sum()
-        best = max(best, size / (time.perf_counter() - started))
-    return best
-
-
 def peak_memory() -> float:
     """Bytes that were resident at once."""
     status = Path("/proc/self/status").read_text()
     return float(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) * 1024
+
+
+def share(found: dict[str, Any]) -> str:
+    """Of the unit, where that is known."""
+    return f"{found['share_of_unit']:.0%}" if "share_of_unit" in found else "–"
 
 
 def table(result: dict[str, Any]) -> str:
@@ -265,17 +274,22 @@ def table(result: dict[str, Any]) -> str:
         f"{result['rounds']} rounds; read bandwidth {bandwidth:.1f} GB/s ({low:.1f}–{high:.1f})",
         f"llama-cpp-python: {result['peers']['llama_cpp']}; transformers: {result['peers']['transformers']}",
     ]
+    if result["units"]:
+        shown = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in result["units"].items())
+        lines.append(f"bare instructions, G operations per second: {shown}")
     if difference := result["llama_cpp_logits"]:
         lines.append(
             f"llama.cpp BF16's logits differ from ours in float32 by {difference['relative']:.2%} relative; "
             f"{difference['same_argmax']:.0%} of greedy tokens are the same"
         )
-    lines.append(f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} {'prefill':>9} {'peak GB':>8}")
+    lines.append(
+        f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} {'prefill':>9} {'of unit':>8} {'peak GB':>8}"
+    )
     for name, found in result["systems"].items():
         a, b = found["decode_range"]
         lines.append(
             f"{name:42} {found['decode']:8.2f} {f'({a:.1f}–{b:.1f})':>15} {found['bytes_per_token'] / 1e6:9.1f} "
-            f"{found['share_of_roof']:8.1%} {found['prefill']:9.1f} {found['peak_memory'] / 1e9:8.2f}"
+            f"{found['share_of_roof']:8.1%} {found['prefill']:9.1f} {share(found):>8} {found['peak_memory'] / 1e9:8.2f}"
         )
     for name, pair in result["ratios"].items():
         shown = (f"{key} {middle:5.2f} ({low:.2f}–{high:.2f})" for key, (middle, low, high) in pair.items())

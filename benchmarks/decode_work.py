@@ -55,6 +55,14 @@ def bytes_per_token(config: ModelConfig, system: str, experts: float | None = No
     return total + 4 * len(config.sparse_layers) * router.num_experts * config.hidden_size
 
 
+def operations_per_token(config: ModelConfig) -> int:
+    """Additions and multiplications of a token of a prompt: linear layers and the chosen experts; not attention, not the head."""
+    assert config.moe is not None
+    D, router = config.hidden_size, config.moe.router
+    experts = 3 * D * config.moe.moe_intermediate_size * router.num_experts_per_tok
+    return 2 * config.num_hidden_layers * (4 * D * D + experts + D * router.num_experts)
+
+
 def packing(format: str) -> Packing:
     """int4 in groups of 32."""
     return Packing(format=format, group_size=32 if format == "int4" else 0)  # type: ignore[arg-type]

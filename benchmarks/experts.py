@@ -1,6 +1,9 @@
 """The MoE layer's experts, every backend side by side in one run: `python benchmarks/experts.py [--quick]`.
 
-Three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU network of
+`--layer` prints one table instead: OLMoE's layer from 1 to 2,048 rows in every format, as a share of the bare instruction
+rate and of the read bandwidth, beside kt-kernel where `--kt` names the Python that has it (kt_peer.py says how).
+
+Otherwise three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU network of
 the same active FLOPs, as a share of the matrix rate measured in the same run; and what `auto` takes. *Few tokens*: each
 packed format as a share of the read bandwidth measured in the same run; the experts chosen change from call to call, so
 that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts, each with 16
@@ -19,8 +22,10 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import expert_layer
 import torch
 import torch.nn.functional as nnf
+from machine import unit_rates
 from torch import Tensor
 
 from manyhands.kernels import ExpertWeights, choose, native, run_experts
@@ -50,6 +55,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="smaller shapes, fewer repeats: about a minute")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the first table")
+    parser.add_argument("--layer", action="store_true", help="OLMoE's layer alone; about two minutes with --kt")
+    parser.add_argument("--kt", metavar="PYTHON", help="with --layer: a Python that has kt-kernel")
+    parser.add_argument("--formats", nargs="*", default=["bf16", "int8", "int4"], choices=FORMATS, help="with --layer")
+    parser.add_argument("--rows", nargs="*", type=int, default=expert_layer.ROWS, help="with --layer")
+    parser.add_argument("--level", help="with --layer: of the native kernels; the best by default")
     parser.add_argument("--json", action="store_true")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
@@ -64,6 +74,15 @@ def main() -> None:
         if not a.json:
             print(line, flush=True)
 
+    if a.layer:
+        units = result["units"] = unit_rates(a.threads)
+        shown = ", ".join(f"{name} {rate / 1e9:.0f}" for name, rate in units.items())
+        say(f"{a.threads} threads; read {roofs['read_gbytes']:.1f} GB/s; bare instructions, G operations/s: {shown}")
+        read = roofs["read_gbytes"] * 1e9
+        result["layer"] = expert_layer.table(a.formats, a.rows, a.level, a.threads, a.kt, read, units, say)
+        if a.json:
+            print(json.dumps(result))
+        return
     say(f"{a.threads} threads, levels {result['levels']}; matrix rate {roofs['matrix_gflops']:.0f} GFLOP/s (float32), "
         f"read {roofs['read_gbytes']:.1f} GB/s\n\nMany tokens ({a.dtype}): share of the matrix rate")  # fmt: skip
     dtype = getattr(torch, a.dtype)
