@@ -4,9 +4,9 @@
 512 tokens, in a rectangle padded left and right, at each level of this CPU: how many rows of logits equal those of the
 prompt alone bit for bit, and the largest difference. By default a small random model of OLMoE's kind in int8 and int4.
 
-*Decoding*: one token for each of 1 to 32 sequences a step, of `decode.py`'s model (`olmoe-4L`; `--keep` holds its files): tokens
-per second, over those at batch 1, and the share of the read bandwidth, counting each expert that a step reads once.
-llama.cpp does the same where it is installed.
+*Decoding*: one token for each of 1 to 32 sequences a step, of `decode.py`'s model (`olmoe-4L`): tokens per second, over
+those at batch 1, and the share of the read bandwidth, counting each expert that a step reads once. llama.cpp does the
+same where it is installed.
 
 B sequences, S tokens of one, V vocabulary.
 """

@@ -283,7 +283,8 @@ def table(result: dict[str, Any]) -> str:
             f"{difference['same_argmax']:.0%} of greedy tokens are the same"
         )
     lines.append(
-        f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} {'prefill':>9} {'of unit':>8} {'peak GB':>8}"
+        f"{'':42} {'decode':>8} {'(range)':>15} {'MB/token':>9} {'of roof':>8} "
+        f"{'prefill':>9} {'of unit':>8} {'peak GB':>8}"
     )
     for name, found in result["systems"].items():
         a, b = found["decode_range"]

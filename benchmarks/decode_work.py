@@ -56,7 +56,7 @@ def bytes_per_token(config: ModelConfig, system: str, experts: float | None = No
 
 
 def operations_per_token(config: ModelConfig) -> int:
-    """Additions and multiplications of a token of a prompt: linear layers and the chosen experts; not attention, not the head."""
+    """Additions and multiplications of a prompt's token in linear layers and its experts; no attention, no head."""
     assert config.moe is not None
     D, router = config.hidden_size, config.moe.router
     experts = 3 * D * config.moe.moe_intermediate_size * router.num_experts_per_tok

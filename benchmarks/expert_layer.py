@@ -1,8 +1,8 @@
 """OLMoE's expert layer from 1 to 2,048 rows, each format beside kt-kernel's: the table of `experts.py --layer`.
 
-Both multiply bfloat16 rows with the same random weights, rounded as each rounds them. The peer is a process of its own and stands
-still while ours runs. Shares: of the fastest instruction the level has for the format, bare, and of the read bandwidth,
-counting each chosen expert once; the layers that take turns are larger than the caches. Errors are against
+Both multiply bfloat16 rows with random weights of one kind, rounded as each rounds them. The peer is a process of its
+own and stands still while ours runs. Shares: of the level's fastest instruction for the format, bare, and of the read
+bandwidth, counting each chosen expert once; the layers that take turns are larger than the caches. Errors are against
 float32 sums of the weights before rounding.
 
 T rows, D model width, E experts, K experts per row, F expert width.
@@ -90,7 +90,7 @@ def table(
                 distinct = E * (1 - (1 - K / E) ** T)
                 row["share_of_unit"] = 6 * T * K * D * F / ours["best"] / best if best else None
                 row["share_of_read"] = distinct * packed.layout.record_bytes / ours["best"] / read
-                line = f"  {format:7} {level:11} {T:5} rows {ours['best'] * 1e3:8.2f} ms (median {ours['median'] * 1e3:.2f}), "
+                line = f"  {format:7} {level:11} {T:5} rows {ours['best'] * 1e3:8.2f} ms ({ours['median'] * 1e3:.2f}), "
                 line += f"error {ours['error']:.2%}, " + (f"{row['share_of_unit']:4.0%} of the unit, " if best else "")
                 line += f"{row['share_of_read']:4.0%} of reading"
                 if peer:

@@ -1,14 +1,15 @@
 """The MoE layer's experts, every backend side by side in one run: `python benchmarks/experts.py [--quick]`.
 
-`--layer` prints one table instead: OLMoE's layer from 1 to 2,048 rows in every format, as a share of the bare instruction
-rate and of the read bandwidth, beside kt-kernel where `--kt` names the Python that has it (kt_peer.py says how).
+`--layer` prints one table instead: OLMoE's layer from 1 to 2,048 rows in every format, the best and the median time, as
+a share of the bare instruction rate and of the read bandwidth, beside kt-kernel where `--kt` names the Python that has
+it (kt_peer.py says how).
 
-Otherwise three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU network of
-the same active FLOPs, as a share of the matrix rate measured in the same run; and what `auto` takes. *Few tokens*: each
-packed format as a share of the read bandwidth measured in the same run; the experts chosen change from call to call, so
-that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8 experts, each with 16
-tokens or more. Routing is uniform at random. The systems of a row take turns, and the best time of each counts: the
-machine may be busy.
+Otherwise three tables. *Many tokens*: forward, and forward + backward, of each backend and of PyTorch's dense SwiGLU
+network of the same active FLOPs, as a share of the matrix rate measured in the same run; and what `auto` takes. *Few
+tokens*: each packed format as a share of the read bandwidth measured in the same run; the experts chosen change from
+call to call, so that weights come from memory. *Cost against E*: time per token at fixed K and F, relative to 8
+experts, each with 16 tokens or more. Routing is uniform at random. The systems of a row take turns, and the best time
+of each counts: the machine may be busy.
 
 T tokens, D model width, E experts, K experts per token, F expert width.
 """

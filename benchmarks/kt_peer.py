@@ -4,7 +4,7 @@
     kt/bin/pip install --no-deps kt-kernel
 
 `kt_peer.py FORMAT THREADS D E K F`; then a line with a number of rows on stdin is answered by a line of JSON on stdout:
-the best and the median seconds of a call, and the error of a few rows against float32 sums of the weights before rounding.
+the best and the median seconds of a call, and the error of a few rows against float32 sums of unrounded weights.
 """
 
 import json
