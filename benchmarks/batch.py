@@ -27,13 +27,12 @@ from decode_work import FULL, QUICK, bytes_per_token, held, model_config
 from machine import at, read_bandwidth
 from torch import Tensor
 
-from manyhands.check.decoding import pack
 from manyhands.checkpoint.model import load_model
-from manyhands.config import PackedConfig, Packing
 from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
 from manyhands.engine.runner import Runner
 from manyhands.kernels.native import levels
-from manyhands.models import Decoder, init_weights
+from manyhands.models import Decoder
 
 BATCHES, CHUNKS = (1, 2, 4, 8, 16, 32, 64), (1, 7, 32, 512)
 SMALL = QUICK | {"L": 2, "V": 512}
@@ -97,22 +96,20 @@ def invariance(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 def models(arguments: argparse.Namespace) -> Iterator[tuple[str, Decoder]]:
     """The checkpoint, or small random models."""
     if arguments.model is not None:
-        yield arguments.model.name, load_model(arguments.model).eval()
+        yield arguments.model.name, load_model(arguments.model)
         return
     for format in arguments.formats:
         if format == "bf16":
             continue  # many rows of bf16 weights are rounded, unless `exact` is asked for
-        model = Decoder(model_config(SMALL))
-        init_weights(model, seed=0)
-        packing = Packing(format=format, group_size=32 if format == "int4" else 0)
-        yield format, pack(model.bfloat16().eval(), PackedConfig(experts=packing, linear=packing))
+        with tempfile.TemporaryDirectory() as directory:
+            yield format, load_model(held(model_config(SMALL), format, Path(directory)))
 
 
 def ways(model: Decoder, prompts: list[list[int]]) -> Iterator[tuple[str, list[tuple[int, Tensor]]]]:
     """What is done, and (prompt, logits [its last few positions, V])."""
     for B in BATCHES:
         groups = [list(range(i, i + B)) for i in range(0, len(prompts), B)]
-        groups = groups[: max(1, 16 // B)]  # each way sees 16 prompts or more
+        groups = groups[: max(1, 8 // B)]  # each way sees 8 prompts or more
         for chunk in CHUNKS:
             rows = [pair for group in groups for pair in in_chunks(model, prompts, group, chunk)]
             yield f"B {B}, chunks of {chunk}", rows
@@ -125,7 +122,8 @@ def ways(model: Decoder, prompts: list[list[int]]) -> Iterator[tuple[str, list[t
 
 def in_chunks(model: Decoder, prompts: list[list[int]], group: list[int], chunk: int) -> Iterator[tuple[int, Tensor]]:
     """Prompts beside each other, so many tokens of each at a time; each leaves when it is done."""
-    runner, caches, done = Runner(model), {i: model.new_cache() for i in group}, dict.fromkeys(group, 0)
+    runner, memory, done = Runner(model), Caches(len(model.layers)), dict.fromkeys(group, 0)
+    caches = {i: memory.new() for i in group}
     while left := [i for i in group if done[i] < len(prompts[i])]:
         out = runner.run(Batch([Row(prompts[i][done[i] : done[i] + chunk], caches[i]) for i in left])).logits
         for row, i in enumerate(left):
@@ -183,7 +181,8 @@ def decoding(arguments: argparse.Namespace, directory: Path) -> dict[str, Any]:
 
 def our_steps(model: Decoder, prompts: list[list[int]], steps: int) -> tuple[float, float]:
     """Seconds of the median step with a token for each prompt, and how many experts of a layer it reads."""
-    runner, caches = Runner(model), [model.new_cache() for _ in prompts]
+    runner, memory = Runner(model), Caches(len(model.layers))
+    caches = [memory.new() for _ in prompts]
     out = runner.run(Batch([Row(prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]))
     times, distinct = [], []
     for _ in range(steps + 2):
