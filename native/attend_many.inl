@@ -26,21 +26,26 @@ inline void each_key(const mh::KvSplit& s, const F& f) {
     for (int64_t j = 0; j < run->keys; j++, i++) f(i, *run, j);
 }
 
-// [keys][width] -> [keys / 16][width][16], zeros for the keys that a tile lacks
+// Rows of `width` numbers -> [count / 16][width][16], zeros for the rows that a tile lacks
+template <class T>
+void turn_rows(const T* const* rows, int64_t count, int64_t width, float* to) {
+  float block[256];
+  for (int64_t i = 0; i < count; i += 16)
+    for (int64_t j = 0; j < width; j += 16, to += 256) {
+      for (int64_t n = 0; n < 16; n++) store(block + 16 * n, i + n < count ? row_part(rows[i + n], j) : set1(0));
+      transpose16(block, 16, to);
+    }
+  for (int64_t i = (count + 15) / 16 * 16; i % kTile; i += 16)
+    for (int64_t j = 0; j < width; j++, to += 16) store(to, set1(0));
+}
+
 template <class T>
 void turn_keys(const mh::KvSplit& s, float* to) {
   const T* rows[mh::kSplitKeys];
   each_key(s, [&](int64_t i, const mh::KvRun& run, int64_t j) {
     rows[i] = static_cast<const T*>(run.k) + j * s.k_stride;
   });
-  float block[256];
-  for (int64_t i = 0; i < s.keys; i += 16)
-    for (int64_t j = 0; j < s.k_width; j += 16, to += 256) {
-      for (int64_t n = 0; n < 16; n++) store(block + 16 * n, i + n < s.keys ? row_part(rows[i + n], j) : set1(0));
-      transpose16(block, 16, to);
-    }
-  for (int64_t i = (s.keys + 15) / 16 * 16; i % kTile; i += 16)
-    for (int64_t j = 0; j < s.k_width; j++, to += 16) store(to, set1(0));
+  turn_rows(rows, s.keys, s.k_width, to);
 }
 
 // [keys][width] -> strips of kStrip columns, [keys][kStrip] each
@@ -58,7 +63,7 @@ void lay_values(const mh::KvSplit& s, float* to) {
 
 // Products of M rows with kTile keys: sums over every sixteenth number of the width, added in sum's order.
 template <int M>
-void score_tile(const float* const* q, const float* keys, int64_t width, float* out) {
+void score_tile(const float* const* q, const float* keys, int64_t width, float* out, int64_t out_stride) {
   constexpr int N = kScoreTiles;
   V halves[8][M][N];
   for (int l = 0; l < 8; l++) {
@@ -84,41 +89,44 @@ void score_tile(const float* const* q, const float* keys, int64_t width, float* 
     for (int n = 0; n < N; n++) {
       V quarters[4];
       for (int l = 0; l < 4; l++) quarters[l] = add(halves[l][m][n], halves[l + 4][m][n]);
-      store(out + m * mh::kSplitKeys + 16 * n, add(add(quarters[0], quarters[2]), add(quarters[1], quarters[3])));
+      store(out + m * out_stride + 16 * n, add(add(quarters[0], quarters[2]), add(quarters[1], quarters[3])));
     }
 }
 
-// y_m += Σ_i p_m[i] · v_i over keys [first, last), key by key, in a strip of C sixteens
+// y_m += Σ_i p_m[i] · v_i over [first, last), one i after the other, in a strip of C sixteens
 template <int M, int C>
-void mix_tile(const float* p, const float* v, int64_t first, int64_t last, float* y, int64_t width) {
+void mix_tile(const float* p, int64_t p_stride, const float* v, int64_t first, int64_t last, float* y,
+              int64_t y_stride) {
   V sums[M][C];
-  times<M * C>([&](auto i) { sums[i.value / C][i.value % C] = load(y + i.value / C * width + 16 * (i.value % C)); });
+  times<M * C>([&](auto i) { sums[i.value / C][i.value % C] = load(y + i.value / C * y_stride + 16 * (i.value % C)); });
   v += first * 16 * C;
   for (int64_t i = first; i < last; i++, v += 16 * C) {
     V values[C];
     times<C>([&](auto c) { values[c.value] = load(v + 16 * c.value); });
     times<M>([&](auto m) {
-      const V weight = set1(p[m.value * mh::kSplitKeys + i]);
+      const V weight = set1(p[m.value * p_stride + i]);
       times<C>([&](auto c) { sums[m.value][c.value] = fma(weight, values[c.value], sums[m.value][c.value]); });
     });
   }
-  times<M * C>([&](auto i) { store(y + i.value / C * width + 16 * (i.value % C), sums[i.value / C][i.value % C]); });
+  times<M * C>([&](auto i) { store(y + i.value / C * y_stride + 16 * (i.value % C), sums[i.value / C][i.value % C]); });
 }
 
 // Keys [first, last) of M rows: those that all see together, the rest by the rows that see them (attend.inl says why).
 template <int M, int C>
 void mix_seen(const mh::KvSplit& s, int64_t r, const float* p, const float* v, int64_t first, int64_t last, float* y) {
+  constexpr int64_t P = mh::kSplitKeys;
+  const int64_t width = s.v_width;
   int64_t from = first, to = last;
   for (int m = 0; m < M; m++) from = from > s.from[r + m] ? from : s.from[r + m], to = least(to, s.to[r + m]);
   if (from >= to) from = to = last;
   for (int m = 0; m < M; m++) {
     const int64_t begin = first > s.from[r + m] ? first : s.from[r + m], end = least(from, s.to[r + m]);
-    if (begin < end) mix_tile<1, C>(p + m * mh::kSplitKeys, v, begin, end, y + m * s.v_width, s.v_width);
+    if (begin < end) mix_tile<1, C>(p + m * P, P, v, begin, end, y + m * width, width);
   }
-  if (from < to) mix_tile<M, C>(p, v, from, to, y, s.v_width);
+  if (from < to) mix_tile<M, C>(p, P, v, from, to, y, width);
   for (int m = 0; m < M; m++) {
     const int64_t end = least(last, s.to[r + m]);
-    if (to < end) mix_tile<1, C>(p + m * mh::kSplitKeys, v, to, end, y + m * s.v_width, s.v_width);
+    if (to < end) mix_tile<1, C>(p + m * P, P, v, to, end, y + m * width, width);
   }
 }
 
@@ -132,7 +140,8 @@ void attend_many(const mh::KvSplit& s) {
       const int64_t last = least(r + kAttendRows, s.rows) - 1;  // limits do not fall from row to row
       if (i >= s.to[last] || i + kTile <= s.from[r]) continue;
       with_at_most<kAttendRows>(s.rows - r, [&](auto m) {
-        score_tile<m.value>(s.q + r, keys + i * s.k_width, s.k_width, p + r * mh::kSplitKeys + i);
+        score_tile<m.value>(s.q + r, keys + i * s.k_width, s.k_width, p + r * mh::kSplitKeys + i,
+                            mh::kSplitKeys);
       });
     }
   for (int64_t r = 0; r < s.rows; r++) weigh(s, r, p + r * mh::kSplitKeys);

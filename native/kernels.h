@@ -104,6 +104,18 @@ struct TileKernels {
   void (*multiply)(const TileProduct&);
 };
 
+struct HeadRows {  // rows of one head and its part [n][width] of a projection, bf16 or float32; multiples of 16
+  const float* x;
+  int64_t x_stride;
+  float* y;
+  int64_t y_stride, rows;
+  const void* w;
+  bool is_bf16;
+  int64_t n, width;
+  float* scratch;  // [head_scratch(n, width)]
+};
+constexpr int64_t head_scratch(int64_t n, int64_t width) { return 64 * (n > width ? n : width); }
+
 struct Kernels {
   const char* name;
   bool rounds_rows;
@@ -133,6 +145,8 @@ struct Kernels {
   void (*norm)(const float* x, int64_t n, const float* weight, float eps, float* y);  // x / rms(x) · weight
   void (*attend)(const KvSplit&);
   void (*join)(const KvJoin&, float* y);  // in order; zeros where no split has a key
+  void (*mix_rows)(const HeadRows&);      // y [width] = Σ_i x[i] · w_i, one i after the other
+  void (*dot_rows)(const HeadRows&);      // y [n] = x · w_i, in the order of gemv
   // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
   void (*gemv)(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out);
   const TileKernels* tiles;  // null where the level multiplies no bf16

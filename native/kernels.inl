@@ -4,10 +4,10 @@
 #pragma once
 
 #include "activation.inl"
-#include "attend_many.inl"
 #include "formats.inl"
 #include "integers.inl"
 #include "kernels.h"
+#include "latent.inl"
 #include "rows.inl"
 #include "step.inl"
 #include "tiles.inl"
@@ -36,6 +36,8 @@ constexpr mh::Kernels level_kernels(const char* name) {
       .norm = norm,
       .attend = attend,
       .join = join,
+      .mix_rows = mix_rows,
+      .dot_rows = dot_rows,
       .gemv = gemv,
       .tiles = nullptr,
   };

@@ -28,6 +28,7 @@ MH_NAME(mh_cache);
 MH_NAME(mh_sequences);
 MH_NAME(mh_rotation);
 MH_NAME(mh_attention);
+MH_NAME(mh_latent);
 MH_NAME(mh_router);
 MH_NAME(mh_step);
 
@@ -135,17 +136,21 @@ std::string describe() {
          MH_STRUCTURE(mh_rotation, F(cos), F(sin), F(width), F(positions), F(interleave), F(q_norm), F(k_norm),
                       F(norms)) +
          MH_STRUCTURE(mh_attention, F(heads), F(window), F(sinks), F(scale), F(cap)) +
+         MH_STRUCTURE(mh_latent, F(weight), F(size), F(dtype), F(heads), F(nope), F(value), F(width)) +
          MH_STRUCTURE(mh_router, F(weight), F(logit_bias), F(choice_bias), F(experts), F(width), F(per_token),
                       F(sigmoid), F(groups), F(topk_group), F(best_of_group), F(renormalise), F(scaling)) +
          MH_STRUCTURE(mh_step, F(kind), F(a), F(n), F(factor)) + MH_FUNCTION(mh_forward) + MH_FUNCTION(mh_backward) +
          MH_FUNCTION(mh_linear_forward) + MH_FUNCTION(mh_steps) + MH_FUNCTION(mh_linears) + MH_FUNCTION(mh_rms_norm) +
-         MH_FUNCTION(mh_rope_and_cache) + MH_FUNCTION(mh_attend) + MH_FUNCTION(mh_route) + formats() +
+         MH_FUNCTION(mh_rope_and_cache) + MH_FUNCTION(mh_attend) + MH_FUNCTION(mh_latent_products) +
+         MH_FUNCTION(mh_latent_rope_and_cache) + MH_FUNCTION(mh_route) + formats() +
          "activations: swiglu, swiglu_oai, geglu, geglu_tanh, gelu, relu\n"
          "levels: portable, avx2, avx512, avx512_bf16, amx\n"
-         "steps: norm, linears, rope_and_cache, attend, route, experts, add, activate\n";
+         "steps: norm, linears, rope_and_cache, attend, route, experts, add, activate, latent_products, "
+         "latent_rope_and_cache\n";
 }
 
-static_assert(MH_RELU == 5 && MH_AMX == 4 && MH_STEP_ACTIVATE == 7, "the names above are in the order of their codes");
+static_assert(MH_RELU == 5 && MH_AMX == 4 && MH_STEP_LATENT_ROPE_AND_CACHE == 9,
+              "the names above are in the order of their codes");
 
 }  // namespace
 

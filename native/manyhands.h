@@ -112,6 +112,11 @@ struct mh_attention {
   double scale, cap;      // cap 0 is none
 };
 
+struct mh_latent {  // multi-head latent attention: kv_b_proj's weight [heads][nope + value][width], float32 or bf16
+  const void* weight;
+  int64_t size, dtype, heads, nope, value, width;  // size in numbers; the others multiples of 16, but heads
+};
+
 struct mh_router {  // weight [experts][width] float32; biases [experts] float32 or null; groups 0 or 1: not limited
   const float *weight, *logit_bias, *choice_bias;
   int64_t experts, width, per_token, sigmoid, groups, topk_group, best_of_group, renormalise;
@@ -135,7 +140,8 @@ MH_API int mh_backward(const mh_experts*, const mh_stacked*, const mh_routing*, 
                        const mh_run*);
 MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* y, const mh_run*);
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
-// MH_STEP_LINEARS has its count in n[0], MH_STEP_EXPERTS no hidden. MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
+// MH_STEP_LINEARS has its count in n[0], MH_STEP_EXPERTS no hidden, MH_STEP_LATENT_PRODUCTS `values` in n[0].
+// MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
 // MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
 enum {
   MH_STEP_NORM = 0,
@@ -145,7 +151,9 @@ enum {
   MH_STEP_ROUTE = 4,
   MH_STEP_EXPERTS = 5,
   MH_STEP_ADD = 6,
-  MH_STEP_ACTIVATE = 7
+  MH_STEP_ACTIVATE = 7,
+  MH_STEP_LATENT_PRODUCTS = 8,
+  MH_STEP_LATENT_ROPE_AND_CACHE = 9
 };
 struct mh_step {
   int64_t kind;
@@ -168,6 +176,18 @@ MH_API int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* 
 // and values alone: keys are taken in splits of 256 from `start` on, which are joined in order.
 MH_API int mh_attend(const mh_attention*, const mh_sequences*, const float* q, const mh_cache*, float* y,
                      const mh_run*);
+// Multi-head latent attention, absorbed, for any rows: queries go to the latents. In this order: products with values = 0
+// of the projected q into `placed`; mh_latent_rope_and_cache; mh_attend with one group, the cache's v being its k, of
+// v_width latent.width; products with values = 1 of what it says. Every row is float32, and its bits are those it has
+// alone.
+// x and y are [rows][heads · any]; of each head the first numbers count. values = 0: y[h] [width] = W_k[h]ᵀ x[h] [nope],
+// one input after the other; values = 1: y[h] [value] = W_v[h] x[h] [width].
+MH_API int mh_latent_products(const mh_latent*, int64_t values, const mh_rows* x, const mh_rows* y, const mh_run*);
+// kv [rows][width + r]: its first numbers, normed (the rotation's k_norm), and the last r = rotation.width, turned, into
+// the cache [width + r]; the last r of each head of q [rows][heads · (nope + r)], turned, into the last r of each head of
+// placed [rows][heads · (width + r)].
+MH_API int mh_latent_rope_and_cache(const mh_latent*, const mh_rows* q, const mh_rows* kv, const mh_sequences*,
+                                    const mh_rotation*, const mh_cache*, const mh_rows* placed, const mh_run*);
 // logits and scores [tokens][experts], ids and weights [tokens][per_token].
 MH_API int mh_route(const mh_router*, const mh_rows* x, float* logits, float* scores, int64_t* ids, float* weights,
                     const mh_run*);

@@ -3,33 +3,10 @@
 
 #include "cache.h"
 #include "pool.h"
+#include "rotate.h"
 
 namespace mh {
 namespace {
-
-void check_norm(const mh_norm& n, int64_t width, const char* name) {
-  if (n.weight && (n.width != width || (n.dtype != MH_FLOAT32 && n.dtype != MH_BF16)))
-    fail(MH_BAD_ARGUMENT, "%s has %lld weights of dtype %lld, not %lld in float32 or bf16", name, (long long)n.width,
-         (long long)n.dtype, (long long)width);
-}
-
-const float* norm_weight(const mh_norm& n, Workspace& workspace, const Kernels& k) {
-  if (!n.weight || n.dtype == MH_FLOAT32) return static_cast<const float*>(n.weight);
-  float* to = workspace.floats(n.width);
-  k.widen(static_cast<const uint16_t*>(n.weight), n.width, to);
-  return to;
-}
-
-// Rotates the first `width` numbers of a head; the two of a pair come out half of `width` apart.
-void rotate(const mh_rotation& r, const float* cos, const float* sin, float* head, float* scratch) {
-  const int64_t half = r.width / 2, step = r.interleave ? 2 : 1, apart = r.interleave ? 1 : half;
-  memcpy(scratch, head, r.width * sizeof(float));
-  for (int64_t i = 0; i < half; i++) {
-    const float a = scratch[i * step], b = scratch[i * step + apart];
-    head[i] = a * cos[i] - b * sin[i];
-    head[half + i] = b * cos[i] + a * sin[i];
-  }
-}
 
 struct RowHeads {  // the heads of one row, in float32
   const Kernels& k;
@@ -50,13 +27,6 @@ struct RowHeads {  // the heads of one row, in float32
     }
   }
 };
-
-void put(const Kernels& k, const float* from, int64_t width, int64_t dtype, void* to, int64_t offset) {
-  if (dtype == MH_BF16)
-    k.narrow(from, width, static_cast<uint16_t*>(to) + offset);
-  else
-    memcpy(static_cast<float*>(to) + offset, from, width * sizeof(float));
-}
 
 void put_value(const Kernels& k, const mh_rows& v, int64_t from, const mh_cache& c, int64_t to) {
   if (v.dtype == c.dtype) {
@@ -105,7 +75,6 @@ int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, cons
     const Kernels* kernels = checked_kernels(run);
     check_cache(c);
     need(q, "q");
-    need(r, "the rotation");
     need(out, "the output");
     const int64_t rows = check_sequences(sequences, *c);
     if (rows < 1 || q->count != rows || q->width < 1 || q->width % c->k_width)
@@ -114,14 +83,7 @@ int mh_rope_and_cache(const mh_rows* q, const mh_rows* k, const mh_rows* v, cons
     check_rows(q, q->count, q->width, "q");
     check_rows(k, q->count, c->groups * c->k_width, "k");
     if (v) check_rows(v, q->count, c->groups * c->v_width, "v");
-    need(r->cos, "cos");
-    need(r->sin, "sin");
-    if (r->width < 0 || r->width % 2 || r->width > c->k_width)
-      fail(MH_BAD_ARGUMENT, "a rotation of %lld numbers of heads of %lld: an even number of them", (long long)r->width,
-           (long long)c->k_width);
-    if (r->positions != q->count)
-      fail(MH_BAD_ARGUMENT, "cos and sin are there for %lld positions, not for the %lld rows", (long long)r->positions,
-           (long long)q->count);
+    check_rotation(r, q->count, c->k_width);
     check_norm(r->q_norm, r->norms == MH_NORM_ROW ? q->width : c->k_width, "q_norm");
     check_norm(r->k_norm, r->norms == MH_NORM_ROW ? k->width : c->k_width, "k_norm");
     Call call(q->count);

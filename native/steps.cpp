@@ -63,6 +63,12 @@ int one(const mh_step& s, const mh_run* run) {
     case MH_STEP_EXPERTS:
       return mh_forward(as<mh_experts>(a[0]), as<mh_stacked>(a[1]), as<mh_routing>(a[2]), as<mh_rows>(a[3]),
                         as<mh_rows>(a[4]), nullptr, 0, run);
+    case MH_STEP_LATENT_PRODUCTS:
+      return mh_latent_products(as<mh_latent>(a[0]), s.n[0], as<mh_rows>(a[1]), as<mh_rows>(a[2]), run);
+    case MH_STEP_LATENT_ROPE_AND_CACHE:
+      return mh_latent_rope_and_cache(as<mh_latent>(a[0]), as<mh_rows>(a[1]), as<mh_rows>(a[2]),
+                                      as<mh_sequences>(a[3]), as<mh_rotation>(a[4]), as<mh_cache>(a[5]),
+                                      as<mh_rows>(a[6]), run);
     case MH_STEP_ADD: return guard([&] { add(s); });
     case MH_STEP_ACTIVATE: return guard([&] { activate(s, *checked_kernels(run)); });
     default:

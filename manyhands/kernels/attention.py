@@ -3,6 +3,7 @@
 B batch, S queries, L keys, H heads, G key/value heads.
 """
 
+import torch
 from torch import Tensor
 
 from manyhands.kernels.native import step, views
@@ -40,3 +41,26 @@ def attend_natively(
     q = q_BHSd.transpose(1, 2).float().reshape(B * S, H, -1)
     y = step.attend(q, step.cache_of(k_BGLd, v_BGLv), sequences, scale, window, sinks, cap)
     return y.view(B, S, H, -1).transpose(1, 2).to(q_BHSd.dtype)
+
+
+def absorb(q_BHSn: Tensor, weight_HmR: Tensor) -> Tensor:
+    """What a query asks a latent: q [B, H, S, n] · W_k, the first n rows of each head's weight -> [B, H, S, R]."""
+    y = _products(q_BHSn, weight_HmR, q_BHSn.shape[3], False)
+    return torch.matmul(q_BHSn, weight_HmR[:, : q_BHSn.shape[3]].to(q_BHSn.dtype)) if y is None else y
+
+
+def expand(y_BHSR: Tensor, weight_HmR: Tensor, nope: int) -> Tensor:
+    """What a head says of the latent it saw: y [B, H, S, R] · W_vᵀ, the rows of each head's weight after `nope`."""
+    y = _products(y_BHSR, weight_HmR, nope, True)
+    return torch.matmul(y_BHSR, weight_HmR[:, nope:].transpose(1, 2).to(y_BHSR.dtype)) if y is None else y
+
+
+def _products(x_BHSn: Tensor, weight_HmR: Tensor, nope: int, values: bool) -> Tensor | None:
+    """Natively, so that a row has the bits that it has alone; None where the kernels do not."""
+    B, H, S, _ = x_BHSn.shape
+    sizes = (nope, weight_HmR.shape[1] - nope, weight_HmR.shape[2])
+    if not step.direct(x_BHSn) or not views.plain(weight_HmR, 3) or any(n < 16 or n % 16 for n in sizes):
+        return None
+    latent = step.latent_of(weight_HmR.detach().flatten(0, 1), H, nope)
+    y = step.latent_products(latent, values, x_BHSn.transpose(1, 2).float().reshape(B * S, -1))
+    return y.view(B, S, H, -1).transpose(1, 2).to(x_BHSn.dtype)

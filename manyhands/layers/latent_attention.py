@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
-from manyhands.kernels.attention import attend_natively
-from manyhands.kernels.moment import unheard
+from manyhands.kernels.attention import absorb, attend_natively, expand
+from manyhands.kernels.moment import is_exact, ordinary, unheard
 from manyhands.layers.attention import Caches, Positions, better_in_float32, each_row, max_logits
 from manyhands.layers.cache import LayerCache
 from manyhands.layers.linear import Linear, reset_parts
@@ -82,11 +82,14 @@ class LatentAttention(nn.Module):
         cache: LayerCache | None,
     ) -> tuple[Tensor, Tensor | None]:
         """What the heads say [B, H, S, v], and the largest logit per head."""
-        if cache is None:
+        one_way = ordinary() and not torch.is_grad_enabled() and is_exact() and positions.clip_above is None
+        if cache is None and not one_way:
             return self._materialised(q_nope, q_rope, latent_B1SR[:, 0], k_rope_B1Sr, positions)
-        decoding = cache.length > 0
-        (keys_B1Ld,) = cache.append(torch.cat((latent_B1SR, k_rope_B1Sr), dim=-1))
-        if decoding and type(self.kv_b_proj) is Linear and unheard(self.kv_b_proj):  # whose weight alone is read
+        decoding = cache is not None and cache.length > 0
+        keys_B1Ld = torch.cat((latent_B1SR, k_rope_B1Sr), dim=-1)
+        if cache is not None:
+            (keys_B1Ld,) = cache.append(keys_B1Ld)
+        if (decoding or one_way) and type(self.kv_b_proj) is Linear and unheard(self.kv_b_proj):  # its weight is read
             return self._absorbed(q_nope, q_rope, keys_B1Ld, positions), None
         R = self.config.kv_lora_rank
         return self._materialised(q_nope, q_rope, keys_B1Ld[:, 0, :, :R], keys_B1Ld[..., R:], positions)
@@ -118,7 +121,8 @@ class LatentAttention(nn.Module):
         largest_H = None
         if positions.clip_above is not None:
             largest_H = max_logits(q, k, self.scale, positions, self.sliding)
-        return self._attend(q, k, v_BHLv, positions), largest_H
+        done = attend_natively(q, k, v_BHLv, positions.start_B, self.window, self.scale)
+        return self._attend(q, k, v_BHLv, positions) if done is None else done, largest_H
 
     def _absorbed(self, q_nope: Tensor, q_rope: Tensor, keys_B1Ld: Tensor, positions: Positions) -> Tensor:
         """Decoding: q·(W_k c) = (W_kᵀ q)·c, so queries go to the latent instead of the latent to every head.
@@ -126,9 +130,8 @@ class LatentAttention(nn.Module):
         d = R + r: a cached row is the key of every head, and its first R numbers are the value.
         """
         a = self.config
-        up = self.kv_b_proj.weight.to(q_nope.dtype).view(a.num_attention_heads, -1, a.kv_lora_rank)
-        w_k_HnR, w_v_HvR = up[:, : a.qk_nope_head_dim], up[:, a.qk_nope_head_dim :]
-        q = torch.cat((torch.matmul(q_nope, w_k_HnR), q_rope), dim=-1)
+        up_HmR = self.kv_b_proj.weight.view(a.num_attention_heads, -1, a.kv_lora_rank)
+        q = torch.cat((absorb(q_nope, up_HmR), q_rope), dim=-1)
         R = a.kv_lora_rank
         y_BHSR = attend_natively(q, keys_B1Ld, keys_B1Ld[..., :R], positions.start_B, self.window, self.scale)
         if y_BHSR is None:
@@ -136,7 +139,7 @@ class LatentAttention(nn.Module):
                 q, keys_B1Ld = q.float(), keys_B1Ld.float()
             k = keys_B1Ld.expand(-1, a.num_attention_heads, -1, -1)
             y_BHSR = self._attend(q, k, k[..., :R], positions).to(q_nope.dtype)
-        return torch.matmul(y_BHSR, w_v_HvR.transpose(1, 2))
+        return expand(y_BHSR, up_HmR, a.qk_nope_head_dim)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
         mask = positions.mask_of(self.sliding)

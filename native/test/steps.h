@@ -173,6 +173,48 @@ void attend_round() {
   }
 }
 
+void latent_round() {
+  const int64_t block = any(1, 40);
+  const Sequences held = sequences(block);
+  const mh_sequences who = held.view();
+  const int64_t T = held.begin.back(), H = any(1, 5), n = 16 * any(1, 4), v = 16 * any(1, 4), R = 16 * any(1, 9),
+                r = 16 * any(1, 3), dtype = any(0, 1), d = R + r;
+  if (!T) return;
+  std::vector<float> w = normals(H * (n + v) * R, true), q = normals(T * H * (n + r), true), kv = normals(T * d, true);
+  std::vector<uint16_t> short_w = to_bf16(w);
+  std::vector<float> cos = normals(T * r, false), sin = normals(T * r, false), weight = normals(R, false);
+  std::vector<float> cached(static_cast<size_t>(who.entries * block * d)), first, first_y;
+  mh_latent l{dtype ? static_cast<void*>(short_w.data()) : w.data(), H * (n + v) * R, dtype, H, n, v, R};
+  const mh_rotation turn{cos.data(), sin.data(), r, T, any(0, 1), {}, {weight.data(), 0, R, 1e-5}, 0};
+  const mh_cache c{cached.data(), cached.data(), who.entries * block * d, who.entries * block * d, 0, 1, d, R, block,
+                   block * d, block * d, block * d, block * d, d, d};
+  const mh_attention how{H, 0, nullptr, 0.1, 0};
+  int64_t* fields[] = {&l.size, &l.dtype, &l.heads, &l.nope, &l.value, &l.width};
+  static const int64_t values[] = {-16, 0, 8, 48, 4096, int64_t{1} << 40, INT64_MAX, INT64_MIN};
+  for (int64_t level = MH_PORTABLE; level <= MH_AMX; level++) {
+    if (!has(level)) continue;
+    const mh_run run{level, any(1, 3), any(0, 1)};
+    std::vector<float> placed(static_cast<size_t>(T * H * d)), said(static_cast<size_t>(T * H * R)),
+        y(static_cast<size_t>(T * H * v));
+    const mh_rows qs{q.data(), 0, T, H * (n + r), H * (n + r)}, kvs{kv.data(), 0, T, d, d},
+        there{placed.data(), 0, T, H * d, H * d}, lat{said.data(), 0, T, H * R, H * R}, out{y.data(), 0, T, H * v, H * v};
+    expect(!mh_latent_products(&l, 0, &qs, &there, &run), "latent queries");
+    expect(!mh_latent_rope_and_cache(&l, &qs, &kvs, &who, &turn, &c, &there, &run), "latents placed");
+    expect(!mh_attend(&how, &who, placed.data(), &c, said.data(), &run), "attention to latents");
+    expect(!mh_latent_products(&l, 1, &lat, &out, &run), "latent values");
+    if (level == MH_PORTABLE) first = placed, first_y = y;
+    close(placed, first, level, largest, 1e-5, "placed queries");
+    close(y, first_y, level, largest, 1e-3, "values of latents");
+    int64_t* field = fields[any(0, 5)];
+    const int64_t was = *field, now = values[any(0, 7)];
+    if (field == &l.size && now > was) continue;
+    *field = now;
+    mh_latent_products(&l, 0, &qs, &there, &run), mh_latent_products(&l, 1, &lat, &out, &run);
+    mh_latent_rope_and_cache(&l, &qs, &kvs, &who, &turn, &c, &there, &run);
+    *field = was;
+  }
+}
+
 // One field after another set to something that cannot be.
 void damaged_step_round() {
   std::vector<float> k(2 * 8 * 16), q(4 * 16), y(4 * 16), w(16);
@@ -210,6 +252,6 @@ void damaged_step_round() {
   mh_steps(&step, 1, &run);
 }
 
-void step_rounds() { norm_round(), route_round(), linears_round(), attend_round(), damaged_step_round(); }
+void step_rounds() { norm_round(), route_round(), linears_round(), attend_round(), latent_round(), damaged_step_round(); }
 
 }  // namespace

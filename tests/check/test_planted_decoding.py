@@ -251,12 +251,11 @@ def test_native_routing_that_reads_a_field_wrongly(monkeypatch, field, value, wh
 
 
 def test_a_mask_that_forgets_padding(monkeypatch):
-    right = manyhands.models.decoder.causal_mask
+    def forgets(right):
+        return lambda real, *rest: right(torch.ones_like(real), *rest)
 
-    def forgetful(real, *rest):
-        return right(torch.ones_like(real), *rest)
-
-    monkeypatch.setattr(manyhands.models.decoder, "causal_mask", forgetful)
+    for name in ("causal_mask", "start_of"):  # for PyTorch, for the native kernels
+        monkeypatch.setattr(manyhands.models.decoder, name, forgets(getattr(manyhands.models.decoder, name)))
     assert {"attention", "attention to a cache"} <= red(attention_rows("multi-head"))
 
 

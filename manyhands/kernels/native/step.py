@@ -17,6 +17,7 @@ from manyhands.kernels.native import library, views
 from manyhands.kernels.native.library import (
     CAttention,
     CCache,
+    CLatent,
     CLinear,
     CNorm,
     CRotation,
@@ -195,6 +196,56 @@ def attend(
         "mh_attend", byref(how), byref(who), q.data_ptr(), byref(cache), y.data_ptr(), views.run(level, threads)
     )
     return y
+
+
+def latent_of(weight: Tensor, heads: int, nope: int) -> CLatent:
+    """kv_b_proj's contiguous weight [heads · (nope + value), R], float32 or bfloat16; all but heads multiples of 16."""
+    each = weight.shape[0] // heads
+    dtype = views.DTYPES[weight.dtype]
+    return CLatent(weight.data_ptr(), weight.numel(), dtype, heads, nope, each - nope, weight.shape[1])
+
+
+def latent_products(latent: CLatent, values: bool, x: Tensor, level: int = -1, threads: int = 0) -> Tensor:
+    """Of each head W_kᵀ x, [rows, H · nope] -> [rows, H · R], or with `values` W_v x, [rows, H · R] -> [rows, H · v].
+
+    Float32; a row's bits are those that it has alone.
+    """
+    x = views.unit_stride(x)
+    y = torch.empty(x.shape[0], latent.heads * (latent.value if values else latent.width))
+    run = views.run(level, threads)
+    library.call("mh_latent_products", byref(latent), int(values), views.at(x), views.at(y), run)
+    return y
+
+
+def latent_rope_and_cache(
+    latent: CLatent,
+    q: Tensor,
+    kv: Tensor,
+    sequences: Sequences,
+    rotation: Rotation,
+    cache: CCache,
+    placed: Tensor,
+    level: int = -1,
+    threads: int = 0,
+) -> None:
+    """Latents kv [rows, R + r], normed (`k_norm`) and their end turned, go into the cache; the end of each head of
+    q [rows, H · (nope + r)], turned, to that of placed [rows, H · (R + r)]. All float32.
+    """
+    cos, sin = rotation.cos.contiguous(), rotation.sin.contiguous()
+    turning = CRotation(cos.data_ptr(), sin.data_ptr(), 2 * cos.shape[-1], cos.shape[0], int(rotation.interleave))
+    turning.k_norm = rotation.k_norm
+    who, rows = sequences.struct(), (views.at(q), views.at(kv))
+    run = views.run(level, threads)
+    library.call(
+        "mh_latent_rope_and_cache",
+        byref(latent),
+        *rows,
+        byref(who),
+        byref(turning),
+        byref(cache),
+        views.at(placed),
+        run,
+    )
 
 
 def route(router: CRouter, x_TD: Tensor, level: int = -1, threads: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

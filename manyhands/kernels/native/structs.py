@@ -17,7 +17,18 @@ PLAIN = {"plain float32": 32, "plain bf16": 16, "plain float32 taken as bf16": 3
 """Weights that are not packed, with the bits of each: their codes follow those of the packed formats."""
 PLAIN_FLOAT32, PLAIN_BF16, PLAIN_ROUNDED = range(len(FORMATS), len(FORMATS) + len(PLAIN))
 ACTIVATION_CODES = {"swiglu": 0, "swiglu_oai": 1, "geglu": 2, "geglu_tanh": 3, "gelu": 4, "relu": 5}
-STEP_KINDS = ("norm", "linears", "rope_and_cache", "attend", "route", "experts", "add", "activate")
+STEP_KINDS = (
+    "norm",
+    "linears",
+    "rope_and_cache",
+    "attend",
+    "route",
+    "experts",
+    "add",
+    "activate",
+    "latent_products",
+    "latent_rope_and_cache",
+)
 """What a call of `mh_steps` may be made of, by code."""
 
 
@@ -151,6 +162,15 @@ class CAttention(Structure):
     ]
 
 
+class CLatent(Structure):
+    """`mh_latent`."""
+
+    _fields_ = [
+        ("weight", c_void_p),
+        *((name, c_int64) for name in ("size", "dtype", "heads", "nope", "value", "width")),
+    ]
+
+
 class CRouter(Structure):
     """`mh_router`."""
 
@@ -175,7 +195,7 @@ class CStep(Structure):
 
 STRUCTURES: tuple[type[Structure], ...] = (
     *(CMatrix, CExperts, CStacked, CLinear, CRows, CRouting, CGradients, CRun),
-    *(CNorm, CCache, CSequences, CRotation, CAttention, CRouter, CStep),
+    *(CNorm, CCache, CSequences, CRotation, CAttention, CLatent, CRouter, CStep),
 )
 _Experts, _Stacked, _Routing, _Rows, _Run = map(POINTER, (CExperts, CStacked, CRouting, CRows, CRun))
 
@@ -194,6 +214,11 @@ CALLS: dict[str, list[Any]] = {
         *(POINTER(CRotation), POINTER(CCache), c_void_p, _Run),
     ],
     "mh_attend": [POINTER(CAttention), POINTER(CSequences), c_void_p, POINTER(CCache), c_void_p, _Run],
+    "mh_latent_products": [POINTER(CLatent), c_int64, _Rows, _Rows, _Run],
+    "mh_latent_rope_and_cache": [
+        *(POINTER(CLatent), _Rows, _Rows, POINTER(CSequences)),
+        *(POINTER(CRotation), POINTER(CCache), _Rows, _Run),
+    ],
     "mh_route": [POINTER(CRouter), _Rows, c_void_p, c_void_p, c_void_p, c_void_p, _Run],
 }
 """Functions with their arguments; each gives an error code."""
