@@ -28,7 +28,7 @@ from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed, Runner, joined
-from manyhands.engine.sampling import sample
+from manyhands.engine.sampling import greedy, sample
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
@@ -253,7 +253,12 @@ class Engine:
 
     def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
         """A token for each, with its own settings and generator."""
+        if not requests:
+            return []
         with one_thread():
+            if all(greedy(request.sampling) for request in requests):  # which asks no generator: all at once
+                found: list[int] = sample(logits_RV, requests[0].sampling, state_of(requests[0]).generator).tolist()
+                return found
             drawn = [
                 sample(logits_RV[r : r + 1], request.sampling, state_of(request).generator)
                 for r, request in enumerate(requests)

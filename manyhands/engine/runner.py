@@ -3,7 +3,7 @@
 T tokens of R rows, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,20 +12,33 @@ from torch import Tensor, nn
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
 from manyhands.engine.mode import evaluating
+from manyhands.kernels.moment import exactly
 from manyhands.kernels.native import step
 from manyhands.kernels.policy import MOST_AT_ONCE
+from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import Routing
+from manyhands.moe.packed import RecordExperts
 from manyhands.runtime import Program, prepare
 
 
-@dataclass(frozen=True, slots=True)
 class Routed:
     """Who went where in one pass, by sparse layer."""
 
-    layers: dict[int, Routing]
-    num_tokens: int
-    """T."""
+    __slots__ = ("_layers", "_made", "num_tokens")
+
+    def __init__(self, made: Callable[[], dict[int, Routing]], num_tokens: int) -> None:
+        """`made` puts it together, when somebody looks."""
+        self._made, self.num_tokens = made, num_tokens
+        self._layers: dict[int, Routing] | None = None
+
+    @property
+    def layers(self) -> dict[int, Routing]:
+        """Of all T tokens. Inference tensors."""
+        if self._layers is None:
+            with torch.inference_mode():
+                self._layers = self._made()
+        return self._layers
 
     def rows(self, tokens: slice) -> dict[int, Routing]:
         """The routing of some of the tokens."""
@@ -48,10 +61,13 @@ class Forward:
 class Runner:
     """Runs one model, in evaluation and in the dtype of its weights. Its training mode is as it was after each call."""
 
-    def __init__(self, model: Decoder) -> None:
-        self.model = model
+    def __init__(self, model: Decoder, exact: bool = False) -> None:
+        """`exact`: every row has the same bits however many run beside it, as rows of a model with int8 or int4 weights
+        always do."""
+        self.model, self._asked = model, exact
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
+        self._exact = exact or has_integers(self._modules)
         self._training: list[nn.Module] = []
         self._program: Program | None = None
 
@@ -62,10 +78,10 @@ class Runner:
         """
         with torch.inference_mode(), evaluating(self._modules) as self._training:
             program = self._prepared(batch.num_tokens)
-            many = program is not None and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
-            if program is None or many or not program.takes(batch.caches):
-                return self._modules_run(batch, states)
-            return self._run(program, batch, states)
+            with exactly(self._exact):
+                if program is None or not program.takes(batch.caches):
+                    return self._modules_run(batch, states)
+                return self._run(program, batch, states)
 
     @property
     def reads_blocks(self) -> bool:
@@ -77,14 +93,15 @@ class Runner:
     def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
         steps = [
-            program.run(part.ids, part.counts, part.caches, part.draws, states) for part in batch.parts(program.most)
+            program.run(part.ids, part.counts, part.caches, part.draws, states)
+            for part in batch.parts(program.capacity)
         ]
         if len(steps) == 1:
             (one,) = steps
             return Forward(one.logits, Routed(one.routings, batch.num_tokens), one.states)
         found = [s.states for s in steps if s.states is not None]
         logits = torch.cat([s.logits for s in steps])
-        routed = Routed(joined([s.routings for s in steps]), batch.num_tokens)
+        routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens)
         return Forward(logits, routed, torch.cat(found) if found else None)
 
     def _modules_run(self, batch: Batch, states: bool) -> Forward:
@@ -98,12 +115,13 @@ class Runner:
         drawn = hidden.states[0]
         if len(batch.drawing) < batch.num_tokens:
             drawn = drawn[batch.draws]
-        routed = Routed(hidden.routings, batch.num_tokens)
+        routed = Routed(lambda: hidden.routings, batch.num_tokens)
         return Forward(self.model.head(drawn), routed, hidden.states[0] if states else None)
 
     def _look_again(self) -> None:
         """A module that was put in since is in evaluation mode too, for this pass."""
         self._modules = list(self.model.modules())
+        self._exact = self._asked or has_integers(self._modules)
         for module in self._modules:
             if module.training:
                 module.training = False
@@ -131,9 +149,9 @@ class Runner:
             if dtype in (None, self.model.embed_tokens.weight.dtype):
                 with torch.inference_mode():
                     program = self._prepared(ids_BS.numel())
-                    fits = program is not None and program.most == program.capacity
-                    if program is not None and fits and program.whole and (mask_BS is None or bool(mask_BS.any())):
-                        return self._score(program, ids_BS, mask_BS)
+                    if program is not None and program.whole and (mask_BS is None or bool(mask_BS.any())):
+                        with exactly(self._exact):
+                            return self._score(program, ids_BS, mask_BS)
             return self.model.hidden(ids_BS, mask_BS, dtype=dtype)
 
     def _score(self, program: Program, ids_BS: Tensor, mask_BS: Tensor | None) -> Hidden:
@@ -145,7 +163,7 @@ class Runner:
         lengths = {row.cache: len(row.ids) for row in rows}
         states: list[Tensor] = []
         routings: list[dict[int, Routing]] = []
-        for part in Batch(rows).parts(program.most):
+        for part in Batch(rows).parts(program.capacity):
             forward = self._run(program, part, states=True)
             assert forward.states is not None
             states.append(forward.states)
@@ -156,6 +174,12 @@ class Runner:
         found = states[0].new_zeros(*ids_BS.shape, states[0].shape[-1])
         found[real_BS] = torch.cat(states)
         return Hidden(found, joined(routings), {}, None)
+
+
+def has_integers(modules: Iterable[nn.Module]) -> bool:
+    """Whether any weight is packed as int8 or int4."""
+    records = (module for module in modules if isinstance(module, RecordLinear | RecordExperts))
+    return any(m.format in ("int8", "int4") for record in records for m in record.layout.matrices)
 
 
 def joined(passes: Sequence[dict[int, Routing]]) -> dict[int, Routing]:

@@ -23,9 +23,14 @@ def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -
     logits = logits.float()
     if not bool(logits.amax(-1).isfinite().all()):
         raise ManyhandsError("the model's logits are NaN or infinite: its weights are damaged or it has diverged")
-    if config.temperature < _GREEDY_BELOW:
+    if greedy(config):
         return logits.argmax(-1)  # the first of equals
     return draw(filter_logits(logits, config).softmax(-1), generator)
+
+
+def greedy(config: SamplingConfig) -> bool:
+    """Whether the most probable token is taken, and no random number."""
+    return config.temperature < _GREEDY_BELOW
 
 
 def draw(probability: Tensor, generator: torch.Generator) -> Tensor:

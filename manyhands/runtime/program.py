@@ -7,7 +7,7 @@ the same way: a step runs the next tokens of some sequences, and a row's numbers
 T tokens of R sequences, D model width, V vocabulary.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import is_
 
@@ -40,7 +40,7 @@ class Step:
 
     logits: Tensor
     """[drawing rows, V]; float32 where the head is native."""
-    routings: dict[int, Routing]
+    routings: Callable[[], dict[int, Routing]]
     """Of each sparse layer, T tokens."""
     states: Tensor | None
     """[T, D] in the model's dtype after the final norm, where they were asked for."""
@@ -54,7 +54,7 @@ class Program:
     """
 
     def __init__(self, model: Decoder, builder: Builder, snapshot: Snapshot, parts: list[Part], head: Head) -> None:
-        self.parts, self.capacity, self.most = parts, builder.capacity, builder.most
+        self.parts, self.capacity = parts, builder.capacity
         self._model, self._config = model, model.config
         self._roots = [model.layers, model.norm, model.embed_tokens, model.lm_head]
         self._snapshot, self._b, self._segments, self._head = snapshot, builder, builder.segments, head
@@ -140,17 +140,20 @@ class Program:
         logits = self._head.logits(states_TD, draws, x.dtype)
         return Step(logits, self._routings(moment), states_TD.to(x.dtype, copy=True) if states else None)
 
-    def _routings(self, moment: Moment) -> dict[int, Routing]:
-        """Of all sparse layers: what native calls and what modules routed."""
+    def _routings(self, moment: Moment) -> Callable[[], dict[int, Routing]]:
+        """Of all sparse layers: what native calls and what modules routed, put together when somebody looks."""
         b, T, called = self._b, moment.num_tokens, moment.routings
-        if not b.routings:
-            return called
-        parts = [t[:, :T].clone().unbind(0) for t in b.routed]
-        kept_TK, found = torch.ones_like(parts[0][0], dtype=torch.bool), dict(called)
-        for layer, i in b.routings.items():
-            ids, weights, scores, logits = (part[i] for part in parts)
-            found[layer] = Routing(ids, weights, scores, logits, kept_TK, self._real_T)
-        return dict(sorted(found.items())) if called else found
+        copies, real_T = [t[:, :T].clone() for t in b.routed], self._real_T
+
+        def together() -> dict[int, Routing]:
+            found = dict(called)
+            for layer, i in b.routings.items():
+                ids, weights, scores, logits = (t[i] for t in copies)
+                kept_TK = torch.ones(ids.shape, dtype=torch.bool)
+                found[layer] = Routing(ids, weights, scores, logits, kept_TK, real_T)
+            return dict(sorted(found.items()))
+
+        return together
 
     def _bind(self, counts: Sequence[int], firsts: Sequence[int], caches: Sequence[Cache]) -> None:
         """Where this step's keys go, and where the earlier ones are."""

@@ -78,15 +78,15 @@ def packed_model(fields: dict, format: str = "float32") -> Decoder:
     if format == "plain":
         return model.eval()
     modules = dict(model.named_modules())
-    packing = Packing(format=format)
+    packing = Packing(format=format, group_size=32) if format == "int4" else Packing(format=format)
     records = {r.name: r for r in records_of(config, PackedConfig(experts=packing, linear=packing))}
     hold_records(model, records, "auto")
     for record in records.values():
         old, new = modules[record.module], model.get_submodule(record.module)
         if isinstance(new, RecordExperts):
-            new.records = pack_experts(old.weights(), format).records
+            new.records = pack_experts(old.weights(), format, packing.group_size).records
         else:
-            new.record = pack_linear(old.weight, old.bias, format).record
+            new.record = pack_linear(old.weight, old.bias, format, packing.group_size).record
     return model.eval()
 
 
