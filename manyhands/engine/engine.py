@@ -5,8 +5,8 @@
         print(completion.text)
 
 A request's tokens depend on the request alone: it has a random generator of its own, seeded by its `sampling.seed`, and
-its attention sees its own cache. Which requests run beside it changes nothing but rounding. One that ends leaves at
-once, and its place is another's.
+its attention sees its own cache. Which requests run beside it changes no bit where weights are int8 or int4, nor
+elsewhere with `exact`; else nothing but rounding. One that ends leaves at once, and its place is another's.
 
 R rows of logits, V vocabulary.
 """
@@ -53,19 +53,21 @@ class Engine:
         max_batch_tokens: int | None = None,
         cache_tokens: int | None = None,
         paged: bool | None = None,
+        exact: bool = False,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
 
         `max_batch_tokens` go through the model in one step, prompts in chunks if need be; None: no prompt is cut.
         `cache_tokens` bounds the cache of all together, in blocks of 32; when they run out, the youngest request waits
         and is computed again; None: no bound but the context of each. `paged` keeps the caches in such blocks, else
-        each in one piece; None: in blocks where native attention reads them. None of this changes what a request says,
-        but for rounding.
+        each in one piece; None: in blocks where native attention reads them. `exact`: float weights too are multiplied
+        in one order for any number of rows. None of this changes what a request says, but for rounding; and not even
+        that with `exact` or int8 or int4 weights, where all of the model is native.
 
         Raises `UserError` for a model that cannot generate.
         """
         check_causal(model.config)
-        self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model)
+        self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
         context = model.config.max_position_embeddings
         most = max_sequences * -(-context // BLOCK_SIZE)
         blocks = Blocks(most if cache_tokens is None else max(1, cache_tokens // BLOCK_SIZE))
