@@ -5,6 +5,7 @@ T rows of R sequences, r the rotated width.
 
 from array import array
 from collections.abc import Sequence
+from ctypes import memmove
 from itertools import accumulate
 
 import torch
@@ -14,6 +15,9 @@ from manyhands.config import ModelConfig
 from manyhands.kernels.native.library import CSequences
 from manyhands.layers.cache import PagedCache
 from manyhands.layers.rope import rope_tables
+
+FEW_PIECES = 8
+"""So many are copied one by one sooner than gathered."""
 
 
 class Sequences:
@@ -50,14 +54,16 @@ class Rotations:
         last = max(map(int.__add__, counts, firsts))
         if last > self._tables[0].shape[0]:
             self._grow(last)
-        if len(counts) == 1:
-            rows = slice(firsts[0], last)
-            for table, to in zip(self._tables, (cos, sin), strict=True):
-                to[: counts[0]].copy_(table[rows])
+        if len(counts) <= FEW_PIECES:
+            at, size = 0, 4 * cos.shape[1]  # float32: bytes of a position
+            for first, count in zip(firsts, counts, strict=True):
+                for table, to in zip(self._tables, (cos, sin), strict=True):
+                    memmove(to.data_ptr() + at * size, table.data_ptr() + first * size, count * size)
+                at += count
             return
-        at = torch.tensor([first + i for first, count in zip(firsts, counts, strict=True) for i in range(count)])
+        positions = torch.tensor([first + i for first, count in zip(firsts, counts, strict=True) for i in range(count)])
         for table, to in zip(self._tables, (cos, sin), strict=True):
-            torch.index_select(table, 0, at, out=to[: len(at)])
+            torch.index_select(table, 0, positions, out=to[: len(positions)])
 
     @torch.inference_mode(False)  # what is kept may be read outside of it
     def _grow(self, length: int) -> None:
