@@ -78,8 +78,9 @@ class Runner:
         """
         with torch.inference_mode(), evaluating(self._modules) as self._training:
             program = self._prepared(batch.num_tokens)
+            many = program is not None and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
             with exactly(self._exact):
-                if program is None or not program.takes(batch.caches):
+                if program is None or many or not program.takes(batch.caches):
                     return self._modules_run(batch, states)
                 return self._run(program, batch, states)
 
@@ -93,8 +94,7 @@ class Runner:
     def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
         steps = [
-            program.run(part.ids, part.counts, part.caches, part.draws, states)
-            for part in batch.parts(program.capacity)
+            program.run(part.ids, part.counts, part.caches, part.draws, states) for part in batch.parts(program.most)
         ]
         if len(steps) == 1:
             (one,) = steps
@@ -149,7 +149,12 @@ class Runner:
             if dtype in (None, self.model.embed_tokens.weight.dtype):
                 with torch.inference_mode():
                     program = self._prepared(ids_BS.numel())
-                    if program is not None and program.whole and (mask_BS is None or bool(mask_BS.any())):
+                    if (
+                        program is not None
+                        and program.most == program.capacity
+                        and program.whole
+                        and (mask_BS is None or bool(mask_BS.any()))
+                    ):
                         with exactly(self._exact):
                             return self._score(program, ids_BS, mask_BS)
             return self.model.hidden(ids_BS, mask_BS, dtype=dtype)
@@ -163,7 +168,7 @@ class Runner:
         lengths = {row.cache: len(row.ids) for row in rows}
         states: list[Tensor] = []
         routings: list[dict[int, Routing]] = []
-        for part in Batch(rows).parts(program.capacity):
+        for part in Batch(rows).parts(program.most):
             forward = self._run(program, part, states=True)
             assert forward.states is not None
             states.append(forward.states)

@@ -60,6 +60,8 @@ class Builder:
         self.routed: tuple[Tensor, ...] = ()
         """Ids, weights, scores, logits of all of them, [sparse layers, capacity · ·]: a layer's T rows lie together."""
         self.cos, self.sin = (torch.empty(capacity, config.rope_dim // 2) for _ in range(2))
+        self.most = capacity
+        """Rows that all the claimed parts take."""
         self.sequences = CSequences()
         """Who the rows are: every call reads it."""
         self._rows: dict[tuple[str, int], CRows] = {}

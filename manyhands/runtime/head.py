@@ -13,6 +13,7 @@ from manyhands.kernels.linear import for_native
 from manyhands.kernels.moment import held
 from manyhands.kernels.native import views
 from manyhands.kernels.native.library import CLinear
+from manyhands.kernels.policy import FEW_ROWS
 from manyhands.models import Decoder
 from manyhands.runtime.builder import LINEARS, Builder, Unfit, step_of
 from manyhands.runtime.claims import linear
@@ -51,6 +52,7 @@ class Head:
         found = for_native(embed.weight, None, b.D) if type(embed) is nn.Embedding and held(embed, "weight") else None
         if found is None:
             raise Unfit("an embedding that lies as the kernels do not read it")
+        b.most = min(b.most, FEW_ROWS)  # as `claims/linear.py` does
         return found[0]
 
     def logits(self, states_TD: Tensor, draws: Sequence[int], dtype: torch.dtype) -> Tensor:
