@@ -29,8 +29,9 @@ struct Forward {
     RowBlock in(b.rows(), e.up, exact);
     const float* const* at = x_rows.data() + b.begin;
     if (in.is_integer) {
-      const IntBlock block(qx.shape, in.count, k.integer_tile(in.count), w.rounded);
+      const IntBlock block(qx.shape, in.count, k.integer_tile(in.count, e.up.m.format), w.rounded);
       for (int64_t i = 0; i < in.count; i++) block.copy(i, qx.row(s.token[b.begin + i]));
+      block.clear_rest();
       in.integers = block.rows();
     } else if (in.is_few) {
       for (int64_t i = 0; i < in.count; i++) in.row[i] = {at[i]};
@@ -42,7 +43,7 @@ struct Forward {
 
   // A block's rows of integers for down; `first` is the group's first block.
   IntBlock act_integers(const Block& b, const Block* first) const {
-    return qact.block(&b - first, b.begin - first->begin, b.rows(), k.integer_tile(b.rows()));
+    return qact.block(&b - first, b.begin - first->begin, b.rows(), k.integer_tile(b.rows(), e.down.m.format));
   }
 
   RowBlock down_rows(const Block& b, const Block* group, const Worker& w) const {
@@ -141,6 +142,7 @@ struct Forward {
         const IntBlock to = act_integers(b, blocks);
         const float* from = act + (b.begin - begin) * act_stride;
         for (int64_t i = 0; i < b.rows(); i++) to.set(i, from + i * act_stride, k);
+        to.clear_rest();
       });
     }
     int64_t chunks = 8 * threads < e.down.size.panels ? 8 * threads : e.down.size.panels;

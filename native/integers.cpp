@@ -34,6 +34,11 @@ void IntBlock::copy(int64_t i, const IntRow& from) const {
   }
 }
 
+void IntBlock::clear_rest() const {
+  for (int64_t i = count; i < stride; i++)
+    for (int64_t g = 0; g < shape.groups; g++) scale[g * stride + i] = 0;
+}
+
 void IntList::prepare(const IntShape& s, int64_t rows, Workspace& workspace) {
   shape = s;
   q = reinterpret_cast<int8_t*>(workspace.floats(divide_up(rows * round_up(s.row_bytes(), 64), 4)));

@@ -30,6 +30,7 @@ struct IntBlock {
   IntRows rows() const { return {q, scale, start, count, tile, stride, shape.group}; }
   void set(int64_t i, const float* x, const Kernels& k) const;
   void copy(int64_t i, const IntRow& from) const;
+  void clear_rest() const;  // scales of rows that the last tile lacks: a level may multiply them all the same
 };
 
 // Rows by themselves, each written once and copied to the blocks that need it.

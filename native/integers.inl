@@ -16,8 +16,12 @@ using mh::IntRows;
 struct Ahead {
   const uint8_t* at;
   int64_t lines;
+  bool soon;  // to the first cache, else to the second
   void fetch() {
-    for (int64_t i = 0; i < lines; i++, at += 64) prefetch(at);
+    if (soon)
+      for (int64_t i = 0; i < lines; i++, at += 64) prefetch(at);
+    else
+      for (int64_t i = 0; i < lines; i++, at += 64) __builtin_prefetch(at, 0, 2);
   }
 };
 
@@ -99,19 +103,19 @@ void int_rows_of(int64_t m, const Panel& p, const IntRows& rows, int64_t row, co
 void multiply_integers(const Panel& p, const IntRows& rows, float*, float* c) {
   prefetch(p.scales);  // they lie elsewhere
   const int64_t lines = p.depth / (p.format == MH_INT8 ? 4 : 8), more = (rows.count - 1) / rows.tile;
-  Ahead ahead{p.data + kPrefetchBytes, 4};
+  Ahead ahead{p.data + kPrefetchBytes, 4, true};
   for (int64_t row = 0; row < rows.count; row += rows.tile) {
     const int64_t m = least(rows.tile, rows.count - row);
     int_rows_of<kIntRows>(m, p, rows, row, rows.q + row * p.depth, c + 16 * row, ahead);
     if (row > 0)
       ahead.at += ahead.lines * lines / 4 * 64;
     else
-      ahead = p.next ? Ahead{p.next->data, more ? (3 + more) / more : 0} : Ahead{p.data, 0};
+      ahead = p.next && more ? Ahead{p.next->data, (3 + more) / more, false} : Ahead{p.data, 0, false};
   }
 }
 
 // How many rows lie together in a tile: as many as a product takes at a time, or fewer so that tiles are alike.
-int64_t integer_tile(int64_t count) {
+int64_t integer_tile(int64_t count, int64_t) {
   const int64_t tiles = (count + kIntRows - 1) / kIntRows;
   return (count + tiles - 1) / tiles;
 }

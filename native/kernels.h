@@ -135,7 +135,7 @@ struct Kernels {
   void (*narrow)(const float* from, int64_t n, uint16_t* to);
   // n inputs, a multiple of 64; the last group may be shorter
   void (*quantize)(const float* x, int64_t n, int64_t group, int32_t shift, const IntRow& to);
-  int64_t (*integer_tile)(int64_t count);  // how many of so many rows lie in a tile
+  int64_t (*integer_tile)(int64_t count, int64_t format);  // how many of so many rows lie in a tile
   void (*multiply_integers)(const Panel&, const IntRows&, float* scratch, float* c);  // c [count][16]
   int32_t int8_shift;                                                                 // of a row's starts for int8
   // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them from as many blocks; weight and bias may be null

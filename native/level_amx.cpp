@@ -1,4 +1,5 @@
-// AMX: the matrix path of bf16 weights in tiles of 16 rows, 16 outputs and 32 inputs; the rest is AVX-512's.
+// AMX: the matrix path of bf16 weights in tiles of 16 rows, 16 outputs and 32 inputs, and that of integer ones
+// (integers_amx.inl); the rest is AVX-512's.
 #include "vector_bf16.h"
 
 #include "kernels.inl"
@@ -76,6 +77,18 @@ void panel_tiles(const Rows& rows, int64_t k, int64_t n, const uint8_t* lines, f
 
 }  // namespace
 
+#include "integers_amx.inl"
 #include "tiles_bf16.inl"
 
-const mh::Kernels mh::kAmx = bf16_kernels("amx");
+namespace {
+
+constexpr mh::Kernels amx_kernels() {
+  mh::Kernels k = bf16_kernels("amx");
+  k.integer_tile = integer_tile_amx;
+  k.multiply_integers = multiply_integers_amx;
+  return k;
+}
+
+}  // namespace
+
+const mh::Kernels mh::kAmx = amx_kernels();

@@ -26,7 +26,7 @@ struct Linears {
   static int kind(const Matrix& m) { return !m.format().grouped ? 0 : m.m.group == 32 ? 1 : 2; }
 
   IntBlock int_block(const Matrix& m, int64_t block, int64_t begin, int64_t rows) const {
-    return integers[kind(m)].block(block, begin, rows, k.integer_tile(rows));
+    return integers[kind(m)].block(block, begin, rows, k.integer_tile(rows, m.m.format));
   }
 
   void panels(const Layer& layer, int64_t first, int64_t end, int64_t block, int64_t begin, int64_t rows,
@@ -83,6 +83,7 @@ struct Linears {
       const IntBlock block = int_block(m, b, begin, rows);
       for (int64_t i = task % parts * kQuantRows; i < rows && i < (task % parts + 1) * kQuantRows; i++)
         block.set(i, at[begin + i], k);
+      if (task % parts == 0) block.clear_rest();
     });
   }
 
