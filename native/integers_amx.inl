@@ -43,6 +43,7 @@ inline void group_sums(const TileRun& run, int64_t g) {
     }
   }
 }
+
 // And, when it is done, to its place among `ints`: a store that waits for its tile holds up what comes after it.
 template <int T>
 inline void group_store(const TileRun& run, int64_t g) {
@@ -66,13 +67,13 @@ void run_tiles(const TileRun& run, float* c, bool first, Ahead& ahead) {
   };
   group_sums<0>(run, 0);
   group_sums<1>(run, 1);
-  group_sums<2>(run, 2); group_store<0>(run, 0);
-  group_sums<3>(run, 3); group_store<1>(run, 1);
+  group_sums<2>(run, 2), group_store<0>(run, 0);
+  group_sums<3>(run, 3), group_store<1>(run, 1);
   for (int64_t g = 0; g < run.groups; g += 4) {
-    group_sums<0>(run, g + 4); group_store<2>(run, g + 2); add_group(g + 0, run.ints + 0);
-    group_sums<1>(run, g + 5); group_store<3>(run, g + 3); add_group(g + 1, run.ints + 256);
-    group_sums<2>(run, g + 6); group_store<0>(run, g + 4); add_group(g + 2, run.ints + 512);
-    group_sums<3>(run, g + 7); group_store<1>(run, g + 5); add_group(g + 3, run.ints + 768);
+    group_sums<0>(run, g + 4), group_store<2>(run, g + 2), add_group(g, run.ints);
+    group_sums<1>(run, g + 5), group_store<3>(run, g + 3), add_group(g + 1, run.ints + 256);
+    group_sums<2>(run, g + 6), group_store<0>(run, g + 4), add_group(g + 2, run.ints + 512);
+    group_sums<3>(run, g + 7), group_store<1>(run, g + 5), add_group(g + 3, run.ints + 768);
   }
   times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
 }

@@ -80,7 +80,7 @@ def case_of(N: int, K: int, count: int, format: str, group: int, bias: bool = Tr
 
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize(("N", "K"), [(1, 1), (40, 70), (32, 640), (17, 321)])
+@pytest.mark.parametrize(("N", "K"), [(1, 1), (40, 70), (32, 640), (17, 321), (17, 2100)])
 def test_a_linear_layer_is_the_arithmetic_written_out(level: str, format: str, group: int, N: int, K: int) -> None:
     x, packed = case_of(N, K, 37, format, group)
     x[3], x[5, : K // 2], x[7] = 0, 0, x[7] * 1e-34
