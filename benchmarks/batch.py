@@ -72,11 +72,13 @@ def invariance(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         lengths = torch.randint(12, 41, (max(BATCHES),), generator=generator).tolist()
         prompts = [torch.randint(model.config.vocab_size, (n,), generator=generator).tolist() for n in lengths]
         with at(levels()[-1]):
-            alone = [score(model, [prompt], left=False)[0] for prompt in prompts]
+            scored = [score(model, [prompt], left=False)[0] for prompt in prompts]
+            whole = [logits for i in range(len(prompts)) for _, logits in in_chunks(model, prompts, [i], 512)]
         for level in levels():
             with at(level):
                 for way, rows in ways(model, prompts):
-                    pairs = [(logits.float(), alone[i][-len(logits) :].float()) for i, logits in rows]
+                    alone = scored if "padded" in way else whole
+                    pairs = [(logits.float(), alone[i].float()) for i, logits in rows]
                     equal = sum(int((a == b).all(-1).sum()) for a, b in pairs)
                     row = {"model": name, "level": level, "way": way, "equal": equal}
                     row |= {"rows": sum(len(a) for a, _ in pairs)}
@@ -90,6 +92,10 @@ def invariance(arguments: argparse.Namespace) -> list[dict[str, Any]]:
                 line += f"; at worst {worst['way']}: {worst['difference']:.2g}"
             if not arguments.json:
                 print(line, flush=True)
+        apart = max(float((a[-1:].float() - b.float()).abs().max()) for a, b in zip(scored, whole, strict=True))
+        found.append({"model": name, "way": "scoring against generating", "difference": apart})
+        if not arguments.json:
+            print(f"{name}: a prompt's last logits, scored, differ from those that generate by up to {apart:.2g}")
     return found
 
 
