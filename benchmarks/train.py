@@ -1,12 +1,15 @@
 """Training throughput against transformers, in turn, on the same weights and tokens: `python benchmarks/train.py`.
 
 The work is `train-66M`: 6 layers, d 384, 6 heads of 64, 32 experts, top-4, F 256, renormalised, vocabulary 8,192;
-forward, backward and AdamW on 8 × 512 tokens. Steps alternate between the two systems, so that a change of the
-machine's speed meets both. Prints the losses side by side, the ratio of tokens per second (median of pairwise
-ratios), and the share of this machine's float32 matrix rate, measured in the same run.
+forward, backward and AdamW on 8 × 512 tokens. Both systems run in float32 and in bfloat16 (ours with float32 master
+weights, transformers' under autocast), each with weights of its own that begin as the same numbers. Steps alternate
+between them, so that a change of the machine's speed meets all. Prints the losses side by side, the ratio of tokens
+per second to transformers' fastest (median of pairwise ratios), how far each loss went from transformers' in float32,
+and the share of this machine's float32 matrix rate, measured in the same run.
 """
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -19,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.config import RunConfig
 from manyhands.config.load import parse_run
 from manyhands.models import Decoder
 from manyhands.text import PackedBatches, TokenFile, Tokenizer, read_documents, write_tokens
@@ -30,6 +34,8 @@ from manyhands.train.step import train_step
 
 VOCAB, D, LAYERS, HEADS, E, K, F, B, S = 8192, 384, 6, 6, 32, 4, 256, 8, 512
 LR = 3e-4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+SYSTEMS = [f"{name} {dtype}" for dtype in DTYPES for name in ("manyhands", "transformers")]
 
 RUN = f"""
 model:
@@ -54,6 +60,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--default-allocator", action="store_true", help="leave glibc's memory thresholds alone")
     parser.add_argument("--experts", default="auto", help="our expert backend: auto, grouped_mm, native, eager")
+    parser.add_argument("--peer-experts", default="grouped_mm", help="transformers' expert implementation")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=SYSTEMS)
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     if not arguments.default_allocator:
@@ -64,25 +72,13 @@ def main() -> None:
         sys.exit("this benchmark compares with transformers: pip install transformers")
 
     run = parse_run(RUN, "train-66M")
-    peer = build_peer(transformers)
-    model = Decoder(run.model, arguments.experts)
-    copy_weights(peer, model)
-    total, active = count_parameters(model)
-    optimizers = build_optimizers(model, run.optim)
-    peer_optimizer = torch.optim.AdamW(peer.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
-    guard = SpikeGuard(run.guard)
-
-    def ours(batch: Tensor) -> float:
-        return train_step(model, optimizers, guard, batch, run, 1, LR, torch.float32).loss
-
-    def theirs(batch: Tensor) -> float:
-        peer_optimizer.zero_grad(set_to_none=True)
-        loss = peer(input_ids=batch[:, :-1], labels=batch[:, :-1], shift_labels=batch[:, 1:].contiguous()).loss
-        loss.backward()
-        peer_optimizer.step()
-        return float(loss.detach())
-
-    systems: dict[str, Callable[[Tensor], float]] = {"manyhands": ours, "transformers": theirs}
+    first = build_peer(transformers, arguments.peer_experts)
+    total, active = count_parameters(ours_from(first, run, arguments.experts))
+    systems: dict[str, Callable[[Tensor], float]] = {}
+    for system in arguments.systems:
+        name, dtype = system.split()
+        build = ours if name == "manyhands" else theirs
+        systems[system] = build(first, run, arguments.experts, DTYPES[dtype])
     losses: dict[str, list[float]] = {name: [] for name in systems}
     seconds: dict[str, list[float]] = {name: [] for name in systems}
     batches = token_batches()
@@ -102,10 +98,20 @@ def main() -> None:
                 flush=True,
             )
     warm = 2
-    ratios = [t / o for o, t in zip(seconds["manyhands"][warm:], seconds["transformers"][warm:], strict=True)]
-    difference = max(abs(a - b) / b for a, b in zip(losses["manyhands"], losses["transformers"], strict=True))
     speed = {name: B * S / statistics.median(values[warm:]) for name, values in seconds.items()}
-    flops = 6 * (active - VOCAB * D) * speed["manyhands"]  # the embedding is a look-up
+    best = max((name for name in systems if name.startswith("transformers")), key=speed.__getitem__, default=None)
+    ratios = {
+        name: [theirs / mine for theirs, mine in zip(seconds[best][warm:], seconds[name][warm:], strict=True)]
+        for name in systems
+        if best is not None
+    }
+    exact = losses.get("transformers float32")
+    differences = {
+        name: max(abs(mine - theirs) / theirs for mine, theirs in zip(losses[name], exact, strict=True))
+        for name in systems
+        if exact is not None
+    }
+    flops = 6 * (active - VOCAB * D) * max(v for name, v in speed.items())  # the embedding is a look-up
     roof = matrix_rate()
     result = {
         "experts": arguments.experts,
@@ -115,9 +121,11 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "tokens_per_s": {name: round(value) for name, value in speed.items()},
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_range": [round(min(ratios), 3), round(max(ratios), 3)],
-        "largest_relative_loss_difference": difference,
+        "best_peer": best,
+        "ratio": {name: round(statistics.median(values), 3) for name, values in ratios.items()},
+        "ratio_range": {name: [round(min(v), 3), round(max(v), 3)] for name, v in ratios.items()},
+        "largest_relative_loss_difference": differences,
+        "last_loss": {name: round(values[-1], 5) for name, values in losses.items()},
         "share_of_matrix_rate": round(flops / roof, 3),
         "matrix_rate_gflops": round(roof / 1e9),
     }
@@ -127,8 +135,38 @@ def main() -> None:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
 
 
-def build_peer(transformers: Any) -> Any:
-    """transformers' Qwen3-MoE at the same sizes, with its fastest expert implementation."""
+def ours(first: Any, run: RunConfig, experts: str, dtype: torch.dtype) -> Callable[[Tensor], float]:
+    """A step of ours, with weights of its own that begin as `first`'s."""
+    model = ours_from(first, run, experts)
+    optimizers, guard = build_optimizers(model, run.optim), SpikeGuard(run.guard)
+    return lambda batch: train_step(model, optimizers, guard, batch, run, 1, LR, dtype).loss
+
+
+def theirs(first: Any, run: RunConfig, experts: str, dtype: torch.dtype) -> Callable[[Tensor], float]:
+    """A step of transformers'."""
+    peer = copy.deepcopy(first)
+    optimizer = torch.optim.AdamW(peer.parameters(), LR, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+
+    def step(batch: Tensor) -> float:
+        optimizer.zero_grad(set_to_none=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            loss = peer(input_ids=batch[:, :-1], labels=batch[:, :-1], shift_labels=batch[:, 1:].contiguous()).loss
+        loss.backward()
+        optimizer.step()
+        return float(loss.detach())
+
+    return step
+
+
+def ours_from(first: Any, run: RunConfig, experts: str) -> Decoder:
+    """Our model with the peer's weights."""
+    model = Decoder(run.model, experts)
+    copy_weights(first, model)
+    return model
+
+
+def build_peer(transformers: Any, experts: str) -> Any:
+    """transformers' Qwen3-MoE at the same sizes."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
         vocab_size=VOCAB,
@@ -147,7 +185,7 @@ def build_peer(transformers: Any) -> Any:
         use_cache=False,
         rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
         attn_implementation="sdpa",
-        experts_implementation="grouped_mm",
+        experts_implementation=experts,
     )
     return transformers.Qwen3MoeForCausalLM(config).train()
 

@@ -23,6 +23,7 @@ from manyhands.trace.journal import Journal
 from manyhands.train.budget import with_plan
 from manyhands.train.course import Course
 from manyhands.train.data import RunData, prepare_data
+from manyhands.train.dtype import settle_dtype
 from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
@@ -31,7 +32,7 @@ from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.signals import StopSignals, agreed
 from manyhands.train.start import Start, with_model
-from manyhands.train.state import TrainState, pick_dtype
+from manyhands.train.state import TrainState
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import LanguageModelling, Task
 from manyhands.train.trackers import open_tracker
@@ -189,6 +190,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
     elif before is not None and run.start is not None and run.start == before.start:
         run = with_model(run, before.model)
     check_ready(run)
+    run, before = settle_dtype(run, before)
     with directory.lock(), StopSignals() as signals:
         newest = directory.newest_valid()
         step = newest[0] if newest else 0
@@ -215,7 +217,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             description = run.model_dump(mode="json")
             trackers = [open_tracker(name, directory.path, progress.step, description) for name in run.train.trackers]
             with Journal(directory.journal_file, trackers) as journal:
-                dtype = pick_dtype(run.train.dtype, state.model.embed_tokens.weight.device)
+                dtype: torch.dtype = getattr(torch, run.train.dtype)
                 course = Course(run, now, directory, state, journal, screen, ranks)
                 trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks)
                 announce(run, state, journal, screen, dtype, start)
