@@ -4,6 +4,7 @@ T rows, a token each, of at most `capacity`. A buffer is [capacity, width] float
 layer before it used.
 """
 
+from collections.abc import Sequence
 from ctypes import Array, Structure, addressof, c_void_p
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from manyhands.kernels.native import views
+from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CCache, CRotation, CRouting, CRows, CSequences, CStep
 from manyhands.runtime.segments import Native, Segment
 
-NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE = range(8)
+NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE, LATENT_PRODUCTS, LATENT_ROPE_AND_CACHE = range(10)
 
 
 Argument = Structure | Array[Any] | int | None
@@ -40,6 +41,12 @@ class Claimed:
     cache: CCache
     kinds: tuple[tuple[int, int], ...]
     """Heads and width of each tensor that is cached."""
+    values: int | None
+    """Of the one tensor that latent attention caches, so many first numbers of a key are its value; else None."""
+
+    def bind(self, buffers: Sequence[Tensor]) -> None:
+        """Point to blocks [N, G, P, d] of each tensor."""
+        step.bind_cache(self.cache, buffers[0], buffers[-1][..., : self.values])
 
 
 class Builder:
@@ -113,9 +120,9 @@ class Builder:
                 self._rotations.append(argument)
         self._steps.append(step_of(kind, *arguments, n=n, factor=factor))
 
-    def attention(self, layer: int, cache: CCache, *kinds: tuple[int, int]) -> None:
+    def attention(self, layer: int, cache: CCache, *kinds: tuple[int, int], values: int | None = None) -> None:
         """The calls before and after this one place keys and values in a cache and attend to it."""
-        self.attentions.append(Claimed(layer, cache, kinds))
+        self.attentions.append(Claimed(layer, cache, kinds, values))
 
     def routing(self, layer: int, E: int, K: int) -> list[Tensor]:
         """Where a claimed layer's ids [T, K], weights [T, K], scores and logits [T, E] go."""

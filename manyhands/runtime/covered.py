@@ -17,6 +17,17 @@ ATTENTION = Coverage(
     },
     AttentionConfig,
 )
+LATENT = Coverage(
+    {
+        "kind": ("mla",),
+        "layer_types": (None, "full_attention", "sliding_attention"),
+        **dict.fromkeys(("num_attention_heads", "attention_bias", "output_bias", "sliding_window")),
+        **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")),
+        "latent_norm_eps": None,
+        **dict.fromkeys(("num_key_value_heads", "head_dim")),  # these have no meaning with this kind
+    },
+    AttentionConfig,
+)
 ROPE = Coverage(
     {
         "rope_type": ("default", "linear", "yarn", "llama3"),

@@ -14,7 +14,6 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from manyhands.kernels.native import step
 from manyhands.layers.cache import Cache, PagedCache
 from manyhands.models import Decoder
 from manyhands.moe import Routing
@@ -167,8 +166,7 @@ class Program:
             return
         weight = self._model.embed_tokens.weight
         for claimed, pool in zip(b.attentions, pools, strict=True):
-            k, v = pool.hold(self._sequences.blocks, claimed.kinds, weight)
-            step.bind_cache(claimed.cache, k, v)
+            claimed.bind(pool.hold(self._sequences.blocks, claimed.kinds, weight))
         self._seen = [pool.buffers for pool in pools]
         self._room = min(buffers[0].shape[0] for buffers in self._seen)
 

@@ -10,6 +10,7 @@ from torch.nn.modules import module as modules
 
 from manyhands.layers.attention import Attention
 from manyhands.layers.feed_forward import FeedForward
+from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
@@ -17,7 +18,19 @@ from manyhands.models.decoder import Block
 from manyhands.moe import Experts, MoELayer, Router
 from manyhands.moe.packed import RecordExperts
 
-_KINDS = (Block, Attention, FeedForward, MoELayer, Router, Experts, RecordExperts, Linear, RecordLinear, RMSNorm)
+_KINDS = (
+    Block,
+    Attention,
+    LatentAttention,
+    FeedForward,
+    MoELayer,
+    Router,
+    Experts,
+    RecordExperts,
+    Linear,
+    RecordLinear,
+    RMSNorm,
+)
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 

@@ -21,6 +21,8 @@ from manyhands.quant import pack_experts, pack_linear
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 
 PLAIN = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+LATENT = {"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16,
+          "v_head_dim": 16}  # fmt: skip
 ROUTER = {"num_experts": 8, "num_experts_per_tok": 3}
 MOE = {"router": ROUTER, "moe_intermediate_size": 24}
 V3 = {**ROUTER, "score": "sigmoid", "bias": True, "n_group": 4, "topk_group": 2, "routed_scaling_factor": 2.5}
@@ -58,7 +60,13 @@ CASES = {
     "grok": {"attention": {**PLAIN, "attn_logit_softcap": 5.0}, "output_norms": True, "hidden_act": "geglu"},
     "neighbours": {"rope": {"interleave": True, "partial_rotary_factor": 0.5}},
     "dense": {"moe": None},
+    "latent": {"attention": LATENT, "rope": {"interleave": True}},
+    "latent, low rank, window, biases": {
+        "attention": {**LATENT, "q_lora_rank": 32, "sliding_window": 5, "attention_bias": True, "latent_norm_eps": 1e-3}
+    },
 }
+PLAIN_PARTS = {"latent", "latent, low rank, window, biases"}
+"""Cases whose up-projection of latents has a claim where it is no record."""
 
 
 def packed_model(fields: dict, format: str = "float32") -> Decoder:
@@ -138,12 +146,12 @@ MLA = {"kind": "mla", "num_attention_heads": 4, "kv_lora_rank": 32, "qk_nope_hea
        "v_head_dim": 10}  # fmt: skip
 
 
-def test_latent_attention_is_called_and_the_rest_is_native(monkeypatch) -> None:
+def test_latent_attention_without_a_claim_is_called_and_the_rest_is_native(monkeypatch) -> None:
     model = packed_model({"attention": MLA, "rope": {"interleave": True}})
     ids = torch.randint(0, 50, (1, 20), generator=torch.Generator().manual_seed(2))
     states, routings, program = decoded(model, ids, CHUNKS)
-    why = "self_attn of layers 0–2 called as modules (multi-head latent attention has no claim)"
-    assert repr(program) == f"11 of 14 parts native; {why}"
+    why = "a latent of 32 and heads of 12 + 16 and 10, not all multiples of 16"
+    assert repr(program) == f"11 of 14 parts native; self_attn of layers 0–2 called as modules ({why})"
     monkeypatch.setattr(step, "direct", lambda x: False)
     expected, right, _ = decoded(model, ids, CHUNKS, native=False)
     torch.testing.assert_close(states, expected, atol=3e-5, rtol=3e-5)

@@ -8,14 +8,15 @@ from manyhands.kernels.native.library import CAttention, CCache, CRotation
 from manyhands.layers.attention import Attention
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.runtime.builder import ATTEND, ROPE_AND_CACHE, Builder, Unfit
-from manyhands.runtime.claims import linear, norm
+from manyhands.runtime.claims import latent, linear, norm
 from manyhands.runtime.covered import ATTENTION, ROPE
 
 
 def emit(b: Builder, attention: nn.Module, layer: int) -> None:
     """From `normed` into `y`."""
     if type(attention) is LatentAttention:
-        raise Unfit("multi-head latent attention has no claim")
+        latent.emit(b, attention, layer)
+        return
     if type(attention) is not Attention or not held(attention, "sinks"):
         raise Unfit(f"{type(attention).__name__} has no claim")
     a, d = attention.config, attention.config.head_dim
