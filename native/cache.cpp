@@ -50,11 +50,11 @@ int64_t check_sequences(const mh_sequences* s, const mh_cache& c) {
     fail(MH_BAD_ARGUMENT, "%lld sequences, of which the first has rows from %lld on: at least 1, from 0 on",
          (long long)s->count, (long long)(s->count < 1 || s->count > kMost ? 0 : s->begin[0]));
   for (int64_t i = 0; i < s->count; i++) {
-    const int64_t rows = s->begin[i + 1] - s->begin[i], start = start_of(*s, i);
+    const int64_t start = start_of(*s, i);
     if (s->begin[i + 1] < s->begin[i] || s->begin[i + 1] > kMost || s->first[i] < 0 || s->first[i] > kMost || start < 0)
       fail(MH_BAD_ARGUMENT, "sequence %lld has rows %lld to %lld, at positions from %lld on, the first real one %lld",
            (long long)i, (long long)s->begin[i], (long long)s->begin[i + 1], (long long)s->first[i], (long long)start);
-    const int64_t length = s->first[i] + rows;
+    const int64_t rows = s->begin[i + 1] - s->begin[i], length = s->first[i] + rows;
     const int64_t from = std::min(start, s->first[i]);  // rows that are padding are written too
     if (!rows) continue;
     const int64_t last = (length - 1) / c.block;

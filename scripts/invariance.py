@@ -24,9 +24,11 @@ import manyhands as mh
 from manyhands.check.decoding import pack
 from manyhands.config import PackedConfig, Packing, SamplingConfig
 from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.runner import Runner
 from manyhands.kernels.native import library, views
+from manyhands.layers.cache import Cache
 from manyhands.models import Decoder, init_weights
 
 VOCABULARY, CONTEXT = 61, 96
@@ -103,6 +105,11 @@ def build(rng: random.Random, odd: bool) -> tuple[Decoder, str]:
     return model, what
 
 
+def caches(runner: Runner) -> Callable[[], Cache]:
+    """What makes empty caches, of the kind that the runner reads."""
+    return Caches(len(runner.model.layers)).new if runner.reads_blocks else runner.model.new_cache
+
+
 def run(runner: Runner, rows: list[Row]) -> Tensor:
     """[R, V]: of the last token of each."""
     return runner.run(Batch(rows)).logits.clone()
@@ -111,8 +118,9 @@ def run(runner: Runner, rows: list[Row]) -> Tensor:
 def token_by_token(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tuple[int, int, Tensor]]:
     """Alone: what all else must equal."""
     runner = Runner(model)
+    new = caches(runner)
     for r, text in enumerate(texts):
-        cache = model.new_cache()
+        cache = new()
         for position, token in enumerate(text):
             yield r, position, run(runner, [Row([token], cache)])[0]
 
@@ -120,8 +128,9 @@ def token_by_token(model: Decoder, texts: Texts, rng: random.Random) -> Iterator
 def alone_in_chunks(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tuple[int, int, Tensor]]:
     """Each text cut anywhere, or not at all."""
     runner = Runner(model)
+    new = caches(runner)
     for r, text in enumerate(texts):
-        cache, done = model.new_cache(), 0
+        cache, done = new(), 0
         while done < len(text):
             size = rng.choice((1, 2, 7, 17, 33, len(text)))
             chunk = text[done : done + size]
@@ -131,7 +140,9 @@ def alone_in_chunks(model: Decoder, texts: Texts, rng: random.Random) -> Iterato
 
 def many_in_chunks(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tuple[int, int, Tensor]]:
     """Any of the texts together, each with as many tokens as it likes."""
-    runner, caches, done = Runner(model), [model.new_cache() for _ in texts], [0] * len(texts)
+    runner, done = Runner(model), [0] * len(texts)
+    new = caches(runner)
+    own = [new() for _ in texts]
     while left := [r for r, text in enumerate(texts) if done[r] < len(text)]:
         chosen = rng.sample(left, rng.randint(1, len(left)))
         decode, rows = rng.random() < 0.4, []
@@ -139,7 +150,7 @@ def many_in_chunks(model: Decoder, texts: Texts, rng: random.Random) -> Iterator
             size = 1 if decode else rng.choice((1, 1, 3, 16, 19, 64))
             chunk = texts[r][done[r] : done[r] + size]
             done[r] += len(chunk)
-            rows.append(Row(chunk, caches[r]))
+            rows.append(Row(chunk, own[r]))
         for r, logits in zip(chosen, run(runner, rows), strict=True):
             yield r, done[r] - 1, logits
 
@@ -162,8 +173,9 @@ def rectangle(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tupl
 def forked(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tuple[int, int, Tensor]]:
     """A part of the text, then twice the rest, beside each other."""
     runner = Runner(model)
+    new = caches(runner)
     for r, text in enumerate(texts):
-        cut, cache = rng.randint(1, len(text)), model.new_cache()
+        cut, cache = rng.randint(1, len(text)), new()
         yield r, cut - 1, run(runner, [Row(text[:cut], cache)])[0]
         if cut < len(text):
             for logits in run(runner, [Row(text[cut:], cache.fork()), Row(text[cut:], cache)]):
@@ -211,13 +223,15 @@ def through_engine(model: Decoder, texts: Texts, rng: random.Random) -> Iterator
 
 def by_prefix(model: Decoder, texts: Texts, rng: random.Random) -> Iterator[tuple[int, int, Tensor]]:
     """A conversation: what is shared with the turn before is not computed again."""
+    runner = Runner(model)
+    new = caches(runner)
     for r, text in enumerate(texts):
         prefix = Prefix()
         for cut in sorted({rng.randint(1, len(text)), rng.randint(1, len(text)), len(text)}):
-            cache = prefix.begin(model, text[:cut])
+            cache = prefix.begin(text[:cut], new)
             fresh = text[len(prefix.ids) : cut]
             prefix.ids += fresh
-            yield r, cut - 1, run(Runner(model), [Row(fresh, cache)])[0]
+            yield r, cut - 1, run(runner, [Row(fresh, cache)])[0]
 
 
 WAYS: dict[str, Way] = {

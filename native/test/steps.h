@@ -252,6 +252,38 @@ void damaged_step_round() {
   mh_steps(&step, 1, &run);
 }
 
-void step_rounds() { norm_round(), route_round(), linears_round(), attend_round(), latent_round(), damaged_step_round(); }
+// Three sequences in blocks of four positions, one number of what describes them set to something that cannot be. What
+// is refused is refused; what is taken touches nothing that is not there.
+void damaged_sequences_round() {
+  const int64_t G = 2, H = 4, dk = 16, block = 4, N = 7;
+  const auto numbers = [](int64_t n) { return std::vector<float>(static_cast<size_t>(n)); };
+  std::vector<float> k = numbers(N * G * block * dk), v = k, q = numbers(6 * H * dk), out = q, y = q;
+  std::vector<float> rows = numbers(6 * G * dk), table_of_angles = numbers(6 * dk / 2);
+  std::vector<int64_t> begin{0, 1, 1, 6}, first{5, 2, 3}, table{0, 2, 4}, blocks{3, 1, 0, 0, 5, 6}, start{0, 1, 4};
+  mh_cache c{k.data(), v.data(), N * G * block * dk, N * G * block * dk, 0, G, dk, dk, block,
+             G * block * dk, G * block * dk, block * dk, block * dk, dk, dk};
+  mh_sequences who{3, begin.data(), first.data(), table.data(), blocks.data(), 6, start.data()};
+  mh_attention how{H, 3, nullptr, 0.3, 0};
+  mh_rotation r{table_of_angles.data(), table_of_angles.data(), dk, 6, 0, {}, {}, 0};
+  mh_run run{MH_BEST, 1, 1};
+  int64_t* const fields[] = {&begin[0], &begin[1], &begin[2], &begin[3], &first[0],  &first[1],   &first[2], &table[0],
+                             &table[1], &table[2], &blocks[0], &blocks[2], &blocks[5], &start[0], &start[2], &who.count,
+                             &c.block,  &c.k_block, &c.v_group, &c.k_row,  &how.window, &r.norms, &r.positions,
+                             &run.level, &run.threads, &run.exact};
+  static const int64_t values[] = {-1, 0, 1, 2, 4, 7, 64, 1 << 20, int64_t{1} << 40, INT64_MAX, INT64_MIN};
+  int64_t* const field = fields[any(0, 25)];
+  const int64_t was = *field;
+  *field = values[any(0, 10)];
+  if (field == &who.count && *field > was) *field = 2;  // how long the lists are, and what y has room for, is true
+  if (field == &begin[3] && *field > was && *field < int64_t{1} << 48) return;
+  const mh_rows qs{q.data(), 0, 6, H * dk, H * dk}, ks{rows.data(), 0, 6, G * dk, G * dk};
+  mh_rope_and_cache(&qs, &ks, &ks, &who, &r, &c, out.data(), &run);
+  mh_attend(&how, &who, q.data(), &c, y.data(), &run);
+}
+
+void step_rounds() {
+  norm_round(), route_round(), linears_round(), attend_round(), latent_round(), damaged_step_round();
+  for (int i = 0; i < 8; i++) damaged_sequences_round();
+}
 
 }  // namespace
