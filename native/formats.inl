@@ -88,7 +88,7 @@ void widen_int4(const Panel& p, int64_t k, int64_t n, float* out) {
 // ---- The table. ----
 
 struct FormatKernels {
-  // c [M][16] of M = 1, 2, … rows
+  // c [M][16] of M = 1, 2, … rows; null where the format's few_rows is 0
   void (*dot[mh::kDotRows])(const Panel&, const Row*, float* c);
   // Inputs [k, k + n) as [n][16] floats, k and n multiples of 16; null where they lie like that already.
   void (*widen)(const Panel&, int64_t k, int64_t n, float* out);
@@ -101,7 +101,7 @@ constexpr FormatKernels kFormatKernels[] = {
     {{}, widen_int4},
     {{dot_plain<float, 1>, dot_plain<float, 2>, dot_plain<float, 3>, dot_plain<float, 4>}, widen_plain},
     {{dot_plain<uint16_t, 1>, dot_plain<uint16_t, 2>, dot_plain<uint16_t, 3>, dot_plain<uint16_t, 4>}, widen_plain},
-    {{dot_plain<Rounded, 1>, dot_plain<Rounded, 2>, dot_plain<Rounded, 3>, dot_plain<Rounded, 4>}, widen_plain},
+    {{}, widen_plain},
 };
 static_assert(sizeof kFormatKernels / sizeof *kFormatKernels == MH_FORMATS, "a row for each row of kFormats");
 

@@ -146,10 +146,11 @@ struct Kernels {
   void (*attend)(const KvSplit&);
   void (*join)(const KvJoin&, float* y);  // in order; zeros where no split has a key
   void (*mix_rows)(const HeadRows&);      // y [width] = Σ_i x[i] · w_i, one i after the other
-  void (*dot_rows)(const HeadRows&);      // y [n] = x · w_i, in the order of gemv
-  // out[i] = x · row i of w [rows][width], bf16 or float32, the width a multiple of 16
-  void (*gemv)(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out);
+  void (*dot_rows)(const HeadRows&);      // y [n] = x · w_i, in the order of gemm_plain
   const TileKernels* tiles;  // null where the level multiplies no bf16
+  // c [rows][16] = rows, zero up to a multiple of 16 inputs, by a plain panel; scratch kScratch + 256 · rows floats
+  void (*gemm_plain)(const Panel&, const float* const* x, int64_t rows, float* scratch, float* c);
+  void (*scores)(bool sigmoid, const float* logits, int64_t n, float* out);  // else softmax; out may be logits
 };
 
 extern const Kernels kPortable;

@@ -5,6 +5,7 @@
 
 #include "activation.inl"
 #include "formats.inl"
+#include "gemm_plain.inl"
 #include "integers.inl"
 #include "kernels.h"
 #include "latent.inl"
@@ -38,8 +39,9 @@ constexpr mh::Kernels level_kernels(const char* name) {
       .join = join,
       .mix_rows = mix_rows,
       .dot_rows = dot_rows,
-      .gemv = gemv,
       .tiles = nullptr,
+      .gemm_plain = gemm_plain,
+      .scores = scores,
   };
 }
 

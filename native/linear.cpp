@@ -62,12 +62,11 @@ struct Linears {
     }
   }
 
+  // Every row in the order it has alone, however many there are: no path here depends on `exact`.
   void plain_panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows,
                     const Worker& w) const {
     for (int64_t p = first; p < end; p++) {
-      const Panel panel = layer.m.panel(0, p);
-      for (int64_t i = 0; i < rows; i++)
-        k.gemv(at[begin + i], panel.data, panel.format == MH_PLAIN_BF16, panel.rows, panel.inputs, w.first + 16 * i);
+      k.gemm_plain(layer.m.panel(0, p), at.data() + begin, rows, w.scratch, w.first);
       put(layer, p, begin, rows, w.first);
     }
   }
@@ -117,34 +116,11 @@ struct Linears {
   }
 };
 
-constexpr int64_t kFewPlain = 16;  // for more rows PyTorch's products are the better ones
-
-Matrix plain_matrix(const mh_linear& l, int64_t rows) {
-  const mh_matrix& m = l.weight;
-  if (m.format != MH_PLAIN_FLOAT32 && m.format != MH_PLAIN_BF16)
-    fail(MH_BAD_ARGUMENT, "a plain linear layer is float32 or bf16, not %s", kFormats[m.format].name);
-  if (m.parts != 1 || m.outputs < 1 || m.inputs < 1 || m.inputs % 16 || rows > kFewPlain)
-    fail(MH_BAD_ARGUMENT,
-         "a plain linear layer of [%lld, %lld] in %lld parts times %lld rows: inputs are a multiple of 16, parts 1 and "
-         "rows at most %lld",
-         (long long)m.outputs, (long long)m.inputs, (long long)m.parts, (long long)rows, (long long)kFewPlain);
-  if (!l.record || l.bytes / (kFormats[m.format].bits / 8) / m.inputs < m.outputs)
-    fail(MH_BAD_ARGUMENT, "a plain linear layer of [%lld, %lld] in %lld bytes", (long long)m.outputs,
-         (long long)m.inputs, (long long)(l.record ? l.bytes : 0));
-  return {.base = static_cast<const uint8_t*>(l.record),
-          .record_bytes = l.bytes,
-          .m = m,
-          .size = {m.inputs, divide_up(m.outputs, 16), 0, 0},
-          .plain_bias = l.bias};
-}
-
-bool is_plain(const mh_matrix& m) { return m.format >= 0 && m.format < MH_FORMATS && kFormats[m.format].plain; }
-
 Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
   need(l, "a linear layer");
   need(x, "x");
   const Layer layer{is_plain(l->weight)
-                        ? plain_matrix(*l, x->count)
+                        ? plain_matrix(*l)
                         : checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"),
                     y};
   if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "a linear layer has one part, not %lld", (long long)layer.m.m.parts);

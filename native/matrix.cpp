@@ -79,6 +79,27 @@ Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, in
   return {static_cast<const uint8_t*>(records), record_bytes, m, size, nullptr};
 }
 
+bool is_plain(const mh_matrix& m) { return m.format >= 0 && m.format < MH_FORMATS && kFormats[m.format].plain; }
+
+Matrix plain_matrix(const mh_linear& l) {
+  const mh_matrix& m = l.weight;
+  if (m.format == MH_PLAIN_ROUNDED)
+    fail(MH_BAD_ARGUMENT, "a plain linear layer is float32 or bf16, not %s", kFormats[m.format].name);
+  if (m.parts != 1 || m.outputs < 1 || m.outputs > kLimit || m.inputs < 1 || m.inputs > kLimit)
+    fail(MH_BAD_ARGUMENT, "a plain linear layer of [%lld, %lld] in %lld parts: widths are 1 to %lld, parts 1",
+         (long long)m.outputs, (long long)m.inputs, (long long)m.parts, (long long)kLimit);
+  const int64_t bytes = kFormats[m.format].bits / 8;
+  if (!l.record || reinterpret_cast<uintptr_t>(l.record) % static_cast<uintptr_t>(bytes) ||
+      l.bytes / bytes / m.inputs < m.outputs)
+    fail(MH_BAD_ARGUMENT, "a plain linear layer of [%lld, %lld] in %lld bytes, or not aligned to its numbers",
+         (long long)m.outputs, (long long)m.inputs, (long long)(l.record ? l.bytes : 0));
+  return {.base = static_cast<const uint8_t*>(l.record),
+          .record_bytes = l.bytes,
+          .m = m,
+          .size = {round_up(m.inputs, 16), divide_up(m.outputs, 16), 0, 0},
+          .plain_bias = l.bias};
+}
+
 void check_activation(int64_t activation) {
   if (activation < MH_SWIGLU || activation > MH_RELU)
     fail(MH_BAD_ARGUMENT, "%lld is not the code of an activation", (long long)activation);

@@ -31,6 +31,9 @@ struct Matrix {         // a matrix per expert, packed or plain
 Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, int64_t count, int64_t record_bytes,
                       const char* name);
 
+bool is_plain(const mh_matrix& m);  // by its format's code, which may be none
+Matrix plain_matrix(const mh_linear& l);  // a linear layer's that is not packed, checked
+
 inline bool is_gated(int64_t activation) { return activation >= MH_SWIGLU && activation < MH_GELU; }
 
 void check_activation(int64_t activation);

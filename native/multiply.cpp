@@ -7,6 +7,12 @@ namespace mh {
 void RowBlock::times(const Kernels& k, const Panel& p, float* scratch, float* c) const {
   if (is_integer) return k.multiply_integers(p, integers, scratch, c);
   if (!is_few) return k.product(p, matrix, scratch, c);
+  const Format& f = kFormats[p.format];
+  if (f.plain && (count > kDotRows || !f.few_rows)) {
+    const float* at[kBlockRows];
+    for (int64_t i = 0; i < count; i++) at[i] = row[i].x;
+    return k.gemm_plain(p, at, count, scratch, c);  // the same bits
+  }
   for (int64_t i = 0; i < count; i += kDotRows) {
     const int64_t n = count - i < kDotRows ? count - i : kDotRows;
     k.dot(p, row + i, static_cast<int>(n), c + 16 * i);

@@ -21,7 +21,7 @@ struct RowBlock {  // rows as a matrix's kernels take them: as integers, or each
   IntRows integers;
   RowBlock(int64_t rows, const Matrix& m, bool exact)
       : count(rows), is_integer(m.format().integer), is_few(few(rows, m, exact)), matrix{}, integers{} {}
-  void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // c [count][16]
+  void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // a worker's; c [count][16]
 };
 
 // Floats that a worker needs apart from its task's rows: tiles, a product's scratch, rounded rows.

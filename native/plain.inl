@@ -61,22 +61,7 @@ void plain_tile(const Row* rows, const T* w, int64_t inputs, const float* last, 
   times<M * N>([&](auto i) { c[i.value / N * 16 + i.value % N] = sum(sums[i.value]); });
 }
 
-struct Rounded {  // a float32 weight taken as bf16
-  float x;
-};
-inline V row_part(const Rounded* row, int64_t j) {
-  uint16_t rounded[16];
-  store_bf16(rounded, load(reinterpret_cast<const float*>(row) + j));
-  return load_bf16(rounded);
-}
-
 inline float number(float x) { return x; }
-inline float number(Rounded x) {
-  const float padded[16] = {x.x};
-  float rounded[16];
-  store(rounded, row_part(reinterpret_cast<const Rounded*>(padded), 0));
-  return rounded[0];
-}
 inline float number(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float wide;

@@ -23,30 +23,27 @@ void norm(const float* x, int64_t n, const float* weight, float eps, float* y) {
 inline V row_part(const float* row, int64_t j) { return load(row + j); }
 inline V row_part(const uint16_t* row, int64_t j) { return load_bf16(row + j); }
 
-template <class T>
-void gemv_rows(const float* x, const T* w, int64_t rows, int64_t width, float* out) {
-  int64_t i = 0;
-  for (; i + 4 <= rows; i += 4) {
-    V sums[4] = {set1(0), set1(0), set1(0), set1(0)};
-    const T* at = w + i * width;
-    for (int64_t j = 0; j < width; j += 16) {
-      const V part = load(x + j);
-      for (int r = 0; r < 4; r++) sums[r] = fma(part, row_part(at + r * width, j), sums[r]);
-    }
-    for (int r = 0; r < 4; r++) out[i + r] = sum(sums[r]);
-  }
-  for (; i < rows; i++) {
-    V total = set1(0);
-    for (int64_t j = 0; j < width; j += 16) total = fma(load(x + j), row_part(w + i * width, j), total);
-    out[i] = sum(total);
-  }
-}
-
-void gemv(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out) {
-  if (is_bf16)
-    gemv_rows(x, static_cast<const uint16_t*>(w), rows, width, out);
-  else
-    gemv_rows(x, static_cast<const float*>(w), rows, width, out);
+// What a router makes of its logits, which `out` may be: sigmoids, or the softmax.
+void scores(bool is_sigmoid, const float* logits, int64_t n, float* out) {
+  float most = logits[0];
+  for (int64_t i = 1; i < n; i++) most = logits[i] > most || logits[i] != logits[i] ? logits[i] : most;
+  const V shift = set1(most), low = set1(-3.0e38f);
+  V total = set1(0);
+  const auto each = [&](const float* from, float* to) {
+    const V l = load(from);
+    if (is_sigmoid) return store(to, sigmoid(l));
+    const V e = where_less(l, low, set1(0), exp(sub(l, shift)));
+    store(to, e);
+    total = add(total, e);
+  };
+  float last[16];
+  for (int j = 0; j < 16; j++) last[j] = n / 16 * 16 + j < n ? logits[n / 16 * 16 + j] : -__builtin_inff();
+  for (int64_t i = 0; i + 16 <= n; i += 16) each(logits + i, out + i);
+  each(last, last);
+  const V all = is_sigmoid ? set1(1) : set1(sum(total));
+  for (int64_t i = 0; i + 16 <= n && !is_sigmoid; i += 16) store(out + i, div(load(out + i), all));
+  store(last, div(load(last), all));
+  for (int64_t i = n / 16 * 16; i < n; i++) out[i] = last[i % 16];
 }
 
 }  // namespace

@@ -1,6 +1,4 @@
 // Many calls as one: what a decoder does for one token, without going back to the caller between its parts.
-#include <math.h>
-
 #include "matrix.h"
 
 namespace mh {
@@ -15,14 +13,16 @@ float* values(const void* p, int64_t count, int64_t width, const char* name) {
   return static_cast<float*>(rows->data);
 }
 
-void add(const mh_step& s) {  // x += factor · y, where there is a gate g times its sigmoid
+void add(const mh_step& s, const Kernels& k) {  // x += factor · y, where there is a gate g times its sigmoid
   const mh_rows* x = static_cast<const mh_rows*>(s.a[0]);
   need(x, "x");
   float* to = values(x, x->count, x->width, "x");
   const float* y = values(s.a[1], x->count, x->width, "y");
   const float* gate = s.a[2] ? values(s.a[2], x->count, 1, "gate") : nullptr;
   for (int64_t t = 0; t < x->count; t++, to += x->width, y += x->width) {
-    const float factor = static_cast<float>(s.factor) * (gate ? 1.0f / (1.0f + expf(-gate[t])) : 1.0f);
+    float open = 1.0f;
+    if (gate) k.scores(true, gate + t, 1, &open);
+    const float factor = static_cast<float>(s.factor) * open;
     for (int64_t j = 0; j < x->width; j++) to[j] += factor * y[j];
   }
 }
@@ -69,7 +69,7 @@ int one(const mh_step& s, const mh_run* run) {
       return mh_latent_rope_and_cache(as<mh_latent>(a[0]), as<mh_rows>(a[1]), as<mh_rows>(a[2]),
                                       as<mh_sequences>(a[3]), as<mh_rotation>(a[4]), as<mh_cache>(a[5]),
                                       as<mh_rows>(a[6]), run);
-    case MH_STEP_ADD: return guard([&] { add(s); });
+    case MH_STEP_ADD: return guard([&] { add(s, *checked_kernels(run)); });
     case MH_STEP_ACTIVATE: return guard([&] { activate(s, *checked_kernels(run)); });
     default:
       return guard([&] { fail(MH_BAD_ARGUMENT, "step %lld is not the code of a kind of step", (long long)s.kind); });

@@ -12,6 +12,7 @@ namespace {
 constexpr int kTileRows = 6;   // 12 accumulators, 2 of the panel, 1 of the row: 15 of 16 registers
 constexpr int kOuterRows = 6;  // 6 + 6 + 4 make 16
 constexpr int kAttendRows = 3, kScoreTiles = 1, kMixStrip = 2;  // rows × 16 keys, × 16 numbers of values
+constexpr int kSumRows = 2, kSumOutputs = 2;
 
 struct V {
   __m256 a, b;
@@ -53,6 +54,11 @@ inline float sum(V x) {
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+inline V sums(const V* x) {  // lane i is sum(x[i])
+  float all[16];
+  for (int i = 0; i < 16; i++) all[i] = sum(x[i]);
+  return load(all);
 }
 
 inline __m256 widen8(const uint16_t* p) {

@@ -12,6 +12,7 @@ namespace {
 constexpr int kTileRows = 14;
 constexpr int kOuterRows = 8;
 constexpr int kAttendRows = 6, kScoreTiles = 2, kMixStrip = 4;  // rows × 16 keys, × 16 numbers of values
+constexpr int kSumRows = 4, kSumOutputs = 4;
 
 struct V {
   __m512 v;
@@ -42,6 +43,22 @@ inline float sum(V x) {  // in the order of the other levels
   __m128 q = _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1));
   q = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(q, _mm_shuffle_ps(q, q, 1)));
+}
+template <int A, int B>
+inline __m512 quads(__m512 x, __m512 y) {
+  return _mm512_add_ps(_mm512_shuffle_f32x4(x, y, A), _mm512_shuffle_f32x4(x, y, B));
+}
+template <int A, int B>
+inline __m512 lanes(__m512 x, __m512 y) {
+  return _mm512_add_ps(_mm512_shuffle_ps(x, y, A), _mm512_shuffle_ps(x, y, B));
+}
+inline __m512 fours(V a, V b, V c, V d) {  // four sums each, in a quad each
+  return quads<0x88, 0xdd>(quads<0x44, 0xee>(a.v, b.v), quads<0x44, 0xee>(c.v, d.v));
+}
+inline V sums(const V* x) {  // lane i is sum(x[i])
+  const __m512 a = fours(x[0], x[4], x[8], x[12]), b = fours(x[1], x[5], x[9], x[13]);
+  const __m512 c = fours(x[2], x[6], x[10], x[14]), d = fours(x[3], x[7], x[11], x[15]);
+  return {lanes<0x88, 0xdd>(lanes<0x44, 0xee>(a, b), lanes<0x44, 0xee>(c, d))};
 }
 
 inline V load_bf16(const uint16_t* p) {

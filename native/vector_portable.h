@@ -10,6 +10,7 @@ namespace {
 constexpr int kTileRows = 3;
 constexpr int kOuterRows = 2;
 constexpr int kAttendRows = 2, kScoreTiles = 1, kMixStrip = 1;  // rows × 16 keys, × 16 numbers of values
+constexpr int kSumRows = 1, kSumOutputs = 2;
 
 typedef float Quad __attribute__((vector_size(16)));
 struct V {
@@ -69,6 +70,11 @@ inline V power2(V n) { MH_LANES(from_bits(static_cast<uint32_t>(whole(n.q[i][j])
 inline float sum(V x) {
   const Quad s = (x.q[0] + x.q[2]) + (x.q[1] + x.q[3]);
   return (s[0] + s[2]) + (s[1] + s[3]);
+}
+inline V sums(const V* x) {  // lane i is sum(x[i])
+  float all[16];
+  for (int i = 0; i < 16; i++) all[i] = sum(x[i]);
+  return load(all);
 }
 inline V load_bf16(const uint16_t* p) { MH_LANES(from_bits(static_cast<uint32_t>(p[4 * i + j]) << 16)); }
 inline void store_bf16(uint16_t* p, V x) {

@@ -32,8 +32,8 @@ def router_of(router: nn.Module, width: int) -> CRouter:
     """A router whose config is covered and whose numbers lie as the kernels read them, for tokens of this width."""
     if type(router) is not Router or not COVERED.covers(router.config):
         raise Unfit("a router that no claim covers")
-    if router.training or width % 16 or not held(router, "weight", "bias", "e_score_correction_bias"):
-        raise Unfit("a router in training, of a width that is no multiple of 16, or whose weights are made anew")
+    if router.training or not held(router, "weight", "bias", "e_score_correction_bias"):
+        raise Unfit("a router in training, or whose weights are made anew")
     E = router.config.num_experts
     biases = [bias for bias in (router.bias, router.e_score_correction_bias) if bias is not None]
     plain = all(views.plain(bias, 1, FLOAT32) and bias.numel() == E for bias in biases)
