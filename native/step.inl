@@ -1,6 +1,7 @@
-// What a decoding step needs besides its products: norms, and one row times a plain matrix.
+// What a decoding step needs besides its products: norms and routers' scores.
 #pragma once
 
+#include "activation.inl"
 #include "loops.inl"
 
 namespace {

@@ -25,7 +25,7 @@ void norm_round() {
 }
 
 void route_round() {
-  const int64_t groups = any(1, 4), E = groups * any(1, 20), D = 16 * any(1, 9), T = any(0, 5);
+  const int64_t groups = any(1, 4), E = groups * any(1, 20), D = any(0, 1) ? 16 * any(1, 9) : width(), T = any(0, 20);
   const int64_t kept_groups = any(1, groups), K = any(1, E / groups * kept_groups);
   std::vector<float> weight = normals(E * D, false), bias = normals(E, false), x = normals(T * D, false);
   const mh_router router{weight.data(),
@@ -72,7 +72,7 @@ void linears_round() {
   std::vector<Bytes*> records;
   std::vector<mh_linear> layers;
   for (int64_t i = 0; i < count; i++) {
-    const int64_t N = width(), format = any(0, K % 16 || T > 16 ? MH_PLAIN_FLOAT32 - 1 : MH_PLAIN_BF16);
+    const int64_t N = width(), format = any(0, MH_PLAIN_BF16);
     mh_matrix m{N, K, 1, format, 32 * any(1, 2), 0, 0, -1};
     plain.push_back(normals(N * K, true));
     short_plain.push_back(to_bf16(plain.back()));

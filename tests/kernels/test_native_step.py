@@ -166,8 +166,8 @@ def test_what_does_not_fit_is_refused() -> None:
         step.rope_and_cache(draw(1, 64), draw(1, 48), draw(1, 32), one, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="x is"):
         step.rms_norm(draw(2, 16), step.norm_of(draw(8), 1e-5))
-    with pytest.raises(NativeError, match="a router of width 8"):
-        step.route(pointing_into(Router(RouterConfig(num_experts=4), 8)), draw(1, 8))
+    with pytest.raises(NativeError, match="x is \\[1, 8\\], not \\[1, 24\\]"):
+        step.route(pointing_into(Router(RouterConfig(num_experts=4), 24)), draw(1, 8))
     x = views.rows(draw(1, 16))
     with pytest.raises(NativeError, match="step 99"):
         library.call("mh_steps", (CStep * 1)(CStep(99)), 1, views.run(-1, 0))
