@@ -52,6 +52,14 @@ void sums_strip(int64_t m, const float* const* x, int64_t k, const T* w, int64_t
     sums_tile<M, 1>(x, k, w + o * stride, stride, n, parts + 16 * M * o, first, last, c + o);
 }
 
+// out[i] = x · row i of w [rows][width], the width a multiple of 16: one row of the same.
+void gemv(const float* x, const void* w, bool is_bf16, int64_t rows, int64_t width, float* out) {
+  if (is_bf16)
+    sums_strip<1>(1, &x, 0, static_cast<const uint16_t*>(w), width, rows, width, nullptr, true, true, out);
+  else
+    sums_strip<1>(1, &x, 0, static_cast<const float*>(w), width, rows, width, nullptr, true, true, out);
+}
+
 template <class T>
 void few_sums(const Panel& p, const float* const* x, int64_t rows, float* c) {  // the weights read where they lie
   for (int64_t i = 0; i < rows; i += kSumRows)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attend_many.inl"
+#include "gemm_plain.inl"
 
 namespace {
 
