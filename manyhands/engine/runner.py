@@ -78,7 +78,7 @@ class Runner:
         """
         with torch.inference_mode(), evaluating(self._modules) as self._training:
             program = self._prepared(batch.num_tokens)
-            many = program is not None and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
+            many = program is not None and batch.num_tokens > self._most(program) and batch.num_tokens > len(batch.rows)
             with exactly(self._exact):
                 if program is None or many or not program.takes(batch.caches):
                     return self._modules_run(batch, states)
@@ -91,10 +91,15 @@ class Runner:
             program = self._prepared(1)
         return program is not None and program.reads_blocks
 
+    def _most(self, program: Program) -> int:
+        """Tokens of a step: PyTorch multiplies many rows by plain weights faster, but not with the bits of a few."""
+        return program.capacity if self._exact else program.most
+
     def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
         steps = [
-            program.run(part.ids, part.counts, part.caches, part.draws, states) for part in batch.parts(program.most)
+            program.run(part.ids, part.counts, part.caches, part.draws, states)
+            for part in batch.parts(self._most(program))
         ]
         if len(steps) == 1:
             (one,) = steps
@@ -151,7 +156,7 @@ class Runner:
                     program = self._prepared(ids_BS.numel())
                     if (
                         program is not None
-                        and program.most == program.capacity
+                        and self._most(program) == program.capacity
                         and program.whole
                         and (mask_BS is None or bool(mask_BS.any()))
                     ):
@@ -168,7 +173,7 @@ class Runner:
         lengths = {row.cache: len(row.ids) for row in rows}
         states: list[Tensor] = []
         routings: list[dict[int, Routing]] = []
-        for part in Batch(rows).parts(program.most):
+        for part in Batch(rows).parts(self._most(program)):
             forward = self._run(program, part, states=True)
             assert forward.states is not None
             states.append(forward.states)

@@ -7,16 +7,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyhands.kernels.moment import is_exact
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CLinear
 from manyhands.kernels.policy import FEW_ROWS, ROUND_ROWS, slow_bf16
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """x·Wᵀ + b, [..., in] -> [..., out], for x in the weight's dtype; None where PyTorch's own way is as good."""
+    """x·Wᵀ + b, [..., in] -> [..., out], for x in the weight's dtype; None where PyTorch's own way is as good.
+
+    Inside `exactly()` natively for any number of rows: each has the bits that it has alone.
+    """
     if not step.direct(x):
         return None
-    if x.numel() <= FEW_ROWS * x.shape[-1] and (native := for_native(weight, bias, x.shape[-1])):
+    few = x.numel() <= FEW_ROWS * x.shape[-1]
+    if (few or is_exact()) and (native := for_native(weight, bias, x.shape[-1])):
         return step.linears(x, [native[0]])[0]
     return in_float32(x, weight, bias) if x.dtype == torch.bfloat16 and slow_bf16() else None
 

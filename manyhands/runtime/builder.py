@@ -68,7 +68,7 @@ class Builder:
         """Ids, weights, scores, logits of all of them, [sparse layers, capacity · ·]: a layer's T rows lie together."""
         self.cos, self.sin = (torch.empty(capacity, config.rope_dim // 2) for _ in range(2))
         self.most = capacity
-        """Rows that all the claimed parts take."""
+        """Rows up to which the native calls are the fastest way; with more they are the exact way, up to `capacity`."""
         self.sequences = CSequences()
         """Who the rows are: every call reads it."""
         self._rows: dict[tuple[str, int], CRows] = {}

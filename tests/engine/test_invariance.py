@@ -15,13 +15,20 @@ from ..runtime.test_program import CASES, packed_model
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 
-EXACT = ("float32", "bf16")
+EXACT = ("float32", "bf16", "plain")
 """Formats that are as stable where the engine is asked to be exact."""
-MODELS = {"gqa": CASES["qwen3"], "window, sinks, biases": CASES["gpt-oss"], "groups, shared": CASES["dots"]}
+MODELS = {
+    "gqa": CASES["qwen3"],
+    "window, sinks, biases": CASES["gpt-oss"],
+    "groups, shared": CASES["dots"],
+    "latent": CASES["latent"],
+}
 every_format = pytest.mark.parametrize("format", ["int8", "int4"])
 EACH = [
     *((name, format) for name in MODELS for format in ("int8", "int4")),
     *(("groups, shared", format) for format in EXACT),
+    ("latent", "plain"),
+    ("window, sinks, biases", "plain"),
 ]
 each = pytest.mark.parametrize(("name", "format"), EACH)
 PROMPT, NEW = 23, 4

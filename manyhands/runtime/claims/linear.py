@@ -39,7 +39,7 @@ def linear_of(b: Builder, layer: nn.Module | None, width: int) -> CLinear:
     own = type(layer) is Linear and held(layer, "weight", "bias")
     if not isinstance(layer, Linear) or not own or for_native(layer.weight, layer.bias, width) is None:
         raise Unfit(f"a linear layer that is {type(layer).__name__}, or lies as the kernels do not read it")
-    b.most = min(b.most, FEW_ROWS)  # the native kernels take no more rows of plain weights
+    b.most = min(b.most, FEW_ROWS)
     struct = views.plain_linear(layer.weight, None)
     struct.bias = b.float32(layer.bias, struct.weight.outputs)
     return struct
