@@ -54,7 +54,7 @@ float* Workspace::floats(int64_t n) {
 }
 
 void Workspaces::trim() {
-  for (Workspace* workspace : {&x, &y, &act, &dh, &dact, &gathered})
+  for (Workspace* workspace : {&x, &halves, &y, &act, &dh, &dact, &gathered})
     if (workspace->bytes_ > kKept) {
       free(workspace->data_);
       workspace->data_ = nullptr, workspace->bytes_ = 0;
@@ -81,8 +81,7 @@ const Kernels* checked_kernels(const mh_run* run) {
   need(run, "run");
   if (run->threads < 1 || run->threads > kMostThreads)
     fail(MH_BAD_ARGUMENT, "%lld threads: 1 to %lld", (long long)run->threads, (long long)kMostThreads);
-  if (run->exact != 0 && run->exact != 1)
-    fail(MH_BAD_ARGUMENT, "exact is %lld, not 0 or 1", (long long)run->exact);
+  if (run->exact != 0 && run->exact != 1) fail(MH_BAD_ARGUMENT, "exact is %lld, not 0 or 1", (long long)run->exact);
   const Kernels* k = kernels(run->level);
   if (!k) fail(MH_NO_LEVEL, "this CPU cannot run level %lld", (long long)run->level);
   return k;

@@ -41,7 +41,7 @@ class Workspace {
 };
 
 struct Workspaces {  // used by one call at a time
-  Workspace x, y, act, dh, dact, gathered;
+  Workspace x, halves, y, act, dh, dact, gathered;
   Workspace worker[257];
   Workspace integers[3];
   void trim();

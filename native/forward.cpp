@@ -10,6 +10,24 @@
 namespace mh {
 namespace {
 
+constexpr int64_t kTileRoom = 8;  // rows of floats by which a block in tiles may take more than its own
+
+struct PanelWalk {  // the panels of a task, up to `end`; then another expert's from `next_first` on
+  const Matrix& m;
+  int64_t expert, end, next_expert, next_first;
+
+  // At most `most` panels from p on, and as many after them that will be multiplied next.
+  int64_t take(int64_t p, int64_t most, Panel* panels) const {
+    const int64_t n = end - p < most ? end - p : most;
+    int64_t all = 0, to = p + n;
+    for (; all < n; all++) panels[all] = m.panel(expert, p + all);
+    for (; all < 2 * n && to < end; all++, to++) panels[all] = m.panel(expert, to);
+    for (int64_t q = next_first; all < 2 * n && q < m.size.panels; all++, q++) panels[all] = m.panel(next_expert, q);
+    for (int64_t i = 0; i + 1 < all; i++) panels[i].next = panels + i + 1;
+    return n;
+  }
+};
+
 struct Forward {
   const Kernels& k;
   Experts e;
@@ -17,7 +35,9 @@ struct Forward {
   int64_t threads;
   bool exact;
   Floats x = {};
-  float* act = nullptr;  // a group's activations
+  Halves half_x = {};
+  uint16_t* laid = nullptr;  // a group's rows in tiles, where several tasks take a block's
+  float* act = nullptr;      // a group's activations
   int64_t act_stride = 0;
   float *hidden, *y = nullptr;
   int64_t y_stride = 0;
@@ -25,73 +45,104 @@ struct Forward {
   IntBlocks qact = {};  // a group's activations, where down is
   std::vector<const float*> x_rows = {};
 
-  RowBlock up_rows(const Block& b, const Worker& w) const {
-    RowBlock in(b.rows(), e.up, exact);
-    const float* const* at = x_rows.data() + b.begin;
+  void lay(const Block& b, uint16_t* tiles) const {
+    const uint16_t* rows[kBlockRows];
+    for (int64_t i = 0; i < b.rows(); i++) rows[i] = half_x.row(s.token[b.begin + i]);
+    k.lay_rows(rows, b.rows(), e.up.size.depth, e.up.format().plain, tiles);
+  }
+  uint16_t* laid_of(const Block& b, const Block* group) const {
+    return laid + (b.begin - group->begin + 16 * (&b - group)) * e.up.size.depth;
+  }
+
+  RowBlock up_rows(const Block& b, const Block* group, const Worker& w) const {
+    RowBlock in(b.rows(), e.up, k, exact);
+    const float* const* at = in.is_tiles ? nullptr : x_rows.data() + b.begin;
     if (in.is_integer) {
       const IntBlock block(qx.shape, in.count, k.integer_tile(in.count, e.up.m.format), w.rounded);
       for (int64_t i = 0; i < in.count; i++) block.copy(i, qx.row(s.token[b.begin + i]));
       block.clear_rest();
       in.integers = block.rows();
+    } else if (in.is_tiles) {
+      if (!laid) lay(b, w.rounded);
+      in.tiles = {laid ? laid_of(b, group) : w.rounded, in.count};
     } else if (in.is_few) {
       for (int64_t i = 0; i < in.count; i++) in.row[i] = {at[i]};
     } else {
-      in.matrix = matrix_rows(at, in.count, e.up.size.depth, e.up.m.format, k, w.rounded);
+      float* panels = reinterpret_cast<float*>(w.rounded);
+      gather(at, in.count, e.up.size.depth, panels);
+      in.matrix = {panels, in.count, nullptr, 0};
     }
     return in;
   }
 
-  // A block's rows of integers for down; `first` is the group's first block.
-  IntBlock act_integers(const Block& b, const Block* first) const {
-    return qact.block(&b - first, b.begin - first->begin, b.rows(), k.integer_tile(b.rows(), e.down.m.format));
+  // Where a block's activations are; `group` is the group's first block. A tile of 16 rows takes 8 as floats.
+  float* act_of(const Block& b, const Block* group) const {
+    return act + (b.begin - group->begin + kTileRoom * (&b - group)) * act_stride;
   }
 
-  RowBlock down_rows(const Block& b, const Block* group, const Worker& w) const {
-    RowBlock in(b.rows(), e.down, exact);
-    const float* at = act + (b.begin - group->begin) * act_stride;
+  // A block's rows of integers for down.
+  IntBlock act_integers(const Block& b, const Block* group) const {
+    return qact.block(&b - group, b.begin - group->begin, b.rows(), k.integer_tile(b.rows(), e.down.m.format));
+  }
+
+  RowBlock down_rows(const Block& b, const Block* group) const {
+    RowBlock in(b.rows(), e.down, k, exact);
+    const float* at = act_of(b, group);
     if (in.is_integer)
       in.integers = act_integers(b, group).rows();
+    else if (in.is_tiles)
+      in.tiles = {reinterpret_cast<const uint16_t*>(at), in.count};
     else if (in.is_few)
       for (int64_t i = 0; i < in.count; i++) in.row[i] = {at + i * act_stride};
     else
-      in.matrix = panel_rows(at, in.count, e.down.size.depth, e.down.m.format, k, w.rounded);
+      in.matrix = {at, in.count, nullptr, 0};
     return in;
   }
 
   bool act_in_rows(int64_t rows) const { return e.down.format().integer || few(rows, e.down, exact); }
 
-  // 16 columns of a block's activations, from gate in w.first and up in w.second or from up alone in w.first. They lie
-  // in rows where they are rounded or the vector path takes them next, else in panels, [panels][rows][16].
-  void activate(const Block& b, int64_t group_begin, int64_t column, const Worker& w) const {
-    const int64_t rows = b.rows();
+  // 16 columns of a block's activations, from gate and up (the same where up is alone). They lie in tiles as down takes
+  // them, in rows where they are rounded to integers or the vector path takes them, else in panels, [panels][rows][16].
+  void activate(const Block& b, const Block* group, int64_t column, float* gate, const float* up) const {
+    const int64_t rows = b.rows(), depth = e.down.size.depth;
+    float* out = act_of(b, group);
+    if (in_tiles(rows, e.down, k, exact)) {
+      k.activate(static_cast<int>(e.activation), gate, up, rows, gate, 16);
+      k.lay_columns(gate, rows, column, depth, e.down.format().plain, reinterpret_cast<uint16_t*>(out));
+      return;
+    }
     const bool in_rows = act_in_rows(rows);
-    float* out = act + (b.begin - group_begin) * act_stride + column * (in_rows ? 1 : rows);
-    const float* up = e.parts == 2 ? w.second : w.first;
-    k.activate(static_cast<int>(e.activation), w.first, up, rows, out, in_rows ? act_stride : 16);
+    out += column * (in_rows ? 1 : rows);
+    k.activate(static_cast<int>(e.activation), gate, up, rows, out, in_rows ? act_stride : 16);
   }
 
   // A block's rows through `count` panel groups (gate and up, or up alone) from `first` on. `hidden`, block by block in
   // panels, is what the activation was applied to.
-  void up_task(const Block& b, int64_t group_begin, int64_t first, int64_t count, Worker w) {
+  void up_task(const Block& b, const Block* group, int64_t first, int64_t count, Worker w) {
     const int64_t rows = b.rows(), parts = e.parts, end = parts * (first + count);
-    const RowBlock in = up_rows(b, w);
-    Panel panel = e.up.panel(b.expert, parts * first);
-    for (int64_t p = parts * first; p < end; p++) {
-      const Panel next = p + 1 < end ? e.up.panel(b.expert, p + 1) : e.up.panel(s.after(b).expert, 0);
-      panel.next = &next;
-      float* c = p % parts ? w.second : w.first;
-      in.times(k, panel, w.scratch, c);
-      if (const float* bias = e.up.bias(b.expert, p)) k.add_bias(bias, e.up.outputs_of(p), rows, c);
-      if (hidden) memcpy(hidden + b.begin * e.up.size.panels * 16 + p * rows * 16, c, rows * 64);
-      if (p % parts == parts - 1) activate(b, group_begin, p / parts * 16, w);
-      panel = next;
+    const RowBlock in = up_rows(b, group, w);
+    const PanelWalk walk{e.up, b.expert, end, s.after(b).expert, 0};
+    for (int64_t p = parts * first, n; p < end; p += n) {
+      Panel panels[4];
+      n = walk.take(p, 2, panels);
+      in.times(k, panels, n, w.scratch, w.first, w.c_stride);
+      for (int64_t q = 0; q < n; q++) {
+        float *c = w.first + q * w.c_stride, *gate = c - (parts - 1) * w.c_stride;
+        if (const float* bias = e.up.bias(b.expert, p + q)) k.add_bias(bias, e.up.outputs_of(p + q), rows, c);
+        if (hidden) memcpy(hidden + b.begin * e.up.size.panels * 16 + (p + q) * rows * 16, c, rows * 64);
+        if (q % parts == parts - 1) activate(b, group, (p + q) / parts * 16, gate, c);
+      }
     }
   }
 
   // Zeros beyond F: an infinite x times the zero padding of a weight is NaN, which must not spread.
   void pad_act(const Block& b, float* out) {
     const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts * 16;
-    if (act_in_rows(rows))
+    if (in_tiles(rows, e.down, k, exact)) {
+      const std::vector<float> zeros(static_cast<size_t>(16 * rows));
+      for (int64_t column = wide; column < act_stride; column += 16)
+        k.lay_columns(zeros.data(), rows, column, act_stride, e.down.format().plain, reinterpret_cast<uint16_t*>(out));
+    } else if (act_in_rows(rows))
       for (int64_t i = 0; i < rows; i++) memset(out + i * act_stride + wide, 0, (act_stride - wide) * sizeof(float));
     else
       memset(out + wide * rows, 0, (act_stride - wide) * rows * sizeof(float));
@@ -99,17 +150,12 @@ struct Forward {
 
   void down_task(const Block* blocks, size_t count, int64_t first, int64_t end, Worker w) {
     for (const Block* b = blocks; b < blocks + count; b++) {
-      const RowBlock in = down_rows(*b, blocks, w);
-      Panel panel = e.down.panel(b->expert, first);
+      const RowBlock in = down_rows(*b, blocks);
+      const PanelWalk walk{e.down, b->expert, end, s.after(*b).expert, first};
       for (int64_t p = first, n; p < end; p += n) {
-        n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
-        for (int64_t q = 0; q < n; q++) {
-          const Panel next =
-              p + q + 1 < end ? e.down.panel(b->expert, p + q + 1) : e.down.panel(s.after(*b).expert, first);
-          panel.next = &next;
-          in.times(k, panel, w.scratch, w.first + q * w.c_stride);
-          panel = next;
-        }
+        Panel panels[2 * kColumnBlocks];
+        n = walk.take(p, kColumnBlocks, panels);
+        in.times(k, panels, n, w.scratch, w.first, w.c_stride);
         const int64_t columns = e.D - 16 * p < 16 * n ? e.D - 16 * p : 16 * n;
         k.combine(w.first, w.c_stride, in.count, columns, e.down.bias(b->expert, p), s.weight.data() + b->begin,
                   s.token.data() + b->begin, y_stride, y + 16 * p);
@@ -121,18 +167,27 @@ struct Forward {
     const int64_t begin = blocks[0].begin, rows = blocks[count - 1].end - begin;
     int64_t most = 0;
     for (const Block* b = blocks; b < blocks + count; b++) most = b->rows() > most ? b->rows() : most;
-    act = workspaces().act.floats(rows * act_stride);
-    for (const Block* b = blocks; b < blocks + count; b++) pad_act(*b, act + (b->begin - begin) * act_stride);
+    act = workspaces().act.floats((rows + kTileRoom * static_cast<int64_t>(count)) * act_stride);
+    for (const Block* b = blocks; b < blocks + count; b++) pad_act(*b, act_of(*b, blocks));
     const int64_t depth = e.up.size.depth > e.down.size.depth ? e.up.size.depth : e.down.size.depth;
     for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
 
     const int64_t wide = e.up.size.panels / e.parts;
     int64_t pieces = divide_up(8 * threads, static_cast<int64_t>(count));
     pieces = pieces < wide ? pieces : wide;
+    laid = nullptr;
+    if (half_x.data && pieces > 1) {
+      const int64_t padded = rows + 16 * static_cast<int64_t>(count);
+      laid = reinterpret_cast<uint16_t*>(workspaces().gathered.floats(padded * e.up.size.depth / 2));
+      parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
+        const Block& b = blocks[task];
+        if (in_tiles(b.rows(), e.up, k, exact)) lay(b, laid_of(b, blocks));
+      });
+    }
     parallel(threads, static_cast<int64_t>(count) * pieces, [&](int64_t task, int64_t worker) {
       const Block& b = blocks[task / pieces];
       const int64_t piece = task % pieces, first = piece * wide / pieces, end = (piece + 1) * wide / pieces;
-      up_task(b, begin, first, end - first, Worker(workspaces().worker[worker], most));
+      up_task(b, blocks, first, end - first, Worker(workspaces().worker[worker], most));
     });
 
     if (e.down.format().integer) {
@@ -140,7 +195,7 @@ struct Forward {
       parallel(threads, static_cast<int64_t>(count), [&](int64_t task, int64_t) {
         const Block& b = blocks[task];
         const IntBlock to = act_integers(b, blocks);
-        const float* from = act + (b.begin - begin) * act_stride;
+        const float* from = act_of(b, blocks);
         for (int64_t i = 0; i < b.rows(); i++) to.set(i, from + i * act_stride, k);
         to.clear_rest();
       });
@@ -153,10 +208,18 @@ struct Forward {
   }
 
   void all(const mh_rows& in, const mh_rows& out) {
-    x = as_floats(in, e.up.size.depth, workspaces().x, k, threads);
-    x_rows.resize(static_cast<size_t>(s.rows()));
-    for (int64_t i = 0; i < s.rows(); i++) x_rows[i] = x.row(s.token[i]);
-    if (e.up.format().integer) {
+    bool any_tiles = false, all_tiles = true;
+    for (const Block& b : s.blocks) {
+      const bool tiles = in_tiles(b.rows(), e.up, k, exact);
+      any_tiles = any_tiles || tiles, all_tiles = all_tiles && tiles;
+    }
+    if (any_tiles) half_x = as_halves(in, e.up.size.depth, workspaces().halves, k, threads);
+    if (!all_tiles) {
+      x = as_floats(in, e.up.size.depth, workspaces().x, k, threads);
+      x_rows.resize(static_cast<size_t>(s.rows()));
+      for (int64_t i = 0; i < s.rows(); i++) x_rows[i] = x.row(s.token[i]);
+    }
+    if (e.up.format().integer && !all_tiles) {
       qx.prepare({e.up, k}, in.count, workspaces().integers[0]);
       parallel(threads, divide_up(in.count, kQuantRows), [&](int64_t task, int64_t) {
         for (int64_t t = task * kQuantRows; t < in.count && t < (task + 1) * kQuantRows; t++) qx.set(t, x.row(t), k);
@@ -185,7 +248,11 @@ int mh_forward(const mh_experts* packed, const mh_stacked* stacked, const mh_rou
   using namespace mh;
   return guard([&] {
     const Kernels* k = checked_kernels(run);
-    Forward f{.k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .exact = run->exact != 0, .hidden = hidden};
+    Forward f{.k = *k,
+              .e = checked_experts(packed, stacked),
+              .threads = run->threads,
+              .exact = run->exact != 0,
+              .hidden = hidden};
     f.s = sort_pairs(routing, f.e.num_experts);
     check_rows(x, routing->tokens, f.e.D, "x");
     check_rows(y, routing->tokens, f.e.D, "y");

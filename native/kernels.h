@@ -45,6 +45,11 @@ struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `ro
   int64_t rounded_stride;
 };
 
+struct TileRows {  // the same rounded to bf16, in tiles, [count / 16][inputs / 32] of 1 KB (product_bf16.inl)
+  const uint16_t* tiles;
+  int64_t count;
+};
+
 constexpr int64_t kChunk = 256;                // inputs multiplied at a time: their 16 columns stay in the first cache
 constexpr int64_t kQuantGroup = 64;            // activations that share a scale, for int8 weights
 constexpr int kDotRows = 4;                    // rows a dot takes at a time
@@ -58,7 +63,7 @@ struct KvRun {  // keys and values of consecutive positions in one block
   int64_t keys;
 };
 
-struct KvSplit {  // rows (queries of heads that share keys) that attend to the same split
+struct KvSplit {             // rows (queries of heads that share keys) that attend to the same split
   const float* const* q;     // [rows]
   const int32_t *from, *to;  // [rows]: each sees keys [from, to) of the split, at least one
   int64_t rows;
@@ -121,6 +126,12 @@ struct Kernels {
   bool rounds_rows;
   void (*dot)(const Panel&, const Row*, int rows, float* c);
   void (*product)(const Panel&, const Rows&, float* scratch, float* c);
+  // Rows in tiles times some panels, whose products are c_stride apart; null where the level multiplies no bf16. And
+  // rows of bf16 to tiles, all inputs or 16 columns of float32 [count][16] from `column` on, a multiple of 16: right
+  // tiles for plain weights, else left ones, with zeros up to 16 rows.
+  void (*product_tiles)(const Panel*, int64_t panels, const TileRows&, float* scratch, float* c, int64_t c_stride);
+  void (*lay_rows)(const uint16_t* const* at, int64_t count, int64_t depth, bool right, uint16_t* tiles);
+  void (*lay_columns)(const float* c, int64_t count, int64_t column, int64_t depth, bool right, uint16_t* tiles);
   // Rows times columns of the weights; `next` is fetched meanwhile. One block of columns is c_stride after the other.
   void (*product_transposed)(const Columns&, const Columns& next, const Rows&, float* scratch, float* c,
                              int64_t c_stride);

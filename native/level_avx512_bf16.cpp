@@ -74,6 +74,37 @@ void multiply_tiles(const mh::TileProduct& p) {
 
 }  // namespace
 
+#include "product_bf16.inl"
+
+namespace {
+
+// Eight rows of a left tile by N right tiles.
+template <int N>
+void eight_rows(const Corner& p, const uint8_t* left, float* const* c, int64_t row, const Fetch& fetch) {
+  V sums[8 * N];
+  times<8 * N>([&](auto i) { sums[i.value] = p.first ? set1(0) : load(c[i.value % N] + 16 * (row + i.value / N)); });
+  const uint8_t* right[2] = {p.right.at[0], p.right.at[1]};
+  for (int64_t s = 0; s < p.steps; s++, left += p.left.step) {
+    if (row == 0) fetch();
+    for (int64_t k = 0; k < 16; k++)
+      times<8 * N>([&](auto i) {
+        const uint8_t* x = left + i.value / N * p.left.stride + 4 * k;
+        sums[i.value] = dot_pairs(sums[i.value], reinterpret_cast<const uint16_t*>(x),
+                                  right[i.value % N] + s * p.right.step + 64 * k);
+      });
+  }
+  times<8 * N>([&](auto i) { store(c[i.value % N] + 16 * (row + i.value / N), sums[i.value]); });
+}
+
+template <int M, int N>
+void corner(const Corner& p, const Fetch& fetch) {
+  for (int64_t i = 0; i < M; i++)
+    for (int64_t row = 0; row < 16 && 16 * i + row < p.rows; row += 8)
+      eight_rows<N>(p, p.left.at[i] + row * p.left.stride, p.c[i], row, fetch);
+}
+
+}  // namespace
+
 #include "tiles_bf16.inl"
 
 const mh::Kernels mh::kAvx512Bf16 = bf16_kernels("avx512_bf16");

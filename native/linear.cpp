@@ -22,6 +22,7 @@ struct Linears {
   bool exact;
   IntBlocks integers[3];  // int8; int4 in groups of 32, of 64
   std::vector<const float*> at;
+  uint16_t* tiles = nullptr;  // of the blocks, where a layer takes them
 
   static int kind(const Matrix& m) { return !m.format().grouped ? 0 : m.m.group == 32 ? 1 : 2; }
 
@@ -29,23 +30,48 @@ struct Linears {
     return integers[kind(m)].block(block, begin, rows, k.integer_tile(rows, m.m.format));
   }
 
+  uint16_t* tiles_of(int64_t block, int64_t begin, int64_t depth) const {  // with room for whole tiles of 16 rows
+    return tiles + (begin + 16 * block) * depth;
+  }
+
+  // Every block's rows as tiles, once for all tasks.
+  void lay_tiles(const mh_rows& in, int64_t depth, int64_t blocks) {
+    const Halves halves = as_halves(in, depth, workspaces().halves, k, threads);
+    tiles = reinterpret_cast<uint16_t*>(workspaces().gathered.floats((in.count + 16 * blocks) * depth / 2));
+    const int64_t pieces = divide_up(divide_up(in.count, blocks), 16);
+    parallel(threads, blocks * pieces, [&](int64_t task, int64_t) {
+      const int64_t block = task / pieces, row = task % pieces * 16, begin = block * in.count / blocks;
+      const int64_t left = (block + 1) * in.count / blocks - begin - row, n = left < 16 ? left : 16;
+      const uint16_t* from[16];
+      for (int64_t i = 0; i < n; i++) from[i] = halves.row(begin + row + i);
+      if (n > 0) k.lay_rows(from, n, depth, false, tiles_of(block, begin, depth) + row * depth);
+    });
+  }
+
   void panels(const Layer& layer, int64_t first, int64_t end, int64_t block, int64_t begin, int64_t rows,
               const Worker& w) const {
     const Matrix& m = layer.m;
     if (m.format().plain) return plain_panels(layer, first, end, begin, rows, w);
-    RowBlock in(rows, m, exact);
-    if (in.is_integer)
+    RowBlock in(rows, m, k, exact);
+    if (in.is_integer) {
       in.integers = int_block(m, block, begin, rows).rows();
-    else if (in.is_few)
+    } else if (in.is_tiles) {
+      in.tiles = {tiles_of(block, begin, m.size.depth), rows};
+    } else if (in.is_few) {
       for (int64_t i = 0; i < rows; i++) in.row[i] = {at[begin + i]};
-    else
-      in.matrix = matrix_rows(at.data() + begin, rows, m.size.depth, m.m.format, k, w.rounded);
-    for (int64_t p = first; p < end; p++) {
-      const Panel next = m.panel(0, p + 1 < m.size.panels ? p + 1 : p);
-      Panel panel = m.panel(0, p);
-      panel.next = &next;
-      in.times(k, panel, w.scratch, w.first);
-      put(layer, p, begin, rows, w.first);
+    } else {
+      float* panels = reinterpret_cast<float*>(w.rounded);
+      gather(at.data() + begin, rows, m.size.depth, panels);
+      in.matrix = {panels, rows, nullptr, 0};
+    }
+    for (int64_t p = first, n; p < end; p += n) {
+      Panel panels[2 * kColumnBlocks];
+      int64_t all = 0;
+      n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
+      for (; all < 2 * n && p + all < m.size.panels; all++) panels[all] = m.panel(0, p + all);
+      for (int64_t i = 0; i + 1 < all; i++) panels[i].next = panels + i + 1;
+      in.times(k, panels, n, w.scratch, w.first, w.c_stride);
+      for (int64_t q = 0; q < n; q++) put(layer, p + q, begin, rows, w.first + q * w.c_stride);
     }
   }
 
@@ -98,6 +124,8 @@ struct Linears {
       every += layer.m.size.panels;
       if (layer.m.format().integer) round_rows(layer.m, blocks);
     }
+    for (const Layer& layer : layers)
+      if (!tiles && in_tiles(count / blocks, layer.m, k, exact)) lay_tiles(in, layer.m.size.depth, blocks);
     const int64_t most = count < kBlockRows ? count : kBlockRows;
     for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
     int64_t pieces = divide_up(8 * threads, blocks);

@@ -13,16 +13,37 @@ inline bool few(int64_t rows, const Matrix& m, bool exact) {
   return rows <= m.format().few_rows || (exact && !m.format().integer);
 }
 
-struct RowBlock {  // rows as a matrix's kernels take them: as integers, or each by itself where they are few, or else
-  int64_t count;  // as a matrix
-  bool is_integer, is_few;
+// Whether rows are rounded to bf16 and lie in tiles: where the level and the weights have bf16, and rows are not few.
+inline bool in_tiles(int64_t rows, const Matrix& m, const Kernels& k, bool exact) {
+  return k.rounds_rows && !m.format().exact && !few(rows, m, exact);
+}
+
+struct RowBlock {  // rows as a matrix's kernels take them: as integers, in tiles of bf16, each by itself where they are
+  int64_t count;   // few, or else as a matrix
+  bool is_integer, is_few, is_tiles;
   Row row[kBlockRows];
   Rows matrix;
+  TileRows tiles;
   IntRows integers;
-  RowBlock(int64_t rows, const Matrix& m, bool exact)
-      : count(rows), is_integer(m.format().integer), is_few(few(rows, m, exact)), matrix{}, integers{} {}
-  void times(const Kernels& k, const Panel& p, float* scratch, float* c) const;  // a worker's; c [count][16]
+  RowBlock(int64_t rows, const Matrix& m, const Kernels& k, bool exact)
+      : count(rows),
+        is_integer(m.format().integer),
+        is_few(few(rows, m, exact)),
+        is_tiles(in_tiles(rows, m, k, exact)),
+        matrix{},
+        tiles{},
+        integers{} {}
+  // Some panels; c [count][16] for each, c_stride apart.
+  void times(const Kernels& k, const Panel* p, int64_t panels, float* scratch, float* c, int64_t c_stride) const;
 };
+
+// Rows in bf16 for tiles, zeros up to `depth` inputs: the caller's, or a copy in `workspace`.
+struct Halves {
+  const uint16_t* data;
+  int64_t stride;
+  const uint16_t* row(int64_t i) const { return data + i * stride; }
+};
+Halves as_halves(const mh_rows& rows, int64_t depth, Workspace& workspace, const Kernels& k, int64_t threads);
 
 // Floats that a worker needs apart from its task's rows: tiles, a product's scratch, rounded rows.
 int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
@@ -30,14 +51,11 @@ int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
 struct Worker {
   float *first, *second, *scratch;  // [kColumnBlocks][c_stride]; [c_stride]; kScratch
   int64_t c_stride;                 // floats of 16 columns of the rows, padded
-  uint16_t* rounded;                // a level's rows, or floats in panels
+  uint16_t* rounded;                // the task's rows: tiles, or floats in panels
   Worker(Workspace& workspace, int64_t rows);
 };
 
-// Rows that lie anywhere as a level wants them for its matrix path.
-Rows matrix_rows(const float* const* at, int64_t count, int64_t depth, int64_t format, const Kernels& k,
-                 uint16_t* scratch);
-// The same of rows in panels, [depth / 16][count][16].
+// Rows in panels, [depth / 16][count][16], as a level wants them for its product_transposed.
 Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* scratch);
 // Rows to panels.
 void gather(const float* const* at, int64_t count, int64_t depth, float* to);
