@@ -125,7 +125,8 @@ struct Linears {
       if (layer.m.format().integer) round_rows(layer.m, blocks);
     }
     for (const Layer& layer : layers)
-      if (!tiles && in_tiles(count / blocks, layer.m, k, exact)) lay_tiles(in, layer.m.size.depth, blocks);
+      if (!tiles && !layer.m.format().plain && in_tiles(count / blocks, layer.m, k, exact))
+        lay_tiles(in, layer.m.size.depth, blocks);
     const int64_t most = count < kBlockRows ? count : kBlockRows;
     for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
     int64_t pieces = divide_up(8 * threads, blocks);

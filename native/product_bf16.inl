@@ -12,7 +12,7 @@
 namespace {
 
 constexpr int64_t kTileBytes = 1024;
-constexpr int64_t kTileChunk = 512;  // inputs of two panels that stay in the first cache, 32 KB
+constexpr int64_t kTileChunk = 256;  // inputs of two panels that stay in the first cache, 16 KB
 
 struct Tiles {  // one or two operands of as many tiles as there are steps
   const uint8_t* at[2];
@@ -20,10 +20,16 @@ struct Tiles {  // one or two operands of as many tiles as there are steps
 };
 
 struct Fetch {  // what will be multiplied next, some lines of the cache at each step
-  Prefetcher& prefetcher;
+  Prefetcher& next;
   int64_t lines;
   void operator()() const {
-    for (int64_t i = 0; i < lines; i++) prefetcher.next_line();
+    for (int64_t left = lines; left > 0 && next.piece < next.count;) {
+      const int64_t n = least(left, (next.bytes - next.done + 63) / 64);
+      const uint8_t* at = next.pieces[next.piece] + next.done;
+      for (int64_t i = 0; i < n; i++) __builtin_prefetch(at + 64 * i, 0, 2);
+      next.done += 64 * n, left -= n;
+      if (next.done >= next.bytes) next.piece++, next.done = 0;
+    }
   }
 };
 
