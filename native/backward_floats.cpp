@@ -19,7 +19,7 @@ struct InFloats : Backward {
   void rows_task(const Block& b, Worker w) {
     const int64_t rows = b.rows(), wide = e.up.size.panels / e.parts;
     gather(dy_rows.data() + b.begin, rows, dy_stride, dyp + offset(b) * dy_stride);
-    const Rows matrix{dyp + offset(b) * dy_stride, rows, nullptr, 0};
+    const Rows matrix{dyp + offset(b) * dy_stride, rows};
     float* dweight = w.second;
     for (int64_t i = 0; i < rows; i++) dweight[i] = 0;
     float *dh_block = dh + offset(b) * h_stride, *act_block = act + offset(b) * act_stride;
@@ -98,7 +98,7 @@ struct InFloats : Backward {
     std::vector<Panel> up = e.up.all_panels(blocks->expert), after;
     for (const Block* b = blocks; b < blocks + count; b++) {
       const int64_t rows = b->rows();
-      const Rows matrix{dh + offset(*b) * h_stride, rows, nullptr, 0};
+      const Rows matrix{dh + offset(*b) * h_stride, rows};
       after = e.up.all_panels(s.after(*b).expert);
       const Columns begin{after.data(), e.up.size.panels, first, kColumnBlocks};
       for (int64_t p = first, n; p < end; p += n) {
@@ -146,7 +146,7 @@ struct InFloats : Backward {
     dh = workspaces().dh.floats(rows * h_stride);
     dyp = workspaces().gathered.floats(rows * dy_stride);
     const int64_t depth = h_stride > dy_stride ? h_stride : dy_stride;
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth));
     parallel(threads, static_cast<int64_t>(count),
              [&](int64_t task, int64_t worker) { rows_task(blocks[task], Worker(workspaces().worker[worker], most)); });
     if (any_weights()) weights(blocks, count);

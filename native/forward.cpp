@@ -70,7 +70,7 @@ struct Forward {
     } else {
       float* panels = reinterpret_cast<float*>(w.rounded);
       gather(at, in.count, e.up.size.depth, panels);
-      in.matrix = {panels, in.count, nullptr, 0};
+      in.matrix = {panels, in.count};
     }
     return in;
   }
@@ -95,7 +95,7 @@ struct Forward {
     else if (in.is_few)
       for (int64_t i = 0; i < in.count; i++) in.row[i] = {at + i * act_stride};
     else
-      in.matrix = {at, in.count, nullptr, 0};
+      in.matrix = {at, in.count};
     return in;
   }
 
@@ -170,7 +170,7 @@ struct Forward {
     act = workspaces().act.floats((rows + kTileRoom * static_cast<int64_t>(count)) * act_stride);
     for (const Block* b = blocks; b < blocks + count; b++) pad_act(*b, act_of(*b, blocks));
     const int64_t depth = e.up.size.depth > e.down.size.depth ? e.up.size.depth : e.down.size.depth;
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth));
 
     const int64_t wide = e.up.size.panels / e.parts;
     int64_t pieces = divide_up(8 * threads, static_cast<int64_t>(count));

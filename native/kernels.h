@@ -38,11 +38,9 @@ struct IntRow {  // where one of them is written: 64 integers, and those q_step 
   int64_t stride;
 };
 
-struct Rows {  // activations for the matrix path, [inputs / 16][count][16]; `rounded` where the level multiplies bf16
+struct Rows {  // activations for the matrix path, [inputs / 16][count][16]
   const float* at;
   int64_t count;
-  const uint16_t* rounded;
-  int64_t rounded_stride;
 };
 
 struct TileRows {  // the same rounded to bf16, in tiles, [count / 16][inputs / 32] of 1 KB (product_bf16.inl)

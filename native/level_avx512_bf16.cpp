@@ -23,27 +23,6 @@ inline V dot_pairs(V c, const uint16_t* x, const uint8_t* line) {
 #endif
 }
 
-template <int M>
-void pair_tile(const uint16_t* x, int64_t stride, int64_t n, const uint8_t* lines, float* c, bool first) {
-  V sums[M];
-  times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
-  for (int64_t k = 0; k < n; k += 2, lines += 64)
-    times<M>([&](auto i) { sums[i.value] = dot_pairs(sums[i.value], x + i.value * stride + k, lines); });
-  times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
-}
-
-template <int M>
-void pair_tile_of(int64_t m, const uint16_t* x, int64_t stride, int64_t n, const uint8_t* lines, float* c, bool first) {
-  if (m == M) return pair_tile<M>(x, stride, n, lines, c, first);
-  if constexpr (M > 1) pair_tile_of<M - 1>(m, x, stride, n, lines, c, first);
-}
-
-void panel_tiles(const Rows& rows, int64_t k, int64_t n, const uint8_t* lines, float* c, bool first) {
-  for (int64_t i = 0; i < rows.count; i += kTileRows)
-    pair_tile_of<kTileRows>(least(kTileRows, rows.count - i), rows.rounded + i * rows.rounded_stride + k,
-                            rows.rounded_stride, n, lines, c + 16 * i, first);
-}
-
 // Eight rows of left tiles, from the given one on, times N blocks of right tiles.
 template <int N>
 void eight_rows(const mh::TileProduct& p, int64_t row, int64_t block) {
@@ -52,9 +31,8 @@ void eight_rows(const mh::TileProduct& p, int64_t row, int64_t block) {
   const int64_t next = p.depth * 2 * kTileNumbers;
   float* c = p.c + row * p.row + block * p.block;
   V sums[8 * N];
-  times<8 * N>([&](auto i) {
-    sums[i.value] = p.first ? set1(0) : load(c + i.value / N * p.row + i.value % N * p.block);
-  });
+  times<8 * N>(
+      [&](auto i) { sums[i.value] = p.first ? set1(0) : load(c + i.value / N * p.row + i.value % N * p.block); });
   for (int64_t k = 0; k < p.depth; k++, left += kTileNumbers)
     for (int64_t j = 0; j < 32; j += 2, right += 64)
       times<8 * N>([&](auto i) {

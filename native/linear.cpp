@@ -62,7 +62,7 @@ struct Linears {
     } else {
       float* panels = reinterpret_cast<float*>(w.rounded);
       gather(at.data() + begin, rows, m.size.depth, panels);
-      in.matrix = {panels, rows, nullptr, 0};
+      in.matrix = {panels, rows};
     }
     for (int64_t p = first, n; p < end; p += n) {
       Panel panels[2 * kColumnBlocks];
@@ -128,7 +128,7 @@ struct Linears {
       if (!tiles && !layer.m.format().plain && in_tiles(count / blocks, layer.m, k, exact))
         lay_tiles(in, layer.m.size.depth, blocks);
     const int64_t most = count < kBlockRows ? count : kBlockRows;
-    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth, k));
+    for (int64_t i = 0; i < threads; i++) workspaces().worker[i].floats(worker_floats(most, depth));
     int64_t pieces = divide_up(8 * threads, blocks);
     pieces = pieces < every ? pieces : every;
     parallel(threads, blocks * pieces, [&](int64_t task, int64_t worker) {

@@ -49,9 +49,9 @@ Halves as_halves(const mh_rows& rows, int64_t depth, Workspace& workspace, const
   return {to, depth};
 }
 
-int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k) {
+int64_t worker_floats(int64_t rows, int64_t depth) {
   const int64_t padded = round_up(rows, 16), tiles = (kColumnBlocks + 1) * 16 * padded + kScratch;
-  return tiles + padded * (round_up(depth, 16) + (k.rounds_rows ? kRoundedPad : 0));
+  return tiles + padded * round_up(depth, 16);
 }
 
 Worker::Worker(Workspace& workspace, int64_t rows) {
@@ -70,23 +70,6 @@ void gather(const float* const* at, int64_t count, int64_t depth, float* to) {
       memcpy(to + q * count + 16 * i, at[i] + q, 64);
     }
   }
-}
-
-static bool wants_rounded(int64_t format, const Kernels& k) { return k.rounds_rows && !kFormats[format].exact; }
-
-static Rows rounded_rows(int64_t count, int64_t depth, uint16_t* scratch) {  // with zeros where tiles read too far
-  const int64_t stride = depth + kRoundedPad;
-  for (int64_t i = 0; i < count; i++) memset(scratch + i * stride + depth, 0, kRoundedPad * sizeof(uint16_t));
-  memset(scratch + count * stride, 0, (round_up(count, 16) - count) * stride * sizeof(uint16_t));
-  return {nullptr, count, scratch, stride};
-}
-
-Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* scratch) {
-  if (!wants_rounded(format, k)) return {at, count, nullptr, 0};
-  const Rows rows = rounded_rows(count, depth, scratch);
-  for (int64_t q = 0; q < depth; q += 16)
-    for (int64_t i = 0; i < count; i++) k.narrow(at + (q * count + 16 * i), 16, scratch + i * rows.rounded_stride + q);
-  return rows;
 }
 
 }  // namespace mh

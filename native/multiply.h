@@ -6,8 +6,6 @@
 
 namespace mh {
 
-constexpr int64_t kRoundedPad = 32;  // rows a power of two apart would all fall into one set of the cache
-
 // Whether rows take the vector path, in which each is by itself: where they are few, and exactly where all must.
 inline bool few(int64_t rows, const Matrix& m, bool exact) {
   return rows <= m.format().few_rows || (exact && !m.format().integer);
@@ -45,8 +43,8 @@ struct Halves {
 };
 Halves as_halves(const mh_rows& rows, int64_t depth, Workspace& workspace, const Kernels& k, int64_t threads);
 
-// Floats that a worker needs apart from its task's rows: tiles, a product's scratch, rounded rows.
-int64_t worker_floats(int64_t rows, int64_t depth, const Kernels& k);
+// Floats that a worker needs apart from its task's rows: tiles, a product's scratch, rows in tiles or panels.
+int64_t worker_floats(int64_t rows, int64_t depth);
 
 struct Worker {
   float *first, *second, *scratch;  // [kColumnBlocks][c_stride]; [c_stride]; kScratch
@@ -55,8 +53,6 @@ struct Worker {
   Worker(Workspace& workspace, int64_t rows);
 };
 
-// Rows in panels, [depth / 16][count][16], as a level wants them for its product_transposed.
-Rows panel_rows(const float* at, int64_t count, int64_t depth, int64_t format, const Kernels& k, uint16_t* scratch);
 // Rows to panels.
 void gather(const float* const* at, int64_t count, int64_t depth, float* to);
 

@@ -1,5 +1,5 @@
-// What the levels that multiply bf16 add to AVX-512's table: the forward products (product_bf16.inl) and the tiles of the
-// backward pass (pairs.inl).
+// What the levels that multiply bf16 add to AVX-512's table: the forward products (product_bf16.inl) and the tiles of
+// the backward pass (pairs.inl).
 #pragma once
 
 #include "kernels.inl"
