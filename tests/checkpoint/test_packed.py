@@ -18,6 +18,7 @@ from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, Rout
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.kernels.native import available, missing
+from manyhands.kernels.native.library import default_level
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, init_weights
 from manyhands.moe import MoELayer
@@ -98,7 +99,8 @@ def test_native_equals_the_fallback(sources, tmp_path, family, formats):
     """Exactly for float formats; integer weights meet tokens that were rounded to 8 bits, where they are few."""
     directory = packed_copy(sources[family], tmp_path / "packed", FORMATS[formats])
     exact, fast = (load_model(directory, experts_implementation=name) for name in ("eager", "auto"))
-    float_format = formats in ("bf16", "linear only")
+    # Levels that multiply bf16 round many rows to it.
+    exactly = formats in ("bf16", "linear only") and default_level() not in ("avx512_bf16", "amx")
     modules = dict(fast.named_modules())
     generator = torch.Generator().manual_seed(3)
     for name, module in exact.named_modules():
@@ -112,8 +114,8 @@ def test_native_equals_the_fallback(sources, tmp_path, family, formats):
                     arguments = (x, exact.get_submodule(name.removesuffix(".experts")).router(x))
             a, b = module(*arguments), modules[name](*arguments)
             assert a.shape == b.shape and a.dtype == b.dtype
-            assert (a - b).norm() < (1e-5 if float_format else 0.02) * a.norm() + 1e-9, (name, tokens)
-    if float_format:
+            assert (a - b).norm() < (1e-5 if exactly else 0.02) * a.norm() + 1e-9, (name, tokens)
+    if exactly:
         with torch.no_grad():
             torch.testing.assert_close(fast(IDS).logits, exact(IDS).logits, atol=1e-4, rtol=1e-4)
 
@@ -251,9 +253,11 @@ def test_every_implementation_equals_the_dequantised_experts(name, bias, activat
         x = torch.randn(tokens, 40)
         routing = layer.router(x)  # training mode: some second experts are -1 and not kept
         got, expected = records(x, routing, name), plain.experts(x, routing, "eager")
-        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+        # Two roundings of many rows to bf16, 2⁻⁹ each and at most twice that.
+        near = 2**-6 if name == "auto" and default_level() in ("avx512_bf16", "amx") else 1e-5
+        assert (got - expected).norm() <= near * expected.norm() + 1e-9
         outputs, expected = records.outputs(x, routing, name), plain.experts.outputs(x, routing, "eager")
-        torch.testing.assert_close(outputs, expected, atol=1e-4, rtol=1e-4)
+        assert (outputs - expected).norm() <= near * expected.norm() + 1e-9
 
 
 def test_an_unknown_implementation_is_named(packed):
