@@ -113,7 +113,8 @@ void multiply_integers_amx(const Panel& p, const IntRows& rows, float* scratch, 
 }
 
 int64_t integer_tile_amx(int64_t count, int64_t format) {
-  return count <= (format == MH_INT8 ? kFewInt8 : kFewInt4) ? count : kTileRowsAmx;
+  const int64_t few = least(format == MH_INT8 ? kFewInt8 : kFewInt4, kIntRows);  // fewer where tiles are emulated
+  return count <= few ? count : kTileRowsAmx;
 }
 
 }  // namespace

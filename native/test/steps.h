@@ -131,7 +131,7 @@ Sequences sequences(int64_t block) {
     s.table.push_back(static_cast<int64_t>(s.blocks.size()));
     for (int64_t b = 0; b * block < s.first.back() + rows; b++) s.blocks.push_back(static_cast<int64_t>(s.blocks.size()));
   }
-  s.blocks.push_back(0);
+  s.blocks.push_back(static_cast<int64_t>(s.blocks.size()));  // one that nobody has; none is two sequences'
   std::shuffle(s.blocks.begin(), s.blocks.end(), generator);
   return s;
 }
@@ -207,7 +207,7 @@ void latent_round() {
     close(y, first_y, level, largest, 1e-3, "values of latents");
     int64_t* field = fields[any(0, 5)];
     const int64_t was = *field, now = values[any(0, 7)];
-    if (field == &l.size && now > was) continue;
+    if ((field == &l.size && now > was) || (field == &l.dtype && now == 0)) continue;  // true, as above
     *field = now;
     mh_latent_products(&l, 0, &qs, &there, &run), mh_latent_products(&l, 1, &lat, &out, &run);
     mh_latent_rope_and_cache(&l, &qs, &kvs, &who, &turn, &c, &there, &run);
