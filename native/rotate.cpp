@@ -17,6 +17,8 @@ void check_rotation(const mh_rotation* r, int64_t rows, int64_t width) {
   if (r->width < 0 || r->width % 2 || r->width > width)
     fail(MH_BAD_ARGUMENT, "a rotation of %lld numbers of heads of %lld: an even number of them", (long long)r->width,
          (long long)width);
+  if (r->norms < MH_NORM_ROW || r->norms > MH_NORM_AFTER)
+    fail(MH_BAD_ARGUMENT, "a rotation: %lld is not the code of a place of norms", (long long)r->norms);
   if (r->positions != rows)
     fail(MH_BAD_ARGUMENT, "cos and sin are there for %lld positions, not for the %lld rows", (long long)r->positions,
          (long long)rows);

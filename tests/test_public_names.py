@@ -49,6 +49,7 @@ HF = {"Seen", "expert_weights", "register_experts", "use_experts", "watch"}
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "generate": {
+        "exact",
         "ignore_field",
         "checkpoint",
         "prompt",

@@ -40,6 +40,12 @@ def generate(
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Print each new token with the experts that made it.")
     ] = False,
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="The same logits in any batch, bit for bit, of float weights too (int8, int4: always)."
+        ),
+    ] = False,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
@@ -68,7 +74,7 @@ def generate(
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
-    stream = Engine(model, tokenizer, max_sequences=len(prompt)).stream(prompt, sampling)
+    stream = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact).stream(prompt, sampling)
     if json_output:
         import json
 

@@ -47,8 +47,10 @@ class _Room(ModuleType):
         tokenizer: Tokenizer,
         prompts: Sequence[Prompt],
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+        *,
+        exact: bool = False,
     ) -> list[Completion]:
-        return complete(model, tokenizer, prompts, sampling)
+        return complete(model, tokenizer, prompts, sampling, exact=exact)
 
 
 sys.modules[__name__].__class__ = _Room

@@ -81,13 +81,16 @@ def complete(
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
+    *,
+    exact: bool = False,
 ) -> list[Completion]:
     """Continue texts, all at once, each from the model's beginning-of-text token if it has one.
 
-    The completions are in the prompts' order. `sampling` is one for all, or each its own; None: `SamplingConfig()`. For
+    The completions are in the prompts' order. `sampling` is one for all, or each its own; None: `SamplingConfig()`.
+    `exact`: a prompt's logits are the same bits in any batch, as those of int8 and int4 models always are. For
     requests that come and go, tokens as they are made, or routing: `Engine`. Raises what `generate` does.
     """
-    return Engine(model, tokenizer, max_sequences=max(1, len(prompts))).generate(prompts, sampling)
+    return Engine(model, tokenizer, max_sequences=max(1, len(prompts)), exact=exact).generate(prompts, sampling)
 
 
 def _steps(engine: Engine, requests: list[Request]) -> Iterator[Step]:

@@ -199,3 +199,18 @@ def test_the_room_is_the_function(make, tokenizer):
     assert completions == complete(model, tokenizer, ["def", [5, 6, 7]], sampling)
     assert completions[1].token_ids == ids_of(list(generate(model, [[5, 6, 7]], sampling, tokenizer)))
     assert mh.generate is sys.modules["manyhands.generate"]
+
+
+def test_exact_is_the_engines(make, tokenizer, monkeypatch):
+    sampling, runners, made = SamplingConfig(temperature=0, max_new_tokens=4), [], Runner.__init__
+
+    def spied(self, model, exact=False):
+        made(self, model, exact)
+        runners.append(self)
+
+    monkeypatch.setattr(Runner, "__init__", spied)
+    plain, exact = (
+        mh.generate(make(), tokenizer, ["def", [5, 6, 7]], sampling, exact=asked) for asked in (False, True)
+    )
+    assert [runner._exact for runner in runners] == [False, True]
+    assert [c.token_ids for c in exact] == [c.token_ids for c in plain]

@@ -149,7 +149,7 @@ def test_not_a_number_is_not_hidden() -> None:
     assert step.attend(draw(1, 1, 16), step.cache_of(k, v), step.rectangle(1, 1, 7), 1.0).isnan().all()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_what_does_not_fit_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     k = draw(1, 2, 8, 16)
     one, two = step.rectangle(1, 1, 7), step.rectangle(1, 2, 7)
     with pytest.raises(NativeError, match="no room for 9 positions"):
@@ -162,6 +162,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(NativeError, match="no room for 9 positions"):
         behind = step.rectangle(1, 1, 8)
         step.rope_and_cache(draw(1, 64), draw(1, 32), draw(1, 32), behind, rotation, step.cache_of(k, k))
+    with pytest.raises(NativeError, match="7 is not the code of a place of norms"), monkeypatch.context() as changed:
+        changed.setitem(step.NORMS, "none", 7)
+        step.rope_and_cache(draw(1, 64), draw(1, 32), draw(1, 32), one, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="k is"):
         step.rope_and_cache(draw(1, 64), draw(1, 48), draw(1, 32), one, rotation, step.cache_of(k, k))
     with pytest.raises(NativeError, match="x is"):
