@@ -78,9 +78,8 @@ class Runner:
         """
         with torch.inference_mode(), evaluating(self._modules) as self._training:
             program = self._prepared(batch.num_tokens)
-            many = program is not None and batch.num_tokens > self._most(program) and batch.num_tokens > len(batch.rows)
             with exactly(self._exact):
-                if program is None or many or not program.takes(batch.caches):
+                if program is None or self._too_many(program, batch) or not program.takes(batch.caches):
                     return self._modules_run(batch, states)
                 return self._run(program, batch, states)
 
@@ -94,6 +93,11 @@ class Runner:
     def _most(self, program: Program) -> int:
         """Tokens of a step: PyTorch multiplies many rows by plain weights faster, but not with the bits of a few."""
         return program.capacity if self._exact else program.most
+
+    def _too_many(self, program: Program, batch: Batch) -> bool:
+        """Whether PyTorch reads these prompts faster. What merely exceeds the capacity runs in parts."""
+        cut = self._most(program) < program.capacity
+        return cut and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
 
     def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""

@@ -62,8 +62,9 @@ def test_chunks_of_any_size(name: str, format: str) -> None:
 
 @each
 @pytest.mark.parametrize("B", [2, 40])
-def test_batches_of_any_size(name: str, format: str, B: int) -> None:
-    """All prompts in one step, then a token of each, some of which have ended."""
+def test_batches_of_any_size(name: str, format: str, B: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All prompts in one step, more tokens than a program takes at once; then a token of each; some end sooner."""
+    monkeypatch.setattr("manyhands.engine.runner.MOST_AT_ONCE", 256)
     runner, memory = runner_of(name, format), Caches(3)
     texts, caches = [text(b)[b % 4 :] for b in range(B)], [memory.new() for _ in range(B)]
     prompts = [Row(ids[:-NEW], cache) for ids, cache in zip(texts, caches, strict=True)]
