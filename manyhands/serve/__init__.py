@@ -1,0 +1,1 @@
+"""The HTTP server. Needs the extra `serve`."""
