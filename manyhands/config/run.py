@@ -100,7 +100,8 @@ class TrainConfig(Strict):
     """Sequences per forward and backward; None: the whole batch at once."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Compute precision; the master weights are float32. auto: bfloat16 where it is faster, on CUDA and, for models at
-    least 256 wide, on a CPU with AMX; else float32. A run keeps the one it began with, on any machine."""
+    least 256 wide, on a CPU with AMX or AVX512_BF16; else float32. A run keeps the one it began with, on any machine.
+    """
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: the GPU if there is one."""
     recompute: bool = False
