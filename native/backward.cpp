@@ -83,6 +83,7 @@ int mh_backward(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
     Backward b{
         .k = *k, .e = checked_experts(packed, stacked), .threads = run->threads, .hidden = hidden, .g = *gradients};
     b.s = sort_pairs(routing, b.e.num_experts);
+    check_records(b.s, b.e, false);
     check_rows(x, routing->tokens, b.e.D, "x");
     check_rows(dy, routing->tokens, b.e.D, "dy");
     if (dx) check_rows(dx, routing->tokens, b.e.D, "dx");

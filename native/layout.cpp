@@ -31,6 +31,7 @@ MH_NAME(mh_attention);
 MH_NAME(mh_latent);
 MH_NAME(mh_router);
 MH_NAME(mh_step);
+MH_NAME(mh_fetch);
 
 template <class T>
 struct Type {  // how it is written
@@ -121,8 +122,7 @@ std::string formats() {
 
 std::string describe() {
   return MH_STRUCTURE(mh_matrix, F(outputs), F(inputs), F(parts), F(format), F(group), F(weight), F(scales), F(bias)) +
-         MH_STRUCTURE(mh_experts, F(records), F(bytes), F(num_experts), F(record_bytes), F(activation), F(up),
-                      F(down)) +
+         MH_STRUCTURE(mh_experts, F(table), F(num_experts), F(record_bytes), F(activation), F(up), F(down)) +
          MH_STRUCTURE(mh_stacked, F(up), F(down), F(up_bias), F(down_bias), F(dtype), F(num_experts), F(hidden_size),
                       F(expert_size), F(activation)) +
          MH_STRUCTURE(mh_linear, F(record), F(bytes), F(weight), F(bias)) +
@@ -139,17 +139,18 @@ std::string describe() {
          MH_STRUCTURE(mh_latent, F(weight), F(size), F(dtype), F(heads), F(nope), F(value), F(width)) +
          MH_STRUCTURE(mh_router, F(weight), F(logit_bias), F(choice_bias), F(experts), F(width), F(per_token),
                       F(sigmoid), F(groups), F(topk_group), F(best_of_group), F(renormalise), F(scaling)) +
-         MH_STRUCTURE(mh_step, F(kind), F(a), F(n), F(factor)) + MH_FUNCTION(mh_forward) + MH_FUNCTION(mh_backward) +
+         MH_STRUCTURE(mh_step, F(kind), F(a), F(n), F(factor)) +
+         MH_STRUCTURE(mh_fetch, F(begin), F(wait), F(context), F(layer)) + MH_FUNCTION(mh_forward) + MH_FUNCTION(mh_backward) +
          MH_FUNCTION(mh_linear_forward) + MH_FUNCTION(mh_steps) + MH_FUNCTION(mh_linears) + MH_FUNCTION(mh_rms_norm) +
          MH_FUNCTION(mh_rope_and_cache) + MH_FUNCTION(mh_attend) + MH_FUNCTION(mh_latent_products) +
          MH_FUNCTION(mh_latent_rope_and_cache) + MH_FUNCTION(mh_route) + formats() +
          "activations: swiglu, swiglu_oai, geglu, geglu_tanh, gelu, relu\n"
          "levels: portable, avx2, avx512, avx512_bf16, amx\n"
          "steps: norm, linears, rope_and_cache, attend, route, experts, add, activate, latent_products, "
-         "latent_rope_and_cache\n";
+         "latent_rope_and_cache, fetch\n";
 }
 
-static_assert(MH_RELU == 5 && MH_AMX == 4 && MH_STEP_LATENT_ROPE_AND_CACHE == 9,
+static_assert(MH_RELU == 5 && MH_AMX == 4 && MH_STEP_FETCH == 10,
               "the names above are in the order of their codes");
 
 }  // namespace

@@ -68,7 +68,7 @@ struct Linears {
       Panel panels[2 * kColumnBlocks];
       int64_t all = 0;
       n = end - p < kColumnBlocks ? end - p : kColumnBlocks;
-      for (; all < 2 * n && p + all < m.size.panels; all++) panels[all] = m.panel(0, p + all);
+      for (; all < 2 * n && p + all < m.size.panels; all++) panels[all] = m.panel(m.base, p + all);
       for (int64_t i = 0; i + 1 < all; i++) panels[i].next = panels + i + 1;
       in.times(k, panels, n, w.scratch, w.first, w.c_stride);
       for (int64_t q = 0; q < n; q++) put(layer, p + q, begin, rows, w.first + q * w.c_stride);
@@ -92,7 +92,7 @@ struct Linears {
   void plain_panels(const Layer& layer, int64_t first, int64_t end, int64_t begin, int64_t rows,
                     const Worker& w) const {
     for (int64_t p = first; p < end; p++) {
-      k.gemm_plain(layer.m.panel(0, p), at.data() + begin, rows, w.scratch, w.first);
+      k.gemm_plain(layer.m.panel(layer.m.base, p), at.data() + begin, rows, w.scratch, w.first);
       put(layer, p, begin, rows, w.first);
     }
   }
@@ -145,13 +145,18 @@ struct Linears {
   }
 };
 
+Matrix record_matrix(const mh_linear& l) {
+  Matrix m = checked_matrix(l.weight, l.bytes / 64 * 64, "linear");
+  if (!l.record || !is_aligned(l.record))
+    fail(MH_BAD_ARGUMENT, "linear: its record is missing or not aligned to 64 bytes");
+  m.base = static_cast<const uint8_t*>(l.record);
+  return m;
+}
+
 Layer checked_layer(const mh_linear* l, const mh_rows* x, mh_rows y) {
   need(l, "a linear layer");
   need(x, "x");
-  const Layer layer{is_plain(l->weight)
-                        ? plain_matrix(*l)
-                        : checked_matrix(l->weight, l->record, l->bytes, 1, l->bytes / 64 * 64, "linear"),
-                    y};
+  const Layer layer{is_plain(l->weight) ? plain_matrix(*l) : record_matrix(*l), y};
   if (layer.m.m.parts != 1) fail(MH_BAD_ARGUMENT, "a linear layer has one part, not %lld", (long long)layer.m.m.parts);
   check_rows(x, x->count, layer.m.m.inputs, "x");
   check_rows(&y, x->count, layer.m.m.outputs, "y");

@@ -15,8 +15,16 @@
 
 #define MH_API extern "C" __attribute__((visibility("default")))
 
-enum { MH_ABI = 4 };
-enum { MH_OK = 0, MH_BAD_ARGUMENT = 1, MH_NO_LEVEL = 2, MH_NO_MEMORY = 3, MH_BAD_ROUTING = 4 };
+enum { MH_ABI = 5 };
+enum {
+  MH_OK = 0,
+  MH_BAD_ARGUMENT = 1,
+  MH_NO_LEVEL = 2,
+  MH_NO_MEMORY = 3,
+  MH_BAD_ROUTING = 4,
+  MH_NOT_RESIDENT = 5,  // an expert that a token is routed to is null in its table
+  MH_FETCH_FAILED = 6,  // a callback of mh_fetch gave something else than 0, or a record that cannot be
+};
 // Formats of weights, a row of kFormats (format.h) each: packed ones in the order of manyhands/config/packing.py, then
 // those that are not packed, [outputs][inputs] as training has them; ROUNDED are float32, taken as bf16. Rows of
 // activations have the first two as their dtype.
@@ -38,8 +46,8 @@ struct mh_matrix {  // one packed matrix: places are byte offsets in a record, -
 };
 
 struct mh_experts {
-  const void* records;  // [num_experts][record_bytes], on a 64-byte boundary
-  int64_t bytes, num_experts, record_bytes, activation;
+  const void* const* table;  // [num_experts] records of record_bytes, on 64-byte boundaries; null: not in memory
+  int64_t num_experts, record_bytes, activation;
   mh_matrix up, down;
 };
 
@@ -123,6 +131,21 @@ struct mh_router {  // weight [experts][width] float32; biases [experts] float32
   double scaling;
 };
 
+// Packed experts that are brought into memory while calls go on. MH_STEP_FETCH gives `begin` the numbers of the experts
+// that tokens are routed to, each once, in ascending order: it starts to read those that are missing, and may write the
+// table. MH_STEP_EXPERTS later reads the table once, works on the experts that are there, and asks `wait` for each other
+// one, in the same order; y has the bits it has where all were there. Records stay where they are until that step has
+// ended, or until the next `begin` of this context where it never came to it.
+// Both are called by the thread that made the call, without a lock of this library: they may block, take an
+// interpreter's lock, or call the library. They give 0, or any other number to end the step with MH_FETCH_FAILED; its y
+// is then unfinished. They throw nothing.
+struct mh_fetch {
+  int64_t (*begin)(void* context, int64_t layer, const int64_t* experts, int64_t count);
+  int64_t (*wait)(void* context, int64_t layer, int64_t expert, const void** record);
+  void* context;
+  int64_t layer;  // handed on
+};
+
 MH_API int64_t mh_abi(void);         // MH_ABI: one more where a meaning changed that mh_layout does not show
 MH_API const char* mh_layout(void);  // structures, functions and codes in text (layout.cpp), compared at load
 MH_API const char* mh_error(void);
@@ -142,6 +165,7 @@ MH_API int mh_linear_forward(const mh_linear*, const mh_rows* x, const mh_rows* 
 // Calls one after the other, their arguments in the order of the functions below and above; `run` is shared.
 // MH_STEP_LINEARS has its count in n[0], MH_STEP_EXPERTS no hidden, MH_STEP_LATENT_PRODUCTS `values` in n[0].
 // MH_STEP_ADD: rows a[0] += factor · a[1] (· sigmoid of a[2], one value per row, if there is one).
+// MH_STEP_FETCH: `begin` of the mh_fetch a[0] for the mh_routing a[1] to n[0] experts; MH_STEP_EXPERTS has the fetch, or null, in a[5].
 // MH_STEP_ACTIVATE: a[2] = activation n[0] of gate a[0] and up a[1]. The rows of these two are float32.
 enum {
   MH_STEP_NORM = 0,
@@ -153,7 +177,8 @@ enum {
   MH_STEP_ADD = 6,
   MH_STEP_ACTIVATE = 7,
   MH_STEP_LATENT_PRODUCTS = 8,
-  MH_STEP_LATENT_ROPE_AND_CACHE = 9
+  MH_STEP_LATENT_ROPE_AND_CACHE = 9,
+  MH_STEP_FETCH = 10
 };
 struct mh_step {
   int64_t kind;

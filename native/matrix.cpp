@@ -30,8 +30,7 @@ int64_t Matrix::outputs_of(int64_t p) const {
   return m.outputs - first < 16 ? m.outputs - first : 16;
 }
 
-Panel Matrix::panel(int64_t expert, int64_t p) const {
-  const uint8_t* record = base + expert * record_bytes;
+Panel Matrix::panel(const uint8_t* record, int64_t p) const {
   const int code = static_cast<int>(m.format);
   if (format().plain) {
     const int64_t row = p % m.parts * m.outputs + p / m.parts * 16;
@@ -45,7 +44,7 @@ Panel Matrix::panel(int64_t expert, int64_t p) const {
 std::vector<Panel> Matrix::all_panels(int64_t expert) const {
   std::vector<Panel> all;
   all.reserve(static_cast<size_t>(size.panels));
-  for (int64_t p = 0; p < size.panels; p++) all.push_back(panel(expert, p));
+  for (int64_t p = 0; p < size.panels; p++) all.push_back(panel(record(expert), p));
   return all;
 }
 
@@ -55,17 +54,13 @@ const float* Matrix::bias(int64_t expert, int64_t p) const {
     return plain_bias + (expert * m.parts + p % m.parts) * m.outputs + p / m.parts * 16;
   }
   if (m.bias < 0) return nullptr;
-  return reinterpret_cast<const float*>(base + expert * record_bytes + m.bias) + 16 * p;
+  return reinterpret_cast<const float*>(record(expert) + m.bias) + 16 * p;
 }
 
-Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, int64_t count, int64_t record_bytes,
-                      const char* name) {
+Matrix checked_matrix(const mh_matrix& m, int64_t record_bytes, const char* name) {
   check_shape(m, name);
-  if (!records || reinterpret_cast<uintptr_t>(records) % 64)
-    fail(MH_BAD_ARGUMENT, "%s: its records are missing or not aligned to 64 bytes", name);
-  if (count < 1 || count > kLimit || record_bytes < 1 || record_bytes % 64 || bytes / record_bytes < count)
-    fail(MH_BAD_ARGUMENT, "%s: %lld records of %lld bytes do not fit into %lld", name, (long long)count,
-         (long long)record_bytes, (long long)bytes);
+  if (record_bytes < 64 || record_bytes % 64)
+    fail(MH_BAD_ARGUMENT, "%s: a record of %lld bytes, not of a multiple of 64", name, (long long)record_bytes);
   const PanelSizes size = panel_sizes(m);
   const auto section = [&](int64_t at, int64_t panel_bytes, const char* what) {
     const int64_t all = size.panels * panel_bytes;
@@ -76,7 +71,7 @@ Matrix checked_matrix(const mh_matrix& m, const void* records, int64_t bytes, in
   section(m.weight, size.weights, "weights");
   if (size.scales) section(m.scales, size.scales, "scales");
   if (m.bias >= 0) section(m.bias, size.bias, "bias");
-  return {static_cast<const uint8_t*>(records), record_bytes, m, size, nullptr};
+  return {nullptr, nullptr, record_bytes, m, size, nullptr};
 }
 
 bool is_plain(const mh_matrix& m) { return m.format >= 0 && m.format < MH_FORMATS && kFormats[m.format].plain; }
@@ -133,8 +128,13 @@ Experts checked_experts(const mh_experts* e, const mh_stacked* s) {
   if (!e == !s) fail(MH_BAD_ARGUMENT, "experts are either packed or stacked: one of the two pointers is null");
   if (s) return stacked_experts(*s);
   check_activation(e->activation);
+  need(e->table, "the table of experts");
+  if (e->num_experts < 1 || e->num_experts > kLimit)
+    fail(MH_BAD_ARGUMENT, "%lld packed experts: 1 to %lld", (long long)e->num_experts, (long long)kLimit);
   const auto matrix = [&](const mh_matrix& m, const char* name) {
-    return checked_matrix(m, e->records, e->bytes, e->num_experts, e->record_bytes, name);
+    Matrix made = checked_matrix(m, e->record_bytes, name);
+    made.table = e->table;
+    return made;
   };
   const int64_t parts = is_gated(e->activation) ? 2 : 1;
   Experts r{matrix(e->up, "up"), matrix(e->down, "down"), e->num_experts, e->activation, parts, e->up.inputs,

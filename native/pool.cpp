@@ -98,12 +98,22 @@ void join_team(void* p) {
 
 }  // namespace
 
-Call::Call(int64_t rows) {
-  pool->one_call.lock();
-  watch_contention();
-  in_openmp = rows > kOwnRows && openmp();
+Call::Call(int64_t rows) : rows_(rows) { enter(); }
+Call::~Call() {
+  if (inside_) leave();
 }
-Call::~Call() { pool->one_call.unlock(); }
+
+void Call::enter() {
+  pool->one_call.lock();
+  inside_ = true;
+  watch_contention();
+  in_openmp = rows_ > kOwnRows && openmp();
+}
+
+void Call::leave() {
+  inside_ = false;
+  pool->one_call.unlock();
+}
 
 void run_tasks(int64_t threads, int64_t tasks, void (*f)(void*, int64_t, int64_t), void* context) {
   Pool& p = *pool;

@@ -26,8 +26,15 @@ class Call {
  public:
   explicit Call(int64_t rows = 0);
   ~Call();
+  // Between these two other calls may come, of this thread too: what lies in workspaces() is theirs.
+  void leave();
+  void enter();
   Call(const Call&) = delete;
   Call& operator=(const Call&) = delete;
+
+ private:
+  const int64_t rows_;
+  bool inside_ = false;
 };
 
 }  // namespace mh

@@ -2,7 +2,10 @@
 
 namespace mh {
 
-Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
+namespace {
+
+// How many pairs there are, kept or not.
+int64_t checked_pairs(const mh_routing* routing) {
   need(routing, "routing");
   if (routing->tokens < 0 || routing->per_token < 0)
     fail(MH_BAD_ARGUMENT, "routing of %lld tokens to %lld experts each", (long long)routing->tokens,
@@ -13,14 +16,37 @@ Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
     need(routing->weights, "weights");
     need(routing->kept, "kept");
   }
+  return all;
+}
+
+int64_t checked_id(const mh_routing* routing, int64_t pair, int64_t num_experts) {
+  const int64_t e = routing->ids[pair];
+  if (e < 0 || e >= num_experts)
+    fail(MH_BAD_ROUTING, "a token is routed to expert %lld of %lld, which are numbered from 0", (long long)e,
+         (long long)num_experts);
+  return e;
+}
+
+}  // namespace
+
+std::vector<int64_t> wanted_experts(const mh_routing* routing, int64_t num_experts) {
+  const int64_t all = checked_pairs(routing);
+  if (num_experts < 1 || num_experts > 1 << 24)
+    fail(MH_BAD_ARGUMENT, "%lld experts to fetch from", (long long)num_experts);
+  std::vector<char> wanted(static_cast<size_t>(num_experts), 0);
+  for (int64_t i = 0; i < all; i++)
+    if (routing->kept[i]) wanted[checked_id(routing, i, num_experts)] = 1;
+  std::vector<int64_t> experts;
+  for (int64_t e = 0; e < num_experts; e++)
+    if (wanted[e]) experts.push_back(e);
+  return experts;
+}
+
+Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
+  const int64_t all = checked_pairs(routing);
   std::vector<int64_t> next(static_cast<size_t>(num_experts) + 1, 0);
   for (int64_t i = 0; i < all; i++) {
-    if (!routing->kept[i]) continue;
-    const int64_t e = routing->ids[i];
-    if (e < 0 || e >= num_experts)
-      fail(MH_BAD_ROUTING, "a token is routed to expert %lld of %lld, which are numbered from 0", (long long)e,
-           (long long)num_experts);
-    next[e + 1]++;
+    if (routing->kept[i]) next[checked_id(routing, i, num_experts) + 1]++;
   }
   Sorted s;
   for (int64_t e = 0; e < num_experts; e++) {
@@ -39,6 +65,21 @@ Sorted sort_pairs(const mh_routing* routing, int64_t num_experts) {
       s.pair[row] = i, s.token[row] = t, s.weight[row] = routing->weights[i];
     }
   return s;
+}
+
+bool check_records(const Sorted& s, const Experts& e, bool may_come) {
+  if (!e.up.table) return true;
+  bool all = true;
+  for (const Block& b : s.blocks) {
+    const void* record = e.up.table[b.expert];
+    all = all && record;
+    if (!record && !may_come)
+      fail(MH_NOT_RESIDENT, "a token is routed to expert %lld, which is not in memory: its record is null in the table",
+           (long long)b.expert);
+    if (!is_aligned(record))
+      fail(MH_BAD_ARGUMENT, "the record of expert %lld is not aligned to 64 bytes", (long long)b.expert);
+  }
+  return all;
 }
 
 void check_hidden(const float* hidden, int64_t count, int64_t wanted) {

@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include "common.h"
+#include "matrix.h"
 
 namespace mh {
 
@@ -26,6 +26,12 @@ struct Sorted {
 
 // Checks every kept id. Throws MH_BAD_ROUTING.
 Sorted sort_pairs(const mh_routing* routing, int64_t num_experts);
+
+// The experts that pairs are kept for, each once, in ascending order.
+std::vector<int64_t> wanted_experts(const mh_routing* routing, int64_t num_experts);
+
+// Whether every expert of a block has its record. Throws MH_NOT_RESIDENT where not, unless records `may_come`.
+bool check_records(const Sorted& s, const Experts& e, bool may_come);
 
 void check_hidden(const float* hidden, int64_t count, int64_t wanted);
 

@@ -1,5 +1,5 @@
 // Many calls as one: what a decoder does for one token, without going back to the caller between its parts.
-#include "matrix.h"
+#include "fetch.h"
 
 namespace mh {
 namespace {
@@ -61,8 +61,11 @@ int one(const mh_step& s, const mh_run* run) {
       return mh_route(as<mh_router>(a[0]), as<mh_rows>(a[1]), as<float>(a[2]), as<float>(a[3]), as<int64_t>(a[4]),
                       as<float>(a[5]), run);
     case MH_STEP_EXPERTS:
-      return mh_forward(as<mh_experts>(a[0]), as<mh_stacked>(a[1]), as<mh_routing>(a[2]), as<mh_rows>(a[3]),
-                        as<mh_rows>(a[4]), nullptr, 0, run);
+      if (a[5])
+        if (const int code = guard([&] { check_fetch(as<mh_fetch>(a[5])); })) return code;
+      return run_experts(as<mh_experts>(a[0]), as<mh_stacked>(a[1]), as<mh_routing>(a[2]), as<mh_rows>(a[3]),
+                         as<mh_rows>(a[4]), nullptr, 0, as<mh_fetch>(a[5]), run);
+    case MH_STEP_FETCH: return begin_fetch(as<mh_fetch>(a[0]), as<mh_routing>(a[1]), s.n[0]);
     case MH_STEP_LATENT_PRODUCTS:
       return mh_latent_products(as<mh_latent>(a[0]), s.n[0], as<mh_rows>(a[1]), as<mh_rows>(a[2]), run);
     case MH_STEP_LATENT_ROPE_AND_CACHE:

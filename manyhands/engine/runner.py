@@ -17,8 +17,9 @@ from manyhands.kernels.native import step
 from manyhands.kernels.policy import MOST_AT_ONCE
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, Hidden
-from manyhands.moe import Routing
+from manyhands.moe import ExpertBank, Routing
 from manyhands.moe.packed import RecordExperts
+from manyhands.quant import Layout
 from manyhands.runtime import Program, prepare
 
 
@@ -192,8 +193,16 @@ class Runner:
 
 def has_integers(modules: Iterable[nn.Module]) -> bool:
     """Whether any weight is packed as int8 or int4."""
-    records = (module for module in modules if isinstance(module, RecordLinear | RecordExperts))
-    return any(m.format in ("int8", "int4") for record in records for m in record.layout.matrices)
+    layouts = (layout for module in modules if (layout := _layout(module)) is not None)
+    return any(m.format in ("int8", "int4") for layout in layouts for m in layout.matrices)
+
+
+def _layout(module: nn.Module) -> Layout | None:
+    """Of the records that a module holds, or has brought."""
+    if isinstance(module, RecordLinear | RecordExperts):
+        return module.layout
+    fetched = module.fetched() if isinstance(module, ExpertBank) else None
+    return None if fetched is None else fetched.layout
 
 
 def joined(passes: Sequence[dict[int, Routing]]) -> dict[int, Routing]:

@@ -18,7 +18,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels import BACKENDS, ExpertWeights, check_name, run_experts
 from manyhands.kernels.moment import unheard
 from manyhands.moe.routing import Routing
-from manyhands.quant import PackedExperts
+from manyhands.quant import FetchedExperts, PackedExperts
 
 
 class ExpertBank(nn.Module):
@@ -63,11 +63,18 @@ class ExpertBank(nn.Module):
         """
         return None
 
-    def for_native(self) -> ExpertWeights | PackedExperts | None:
-        """What a native call that bypasses `forward` may point at: `in_memory`, unless somebody listens or replaced
-        `forward`, or another backend was named. It is not to be kept without watching this module."""
+    def fetched(self) -> FetchedExperts | None:
+        """Packed records of which only some are in memory, for native programs; None: no source brings any.
+
+        The same table and source with every look, or programs are prepared anew.
+        """
+        return None
+
+    def for_native(self) -> ExpertWeights | PackedExperts | FetchedExperts | None:
+        """What a native call that bypasses `forward` may point at: `fetched` or `in_memory`, unless somebody listens or
+        replaced `forward`, or another backend was named. It is not to be kept without watching this module."""
         ours = type(self).forward is ExpertBank.forward and unheard(self) and self.implementation in ("auto", "native")
-        return self.in_memory() if ours and BACKENDS["native"].missing() is None else None
+        return (self.fetched() or self.in_memory()) if ours and BACKENDS["native"].missing() is None else None
 
     def reset_parameters(
         self,

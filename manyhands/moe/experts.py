@@ -14,7 +14,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels import ExpertWeights
 from manyhands.kernels.moment import held
 from manyhands.moe.bank import ExpertBank
-from manyhands.quant import PackedExperts
+from manyhands.quant import FetchedExperts, PackedExperts
 
 
 class Experts(ExpertBank):
@@ -83,6 +83,6 @@ class Experts(ExpertBank):
         """The parameters themselves."""
         return self.weights()
 
-    def for_native(self) -> ExpertWeights | PackedExperts | None:
+    def for_native(self) -> ExpertWeights | PackedExperts | FetchedExperts | None:
         """The parameters, where they are this module's own: a parametrization makes them anew for each look."""
         return super().for_native() if held(self, *self.names) else None

@@ -4,6 +4,7 @@ Nothing here needs a compiler: packing, unpacking and the exact dequantisation a
 """
 
 from manyhands.config.packing import FORMATS, GROUP_SIZES, VERSION
+from manyhands.quant.fetched import FetchedExperts, Source
 from manyhands.quant.linear import PackedLinear, pack_linear
 from manyhands.quant.packed import PackedExperts, pack_experts
 from manyhands.quant.record import Layout, Matrix, expert_layout, linear_layout
@@ -12,10 +13,12 @@ __all__ = [
     "FORMATS",
     "GROUP_SIZES",
     "VERSION",
+    "FetchedExperts",
     "Layout",
     "Matrix",
     "PackedExperts",
     "PackedLinear",
+    "Source",
     "expert_layout",
     "linear_layout",
     "pack_experts",

@@ -16,7 +16,9 @@ from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CCache, CRotation, CRouting, CRows, CSequences, CStep
 from manyhands.runtime.segments import Native, Segment
 
-NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE, LATENT_PRODUCTS, LATENT_ROPE_AND_CACHE = range(10)
+NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE, LATENT_PRODUCTS, LATENT_ROPE_AND_CACHE, FETCH = (
+    range(11)
+)
 
 
 Argument = Structure | Array[Any] | int | None
@@ -69,6 +71,8 @@ class Builder:
         self.cos, self.sin = (torch.empty(capacity, config.rope_dim // 2) for _ in range(2))
         self.most = capacity
         """Rows up to which the native calls are the fastest way; with more they are the exact way, up to `capacity`."""
+        self.fetches = False
+        """Whether experts are brought into memory: modules would make float weights of them, however many rows."""
         self.sequences = CSequences()
         """Who the rows are: every call reads it."""
         self._rows: dict[tuple[str, int], CRows] = {}

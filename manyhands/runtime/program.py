@@ -53,7 +53,8 @@ class Program:
     """
 
     def __init__(self, model: Decoder, builder: Builder, snapshot: Snapshot, parts: list[Part], head: Head) -> None:
-        self.parts, self.capacity, self.most = parts, builder.capacity, builder.most
+        self.parts, self.capacity = parts, builder.capacity
+        self.most = builder.capacity if builder.fetches else builder.most
         self._model, self._config = model, model.config
         self._roots = [model.layers, model.norm, model.embed_tokens, model.lm_head]
         self._snapshot, self._b, self._segments, self._head = snapshot, builder, builder.segments, head

@@ -154,6 +154,12 @@ void pack(uint8_t* records, int64_t size, const mh_matrix& m, const std::vector<
   }
 }
 
+}  // namespace
+
+#include "fetch.h"
+
+namespace {
+
 struct Results {
   std::vector<float> y, dx, dweights, dup, ddown, dup_bias, ddown_bias;
 };
@@ -182,7 +188,8 @@ void experts_round(int64_t round) {
     for (int64_t e = 0; e < E; e++)
       fill(records.data + e * size, up, up_end, exact), fill(records.data + e * size, down, size, exact);
   }
-  const mh_experts packed{records.data, records.size, E, size, activation, up, down};
+  const Table table(records.data, plain ? 0 : E, size);
+  const mh_experts packed{table.places.data(), E, size, activation, up, down};
   const bool short_weights = format == MH_PLAIN_BF16;
   const mh_stacked stacked{short_weights ? static_cast<void*>(h_up.data()) : w_up.data(),
                            short_weights ? static_cast<void*>(h_down.data()) : w_down.data(),
@@ -236,6 +243,7 @@ void experts_round(int64_t round) {
     expect(!mh_backward(experts, stack, &routing, &in, &grad, hidden.data(), room, &dx, &wanted, &run), "backward");
     if (short_y != short_again || (T && memcmp(r.y.data(), again.data(), 4 * again.size())))
       expect(false, "another number of threads, another y");
+    if (!plain) fetch_round(packed, routing, in, short_rows ? static_cast<void*>(short_y.data()) : r.y.data(), run);
     if (short_rows) r.y = from_bf16(short_y), r.dx = from_bf16(short_dx);
     if (level == MH_PORTABLE) {
       first = r;

@@ -248,7 +248,7 @@ void damaged_step_round() {
   if (field != &router.experts) mh_route(&router, &x, logits.data(), scores.data(), ids.data(), weights.data(), &run);
   if (field != &c.k_size && field != &c.v_size) 
     mh_rope_and_cache(&wide_q, &ks, &ks, &who, &r, &c, y.data(), &run);
-  mh_step step{any(-1, 9), {}, {any(-1, 5), any(-1, 5)}, 1};
+  mh_step step{any(-1, 10), {}, {any(-1, 5), any(-1, 5)}, 1};
   mh_steps(&step, 1, &run);
 }
 

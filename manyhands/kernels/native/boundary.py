@@ -68,6 +68,13 @@ def check_records(records: Tensor, layout: Layout) -> None:
         raise ConfigError(f"native kernels: records with strides {list(records.stride())} are not contiguous")
 
 
+def check_table(table: Tensor) -> None:
+    """Addresses of experts' records [E], which the kernels read where they lie."""
+    check("the table of records", table, (-1,), IDS)
+    if not table.is_contiguous():
+        raise ConfigError(f"native kernels: a table of records with strides {list(table.stride())} is not contiguous")
+
+
 def check_backward(dy_TD: Tensor, x_TD: Tensor, hidden: Tensor, pairs: int, width: int, wanted: int, most: int) -> None:
     """What comes back: dy like x, and hidden [pairs, H] as the forward pass left it."""
     check("dy", dy_TD, tuple(x_TD.shape), FLOATS)

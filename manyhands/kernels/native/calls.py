@@ -35,8 +35,8 @@ class Experts:
         """[E, record_bytes] uint8."""
         boundary.check_records(records, layout)
         up = layout.matrices[0]
-        packed = views.experts(records, layout)
-        return cls(packed, None, records, records.shape[0], up.parts * up.outputs, up.inputs, up.outputs)
+        packed, table = views.experts(records, layout)
+        return cls(packed, None, (records, table), records.shape[0], up.parts * up.outputs, up.inputs, up.outputs)
 
     @classmethod
     def from_weights(cls, weights: ExpertWeights, dtype: torch.dtype) -> "Experts":

@@ -1,6 +1,7 @@
 """The shared library: loaded from this folder, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
+import threading
 from ctypes import c_char_p, c_int, c_int64
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from manyhands.kernels.native.structs import (
     CAttention,
     CCache,
     CExperts,
+    CFetch,
     CGradients,
     CLatent,
     CLinear,
@@ -37,6 +39,7 @@ __all__ = [
     "CAttention",
     "CCache",
     "CExperts",
+    "CFetch",
     "CGradients",
     "CLatent",
     "CLinear",
@@ -60,12 +63,20 @@ __all__ = [
     "missing",
 ]
 
-ABI = 4
+ABI = 5
 """As in native/manyhands.h: one more where a meaning changed that the layout does not show."""
 VERIFIED = LEVELS
 """Levels that may run by default: all, since all pass the kernels' tests on hardware."""
 NAME = "libmanyhands.so"
-_BAD_ROUTING = 4
+_NO_MEMORY, _BAD_ROUTING, _FETCH_FAILED = 3, 4, 6
+
+
+class _Caught(threading.local):
+    error: BaseException | None = None
+
+
+caught = _Caught()
+"""What a callback raised in this thread's call of the library: C++ carries a code alone."""
 
 
 @cache
@@ -132,11 +143,18 @@ def level_code(name: str | None) -> int:
 
 
 def call(name: str, *arguments: object) -> None:
-    """Call a function of the library; what it refuses becomes a `ConfigError` with its message."""
+    """Call a function of the library; what it refuses becomes a `NativeError` with its message.
+
+    `IndexError` for a routing to an expert there is none of, `MemoryError`; and what a callback raised, as it is.
+    """
     code = getattr(library(), name)(*arguments)
     if code:
         message = library().mh_error().decode(errors="replace")
-        raise (IndexError if code == _BAD_ROUTING else MemoryError if code == 3 else NativeError)(f"{name}: {message}")
+        error, caught.error = caught.error, None
+        if code == _FETCH_FAILED and error is not None:
+            raise error
+        kinds = {_BAD_ROUTING: IndexError, _NO_MEMORY: MemoryError}
+        raise kinds.get(code, NativeError)(f"{name}: {message}")
 
 
 class NativeError(ManyhandsError):

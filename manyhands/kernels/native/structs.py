@@ -28,6 +28,7 @@ STEP_KINDS = (
     "activate",
     "latent_products",
     "latent_rope_and_cache",
+    "fetch",
 )
 """What a call of `mh_steps` may be made of, by code."""
 
@@ -44,8 +45,7 @@ class CExperts(Structure):
     """`mh_experts`."""
 
     _fields_ = [
-        ("records", c_void_p),
-        ("bytes", c_int64),
+        ("table", c_void_p),
         ("num_experts", c_int64),
         ("record_bytes", c_int64),
         ("activation", c_int64),
@@ -193,9 +193,15 @@ class CStep(Structure):
     _fields_ = [("kind", c_int64), ("a", c_void_p * 8), ("n", c_int64 * 2), ("factor", c_double)]
 
 
+class CFetch(Structure):
+    """`mh_fetch`."""
+
+    _fields_ = [("begin", c_void_p), ("wait", c_void_p), ("context", c_void_p), ("layer", c_int64)]
+
+
 STRUCTURES: tuple[type[Structure], ...] = (
     *(CMatrix, CExperts, CStacked, CLinear, CRows, CRouting, CGradients, CRun),
-    *(CNorm, CCache, CSequences, CRotation, CAttention, CLatent, CRouter, CStep),
+    *(CNorm, CCache, CSequences, CRotation, CAttention, CLatent, CRouter, CStep, CFetch),
 )
 _Experts, _Stacked, _Routing, _Rows, _Run = map(POINTER, (CExperts, CStacked, CRouting, CRows, CRun))
 

@@ -4,7 +4,7 @@ T tokens, K experts per token, N rows of a matrix.
 """
 
 from collections.abc import Container
-from ctypes import byref
+from ctypes import Array, addressof, byref, c_void_p
 from functools import lru_cache
 from typing import Any
 
@@ -86,12 +86,26 @@ def _activation(layout: Layout) -> int:
     return ACTIVATION_CODES[layout.activation]
 
 
-def experts(records: Tensor, layout: Layout) -> CExperts:
-    """[E, record_bytes] uint8 and what is in it."""
+@lru_cache(maxsize=1024)
+def _table(first: int, E: int, size: int) -> Array[c_void_p]:
+    """Addresses of E records of `size` bytes that lie one behind the other. It depends on these numbers alone."""
+    return (c_void_p * E)(*range(first, first + E * size, size))
+
+
+def experts(records: Tensor, layout: Layout) -> tuple[CExperts, Any]:
+    """[E, record_bytes] uint8 and what is in it; and the table pointed into, which must live as long."""
     E, size = records.shape
-    return CExperts(
-        records.data_ptr(), records.numel(), E, size, _activation(layout), _matrix(layout, 0), _matrix(layout, 1)
-    )
+    table = _table(records.data_ptr(), E, size)
+    return _experts(addressof(table), E, layout), table
+
+
+def table_experts(table: Tensor, layout: Layout) -> CExperts:
+    """The addresses of E records [E] int64, 0 where one is not in memory: read where they lie, in every call."""
+    return _experts(table.data_ptr(), table.shape[0], layout)
+
+
+def _experts(table: int, E: int, layout: Layout) -> CExperts:
+    return CExperts(table, E, layout.record_bytes, _activation(layout), _matrix(layout, 0), _matrix(layout, 1))
 
 
 def stacked(experts: ExpertWeights, dtype: torch.dtype) -> tuple[CStacked, Any]:
