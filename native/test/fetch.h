@@ -114,7 +114,10 @@ void fetch_round(const mh_experts& all, const mh_routing& routing, const mh_rows
   *field = now;
   mh_steps(steps, 2, &run);
   mh_fetch none = fetch;
-  any(0, 1) ? none.begin = nullptr : none.wait = nullptr;
+  if (any(0, 1))
+    none.begin = nullptr;
+  else
+    none.wait = nullptr;
   const mh_step bad = step(MH_STEP_FETCH, {&none, &routing}, all.num_experts);
   expect(mh_steps(&bad, 1, &run) == MH_BAD_ARGUMENT, "a fetch without a callback");
 }
