@@ -201,7 +201,7 @@ def _layout(module: nn.Module) -> Layout | None:
     """Of the records that a module holds, or has brought."""
     if isinstance(module, RecordLinear | RecordExperts):
         return module.layout
-    fetched = module.fetched() if isinstance(module, ExpertBank) else None
+    fetched = module.fetched_experts() if isinstance(module, ExpertBank) else None
     return None if fetched is None else fetched.layout
 
 

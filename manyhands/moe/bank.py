@@ -63,7 +63,7 @@ class ExpertBank(nn.Module):
         """
         return None
 
-    def fetched(self) -> FetchedExperts | None:
+    def fetched_experts(self) -> FetchedExperts | None:
         """Packed records of which only some are in memory, for native programs; None: no source brings any.
 
         The same table and source with every look, or programs are prepared anew.
@@ -71,10 +71,10 @@ class ExpertBank(nn.Module):
         return None
 
     def for_native(self) -> ExpertWeights | PackedExperts | FetchedExperts | None:
-        """What a native call that bypasses `forward` may point at: `fetched` or `in_memory`, unless somebody listens or
-        replaced `forward`, or another backend was named. It is not to be kept without watching this module."""
+        """What a native call that bypasses `forward` may point at: `fetched_experts` or `in_memory`, unless somebody
+        listens or replaced `forward`, or another backend was named. Not to be kept without watching this module."""
         ours = type(self).forward is ExpertBank.forward and unheard(self) and self.implementation in ("auto", "native")
-        return (self.fetched() or self.in_memory()) if ours and BACKENDS["native"].missing() is None else None
+        return (self.fetched_experts() or self.in_memory()) if ours and BACKENDS["native"].missing() is None else None
 
     def reset_parameters(
         self,

@@ -72,7 +72,7 @@ class Snapshot:
         self._values = list(chain.from_iterable(map(dict.values, self._filled)))
         self._readers = [self._reader(m) for m in self._found]
         self._settings = list(map(call, self._readers, self._dicts))
-        banks = [(m, m.fetched()) for m in self._found if isinstance(m, ExpertBank)]
+        banks = [(m, m.fetched_experts()) for m in self._found if isinstance(m, ExpertBank)]
         self._fetched = [(bank, fetched) for bank, fetched in banks if fetched is not None]
         self._tensors = [t for t in self._values if isinstance(t, Tensor)]
         self._tensors += [fetched.table for _, fetched in self._fetched]
@@ -95,7 +95,7 @@ class Snapshot:
                 and list(map(call, self._readers, self._dicts)) == self._settings  # which begin with every vars(m)
                 and all(map(Tensor.is_set_to, self._tensors, self._memory))  # storage, offset, shape, strides
                 and all(list(map(look, self._tensors)) == was for look, was in zip(_LAYOUT, self._places, strict=True))
-                and all(was.same(bank.fetched()) for bank, was in self._fetched)
+                and all(was.same(bank.fetched_experts()) for bank, was in self._fetched)
                 and all(kind.forward is forward for kind, forward in self._forwards)
             )
         except (KeyError, RuntimeError, ValueError):  # an attribute is gone, a tensor has no memory any more

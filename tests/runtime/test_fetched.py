@@ -40,7 +40,7 @@ class FetchedBank(ExpertBank):
         part = PackedExperts(self.packed.records[list(ids)], self.packed.layout)
         return ExpertWeights(*part.dequantize(), self.activation)
 
-    def fetched(self) -> FetchedExperts:
+    def fetched_experts(self) -> FetchedExperts:
         return self.source.experts
 
 
