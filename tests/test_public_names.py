@@ -126,6 +126,13 @@ FLAGS = {
         "sequence_length",
         "batch_size",
         "max_batches",
+        "tasks",
+        "task_dir",
+        "num_fewshot",
+        "limit",
+        "apply_chat_template",
+        "add_bos",
+        "output",
         "json_output",
     },
     "quantize": {

@@ -1,4 +1,4 @@
-"""`manyhands eval`: perplexity, bits per byte and expert load on a text."""
+"""`manyhands eval`: perplexity, bits per byte and expert load on a text; or tasks of lm-eval."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,28 +7,96 @@ import typer
 
 from manyhands.cli.options import IgnoreField
 from manyhands.defaults import EVAL_LENGTH
+from manyhands.errors import UserError
 
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
-    data: Annotated[list[str], typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")
+    ] = None,
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
     ] = "text",
     sequence_length: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Default: as trained, for a run; else the model's, at most {EVAL_LENGTH}."),
+        typer.Option(min=1, help=f"Default: as trained, for a run; else the model's, for text at most {EVAL_LENGTH}."),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1)] = 8,
     max_batches: Annotated[int | None, typer.Option(min=1, help="Only the beginning of the text.")] = None,
+    tasks: Annotated[
+        list[str] | None, typer.Option(help="Tasks of lm-eval, in place of --data: names, with commas. Repeatable.")
+    ] = None,
+    task_dir: Annotated[Path | None, typer.Option(help="A folder with YAML files of more tasks.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples in front of each question.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first questions of each task.")] = None,
+    apply_chat_template: Annotated[
+        bool, typer.Option("--apply-chat-template", help="Questions as messages, examples as turns.")
+    ] = False,
+    add_bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--add-bos/--no-add-bos", help="The beginning-of-text token in front. Default: as the tokenizer does it."
+        ),
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the results and every answer.")] = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """How well a model predicts a text, and how evenly its experts work on it.
+    """How well a model predicts a text, and how evenly its experts work on it; or how it does tasks of lm-eval.
 
     The text is read as in training: documents one after the other, the model's beginning-of-text token (if it has one)
     in front of each, the end-of-text token behind. The beginning is given, not predicted.
+
+    With --tasks, lm-eval (pip install 'manyhands[eval]') asks, and each question is answered as it would be alone.
     """
+    names = [name.strip() for listed in tasks or [] for name in listed.split(",") if name.strip()]
+    _check_flags(
+        bool(data),
+        tasks is not None and bool(names),
+        {"--max-batches": max_batches is not None},
+        {
+            "--task-dir": task_dir is not None,
+            "--num-fewshot": num_fewshot is not None,
+            "--limit": limit is not None,
+            "--apply-chat-template": apply_chat_template,
+            "--add-bos": add_bos is not None,
+            "--output": output is not None,
+        },
+    )
+    if names:
+        from manyhands.cli.tasks import answer_tasks
+
+        how = {"num_fewshot": num_fewshot, "limit": limit, "task_dir": task_dir, "chat": apply_chat_template}
+        answering = {"max_length": sequence_length, "batch_size": batch_size, "add_bos": add_bos}
+        answer_tasks(checkpoint, names, how, answering, output, ignore_field or (), json_output)
+        return
+    _measure_text(
+        checkpoint, data or [], text_field, sequence_length, batch_size, max_batches, ignore_field, json_output
+    )
+
+
+def _check_flags(data: bool, tasks: bool, of_data: dict[str, bool], of_tasks: dict[str, bool]) -> None:
+    """Raises `UserError` unless the one or the other is asked for, with its own flags."""
+    if data == tasks:
+        both = "not both" if data else "one of them"
+        raise UserError(f"give --data TEXT for perplexity and load, or --tasks NAMES for tasks of lm-eval: {both}")
+    asked, others = ("--tasks", of_data) if tasks else ("--data", of_tasks)
+    for flag, given in others.items():
+        if given:
+            raise UserError(f"{flag} says nothing with {asked}; leave it out")
+
+
+def _measure_text(
+    checkpoint: Path,
+    data: list[str],
+    text_field: str,
+    sequence_length: int | None,
+    batch_size: int,
+    max_batches: int | None,
+    ignore_field: list[str] | None,
+    json_output: bool,
+) -> None:
     from manyhands.text import read_documents
 
     documents = read_documents(data, text_field)

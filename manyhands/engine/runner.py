@@ -84,6 +84,12 @@ class Runner:
                     return self._modules_run(batch, states)
                 return self._run(program, batch, states)
 
+    def logits(self, states_TD: Tensor) -> Tensor:
+        """[T, V], what the head makes of states: the bits that `run` makes of them. An inference tensor."""
+        with torch.inference_mode(), evaluating(self._modules) as self._training, exactly(self._exact):
+            made: Tensor = self.model.head(states_TD)
+            return made
+
     @property
     def reads_blocks(self) -> bool:
         """Whether caches in blocks are the ones to give it: native attention reads those and no others."""

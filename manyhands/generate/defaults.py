@@ -9,7 +9,7 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.files import GENERATION
 
 _HERE = ("temperature", "top_k", "top_p", "min_p")
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
+NEUTRAL: dict[str, tuple[Any, ...]] = {
     "constraints": (),
     "diversity_penalty": (0,),
     "encoder_repetition_penalty": (1,),
@@ -51,7 +51,7 @@ def sampling_from(
     sampling = parse(SamplingConfig, {**_USUAL, **found, **given, **others})
     ignored = [
         f"{name} {published[name]}"
-        for name, neutral in _NEUTRAL.items()
+        for name, neutral in NEUTRAL.items()
         if published.get(name) is not None and published[name] not in neutral
     ]
     if not found and not ignored:
