@@ -6,6 +6,8 @@
 
 #include <string.h>
 
+#include <memory>
+
 namespace mh {
 namespace {
 
@@ -152,13 +154,13 @@ int run_experts(const mh_experts* packed, const mh_stacked* stacked, const mh_ro
     if (hidden) check_hidden(hidden, hidden_count, s.rows() * e.up.size.panels * 16);
     const bool late = !check_records(s, e, fetch != nullptr);
     // Where it waits, other calls come between, and the process's workspaces are theirs.
-    Workspaces own, &room = late ? own : workspaces();
+    const std::unique_ptr<Workspaces> own(late ? new Workspaces : nullptr);
     Call call(routing->tokens);
     Arrivals arrivals(fetch, call);
     if (late) e.up.table = e.down.table = arrivals.copy(e);
     Forward{.k = *k,
             .e = e,
-            .room = room,
+            .room = late ? *own : workspaces(),
             .arrivals = &arrivals,
             .threads = run->threads,
             .exact = run->exact != 0,

@@ -44,7 +44,8 @@ Panel Matrix::panel(const uint8_t* record, int64_t p) const {
 std::vector<Panel> Matrix::all_panels(int64_t expert) const {
   std::vector<Panel> all;
   all.reserve(static_cast<size_t>(size.panels));
-  for (int64_t p = 0; p < size.panels; p++) all.push_back(panel(record(expert), p));
+  const uint8_t* at = record(expert);
+  for (int64_t p = 0; p < size.panels; p++) all.push_back(panel(at, p));
   return all;
 }
 
