@@ -37,3 +37,14 @@ class Completion:
     routings: dict[int, Routing] = field(default_factory=dict)
     """If it was asked for, per sparse layer: of every token that ran for it, the prompt's and then all new ones but
     the last."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One forward pass: who took part, and who went where."""
+
+    routed: Routed
+    """Of all tokens of the pass."""
+    requests: list[Request]
+    starts: list[int]
+    """Of each request, the first of its tokens in the pass."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from manyhands.config import SamplingConfig
-from manyhands.engine.answer import Completion, Token
+from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.blocks import BLOCK_SIZE, Blocks
 from manyhands.engine.caches import Caches
@@ -75,6 +75,8 @@ class Engine:
         self._caches, self._paged = Caches(len(model.layers), blocks), paged
         self._prefixes: WeakSet[Prefix] = WeakSet()
         self._count = 0
+        self.ran: Ran | None = None
+        """The last step; None if it had nothing to run."""
 
     @property
     def busy(self) -> bool:
@@ -128,7 +130,7 @@ class Engine:
         Nothing while only a part of a prompt was run. Raises `ManyhandsError` if the logits are not finite. A pass that
         was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
         """
-        plan = self._plan()
+        plan, self.ran = self._plan(), None
         if not plan.chunks:
             return []
         batch = Batch([self._row(chunk) for chunk in plan.chunks])
@@ -138,6 +140,7 @@ class Engine:
             for chunk in plan.chunks:
                 state_of(chunk.request).forget(chunk.request)
             raise
+        self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
         for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
             self.scheduler.advance(chunk)
             routings = partial(forward.routed.rows, slice(start, start + chunk.count))
