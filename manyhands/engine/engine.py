@@ -22,7 +22,7 @@ from manyhands.config import SamplingConfig
 from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.blocks import BLOCK_SIZE, Blocks
-from manyhands.engine.caches import Caches
+from manyhands.engine.caches import Caches, blocks_of, bytes_per_token
 from manyhands.engine.mode import one_thread
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
@@ -32,6 +32,7 @@ from manyhands.engine.sampling import greedy, sample
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
+from manyhands.engine.weights import Weights
 from manyhands.errors import UserError
 from manyhands.layers.cache import Cache
 from manyhands.models import Decoder
@@ -52,27 +53,44 @@ class Engine:
         max_sequences: int = 64,
         max_batch_tokens: int | None = None,
         cache_tokens: int | None = None,
+        cache_bytes: int | None = None,
         paged: bool | None = None,
+        prefix_caching: bool = True,
         exact: bool = False,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
 
         `max_batch_tokens` go through the model in one step, prompts in chunks if need be; None: no prompt is cut.
-        `cache_tokens` bounds the cache of all together, in blocks of 32; when they run out, the youngest request waits
-        and is computed again; None: no bound but the context of each. `paged` keeps the caches in such blocks, else
-        each in one piece; None: in blocks where native attention reads them. `exact`: float weights too are multiplied
-        in one order for any number of rows. None of this changes what a request says, but for rounding; and not even
-        that with `exact` or int8 or int4 weights, where all of the model is native.
+        `cache_tokens` or `cache_bytes` bounds the cache of all together, in blocks of 32 tokens; when they run out, the
+        youngest request waits and is computed again; None: no bound but the context of each. `paged` keeps the caches
+        in such blocks, else each in one piece; None: in blocks where native attention reads them, and where they are
+        bounded in bytes. `prefix_caching`: where they are in blocks, a prompt that begins as an earlier one did (a full
+        block at least) is not computed again as far as that; the blocks of those that have ended are given to others
+        when no other is free, and of an unbounded cache as many are kept as one context needs. `exact`: float weights
+        too are multiplied in one order for any number of rows. None of this changes what a request says, but for
+        rounding; and not even that with `exact` or int8 or int4 weights, where all of the model is native.
 
-        Raises `UserError` for a model that cannot generate.
+        Raises `UserError` for a model that cannot generate, and for less than one block.
         """
         check_causal(model.config)
+        if cache_tokens is not None and cache_bytes is not None:
+            raise UserError("cache_tokens and cache_bytes both bound the cache: give one of them")
+        if cache_bytes is not None and paged is False:
+            raise UserError("cache_bytes bounds a cache in blocks: give it without paged=False")
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
-        context = model.config.max_position_embeddings
-        most = max_sequences * -(-context // BLOCK_SIZE)
-        blocks = Blocks(most if cache_tokens is None else max(1, cache_tokens // BLOCK_SIZE))
+        self.cache_bytes_per_token = bytes_per_token(model.config, model.embed_tokens.weight.dtype)
+        """Of all layers."""
+        context = -(-model.config.max_position_embeddings // BLOCK_SIZE)
+        if cache_bytes is not None:
+            blocks = Blocks(blocks_of(cache_bytes, self.cache_bytes_per_token))
+        elif cache_tokens is not None:
+            blocks = Blocks(max(1, cache_tokens // BLOCK_SIZE))
+        else:
+            blocks = Blocks(max_sequences * context, most_idle=context)
         self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
-        self._caches, self._paged = Caches(len(model.layers), blocks), paged
+        self._caches = Caches(len(model.layers), blocks, at_once=cache_bytes is not None)
+        self._paged, self._prefix_caching = True if cache_bytes is not None else paged, prefix_caching
+        self._weights: Weights | None = None
         self._prefixes: WeakSet[Prefix] = WeakSet()
         self._count = 0
         self.ran: Ran | None = None
@@ -90,14 +108,19 @@ class Engine:
         *,
         routing: bool = False,
         prefix: Prefix | None = None,
+        cache_salt: str = "",
+        priority: int = 0,
     ) -> Request:
         """Queue a prompt. An empty one starts from the end-of-text token, which stands between documents.
 
         It ends at any of `tokenizer.eos_token_ids`; without a tokenizer there is neither text nor a token to end at.
         `routing` keeps the routing of every token for `completion`. With a `prefix` what an earlier request with it has
-        computed is not computed again, and what this one computes is kept in it; one request has it at a time.
+        computed is not computed again, and what this one computes is kept in it; one request has it at a time. What
+        other requests with the same `cache_salt` have computed is used in any case, but for what `routing` still needs
+        to see. A lower `priority` is served earlier: each level is as if the prompt had come 256 steps later.
 
-        Raises `UserError` for a prompt that is not in the vocabulary, leaves no room in the context or in the cache.
+        Raises `UserError` for a prompt that is not in the vocabulary, leaves no room in the context or in the cache,
+        and for a priority that is not from -100 to 100.
         """
         sampling = SamplingConfig() if sampling is None else sampling
         tokenizer, context = self.tokenizer, self.model.config.max_position_embeddings
@@ -110,6 +133,8 @@ class Engine:
         ids = check_prompt(self.model.config, list(prompt), tokenizer)
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
+        request.salt, request.priority = cache_salt, priority
+        request.most_shared = 0 if routing else length
         self.scheduler.add(request)
         self._count += 1
         state = request.kept = State(
@@ -121,7 +146,10 @@ class Engine:
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
             self._prefixes.add(prefix)
-            state.begin(request, self._new_cache(request))
+            self._look_at_weights()
+            if routing:
+                prefix.clear()
+            state.resume(request, self._new_cache(request))
         return request
 
     def step(self) -> list[Token]:
@@ -138,6 +166,7 @@ class Engine:
             forward = self.runner.run(batch)
         except BaseException:  # Ctrl-C, say: the layers may hold different lengths
             for chunk in plan.chunks:
+                self.scheduler.put_back(chunk.request)
                 state_of(chunk.request).forget(chunk.request)
             raise
         self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
@@ -227,10 +256,15 @@ class Engine:
 
     def _plan(self) -> Plan:
         """The next step. Where nothing fits any more, what conversations keep for their next turns goes."""
+        scheduler = self.scheduler
+        admits = scheduler.waiting and len(scheduler.running) < scheduler.max_sequences
+        if admits and self._is_paged() and self._prefix_caching:
+            self._look_at_weights()
         plan = self.scheduler.schedule()
         if not plan.chunks and self.busy:
             active = {state_of(r).prefix for r in self.scheduler.running}
             for request in self.scheduler.waiting:
+                request.num_computed = 0
                 state_of(request).forget(request)
             for prefix in self._prefixes:
                 if prefix not in active:
@@ -246,10 +280,27 @@ class Engine:
         self.scheduler.end(request, reason)
         self._caches.rest()
 
-    def _new_cache(self, request: Request) -> Callable[[], Cache]:
+    def _is_paged(self) -> bool:
         if self._paged is None:
             self._paged = self.runner.reads_blocks
-        return partial(self._caches.new, request.table) if self._paged else self.model.new_cache
+        self.scheduler.caching = self._prefix_caching and self._paged
+        return self._paged
+
+    def _look_at_weights(self) -> None:
+        """What other weights have computed is not used any more."""
+        if self._weights is None:
+            self._weights = Weights(self.model)
+        elif self._weights.changed():
+            self.scheduler.epoch += 1
+            active = {state_of(r).prefix for r in self.scheduler.running}
+            for prefix in self._prefixes:
+                if prefix not in active:
+                    prefix.clear()
+
+    def _new_cache(self, request: Request) -> Callable[[], Cache]:
+        if not self._is_paged():
+            return self.model.new_cache
+        return partial(self._caches.new, request.table, request.num_computed)
 
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request

@@ -4,11 +4,13 @@ A request is a sequence of token ids, its prompt and then what was made. The fir
 through the model and lie in the cache. The last one made never has: the next step runs it.
 """
 
+import sys
 from dataclasses import dataclass, field
 from typing import Literal
 
 from manyhands.config import SamplingConfig
 from manyhands.engine.blocks import Table
+from manyhands.engine.chain import Chain
 
 FinishReason = Literal["stop", "length", "abort"]
 """stop: a token that ends an answer, or a stop string. length: `max_new_tokens`, or the context is full. abort: by the
@@ -35,6 +37,17 @@ class Request:
     """How often its blocks were taken and it had to be computed again."""
     kept: object = field(default=None, repr=False)
     """What the engine keeps with it."""
+    salt: str = ""
+    """It finds in the cache what requests with the same salt have computed."""
+    priority: int = 0
+    """Lower is earlier."""
+    num_cached: int = 0
+    """Tokens of the prompt that were found in the cache when it first ran."""
+    most_shared: int = sys.maxsize
+    """Tokens that it may take from the cache: of those behind them something is wanted that only a pass makes."""
+    rank: tuple[int, int] = (0, 0)
+    """Its place among all requests, the first smallest. The scheduler's."""
+    _chain: Chain | None = field(default=None, repr=False)
 
     @property
     def num_tokens(self) -> int:
@@ -53,7 +66,20 @@ class Request:
 
     def next_ids(self, count: int) -> list[int]:
         """The `count` tokens that run next."""
-        first, prompt = self.num_computed, len(self.prompt_ids)
+        return self.ids(self.num_computed, count)
+
+    def ids(self, first: int, count: int) -> list[int]:
+        """Its tokens from the `first` on."""
+        prompt = len(self.prompt_ids)
         if first >= prompt:
             return self.token_ids[first - prompt : first - prompt + count]
         return (self.prompt_ids[first : first + count] + self.token_ids[: max(0, first + count - prompt)])[:count]
+
+    def keys(self, epoch: int = 0) -> list[bytes]:
+        """By what its full blocks are found. Not for what another epoch's passes left: see `Scheduler.epoch`."""
+        if self._chain is None or (self._chain.epoch != epoch and not self.num_computed):
+            self._chain = Chain(self.salt, epoch)
+        size, chain = self.table.block_size, self._chain
+        for i in range(len(chain.keys), self.num_tokens // size):
+            chain.follow(self.ids(i * size, size))
+        return chain.keys

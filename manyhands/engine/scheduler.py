@@ -1,23 +1,35 @@
 """Who runs in the next step, and how many tokens of each. Needs no torch.
 
-A step runs at most `max_batch_tokens` tokens of at most `max_sequences` requests. First come first served:
+A step runs at most `max_batch_tokens` tokens of at most `max_sequences` requests:
 
 1. one token of each running request that is decoding;
 2. of running requests with more to run, as much as the step has room for (their prompts, in chunks);
-3. waiting requests, as long as there are blocks for all they have so far.
+3. waiting requests, as long as there are blocks for all they have so far. What of it the cache holds is not run again,
+   and who needs a block that a running request is about to compute waits for that.
 
-When a decoding request needs a block and none is free, the youngest running request gives back its own and goes to the
-head of the queue, to be computed again later. The oldest always goes on, so that all end; none is failed. A request
-that could not have blocks enough if it were alone is refused when it comes.
+First come first served, but for the requests' priority: each level is as if the request had come `AGEING` steps later,
+so that whoever waits is overtaken only by those that come soon after.
+
+When a decoding request needs a block and none is free, the last of the running requests gives back its own and goes
+back to the queue, to be computed again later, but for what the cache still holds. The first always goes on, so that all
+end; none is failed. A request that could not have blocks enough if it were alone is refused when it comes.
 """
 
 import sys
-from collections import deque
+from bisect import insort
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from manyhands.engine.blocks import Blocks
 from manyhands.engine.request import FinishReason, Request
 from manyhands.errors import UserError
+
+AGEING = 256
+"""Steps that one level of priority is worth."""
+MOST_PRIORITY = 100
+"""Levels, either way."""
+
+_rank = attrgetter("rank")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +57,21 @@ class Plan:
 class Scheduler:
     """The queue, and what runs. `schedule` plans a step, `advance` says that it was run."""
 
-    def __init__(self, blocks: Blocks, max_sequences: int, max_batch_tokens: int | None = None) -> None:
-        """`max_batch_tokens` None: no prompt is cut."""
+    def __init__(
+        self, blocks: Blocks, max_sequences: int, max_batch_tokens: int | None = None, caching: bool = False
+    ) -> None:
+        """`max_batch_tokens` None: no prompt is cut. `caching`: what was computed is found again by who needs it."""
         assert max_sequences > 0 and (max_batch_tokens is None or max_batch_tokens > 0)
-        self.blocks, self.max_sequences = blocks, max_sequences
+        self.blocks, self.max_sequences, self.caching = blocks, max_sequences, caching
         self.max_batch_tokens = sys.maxsize if max_batch_tokens is None else max_batch_tokens
-        self.waiting: deque[Request] = deque()
-        """Oldest first, and all younger than any that runs."""
+        self.epoch = 0
+        """What passes of another epoch left is not found: the weights were others."""
+        self.num_preemptions = 0
+        self.waiting: list[Request] = []
+        """The first in rank first."""
         self.running: list[Request] = []
-        """Oldest first."""
+        """So too."""
+        self._clock = 0
 
     @property
     def busy(self) -> bool:
@@ -70,10 +88,14 @@ class Scheduler:
                 f"new ones need {needed} blocks of {size} tokens; the cache has {self.blocks.num_blocks}: ask for "
                 "fewer new tokens, or give the engine a larger cache"
             )
-        self.waiting.append(request)
+        if abs(request.priority) > MOST_PRIORITY:
+            raise UserError(f"priority is {request.priority}; it is from -{MOST_PRIORITY} to {MOST_PRIORITY}")
+        request.rank = self._clock + AGEING * request.priority, request.id
+        insort(self.waiting, request, key=_rank)
 
     def schedule(self) -> Plan:
         """The next step. It is not empty while there is work."""
+        self._clock += 1
         plan = Plan()
         left = self.max_batch_tokens
         for request in [r for r in self.running if r.num_waiting == 1]:
@@ -84,18 +106,23 @@ class Scheduler:
             if left and request.num_waiting > 1:  # admitted with blocks for all of it
                 plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
                 left -= plan.chunks[-1].count
-        while left and self.waiting and len(self.running) < self.max_sequences:
-            request = self.waiting[0]
-            if not request.table.reserve(request.num_tokens):
-                break
-            self.running.append(self.waiting.popleft())
-            plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
-            left -= plan.chunks[-1].count
+        if left and self.waiting and not plan.preempted:
+            self._admit(plan, left)
         return plan
 
     def advance(self, chunk: Chunk) -> None:
         """The chunk's tokens are in the cache."""
-        chunk.request.num_computed += chunk.count
+        request = chunk.request
+        request.num_computed += chunk.count
+        if self.caching and request.num_computed // self.blocks.block_size > request.table.num_published:
+            request.table.publish(request.keys(self.epoch), request.num_computed)
+
+    def put_back(self, request: Request) -> None:
+        """A running one gives back its blocks and waits again."""
+        request.table.free()
+        request.num_computed = 0
+        self.running.remove(request)
+        insort(self.waiting, request, key=_rank)
 
     def end(self, request: Request, reason: FinishReason) -> None:
         """It leaves at once, from wherever it is, and its blocks are free. One that has ended stays as it ended."""
@@ -108,15 +135,69 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
+    def _admit(self, plan: Plan, left: int) -> None:
+        """Waiting requests, the first in rank first, into the room that is left."""
+        coming: set[bytes] = set()
+        if self.caching:
+            for request in self.running:
+                coming.update(self._coming(request))
+        at = 0
+        while left and at < len(self.waiting) and len(self.running) < self.max_sequences:
+            request = self.waiting[at]
+            found = self._find(request)
+            if coming and self._next_key(request, len(found)) in coming:
+                at += 1
+                continue
+            if not self._take(request, found):
+                break
+            del self.waiting[at]
+            insort(self.running, request, key=_rank)
+            plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
+            left -= plan.chunks[-1].count
+            if self.caching:
+                coming.update(self._coming(request))
+
+    def _coming(self, request: Request) -> list[bytes]:
+        """The keys of blocks that a running request is about to fill with what it already has."""
+        if request.num_waiting == 1:
+            return []
+        return request.keys(self.epoch)[request.num_computed // self.blocks.block_size :]
+
+    def _keys(self, request: Request) -> list[bytes]:
+        """Of the blocks that it may take: not all it has, since its next token is drawn from what a pass makes."""
+        if not self.caching or request.num_computed:
+            return []
+        most = min(request.most_shared, request.num_tokens - 1)
+        return request.keys(self.epoch)[: most // self.blocks.block_size]
+
+    def _find(self, request: Request) -> list[int]:
+        return self.blocks.find(self._keys(request))
+
+    def _next_key(self, request: Request, found: int) -> bytes | None:
+        keys = self._keys(request)
+        return keys[found] if found < len(keys) else None
+
+    def _take(self, request: Request, found: list[int]) -> bool:
+        """Blocks for all it has so far: those it found, and new ones. Whether there are enough."""
+        table = request.table
+        if found:
+            idle = sum(not self.blocks.holders(block) for block in found)
+            if self.blocks.needed(request.num_tokens) - len(found) > self.blocks.num_free - idle:
+                return False
+            table.adopt(found)
+            request.num_computed = table.length
+            if not request.num_preemptions:
+                request.num_cached = min(table.length, len(request.prompt_ids))
+        return table.reserve(request.num_tokens)
+
     def _make_room(self, request: Request, plan: Plan) -> bool:
-        """Blocks for the request's next token, if need be from the youngest. False: it is the youngest itself."""
+        """Blocks for the request's next token, if need be from the last in rank. False: it is the last itself."""
         while not request.table.reserve(request.num_tokens):
-            youngest = self.running.pop()
-            youngest.table.free()
-            youngest.num_computed = 0
-            youngest.num_preemptions += 1
-            self.waiting.appendleft(youngest)
-            plan.preempted.append(youngest)
-            if youngest is request:
+            last = self.running[-1]
+            self.put_back(last)
+            last.num_preemptions += 1
+            self.num_preemptions += 1
+            plan.preempted.append(last)
+            if last is request:
                 return False
         return True

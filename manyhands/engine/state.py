@@ -29,13 +29,21 @@ class State:
     """Of the passes it had a part in, its tokens'."""
     text: list[str] = field(default_factory=list)
 
+    def resume(self, request: Request, new: Callable[[], Cache]) -> None:
+        """Begin with what its prefix shares with it, if anything."""
+        assert self.prefix is not None
+        cache = self.prefix.begin(request.prompt_ids, new)
+        request.num_computed = request.num_cached = len(self.prefix.ids)
+        if request.num_computed:
+            self.cache = cache
+
     def begin(self, request: Request, new: Callable[[], Cache]) -> Cache:
-        """Its cache: what there is, or a new one, with what the prefix shares with it."""
-        if self.cache is None and self.prefix is not None:
-            self.cache = self.prefix.begin(request.prompt_ids, new)
-            request.num_computed = len(self.prefix.ids)
-        elif self.cache is None:
+        """Its cache: what there is, or `new`, with so many of its tokens as the scheduler found."""
+        if self.cache is None:
             self.cache = new()
+            cut(self.routings, request.num_computed)
+            if self.prefix is not None:
+                self.prefix.ids, self.prefix.cache = request.ids(0, request.num_computed), self.cache
         return self.cache
 
     def ran(self, ids: list[int], routings: Callable[[], dict[int, Routing]]) -> None:
@@ -46,9 +54,10 @@ class State:
             self.routings.append(routings())
 
     def forget(self, request: Request) -> None:
-        """Its cache is void: it was preempted, or a pass was cut short and the layers hold different lengths."""
-        self.cache, request.num_computed = None, 0
-        self.routings.clear()
+        """It has no blocks any more: it was preempted, or a pass was cut short."""
+        self.cache = None
+        if self.keeps_routing:  # of what it finds in the cache nobody else has it
+            request.most_shared = sum(map(count, self.routings))
         if self.prefix is not None:
             self.prefix.clear()
 
@@ -76,3 +85,17 @@ def state_of(request: Request) -> State:
     state = request.kept
     assert isinstance(state, State)
     return state
+
+
+def count(routings: dict[int, Routing]) -> int:
+    """Tokens of a pass."""
+    return next((len(routing.expert_ids) for routing in routings.values()), 0)
+
+
+def cut(passes: list[dict[int, Routing]], length: int) -> None:
+    """Forget the routing of all but the first `length` tokens."""
+    while passes and sum(map(count, passes)) > length:
+        last = passes.pop()
+        left = length - sum(map(count, passes))
+        if left > 0:
+            passes.append({layer: routing.rows(slice(left)) for layer, routing in last.items()})

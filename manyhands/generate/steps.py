@@ -58,7 +58,9 @@ def generate(
     """
     rows = prompts.tolist() if isinstance(prompts, Tensor) else prompts
     assert prefix is None or len(rows) == 1
-    return in_step(Engine(model, tokenizer, max_sequences=max(1, len(rows))), rows, sampling, prefix)
+    # in step: nobody waits for what another is about to compute
+    engine = Engine(model, tokenizer, max_sequences=max(1, len(rows)), prefix_caching=False)
+    return in_step(engine, rows, sampling, prefix)
 
 
 def in_step(

@@ -7,6 +7,7 @@ its attention computes what it does with a contiguous cache, bit for bit.
 G heads, S new positions, L all positions, N blocks of P positions, d width.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Protocol, Self
 
@@ -41,8 +42,9 @@ class BlockTable(Protocol):
 class Pool:
     """One layer's blocks, [N, G, P, d] for each tensor that is cached; N grows with the blocks in use."""
 
-    def __init__(self, block_size: int) -> None:
-        self.block_size = block_size
+    def __init__(self, block_size: int, most: int = sys.maxsize, least: int = 0) -> None:
+        """N is at most `most`, and from the start `least`: memory that is not written to is the machine's to give."""
+        self.block_size, self.most, self.least = block_size, most, least
         self.buffers: list[Tensor] = []
 
     def write(self, table: BlockTable, first: int, new: Sequence[Tensor]) -> None:
@@ -90,7 +92,8 @@ class Pool:
         room = self.buffers[0].shape[0]
         if blocks > room:
             with torch.inference_mode(False):
-                grown = [b.new_empty(max(blocks, 2 * room), *b.shape[1:]) for b in self.buffers]
+                room_then = max(blocks, self.least, min(2 * room, self.most))
+                grown = [b.new_empty(room_then, *b.shape[1:]) for b in self.buffers]
             for old, new in zip(self.buffers, grown, strict=True):
                 new[:room] = old
             self.buffers = grown
