@@ -70,7 +70,8 @@ class Scorer:
         scores = [Score(0.0, True)] * len(pairs)
         texts = self._texts(pairs)
         done = len(pairs) - sum(len(text.asked) for text in texts)
-        lanes = [_Lane(self._new_cache(), share) for share in _dealt(texts, self.lanes)]
+        new = self._caches()
+        lanes = [_Lane(new(), share) for share in _dealt(texts, self.lanes)]
         while lanes:
             rows = [lane.next_row() for lane in lanes]
             states_TD = self._states(Batch(rows))
@@ -90,10 +91,9 @@ class Scorer:
                 progress(done)
         return scores
 
-    def _new_cache(self) -> Cache:
-        if self.runner.reads_blocks:
-            return Caches(len(self.model.layers)).new()
-        return self.model.new_cache()
+    def _caches(self) -> Callable[[], Cache]:
+        """Makes one for a lane. Those in blocks share their pools: native attention reads no others together."""
+        return Caches(len(self.model.layers)).new if self.runner.reads_blocks else self.model.new_cache
 
     def _texts(self, pairs: Sequence[Pair]) -> list[_Text]:
         """What is to run, sorted: texts that begin alike are neighbours."""

@@ -137,3 +137,15 @@ def test_packed_scores_have_the_same_bits_in_any_company(case, format) -> None:
     together = Scorer(model, lanes=3).score(pairs)
     assert together == [Scorer(model).score([pair])[0] for pair in pairs]
     assert together == Scorer(model, lanes=1).score(pairs)
+
+
+@pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
+def test_lanes_run_together_natively(monkeypatch) -> None:
+    """Caches of different pools would not: the modules would run them, with other bits."""
+
+    def run(self, batch, states):
+        raise AssertionError("not native")
+
+    monkeypatch.setattr(Runner, "_modules_run", run)
+    pairs = [([token % 50 for token in given], [token % 50 for token in scored]) for given, scored in PAIRS]
+    assert len(Scorer(packed_model(CASES["qwen3"], "int4"), lanes=3).score(pairs)) == len(pairs)
