@@ -45,7 +45,7 @@ class Page:
         if fresh:
             self.js("localStorage.clear(); sessionStorage.clear()")
             self.driver.get(self.url)
-        self.until("state.models.length || !$('key-wanted').hidden")
+        self.until("state.began")
 
     def js(self, code: str) -> Any:
         return self.driver.execute_script(code)
@@ -67,7 +67,9 @@ class Page:
         self.driver.find_element(By.CSS_SELECTOR, css).click()
 
     def ask(self, text: str, wait: bool = True) -> None:
+        before = self.js("return state.turns.length")
         self.driver.find_element(By.ID, "input").send_keys(text, Keys.ENTER)
+        self.until(f"state.turns.length === {before} + 1")
         if wait:
             self.until("!state.running")
 
@@ -137,7 +139,7 @@ def stop(page: Page) -> None:
     page.ask("endless", wait=False)
     page.until("state.turns[0]?.pieces.length > 3")
     page.keys(Keys.ESCAPE)
-    page.until("!state.running", 2)
+    page.until("!state.running", 10)
     page.holds("state.turns[0].notes.includes('stopped') && !state.turns[0].error && !$('send').hidden")
 
 
@@ -224,7 +226,7 @@ def key(page: Page) -> None:
     page.until("$('settings').open && document.activeElement === $('api-key')")
     page.keys("secret", Keys.ENTER)
     page.until("state.models.length === 2 && !$('model').hidden && !$('settings').open")
-    page.holds("plain()")
+    page.until("plain()")
     page.ask("Once")
     page.holds("state.turns[0].pieces.length && request(state.turns[0])[1].prompt.startsWith('Once')")
     page.picture("completion")
