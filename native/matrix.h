@@ -14,9 +14,9 @@ struct PanelSizes {
   int64_t weights, scales, bias = 64;  // bytes of a panel's weights, scales, bias
 };
 
-struct Matrix {               // a matrix per expert, packed or plain
-  const uint8_t* base;        // of the first expert's record, or weights; unused where there is a table
-  const void* const* table;   // of the experts' records, or null
+struct Matrix {                        // a matrix per expert, packed or plain
+  const uint8_t* base = nullptr;       // of the first expert's record, or weights; unused where there is a table
+  const void* const* table = nullptr;  // of the experts' records, or null
   int64_t record_bytes;
   mh_matrix m;
   PanelSizes size;
