@@ -192,15 +192,16 @@ class _Lane:
 
 def _dealt(texts: list[_Text], lanes: int) -> list[list[_Text]]:
     """Neighbours stay together; every lane has about as many tokens to run."""
-    costs, total = [], 0
+    middles, total = [], 0
     before: Sequence[int] = ()
     for text in texts:
-        costs.append(total)
-        total += len(text.ids) - min(_shared(before, text.ids), text.first)
+        cost = len(text.ids) - min(_shared(before, text.ids), text.first)
+        middles.append(total + cost // 2)
+        total += cost
         before = text.ids
     dealt: list[list[_Text]] = [[] for _ in range(lanes)]
-    for text, cost in zip(texts, costs, strict=True):
-        dealt[cost * lanes // total].append(text)
+    for text, middle in zip(texts, middles, strict=True):
+        dealt[middle * lanes // total].append(text)
     return [share for share in dealt if share]
 
 

@@ -134,6 +134,7 @@ def test_experts_that_look_at_other_tokens_are_refused(make) -> None:
 def test_packed_scores_have_the_same_bits_in_any_company(case, format) -> None:
     model = packed_model(CASES[case], format)
     pairs = [([token % 50 for token in given], [token % 50 for token in scored]) for given, scored in PAIRS]
+    pairs += [([first, *range(1, 9)], [10, 11, 12]) for first in range(20, 40)]
     together = Scorer(model, lanes=3).score(pairs)
     assert together == [Scorer(model).score([pair])[0] for pair in pairs]
     assert together == Scorer(model, lanes=1).score(pairs)
@@ -147,5 +148,14 @@ def test_lanes_run_together_natively(monkeypatch) -> None:
         raise AssertionError("not native")
 
     monkeypatch.setattr(Runner, "_modules_run", run)
-    pairs = [([token % 50 for token in given], [token % 50 for token in scored]) for given, scored in PAIRS]
-    assert len(Scorer(packed_model(CASES["qwen3"], "int4"), lanes=3).score(pairs)) == len(pairs)
+    rows = []
+    original = Runner.run
+
+    def counted(self, batch, states=False):
+        rows.append(len(batch.rows))
+        return original(self, batch, states)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    pairs = [([first, *range(1, 9)], [10, 11, 12]) for first in range(20, 40)]
+    found = Scorer(packed_model(CASES["qwen3"], "int4"), lanes=4).score(pairs)
+    assert rows == [4] * 5 and len({score.logprob for score in found}) == 20
