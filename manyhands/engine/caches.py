@@ -26,12 +26,14 @@ class Caches:
         cache.length = cache.written = length
         return cache
 
-    def rest(self) -> None:
-        """Give the memory back, if no block is held and none can be found."""
-        if not self.blocks.num_used and not self.blocks.num_idle:
-            self.blocks.forget()
-            for pool in self.pools:
-                pool.release()
+    def rest(self) -> bool:
+        """Give the memory back, if no block is held and none can be found. Whether that is so."""
+        if self.blocks.num_used or self.blocks.num_idle:
+            return False
+        self.blocks.forget()
+        for pool in self.pools:
+            pool.release()
+        return True
 
 
 def bytes_per_token(config: ModelConfig, dtype: torch.dtype) -> int:

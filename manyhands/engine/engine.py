@@ -23,6 +23,7 @@ from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.blocks import BLOCK_SIZE, Blocks
 from manyhands.engine.caches import Caches, blocks_of, bytes_per_token
+from manyhands.engine.kept_routing import KeptRouting, routing_bytes_per_token
 from manyhands.engine.mode import one_thread
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
@@ -56,6 +57,7 @@ class Engine:
         cache_bytes: int | None = None,
         paged: bool | None = None,
         prefix_caching: bool = True,
+        keep_routing: bool = False,
         exact: bool = False,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
@@ -66,7 +68,9 @@ class Engine:
         in such blocks, else each in one piece; None: in blocks where native attention reads them, and where they are
         bounded in bytes. `prefix_caching`: where they are in blocks, a prompt that begins as an earlier one did (a full
         block at least) is not computed again as far as that; the blocks of those that have ended are given to others
-        when no other is free, and of an unbounded cache as many are kept as one context needs. `exact`: float weights
+        when no other is free, and of an unbounded cache as many are kept as one context needs. `keep_routing` keeps
+        every token's experts and their weights with the blocks, so that who asks for `routing` too need not compute
+        again what others have; then the completion's scores and logits are NaN. `exact`: float weights
         too are multiplied in one order for any number of rows. None of this changes what a request says, but for
         rounding; and not even that with `exact` or int8 or int4 weights, where all of the model is native.
 
@@ -79,7 +83,10 @@ class Engine:
             raise UserError("cache_bytes bounds a cache in blocks: give it without paged=False")
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
         self.cache_bytes_per_token = bytes_per_token(model.config, model.embed_tokens.weight.dtype)
-        """Of all layers."""
+        """Of all layers; with `keep_routing`, of that too."""
+        keep_routing = keep_routing and model.config.moe is not None
+        if keep_routing:
+            self.cache_bytes_per_token += routing_bytes_per_token(model.config)
         context = -(-model.config.max_position_embeddings // BLOCK_SIZE)
         if cache_bytes is not None:
             blocks = Blocks(blocks_of(cache_bytes, self.cache_bytes_per_token))
@@ -90,6 +97,8 @@ class Engine:
         self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
         self._caches = Caches(len(model.layers), blocks, at_once=cache_bytes is not None)
         self._paged, self._prefix_caching = True if cache_bytes is not None else paged, prefix_caching
+        at_once = cache_bytes is not None
+        self._kept = KeptRouting(model.config, blocks.num_blocks, at_once) if keep_routing else None
         self._weights: Weights | None = None
         self._prefixes: WeakSet[Prefix] = WeakSet()
         self._count = 0
@@ -134,7 +143,7 @@ class Engine:
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
         request.salt, request.priority = cache_salt, priority
-        request.most_shared = 0 if routing else length
+        request.most_shared = 0 if routing and self._kept is None else length
         self.scheduler.add(request)
         self._count += 1
         state = request.kept = State(
@@ -142,12 +151,13 @@ class Engine:
             ends=tokenizer.eos_token_ids if tokenizer else frozenset(),
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
             prefix=prefix,
-            keeps_routing=routing,
+            keeps_routing=routing and self._kept is None,
+            reads_routing=routing and self._kept is not None,
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
             self._prefixes.add(prefix)
             self._look_at_weights()
-            if routing:
+            if routing or self._kept is not None:  # a prefix has none, and is nobody's who computes blocks for others
                 prefix.clear()
             state.resume(request, self._new_cache(request))
         return request
@@ -170,6 +180,9 @@ class Engine:
                 state_of(chunk.request).forget(chunk.request)
             raise
         self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
+        if self._kept is not None:
+            rows = [(chunk.request.table, chunk.request.num_computed, chunk.count) for chunk in plan.chunks]
+            self._kept.write(rows, *forward.routed.experts())
         for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
             self.scheduler.advance(chunk)
             routings = partial(forward.routed.rows, slice(start, start + chunk.count))
@@ -188,7 +201,8 @@ class Engine:
     def completion(self, request: Request) -> Completion:
         """What was made of a request so far."""
         state = state_of(request)
-        routings = joined(state.routings) if state.keeps_routing else {}
+        self._read_routing(request)
+        routings = joined(state.routings)
         return Completion("".join(state.text), list(request.token_ids), request.finish_reason, routings)
 
     def generate(
@@ -276,9 +290,16 @@ class Engine:
         return plan
 
     def _end(self, request: Request, reason: FinishReason) -> None:
+        self._read_routing(request)
         state_of(request).leave()
         self.scheduler.end(request, reason)
-        self._caches.rest()
+        if self._caches.rest() and self._kept is not None:
+            self._kept.release()
+
+    def _read_routing(self, request: Request) -> None:
+        """What is kept with the blocks of one that wants it and has not ended."""
+        if self._kept is not None and state_of(request).reads_routing and request.num_computed and request.table.ids:
+            state_of(request).routings = [self._kept.read(request.table, request.num_computed)]
 
     def _is_paged(self) -> bool:
         if self._paged is None:
@@ -305,6 +326,9 @@ class Engine:
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request
         cache = state_of(request).begin(request, self._new_cache(request))
+        if self._kept is not None:
+            for source, to in request.table.copies:
+                self._kept.copy(source, to)
         return Row(request.next_ids(chunk.count), cache, chunk.draws)
 
     def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:

@@ -22,15 +22,17 @@ from manyhands.moe.packed import RecordExperts
 from manyhands.quant import Layout
 from manyhands.runtime import Program, prepare
 
+Experts = Callable[[], tuple[Tensor, Tensor]]
+
 
 class Routed:
     """Who went where in one pass, by sparse layer."""
 
-    __slots__ = ("_layers", "_made", "num_tokens")
+    __slots__ = ("_experts", "_layers", "_made", "num_tokens")
 
-    def __init__(self, made: Callable[[], dict[int, Routing]], num_tokens: int) -> None:
-        """`made` puts it together, when somebody looks."""
-        self._made, self.num_tokens = made, num_tokens
+    def __init__(self, made: Callable[[], dict[int, Routing]], num_tokens: int, experts: Experts | None = None) -> None:
+        """`made` puts it together, when somebody looks; `experts` gives only those, if that is less work."""
+        self._made, self.num_tokens, self._experts = made, num_tokens, experts
         self._layers: dict[int, Routing] | None = None
 
     @property
@@ -40,6 +42,13 @@ class Routed:
             with torch.inference_mode():
                 self._layers = self._made()
         return self._layers
+
+    def experts(self) -> tuple[Tensor, Tensor]:
+        """Of all sparse layers together ids and weights, [sparse layers, T, K]. Not for a model that has none."""
+        if self._experts is not None:
+            return self._experts()
+        layers = self.layers.values()
+        return torch.stack([r.expert_ids for r in layers]), torch.stack([r.weights for r in layers])
 
     def rows(self, tokens: slice) -> dict[int, Routing]:
         """The routing of some of the tokens."""
@@ -114,7 +123,7 @@ class Runner:
         ]
         if len(steps) == 1:
             (one,) = steps
-            return Forward(one.logits, Routed(one.routings, batch.num_tokens), one.states)
+            return Forward(one.logits, Routed(one.routings, batch.num_tokens, one.experts), one.states)
         found = [s.states for s in steps if s.states is not None]
         logits = torch.cat([s.logits for s in steps])
         routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens)

@@ -23,6 +23,9 @@ class State:
     stream: TextStream | None
     prefix: Prefix | None
     keeps_routing: bool
+    """That of its passes, here."""
+    reads_routing: bool = False
+    """What is kept with its blocks, when it ends."""
     cache: Cache | None = None
     """None while nothing is computed."""
     routings: list[dict[int, Routing]] = field(default_factory=list)

@@ -41,6 +41,8 @@ class Step:
     """[drawing rows, V]; float32 where the head is native."""
     routings: Callable[[], dict[int, Routing]]
     """Of each sparse layer, T tokens."""
+    experts: Callable[[], tuple[Tensor, Tensor]] | None
+    """Of all of them together ids and weights, [sparse layers, T, K]; None where modules routed some."""
     states: Tensor | None
     """[T, D] in the model's dtype after the final norm, where they were asked for."""
 
@@ -138,12 +140,15 @@ class Program:
         if self._config.output_multiplier != 1.0:
             states_TD.mul_(self._config.output_multiplier)
         logits = self._head.logits(states_TD, draws, x.dtype)
-        return Step(logits, self._routings(moment), states_TD.to(x.dtype, copy=True) if states else None)
+        copies = [t[:, :T].clone() for t in b.routed]
+        experts = (lambda: (copies[0], copies[1])) if copies and not moment.routings else None
+        return Step(
+            logits, self._routings(moment, copies), experts, states_TD.to(x.dtype, copy=True) if states else None
+        )
 
-    def _routings(self, moment: Moment) -> Callable[[], dict[int, Routing]]:
+    def _routings(self, moment: Moment, copies: list[Tensor]) -> Callable[[], dict[int, Routing]]:
         """Of all sparse layers: what native calls and what modules routed, put together when somebody looks."""
-        b, T, called = self._b, moment.num_tokens, moment.routings
-        copies, real_T = [t[:, :T].clone() for t in b.routed], self._real_T
+        b, called, real_T = self._b, moment.routings, self._real_T
 
         def together() -> dict[int, Routing]:
             found = dict(called)
