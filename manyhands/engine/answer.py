@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from manyhands.engine.draw import TokenLogprob
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed
 from manyhands.moe import Routing
@@ -17,8 +18,20 @@ class Token:
     """What became certain with this token, never half a character. Empty without a tokenizer."""
     finish_reason: FinishReason | None
     """Why the request ended with it, or None."""
+    said: TokenLogprob | None
+    """If `logprobs` were asked for."""
     _routed: Routed = field(repr=False)
     _at: int = field(repr=False)
+
+    @property
+    def logprob(self) -> float | None:
+        """Of this token, by the model alone; None if it was not asked for."""
+        return None if self.said is None else self.said.logprob
+
+    @property
+    def top_logprobs(self) -> tuple[tuple[int, float], ...]:
+        """The most probable tokens, best first."""
+        return () if self.said is None else self.said.top
 
     @property
     def routings(self) -> dict[int, Routing]:
@@ -37,6 +50,10 @@ class Completion:
     routings: dict[int, Routing] = field(default_factory=dict)
     """If it was asked for, per sparse layer: of every token that ran for it, the prompt's and then all new ones but
     the last."""
+    logprobs: list[TokenLogprob] | None = None
+    """Of the new tokens, if they were asked for."""
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    """Of the prompt's tokens, if they were asked for; None for the first, and for what has not run yet."""
 
 
 @dataclass(frozen=True, slots=True)

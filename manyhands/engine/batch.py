@@ -19,6 +19,9 @@ class Row:
     draws: bool = True
     """Whether a token is to be drawn after the last of these: where a prompt is run in chunks, only after the last."""
 
+    every: bool = False
+    """Whether logits of all these tokens are wanted, not of the last alone."""
+
     @property
     def position(self) -> int:
         """Of the first of them in the sequence, while they have not run."""
@@ -33,7 +36,7 @@ class Row:
 class Batch:
     """The rows, and where each is among the T tokens."""
 
-    __slots__ = ("drawing", "last", "num_tokens", "rows", "starts")
+    __slots__ = ("drawing", "draws", "last", "logits", "num_tokens", "rows", "starts")
 
     def __init__(self, rows: list[Row]) -> None:
         self.rows = rows
@@ -41,11 +44,21 @@ class Batch:
         """Of each row, its first token."""
         self.last: list[int] = []
         """Of each row, its last token."""
+        self.draws: list[int] = []
+        """The tokens whose logits are wanted, in ascending order."""
+        self.logits: list[slice] = []
+        """Of each row, where its tokens' logits are among those."""
         self.num_tokens = 0
         for row in rows:
             self.starts.append(self.num_tokens)
             self.num_tokens += len(row.ids)
             self.last.append(self.num_tokens - 1)
+            before = len(self.draws)
+            if row.every:
+                self.draws += range(self.starts[-1], self.num_tokens)
+            elif row.draws:
+                self.draws.append(self.last[-1])
+            self.logits.append(slice(before, len(self.draws)))
         self.drawing = [r for r, row in enumerate(rows) if row.draws]
         """The rows after which a token is to be drawn."""
 
@@ -64,11 +77,6 @@ class Batch:
         """Of each row."""
         return [row.cache for row in self.rows]
 
-    @property
-    def draws(self) -> list[int]:
-        """The tokens after which a token is to be drawn."""
-        return [self.last[row] for row in self.drawing]
-
     def parts(self, most: int) -> "Iterator[Batch]":
         """The same tokens as batches of at most so many, to be run one after the other."""
         if self.num_tokens <= most:
@@ -81,7 +89,7 @@ class Batch:
             while first < len(row.ids):
                 ids = row.ids[first : first + room]
                 first, room = first + len(ids), room - len(ids)
-                rows.append(Row(ids, row.cache, row.draws and first == len(row.ids)))
+                rows.append(Row(ids, row.cache, row.draws and first == len(row.ids), row.every))
                 if not room:
                     yield Batch(rows)
                     rows, room = [], most

@@ -4,37 +4,38 @@
     for completion in engine.generate(["def main", "class Node"], SamplingConfig(max_new_tokens=50)):
         print(completion.text)
 
-A request's tokens depend on the request alone: it has a random generator of its own, seeded by its `sampling.seed`, and
-its attention sees its own cache. Which requests run beside it changes no bit where weights are int8 or int4, nor
-elsewhere with `exact`; else nothing but rounding. One that ends leaves at once, and its place is another's.
+A request's tokens depend on the request alone: `sampling.seed`, `sampling.choice` and a token's position decide the
+number it is drawn with, and its attention sees its own cache. Which requests run beside it changes no bit where weights
+are int8 or int4, nor elsewhere with `exact`; else nothing but rounding. One that ends leaves at once, and its place is
+another's.
 
-R rows of logits, V vocabulary.
+V vocabulary.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from weakref import WeakSet
 
-import torch
 from torch import Tensor
 
 from manyhands.config import SamplingConfig
+from manyhands.engine.adjust import Adjuster
 from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.blocks import BLOCK_SIZE, Blocks
 from manyhands.engine.caches import Caches, blocks_of, bytes_per_token
+from manyhands.engine.constraint import Constraint
+from manyhands.engine.draw import Drawn, Wish, draw_all, logprobs_of
 from manyhands.engine.kept_routing import KeptRouting, routing_bytes_per_token
-from manyhands.engine.mode import one_thread
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed, Runner, joined
-from manyhands.engine.sampling import greedy, sample
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
 from manyhands.engine.weights import Weights
-from manyhands.errors import UserError
+from manyhands.errors import ManyhandsError, UserError
 from manyhands.layers.cache import Cache
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
@@ -117,12 +118,14 @@ class Engine:
         *,
         routing: bool = False,
         prefix: Prefix | None = None,
+        constraint: Constraint | None = None,
         cache_salt: str = "",
         priority: int = 0,
     ) -> Request:
         """Queue a prompt. An empty one starts from the end-of-text token, which stands between documents.
 
-        It ends at any of `tokenizer.eos_token_ids`; without a tokenizer there is neither text nor a token to end at.
+        It ends at any of `tokenizer.eos_token_ids` and `sampling.stop_token_ids`; without a tokenizer there is no text.
+        A `constraint` says before each token which may come; it is this request's alone.
         `routing` keeps the routing of every token for `completion`. With a `prefix` what an earlier request with it has
         computed is not computed again, and what this one computes is kept in it; one request has it at a time. What
         other requests with the same `cache_salt` have computed is used in any case, but for what `routing` still needs
@@ -139,20 +142,24 @@ class Engine:
         if isinstance(prompt, str):
             assert tokenizer is not None
             prompt = tokenizer.encode(prompt, add_special_tokens=True)
-        ids = check_prompt(self.model.config, list(prompt), tokenizer)
+        ids = check_prompt(self.model.config, list(prompt), tokenizer, sampling)
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
         request.salt, request.priority = cache_salt, priority
-        request.most_shared = 0 if routing and self._kept is None else length
+        asks_all = (routing and self._kept is None) or request.scores_prompt
+        request.most_shared = 0 if asks_all else length
         self.scheduler.add(request)
         self._count += 1
+        eos = tokenizer.eos_token_ids if tokenizer and not sampling.ignore_eos else frozenset()
+        ends = eos | frozenset(sampling.stop_token_ids)
         state = request.kept = State(
-            generator=torch.Generator(self.runner.device).manual_seed(sampling.seed),
-            ends=tokenizer.eos_token_ids if tokenizer else frozenset(),
+            adjuster=Adjuster(sampling, ids, ends, constraint),
+            ends=ends,
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
             prefix=prefix,
             keeps_routing=routing and self._kept is None,
             reads_routing=routing and self._kept is not None,
+            prompt_logprobs=[None] * len(ids) if request.scores_prompt else [],
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
             self._prefixes.add(prefix)
@@ -165,8 +172,9 @@ class Engine:
     def step(self) -> list[Token]:
         """Run one forward pass: a new token for each request that decodes, and prompts that have waited.
 
-        Nothing while only a part of a prompt was run. Raises `ManyhandsError` if the logits are not finite. A pass that
-        was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
+        Nothing while only a part of a prompt was run, and for a request of no new tokens. A request whose logits are
+        not finite, or to which nothing is allowed, ends with the reason "error" and what its `error` says; no other
+        does. A pass that was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
         """
         plan, self.ran = self._plan(), None
         if not plan.chunks:
@@ -187,12 +195,22 @@ class Engine:
             self.scheduler.advance(chunk)
             routings = partial(forward.routed.rows, slice(start, start + chunk.count))
             state_of(chunk.request).ran(row.ids, routings)
-        requests = [plan.chunks[row].request for row in batch.drawing]
-        drawn = self._draw(forward.logits, requests)
-        return [
-            self._push(request, token, forward.routed, batch.last[row])
-            for request, token, row in zip(requests, drawn, batch.drawing, strict=True)
+        drawing: list[int] = []
+        for r, chunk in enumerate(plan.chunks):
+            request, draws = chunk.request, batch.rows[r].draws
+            if request.scores_prompt:
+                self._score(request, batch.rows[r].position - chunk.count, forward.logits[batch.logits[r]])
+            if draws and request.num_tokens < request.max_length:
+                drawing.append(r)
+            elif draws:  # of no new tokens
+                self._end(request, "length")
+        requests = [plan.chunks[r].request for r in drawing]
+        drawn = self._draw(forward.logits, [batch.logits[r].stop - 1 for r in drawing], requests)
+        tokens = [
+            self._push(request, made, forward.routed, batch.last[r])
+            for r, request, made in zip(drawing, requests, drawn, strict=True)
         ]
+        return [token for token in tokens if token is not None]
 
     def abort(self, request: Request) -> None:
         """End it now, wherever it is; one that has ended stays as it is."""
@@ -202,8 +220,14 @@ class Engine:
         """What was made of a request so far."""
         state = state_of(request)
         self._read_routing(request)
-        routings = joined(state.routings)
-        return Completion("".join(state.text), list(request.token_ids), request.finish_reason, routings)
+        return Completion(
+            "".join(state.text),
+            list(request.token_ids),
+            request.finish_reason,
+            joined(state.routings),
+            None if request.sampling.logprobs is None else list(state.logprobs),
+            list(state.prompt_logprobs) if request.scores_prompt else None,
+        )
 
     def generate(
         self,
@@ -261,6 +285,7 @@ class Engine:
                 for token in self.step():
                     if token.request.id in number:
                         yield number[token.request.id], token
+                check_errors(requests)
         finally:
             self._abort_all(requests)
 
@@ -329,24 +354,36 @@ class Engine:
         if self._kept is not None:
             for source, to in request.table.copies:
                 self._kept.copy(source, to)
-        return Row(request.next_ids(chunk.count), cache, chunk.draws)
+        every = request.scores_prompt and request.num_computed < len(request.prompt_ids)
+        return Row(request.next_ids(chunk.count), cache, chunk.draws, every)
 
-    def _draw(self, logits_RV: Tensor, requests: list[Request]) -> list[int]:
-        """A token for each, with its own settings and generator."""
-        if not requests:
-            return []
-        with one_thread():
-            if all(greedy(request.sampling) for request in requests):  # which asks no generator: all at once
-                found: list[int] = sample(logits_RV, requests[0].sampling, state_of(requests[0]).generator).tolist()
-                return found
-            drawn = [
-                sample(logits_RV[r : r + 1], request.sampling, state_of(request).generator)
-                for r, request in enumerate(requests)
-            ]
-            return [int(token) for token in drawn]
+    def _score(self, request: Request, first: int, logits_CV: Tensor) -> None:
+        """Logits of the tokens from `first` on: what each made of the prompt's next."""
+        found, prompt = state_of(request).prompt_logprobs, request.prompt_ids
+        targets = prompt[first + 1 : first + 1 + len(logits_CV)]
+        count = request.sampling.prompt_logprobs
+        if targets and count is not None:
+            found[first + 1 : first + 1 + len(targets)] = logprobs_of(logits_CV[: len(targets)], targets, count)
 
-    def _push(self, request: Request, token: int, routed: Routed, at: int) -> Token:
-        text, reason = state_of(request).push(request, token)
+    def _draw(self, logits_RV: Tensor, at: list[int], requests: list[Request]) -> list[Drawn]:
+        """A token for each, from its row of the logits, with its own settings."""
+        if len(at) < len(logits_RV):
+            logits_RV = logits_RV[at]
+        return draw_all(logits_RV, [Wish(r.sampling, r.num_tokens, state_of(r).adjuster) for r in requests])
+
+    def _push(self, request: Request, drawn: Drawn, routed: Routed, at: int) -> Token | None:
+        if drawn.error is not None:
+            request.error = drawn.error
+            self._end(request, "error")
+            return None
+        text, reason = state_of(request).push(request, drawn)
         if reason is not None:
             self._end(request, reason)
-        return Token(request, token, text, reason, routed, at)
+        return Token(request, drawn.token_id, text, reason, drawn.logprob, routed, at)
+
+
+def check_errors(requests: Sequence[Request]) -> None:
+    """Raises `ManyhandsError` with what went wrong with the first of them that ended so."""
+    for request in requests:
+        if request.error is not None:
+            raise ManyhandsError(request.error)

@@ -1,6 +1,6 @@
 """What cannot be continued, said in one line before anything runs."""
 
-from manyhands.config import ModelConfig
+from manyhands.config import ModelConfig, SamplingConfig
 from manyhands.errors import UserError
 from manyhands.text import Tokenizer
 
@@ -21,14 +21,16 @@ def check_causal(config: ModelConfig) -> None:
     raise UserError(f"this model cannot generate: {why}")
 
 
-def check_prompt(config: ModelConfig, ids: list[int], tokenizer: Tokenizer | None) -> list[int]:
+def check_prompt(
+    config: ModelConfig, ids: list[int], tokenizer: Tokenizer | None, sampling: SamplingConfig
+) -> list[int]:
     """The ids to start from. Raises `UserError` if they are not in the vocabulary or fill the context."""
     limit, V = config.max_position_embeddings, config.vocab_size
     if not ids:
         if tokenizer is None or tokenizer.eos_token_id is None:
             raise UserError("the prompt is empty, and there is no end-of-text token to start from; give some text")
         ids = [tokenizer.eos_token_id]
-    if len(ids) >= limit:
+    if len(ids) >= limit + (not sampling.max_new_tokens):
         raise UserError(
             f"the prompt has {len(ids)} tokens; with max_position_embeddings = {limit} it may have at most "
             f"{limit - 1}, so that one can follow"

@@ -12,9 +12,9 @@ from manyhands.config import SamplingConfig
 from manyhands.engine.blocks import Table
 from manyhands.engine.chain import Chain
 
-FinishReason = Literal["stop", "length", "abort"]
-"""stop: a token that ends an answer, or a stop string. length: `max_new_tokens`, or the context is full. abort: by the
-caller."""
+FinishReason = Literal["stop", "length", "abort", "error"]
+"""stop: a token that ends an answer, a stop string, or a constraint is met. length: `max_new_tokens`, or the context is
+full. abort: by the caller. error: what the request's `error` says."""
 
 
 @dataclass(slots=True, eq=False)
@@ -35,6 +35,8 @@ class Request:
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
     """How often its blocks were taken and it had to be computed again."""
+    error: str | None = None
+    """What went wrong with it alone."""
     kept: object = field(default=None, repr=False)
     """What the engine keeps with it."""
     salt: str = ""
@@ -61,8 +63,13 @@ class Request:
 
     @property
     def most_cached(self) -> int:
-        """Positions of cache it can come to need: all but the last token's."""
-        return max(self.num_tokens, self.max_length) - 1
+        """Positions of cache it can come to need: all but the last made token's."""
+        return max(self.num_tokens, self.max_length - 1)
+
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether logits of every token of the prompt are asked for: it runs in small chunks, and from the start."""
+        return self.sampling.prompt_logprobs is not None
 
     def next_ids(self, count: int) -> list[int]:
         """The `count` tokens that run next."""

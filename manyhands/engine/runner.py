@@ -62,7 +62,7 @@ class Forward:
     """What a pass made. Inference tensors: to be read only."""
 
     logits: Tensor
-    """[drawing rows, V]"""
+    """[R, V], of the tokens `Batch.draws`."""
     routed: Routed
     states: Tensor | None
     """[T, D] after the final norm, where they were asked for."""
@@ -138,7 +138,7 @@ class Runner:
         else:
             hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches)
         drawn = hidden.states[0]
-        if len(batch.drawing) < batch.num_tokens:
+        if len(batch.draws) < batch.num_tokens:
             drawn = drawn[batch.draws]
         routed = Routed(lambda: hidden.routings, batch.num_tokens)
         return Forward(self.model.head(drawn), routed, hidden.states[0] if states else None)

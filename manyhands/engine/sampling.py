@@ -4,6 +4,7 @@ B sequences, V vocabulary. The filters mean what transformers' logits warpers of
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,17 +16,22 @@ _GREEDY_BELOW = 1e-6
 """A smaller temperature could only tell apart logits that float32 cannot, and dividing by it overflows."""
 
 
-def sample(logits: Tensor, config: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """Token ids [B] int64 for logits [B, V], or [] for [V]. The generator lives on the logits' device.
+NOT_FINITE = "the model's logits are NaN or infinite: its weights are damaged or it has diverged"
 
-    Raises `ManyhandsError` if the logits hold NaN or +inf, or nothing but −inf.
+
+def sample(logits: Tensor, config: SamplingConfig, points: Sequence[float] | float) -> Tensor:
+    """Token ids [B] int64 for logits [B, V], or [] for [V]. A point in [0, 1) for each (`points.py`), or one for all.
+
+    Of the config the temperature and the filters count. Raises `ManyhandsError` if the logits hold NaN or +inf, or
+    nothing but −inf.
     """
     logits = logits.float()
     if not bool(logits.amax(-1).isfinite().all()):
-        raise ManyhandsError("the model's logits are NaN or infinite: its weights are damaged or it has diverged")
+        raise ManyhandsError(NOT_FINITE)
     if greedy(config):
         return logits.argmax(-1)  # the first of equals
-    return draw(filter_logits(logits, config).softmax(-1), generator)
+    at = torch.tensor(points, dtype=torch.float64, device=logits.device)
+    return draw(filter_logits(logits, config).softmax(-1), at.expand(logits.shape[:-1]))
 
 
 def greedy(config: SamplingConfig) -> bool:
@@ -33,12 +39,10 @@ def greedy(config: SamplingConfig) -> bool:
     return config.temperature < _GREEDY_BELOW
 
 
-def draw(probability: Tensor, generator: torch.Generator) -> Tensor:
-    """One of V for each row of [..., V], by inversion: one random number, where `torch.multinomial` draws V."""
+def draw(probability: Tensor, points: Tensor) -> Tensor:
+    """One of V for each row of [..., V], by inversion: at [...] points in [0, 1)."""
     reached = probability.cumsum(-1, dtype=torch.float64)
-    shape = (*probability.shape[:-1], 1)
-    point = torch.rand(shape, generator=generator, device=probability.device, dtype=torch.float64)
-    return torch.searchsorted(reached, point * reached[..., -1:], right=True).squeeze(-1)
+    return torch.searchsorted(reached, points[..., None] * reached[..., -1:], right=True).squeeze(-1)
 
 
 def filter_logits(logits: Tensor, config: SamplingConfig) -> Tensor:

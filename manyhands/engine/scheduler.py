@@ -28,6 +28,8 @@ AGEING = 256
 """Steps that one level of priority is worth."""
 MOST_PRIORITY = 100
 """Levels, either way."""
+MOST_SCORED = 256
+"""Tokens of a step whose logits are all wanted: a row of them is as wide as the vocabulary."""
 
 _rank = attrgetter("rank")
 
@@ -45,13 +47,29 @@ class Chunk:
         return self.count == self.request.num_waiting
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Plan:
     """A step."""
 
     chunks: list[Chunk] = field(default_factory=list)
     preempted: list[Request] = field(default_factory=list)
     """Requests whose cache is void."""
+    left: int = 0
+    """Tokens there is room for yet."""
+    scored: int = MOST_SCORED
+    """Of those, of which all logits are wanted."""
+
+    def room(self, request: Request) -> int:
+        """Tokens of the request that would go in."""
+        most = min(self.left, request.num_waiting)
+        return min(most, self.scored) if request.scores_prompt else most
+
+    def add(self, request: Request) -> None:
+        """As many as go in."""
+        if count := self.room(request):
+            self.chunks.append(Chunk(request, count))
+            self.left -= count
+            self.scored -= count * request.scores_prompt
 
 
 class Scheduler:
@@ -96,18 +114,15 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step. It is not empty while there is work."""
         self._clock += 1
-        plan = Plan()
-        left = self.max_batch_tokens
+        plan = Plan(left=self.max_batch_tokens)
         for request in [r for r in self.running if r.num_waiting == 1]:
-            if left and request in self.running and self._make_room(request, plan):
-                plan.chunks.append(Chunk(request, 1))
-                left -= 1
+            if plan.left and request in self.running and self._make_room(request, plan):
+                plan.add(request)
         for request in self.running:
-            if left and request.num_waiting > 1:  # admitted with blocks for all of it
-                plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
-                left -= plan.chunks[-1].count
-        if left and self.waiting and not plan.preempted:
-            self._admit(plan, left)
+            if request.num_waiting > 1:  # admitted with blocks for all of it
+                plan.add(request)
+        if plan.left and self.waiting and not plan.preempted:
+            self._admit(plan)
         return plan
 
     def advance(self, chunk: Chunk) -> None:
@@ -135,15 +150,17 @@ class Scheduler:
         else:
             self.waiting.remove(request)
 
-    def _admit(self, plan: Plan, left: int) -> None:
+    def _admit(self, plan: Plan) -> None:
         """Waiting requests, the first in rank first, into the room that is left."""
         coming: set[bytes] = set()
         if self.caching:
             for request in self.running:
                 coming.update(self._coming(request))
         at = 0
-        while left and at < len(self.waiting) and len(self.running) < self.max_sequences:
+        while at < len(self.waiting) and len(self.running) < self.max_sequences:
             request = self.waiting[at]
+            if not plan.room(request):
+                break
             found = self._find(request)
             if coming and self._next_key(request, len(found)) in coming:
                 at += 1
@@ -152,8 +169,7 @@ class Scheduler:
                 break
             del self.waiting[at]
             insort(self.running, request, key=_rank)
-            plan.chunks.append(Chunk(request, min(left, request.num_waiting)))
-            left -= plan.chunks[-1].count
+            plan.add(request)
             if self.caching:
                 coming.update(self._coming(request))
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import torch
-
+from manyhands.engine.adjust import Adjuster
+from manyhands.engine.draw import Drawn, TokenLogprob
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.stream import TextStream
@@ -16,10 +16,9 @@ from manyhands.moe import Routing
 class State:
     """One request's: its `kept`."""
 
-    generator: torch.Generator
-    """The request's own, so that its draws do not depend on who else draws."""
+    adjuster: Adjuster
     ends: frozenset[int]
-    """Tokens that end it."""
+    """Tokens that end it, and are not shown."""
     stream: TextStream | None
     prefix: Prefix | None
     keeps_routing: bool
@@ -31,6 +30,9 @@ class State:
     routings: list[dict[int, Routing]] = field(default_factory=list)
     """Of the passes it had a part in, its tokens'."""
     text: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
+    """As many as the prompt has tokens, if they are asked for."""
 
     def resume(self, request: Request, new: Callable[[], Cache]) -> None:
         """Begin with what its prefix shares with it, if anything."""
@@ -70,11 +72,17 @@ class State:
             self.prefix.keep()
         self.cache = None
 
-    def push(self, request: Request, token: int) -> tuple[str, FinishReason | None]:
+    def push(self, request: Request, drawn: Drawn) -> tuple[str, FinishReason | None]:
         """It has a new token: the text that became certain with it, and why it ends."""
+        token = drawn.token_id
         request.token_ids.append(token)
+        if drawn.logprob is not None:
+            self.logprobs.append(drawn.logprob)
         text = self.stream.push(token) if self.stream and token not in self.ends else ""
         stopped = token in self.ends or (self.stream is not None and self.stream.stopped)
+        if not stopped:
+            self.adjuster.push(token)
+            stopped = self.adjuster.finished
         full = request.num_tokens == request.max_length
         reason: FinishReason | None = "stop" if stopped else "length" if full else None
         if reason is not None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from manyhands.config import SamplingConfig
 from manyhands.engine.answer import Completion, Token
-from manyhands.engine.engine import Engine, Prompt
+from manyhands.engine.engine import Engine, Prompt, check_errors
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.request import FinishReason, Request
 from manyhands.models import Decoder
@@ -101,6 +101,7 @@ def _steps(engine: Engine, requests: list[Request]) -> Iterator[Step]:
             tokens: list[Token | None] = [None] * len(requests)
             for token in engine.step():
                 tokens[requests.index(token.request)] = token
+            check_errors(requests)
             yield Step(
                 [None if t is None else t.token_id for t in tokens],
                 ["" if t is None else t.text for t in tokens],

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from manyhands.config import parse
+from manyhands.engine.points import point
 from manyhands.engine.sampling import filter_logits
 from manyhands.errors import ConfigError, ManyhandsError
 from manyhands.generate import SamplingConfig, sample
@@ -15,6 +16,10 @@ PROBABILITY = [0.15, 0.5, 0.05, 0.3]
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def points(seed):
+    return [point(seed, 0, position) for position in range(40_000)]
 
 
 def kept(**fields):
@@ -64,33 +69,33 @@ def test_greedy_takes_the_lowest_of_equals():
     logits[0, [4000, 17]] = 2.0
     logits[1, 4999] = 1.0
     for temperature in (0.0, 1e-9):
-        assert sample(logits, SamplingConfig(temperature=temperature), seeded()).tolist() == [17, 4999, 0]
-    assert sample(logits[0], SamplingConfig(temperature=0), seeded()).shape == ()
+        assert sample(logits, SamplingConfig(temperature=temperature), 0.5).tolist() == [17, 4999, 0]
+    assert sample(logits[0], SamplingConfig(temperature=0), 0.5).shape == ()
 
 
 def test_draws_follow_the_distribution_and_the_seed():
     logits = torch.tensor(PROBABILITY).log().expand(40_000, 4)
     config = SamplingConfig(temperature=0.5)
-    ids = sample(logits, config, seeded(3))
+    ids = sample(logits, config, points(3))
     squared = torch.tensor(PROBABILITY) ** 2
     torch.testing.assert_close(ids.bincount(minlength=4) / 40_000, squared / squared.sum(), atol=0.01, rtol=0)
-    assert torch.equal(ids, sample(logits, config, seeded(3)))
-    assert not torch.equal(ids, sample(logits, config, seeded(4)))
-    assert set(sample(logits, SamplingConfig(top_k=2), seeded()).tolist()) == {1, 3}
+    assert torch.equal(ids, sample(logits, config, points(3)))
+    assert not torch.equal(ids, sample(logits, config, points(4)))
+    assert set(sample(logits, SamplingConfig(top_k=2), points(0)).tolist()) == {1, 3}
 
 
 def test_extreme_logits_and_temperatures_stay_finite():
     logits = torch.tensor([[1e30, -1e30, -math.inf, 0.0]])
     for temperature in (2e-6, 1.0, 1e6):
-        assert sample(logits, SamplingConfig(temperature=temperature, top_p=0.9, min_p=0.1), seeded()).item() == 0
-    assert sample(torch.full((1, 4), 7.0).bfloat16(), SamplingConfig(top_p=0.01), seeded()).item() == 0
+        assert sample(logits, SamplingConfig(temperature=temperature, top_p=0.9, min_p=0.1), 0.999).item() == 0
+    assert sample(torch.full((1, 4), 7.0).bfloat16(), SamplingConfig(top_p=0.01), 0.0).item() == 0
 
 
 @pytest.mark.parametrize("bad", [[0.0, math.nan], [0.0, math.inf], [-math.inf, -math.inf]])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_an_error(bad, temperature):
     with pytest.raises(ManyhandsError, match="NaN or infinite"):
-        sample(torch.tensor([[1.0, 2.0], bad]), SamplingConfig(temperature=temperature), seeded())
+        sample(torch.tensor([[1.0, 2.0], bad]), SamplingConfig(temperature=temperature), 0.5)
 
 
 @pytest.mark.parametrize(
@@ -102,8 +107,17 @@ def test_logits_that_are_not_finite_are_an_error(bad, temperature):
         {"top_p": 0.0},
         {"top_p": 1.1},
         {"min_p": -0.1},
-        {"seed": -1},
-        {"max_new_tokens": 0},
+        {"seed": 1 << 63},
+        {"max_new_tokens": -1},
+        {"repetition_penalty": 0.0},
+        {"presence_penalty": 2.1},
+        {"frequency_penalty": -2.1},
+        {"logit_bias": [[3, 101]]},
+        {"logit_bias": [[-1, 1]]},
+        {"stop_token_ids": [-1]},
+        {"logprobs": 21},
+        {"prompt_logprobs": -1},
+        {"choice": -1},
         {"stop": [""]},
         {"topp": 0.5},
     ],
