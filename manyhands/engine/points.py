@@ -10,5 +10,5 @@ def point(seed: int, choice: int, position: int) -> float:
 
     `position` is the token's place in its sequence, the prompt included.
     """
-    words = np.random.Philox(key=[seed & _WORD, choice], counter=[position, 0, 0, 0]).random_raw(1)
+    words = np.random.Philox(key=(choice << 64) | (seed & _WORD), counter=position).random_raw(1)
     return float(int(words[0]) >> 11) * 2.0**-53

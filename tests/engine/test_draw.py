@@ -48,7 +48,11 @@ def adjusted(logits, prompt=(), made=(), ends=(), constraint=None, **fields):
 
 
 def test_points_are_philox_of_key_and_counter():
-    assert point(7, 3, 11) == float(np.random.Generator(np.random.Philox(key=[7, 3], counter=[11, 0, 0, 0])).random())
+    assert point(7, 3, 11) == float(
+        np.random.Generator(
+            np.random.Philox(key=np.array([7, 3], np.uint64), counter=np.array([11, 0, 0, 0], np.uint64))
+        ).random()
+    )
     points = {point(seed, choice, at) for seed in (-1, 0, 1) for choice in (0, 1) for at in range(100)}
     assert len(points) == 600 and all(0 <= p < 1 for p in points)
     assert point(0, 0, 0) == 0.011546754286331562  # the same on every machine and in every version
