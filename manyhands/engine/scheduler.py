@@ -203,7 +203,7 @@ class Scheduler:
             table.adopt(found)
             request.num_computed = table.length
             if not request.num_preemptions:
-                request.num_cached = min(table.length, len(request.prompt_ids))
+                request.num_cached = min(table.length, len(request.prompt_ids) - 1)
         return table.reserve(request.num_tokens)
 
     def _make_room(self, request: Request, plan: Plan) -> bool:
