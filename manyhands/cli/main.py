@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, train
+from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, serve, train
 from manyhands.errors import ManyhandsError
 from manyhands.terminal import shown
 from manyhands.version import __version__
@@ -27,6 +27,7 @@ app.command("eval")(evaluate.evaluate)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
+app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

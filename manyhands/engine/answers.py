@@ -1,12 +1,15 @@
 """What a caller of `Service` waits for: the tokens of one request, or of several as they come."""
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from manyhands.engine.answer import Completion, Token
+from manyhands.engine.draw import TokenLogprob
 from manyhands.engine.request import Request
+from manyhands.engine.state import state_of
 from manyhands.errors import ManyhandsError
 
 
@@ -35,6 +38,10 @@ class Submission:
         if self._completion is None:
             raise ManyhandsError("the request has not ended")
         return self._completion
+
+    def prompt_logprobs(self) -> list[TokenLogprob | None]:
+        """Of the prompt's tokens, if they were asked for: all of them once there is a new token, or it has ended."""
+        return state_of(self.request).prompt_logprobs
 
     def cancel(self) -> None:
         """End it before the next step."""
@@ -89,13 +96,15 @@ class Answers:
         if self._left:
             self._cancel(self.submissions if submissions is None else submissions)
 
-    async def tokens(self) -> AsyncGenerator[tuple[int, Token], None]:
+    async def tokens(self, until: float | None = None) -> AsyncGenerator[tuple[int, Token], None]:
         """Each token as it is made, with its submission's place.
 
-        Raises `ManyhandsError` for one that went wrong in the engine, and when the service ended under it.
+        Raises `ManyhandsError` for one that went wrong in the engine, and when the service ended under it;
+        `TimeoutError` when the monotonic clock shows `until`.
         """
         while self._left:
-            event = await self._queue.get()
+            left = None if until is None else max(0.0, until - time.monotonic())
+            event = await asyncio.wait_for(self._queue.get(), left)
             self._left -= event.ended
             if event.error is not None:
                 self.cancel()

@@ -36,6 +36,11 @@ class Load:
             before = self.experts.get(layer)
             self.experts[layer] = counts_E if before is None else before + counts_E
 
+    @property
+    def rate(self) -> float:
+        """Tokens made per second since `since`."""
+        return self.made / max(time.monotonic() - self.since, 0.1)
+
     def plus(self, other: "Load") -> "Load":
         """Both, as of the earlier one's begin."""
         both = Load()

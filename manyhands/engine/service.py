@@ -23,7 +23,7 @@ from manyhands.engine.answers import Answers, Event, Submission
 from manyhands.engine.counters import Counters
 from manyhands.engine.engine import Engine, Prompt
 from manyhands.engine.request import Request
-from manyhands.errors import ManyhandsError, UserError
+from manyhands.errors import ManyhandsError
 
 PATIENCE = 10.0
 """Seconds without a step, while there is work, after which an engine is not healthy."""
@@ -82,6 +82,11 @@ class Service:
             self._wake.notify()
         if self._thread.ident is not None:
             self._thread.join(timeout)
+
+    @property
+    def stuck(self) -> bool:
+        """Whether a step runs on though the service was closed."""
+        return self._closing and self._thread.is_alive()
 
     async def drain(self, timeout: float) -> None:
         """Take nothing new, and wait until all has ended; what has not after `timeout` seconds is ended."""
@@ -315,6 +320,3 @@ def _call(loop: asyncio.AbstractEventLoop, job: Callable[[], Any]) -> bool:
     except RuntimeError:
         return False
     return True
-
-
-__all__ = ["Answers", "Asked", "EngineDead", "Overloaded", "Service", "Stopping", "Submission", "UserError"]

@@ -38,15 +38,7 @@ def sampling_from(
     `do_sample: false` in the file is greedy. A `top_k` of 0 there is none. No line where the file says nothing.
     Raises `CheckpointError` naming a field of the file that is wrong, `ConfigError` for what was asked.
     """
-    found = {name: published[name] for name in _HERE if published.get(name) is not None}
-    if found.get("top_k") == 0:
-        found["top_k"] = None
-    try:
-        parse(SamplingConfig, found)
-    except ConfigError as error:
-        raise CheckpointError(f"{GENERATION}: {error}") from None
-    if published.get("do_sample") is False:
-        found = {"temperature": 0.0}
+    found = published_sampling(published)
     given = {name: asked[name] for name in _HERE if asked.get(name) is not None}
     sampling = parse(SamplingConfig, {**_USUAL, **found, **given, **others})
     ignored = [
@@ -61,6 +53,18 @@ def sampling_from(
     parts += [f"{_words(given)} as asked"] if given else []
     parts += [f"not done here: {', '.join(ignored)} of {GENERATION}"] if ignored else []
     return sampling, "sampling: " + "; ".join(parts)
+
+
+def published_sampling(published: Mapping[str, Any]) -> dict[str, Any]:
+    """What the file says of our fields. Raises `CheckpointError` naming the one that is wrong."""
+    found = {name: published[name] for name in _HERE if published.get(name) is not None}
+    if found.get("top_k") == 0:
+        found["top_k"] = None
+    try:
+        parse(SamplingConfig, found)
+    except ConfigError as error:
+        raise CheckpointError(f"{GENERATION}: {error}") from None
+    return {"temperature": 0.0} if published.get("do_sample") is False else found
 
 
 def _words(values: Mapping[str, Any]) -> str:

@@ -1,0 +1,128 @@
+"""`manyhands serve`: a model behind OpenAI's HTTP interface."""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from manyhands.cli.options import IgnoreField
+from manyhands.cli.size import size
+from manyhands.errors import UserError
+
+
+def serve(
+    checkpoint: Annotated[
+        Path | None, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="A further model, loaded when it is first asked for. Repeatable."),
+    ] = None,
+    served_model_name: Annotated[
+        str | None, typer.Option(help="What requests call the model. Default: the last part of its path.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="The address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")] = 8000,
+    api_key: Annotated[list[str] | None, typer.Option(help="A key that requests must carry. Repeatable.")] = None,
+    api_key_file: Annotated[
+        Path | None, typer.Option(help="A file with such keys, one a line: other users see what a command line says.")
+    ] = None,
+    insecure: Annotated[bool, typer.Option("--insecure", help="Listen at a public address without a key.")] = False,
+    max_sequences: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 32,
+    max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; prompts run in chunks.")] = 256,
+    max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 128,
+    kv_memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Bytes of the cache (512MB, 2GiB). Default: what contexts need.")
+    ] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Weights of all models in memory; idle ones are given back.")
+    ] = None,
+    request_timeout: Annotated[float, typer.Option(min=0, help="Seconds a request may take; 0: any time.")] = 0,
+    shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs after SIGTERM.")] = 30,
+    max_body: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a request's body.")] = "8MiB",
+    exact: Annotated[
+        bool,
+        typer.Option(
+            "--exact", help="The same logits in any batch, bit for bit, of float weights too (int8, int4: always)."
+        ),
+    ] = False,
+    prefix_caching: Annotated[bool, typer.Option(help="Prompts that begin alike are computed once.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No line per request.")] = False,
+    ignore_field: IgnoreField = None,
+) -> None:
+    """Serve models over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models and more.
+
+    Requests run together, each as it would alone. The page at / chats with the model and shows its experts. Ctrl-C and
+    SIGTERM let what runs finish. A public address needs --api-key, or --insecure.
+    """
+    paths = _paths(checkpoint, model or [], served_model_name)
+    keys = [*(api_key or []), *_read_keys(api_key_file)]
+    if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
+        raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
+    bounds = {"--kv-memory": kv_memory, "--memory": memory, "--max-body": max_body}
+    kv_bytes, memory_bytes, body_bytes = (size(flag, text) for flag, text in bounds.items())
+    try:
+        from manyhands.serve import app as application
+        from manyhands.serve import load, run
+        from manyhands.serve.models import Models
+    except ModuleNotFoundError as error:
+        raise UserError(f"serving needs the package {error.name}: pip install 'manyhands[serve]'") from None
+
+    if not run.is_local(host) and not keys and not insecure:
+        raise UserError(
+            f"--host {host} lets everybody who can reach this machine use the model: give --api-key KEY, or --insecure"
+        )
+    settings = load.Settings(
+        max_sequences,
+        max_batch_tokens,
+        max_waiting,
+        kv_bytes,
+        request_timeout or None,
+        exact,
+        prefix_caching,
+        tuple(ignore_field or ()),
+    )
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"
+    )
+    models = Models(load.entries(paths, settings), memory_bytes)
+    app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
+    bound = run.bind(host, port)
+    if checkpoint is not None:
+        models.load_first()
+    sys.exit(run.serve(app, models, bound, shutdown_timeout))
+
+
+def _read_keys(path: Path | None) -> list[str]:
+    if path is None:
+        return []
+    try:
+        keys = path.read_text(encoding="utf-8").split()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--api-key-file {path}: cannot be read: {error}") from None
+    if not keys:
+        raise UserError(f"--api-key-file {path}: there is no key in it")
+    return keys
+
+
+def _paths(checkpoint: Path | None, others: list[str], name: str | None) -> dict[str, str | Path]:
+    """Path by name, the argument's first."""
+    paths: dict[str, str | Path] = {}
+    if checkpoint is not None:
+        paths[name or checkpoint.resolve().name or str(checkpoint)] = checkpoint
+    elif name is not None:
+        raise UserError(
+            "--served-model-name names the model that is given as the argument; --model NAME=PATH has its own"
+        )
+    for text in others:
+        own, separator, path = text.partition("=")
+        if not separator or not own or not path:
+            raise UserError(f"--model {text}: expected NAME=PATH")
+        if own in paths:
+            raise UserError(f"--model {text}: there are two models of the name {own}")
+        paths[own] = path
+    if not paths:
+        raise UserError("nothing to serve: give a checkpoint, or --model NAME=PATH")
+    return paths

@@ -1,0 +1,29 @@
+"""Sizes as people write them: 512MB, 2GiB."""
+
+import re
+
+from manyhands.errors import UserError
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 1 << 10,
+    "mi": 1 << 20,
+    "gi": 1 << 30,
+    "ti": 1 << 40,
+}
+_SIZE = re.compile(r"(\d{1,15}(?:\.\d{1,9})?)\s*([kmgt]i?)?b?", re.IGNORECASE)
+
+
+def size(flag: str, text: str | None) -> int | None:
+    """Bytes; None for None. Raises `UserError` that names the flag."""
+    if text is None:
+        return None
+    found = _SIZE.fullmatch(text.strip())
+    count = int(float(found[1]) * _UNITS[(found[2] or "").lower()]) if found else 0
+    if not 0 < count < 1 << 60:
+        raise UserError(f"{flag} {text}: expected a size above 0, like 512MB or 2GiB")
+    return count

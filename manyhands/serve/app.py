@@ -1,0 +1,234 @@
+"""The application: routes, who may use them, and every error as OpenAI's error object.
+
+app = build(Models([...]), keys=[b"secret"])
+"""
+
+import contextlib
+import logging
+import time
+import traceback
+from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from manyhands.errors import ManyhandsError
+from manyhands.serve import about, auth, chat, completions, limits, sse
+from manyhands.serve.errors import ApiError, as_api_error
+from manyhands.serve.metrics import CONTENT_TYPE, Metrics
+from manyhands.serve.models import Models
+from manyhands.serve.served import Served
+from manyhands.terminal import shown
+from manyhands.version import __version__
+
+log = logging.getLogger(__name__)
+Body = dict[str, Any]
+Whole = Callable[[Served, Body], Awaitable[Mapping[str, Any]]]
+Stream = Callable[[Served, Body], AsyncGenerator[dict[str, Any], None]]
+Endpoint = Callable[[Request], Awaitable[Response]]
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+    "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+def build(models: Models, keys: Collection[bytes] = (), body_bytes: int = limits.BODY_BYTES) -> Starlette:
+    """The ASGI application."""
+    server = Server(models, keys, body_bytes)
+    app = Starlette(
+        routes=server.routes(),
+        exception_handlers={HTTPException: server.not_here},
+    )
+    app.router.redirect_slashes = False
+    app.state.server = server
+    return app
+
+
+def reply(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON answer."""
+    return Response(sse.dumps(value), status, headers, "application/json")
+
+
+def error_reply(error: ApiError) -> Response:
+    """An error as an answer."""
+    headers: dict[str, str] = {}
+    if error.status in (429, 503):
+        headers["Retry-After"] = "1" if error.status == 429 else "5"
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    if error.status in (408, 413):
+        headers["Connection"] = "close"
+    return reply(error.body(), error.status, headers)
+
+
+class Server:
+    """The endpoints."""
+
+    def __init__(self, models: Models, keys: Collection[bytes], body_bytes: int) -> None:
+        self.models, self.keys, self.body_bytes = models, keys, body_bytes
+        self.metrics = Metrics(models)
+        self._page = _page()
+
+    def routes(self) -> list[Route]:
+        """All of them, each with `/v1` and without."""
+        get: dict[str, Endpoint] = {
+            "/health": self.health,
+            "/models": self.list_models,
+            "/models/{name:path}": self.one_model,
+            "/metrics": self.metrics_text,
+            "/version": self.version,
+            "/routing": self.routing,
+            "/tokenizer_info": self.tokenizer_info,
+        }
+        post: dict[str, Endpoint] = {
+            "/completions": self.answering(completions.create, completions.stream),
+            "/chat/completions": self.answering(chat.create, chat.stream),
+            "/tokenize": self.answering(about.tokenize),
+            "/detokenize": self.answering(about.detokenize),
+        }
+        routes = [Route("/", self.guarded(self.page), methods=["GET"])]
+        for methods, endpoints in (("GET", get), ("POST", post)):
+            for path, endpoint in endpoints.items():
+                for prefix in ("/v1", ""):
+                    routes.append(Route(prefix + path, self.guarded(endpoint), methods=[methods]))
+        return routes
+
+    def guarded(self, endpoint: Endpoint) -> Endpoint:
+        """With the key checked, errors as answers, a line in the log."""
+
+        async def call(request: Request) -> Response:
+            begin = time.monotonic()
+            try:
+                auth.check(request, self.keys)
+                response = await endpoint(request)
+            except ApiError as error:
+                response = error_reply(error)
+            except ManyhandsError as error:
+                response = error_reply(as_api_error(error))
+            except limits.Gone:
+                response = error_reply(ApiError(499, "the client has closed the connection"))
+            except Exception as error:
+                log.error("%s in %s:\n%s", type(error).__name__, _said(request), _frames(error))
+                response = error_reply(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
+            self.metrics.requests.labels(response.status_code).inc()
+            log.info("%s %d %.0f ms", _said(request), response.status_code, 1000 * (time.monotonic() - begin))
+            return response
+
+        return call
+
+    def answering(self, create: Whole, stream: Stream | None = None) -> Endpoint:
+        """An endpoint that has a model make something of a JSON body."""
+
+        async def call(request: Request) -> Response:
+            body = await limits.read_object(request, self.body_bytes)
+            async with contextlib.AsyncExitStack() as stack:
+                served = await stack.enter_async_context(self.models.use(body.get("model")))
+                self.metrics.count_unknown(body)
+                if stream is None or body.get("stream") is not True:
+                    return reply(await limits.while_there(request, _coroutine(create, served, body)))
+                events = _events(stream(served, body))
+                held = stack.pop_all()  # in use until the stream is over
+                try:
+                    return await sse.respond(events, left=held.aclose)
+                except BaseException:
+                    await held.aclose()
+                    raise
+
+        return call
+
+    async def not_here(self, request: Request, error: Exception) -> Response:
+        """404 and 405 of the router."""
+        assert isinstance(error, HTTPException)
+        try:
+            auth.check(request, self.keys)
+        except ApiError as refused:
+            return error_reply(refused)
+        path = shown(request.url.path)[:200]
+        if error.status_code == 405:
+            allowed = (error.headers or {}).get("Allow", "another method")
+            problem = ApiError(405, f"{request.method} {path}: the method here is {allowed}", code="method_not_allowed")
+        else:
+            problem = ApiError(error.status_code, f"there is no {path} here", code="not_found")
+        response = error_reply(problem)
+        response.headers.update(error.headers or {})
+        return response
+
+    async def health(self, request: Request) -> Response:
+        """200 while every engine is idle or moves."""
+        bad = [served.name for served in self.models.loaded if not served.service.healthy]
+        if bad:
+            raise ApiError(503, f"the engine of {bad[0]} does not move", "unavailable_error", code="unhealthy")
+        if self.models.stopping:
+            raise ApiError(503, "the server is stopping", "unavailable_error", code="stopping")
+        return reply({"status": "ok"})
+
+    async def list_models(self, request: Request) -> Response:
+        """`/v1/models`."""
+        found = [about.model_object(entry, self.models) for entry in self.models.entries.values()]
+        return reply({"object": "list", "data": found})
+
+    async def one_model(self, request: Request) -> Response:
+        """`/v1/models/{id}`."""
+        return reply(about.model_object(self.models.entry(request.path_params["name"]), self.models))
+
+    async def metrics_text(self, request: Request) -> Response:
+        """`/metrics`."""
+        return Response(self.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def version(self, request: Request) -> Response:
+        """`/version`."""
+        return reply({"version": __version__})
+
+    async def routing(self, request: Request) -> Response:
+        """`/v1/routing`."""
+        async with self.models.use(request.query_params.get("model")) as served:
+            return reply(about.routing(served))
+
+    async def tokenizer_info(self, request: Request) -> Response:
+        """`/tokenizer_info`."""
+        async with self.models.use(request.query_params.get("model")) as served:
+            return reply(about.tokenizer_info(served))
+
+    async def page(self, request: Request) -> Response:
+        """`/`."""
+        if self._page is None:
+            return PlainTextResponse(f"manyhands {__version__}: see /v1/models\n")
+        return HTMLResponse(self._page, headers=PAGE_HEADERS)
+
+
+async def _coroutine(create: Whole, served: Served, body: Body) -> Mapping[str, Any]:
+    return await create(served, body)
+
+
+async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(chunks):
+        try:
+            async for chunk in chunks:
+                yield sse.event(chunk)
+        except (ApiError, GeneratorExit):
+            raise
+        except Exception as error:
+            log.error("%s in a stream:\n%s", type(error).__name__, _frames(error))
+            raise ApiError(500, f"{type(error).__name__} in the server", "server_error") from None
+
+
+def _page() -> str | None:
+    page = files("manyhands.serve") / "page.html"
+    return page.read_text(encoding="utf-8") if page.is_file() else None
+
+
+def _said(request: Request) -> str:
+    """The request as the log has it: no query, no body, no control characters."""
+    return f"{shown(request.method)[:16]} {shown(request.url.path)[:200]!r}"
+
+
+def _frames(error: Exception) -> str:
+    """Where it happened. What an error says may be a prompt."""
+    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

@@ -1,0 +1,52 @@
+"""From paths and settings to models that can be served."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from manyhands.checkpoint.find import find
+from manyhands.checkpoint.model import load
+from manyhands.engine.engine import Engine
+from manyhands.engine.service import Service
+from manyhands.serve.models import Entry, weight_bytes
+from manyhands.serve.served import Served
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How every model is served."""
+
+    max_sequences: int = 32
+    max_batch_tokens: int = 256
+    max_waiting: int = 128
+    kv_bytes: int | None = None
+    request_timeout: float | None = None
+    exact: bool = False
+    prefix_caching: bool = True
+    ignore_fields: Collection[str] = ()
+
+
+def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
+    """One for each. Raises `CheckpointError` for a path where there is no model."""
+    found: list[Entry] = []
+    for name, path in paths.items():
+        directory = find(path)
+        found.append(Entry(name, partial(_load, name, directory, settings), weight_bytes(Path(directory))))
+    return found
+
+
+def _load(name: str, directory: Path, settings: Settings) -> Served:
+    model, tokenizer = load(directory, ignore_fields=settings.ignore_fields)
+    engine = Engine(
+        model,
+        tokenizer,
+        max_sequences=settings.max_sequences,
+        max_batch_tokens=settings.max_batch_tokens,
+        cache_bytes=settings.kv_bytes,
+        prefix_caching=settings.prefix_caching,
+        exact=settings.exact,
+    )
+    service = Service(engine, max_waiting=settings.max_waiting)
+    service.start()
+    return Served(name, service, tokenizer, model.config, settings.request_timeout)
