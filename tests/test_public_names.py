@@ -63,6 +63,11 @@ FLAGS = {
         "show_routing",
         "json_output",
     },
+    "serve": {
+        *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),
+        *("max_sequences", "max_batch_tokens", "max_waiting", "kv_memory", "memory", "max_body"),
+        *("request_timeout", "shutdown_timeout", "exact", "prefix_caching", "quiet", "ignore_field"),
+    },
     "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
     "doctor": {"again", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from manyhands.config.base import short_repr
 from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, arguments
 from manyhands.serve.errors import wrong
@@ -58,6 +59,7 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         raise wrong("stream_options", "only with stream: true")
     if request.top_logprobs is not None and not request.logprobs:
         raise wrong("top_logprobs", "only with logprobs: true")
+    _check_form(request)
     ids = await prompt_ids(served, request)
     asked_for = request.max_completion_tokens or request.max_tokens
     served.check_ids(ids, "messages", asked_for)
@@ -76,6 +78,17 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
     return ChatAsking(request, asked, [ids], request.logprobs, request, lambda: Parts(template, end))
 
 
+def _check_form(request: ChatBody) -> None:
+    """Raises `ApiError` for what the answer cannot be made to be."""
+    form = (request.response_format or {}).get("type", "text")
+    if form != "text":
+        raise wrong("response_format.type", f"{short_repr(form)} is not served; text is")
+    if request.tool_choice not in (None, "none", "auto"):
+        raise wrong("tool_choice", f"{short_repr(request.tool_choice)} is not served; auto and none are")
+    if request.tool_choice == "auto" and not request.tools:
+        raise wrong("tool_choice", "there are no tools to choose from")
+
+
 async def prompt_ids(served: Served, request: ChatBody) -> list[int]:
     """The conversation in the model's template."""
     messages = checked(request.messages)
@@ -85,7 +98,7 @@ async def prompt_ids(served: Served, request: ChatBody) -> list[int]:
             raise wrong(f"chat_template_kwargs.{name}", "it is not the template's to be told here")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
-    if request.tools:
+    if request.tools and request.tool_choice != "none":
         variables["tools"] = request.tools
     if request.documents:
         variables["documents"] = request.documents

@@ -107,7 +107,11 @@ def push(entries: Entries, token: Token) -> list[Entry]:
 
 def arguments(body: Generating, constraint: Any = None) -> dict[str, Any]:
     """What `Engine.add` is told beside prompt and sampling."""
-    found: dict[str, Any] = {"routing": body.return_routed_experts}
+    found: dict[str, Any] = {
+        "routing": body.return_routed_experts,
+        "cache_salt": body.cache_salt or "",
+        "priority": body.priority or 0,
+    }
     if constraint is not None:
         found["constraint"] = constraint
     return found

@@ -130,7 +130,11 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
     if len(prompts) * request.n > MOST_SEQUENCES:
         raise wrong("prompt", f"{len(prompts)} prompts with n = {request.n}: at most {MOST_SEQUENCES} answers at once")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
-    made = iter(await aside(served.tokenizer.encode_batch, texts, add_special_tokens=True) if texts else [])
+    try:
+        made = iter(await aside(served.tokenizer.encode_batch, texts, add_special_tokens=True) if texts else [])
+    except ApiError as error:
+        error.param = error.param or "prompt"
+        raise
     ids = [next(made) if isinstance(prompt, str) else prompt for prompt in prompts]
     new = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     end = served.tokenizer.eos_token_id

@@ -45,6 +45,7 @@ def _load(name: str, directory: Path, settings: Settings) -> Served:
         max_batch_tokens=settings.max_batch_tokens,
         cache_bytes=settings.kv_bytes,
         prefix_caching=settings.prefix_caching,
+        keep_routing=True,
         exact=settings.exact,
     )
     service = Service(engine, max_waiting=settings.max_waiting)

@@ -57,7 +57,7 @@ class Generating(Body):
     stream: bool = False
     stream_options: StreamOptions | None = None
     cache_salt: Annotated[str, Field(max_length=1024)] | None = None
-    priority: Annotated[int, Field(ge=-(1 << 31), lt=1 << 31)] | None = None
+    priority: Annotated[int, Field(ge=-100, le=100)] | None = None
     return_routed_experts: bool = False
     routed_experts_prompt_start: Whole = 0
     return_expert_ledger: bool = False

@@ -67,8 +67,8 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def serve(app: Starlette, models: Models, bound: socket.socket, patience: float) -> int:
-    """Until a signal comes or an engine dies; the exit code. `patience` seconds to finish what runs."""
+def server_of(app: Starlette, models: Models, bound: socket.socket, patience: float) -> "Server":
+    """uvicorn with our limits. `patience` seconds to finish what runs when it is to stop."""
     config = uvicorn.Config(
         app,
         http=Protocol,
@@ -81,7 +81,12 @@ def serve(app: Starlette, models: Models, bound: socket.socket, patience: float)
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=1,
     )
-    server = _Server(config, models, patience, address_of(bound))
+    return Server(config, models, patience, bound)
+
+
+def serve(app: Starlette, models: Models, bound: socket.socket, patience: float) -> int:
+    """Until a signal comes or an engine dies; the exit code."""
+    server = server_of(app, models, bound, patience)
     asyncio.run(server.serve(sockets=[bound]))
     models.close()
     if any(served.service.stuck for served in models.loaded):
@@ -90,12 +95,12 @@ def serve(app: Starlette, models: Models, bound: socket.socket, patience: float)
     return server.code
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """uvicorn's, which finishes what runs while it says no to what comes, and sees whether the engines live."""
 
-    def __init__(self, config: uvicorn.Config, models: Models, patience: float, address: str) -> None:
+    def __init__(self, config: uvicorn.Config, models: Models, patience: float, bound: socket.socket) -> None:
         super().__init__(config)
-        self.models, self.patience, self.address, self.code = models, patience, address, 0
+        self.models, self.patience, self.address, self.code = models, patience, address_of(bound), 0
         self._drain: asyncio.Task[None] | None = None
         self._signals = 0
 
