@@ -351,9 +351,6 @@ class Engine:
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request
         cache = state_of(request).begin(request, self._new_cache(request))
-        if self._kept is not None:
-            for source, to in request.table.copies:
-                self._kept.copy(source, to)
         every = request.scores_prompt and request.num_computed < len(request.prompt_ids)
         return Row(request.next_ids(chunk.count), cache, chunk.draws, every)
 

@@ -49,11 +49,6 @@ class KeptRouting:
         self._ids.reshape(-1, *self._shape[1:])[at] = ids  # −1 becomes the largest number
         self._weights.reshape(-1, *self._shape[1:])[at] = weights
 
-    def copy(self, source: int, to: int) -> None:
-        """What one block holds, into another."""
-        self._hold(1 + max(source, to))
-        self._ids[to], self._weights[to] = self._ids[source], self._weights[source]
-
     def read(self, table: Table, length: int) -> dict[int, Routing]:
         """Of the first `length` positions of a table, per sparse layer. Scores and logits are NaN: nobody kept them."""
         blocks = table.ids[: table.blocks.needed(length)]

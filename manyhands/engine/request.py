@@ -34,7 +34,7 @@ class Request:
     """Tokens in the cache."""
     finish_reason: FinishReason | None = None
     num_preemptions: int = 0
-    """How often its blocks were taken and it had to be computed again."""
+    """How often its blocks were taken, or a pass was cut short, and it had to be computed again."""
     error: str | None = None
     """What went wrong with it alone."""
     kept: object = field(default=None, repr=False)

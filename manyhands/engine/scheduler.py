@@ -136,6 +136,7 @@ class Scheduler:
         """A running one gives back its blocks and waits again."""
         request.table.free()
         request.num_computed = 0
+        request.num_preemptions += 1
         self.running.remove(request)
         insort(self.waiting, request, key=_rank)
 
@@ -203,7 +204,7 @@ class Scheduler:
             table.adopt(found)
             request.num_computed = table.length
             if not request.num_preemptions:
-                request.num_cached = min(table.length, len(request.prompt_ids) - 1)
+                request.num_cached = table.length
         return table.reserve(request.num_tokens)
 
     def _make_room(self, request: Request, plan: Plan) -> bool:
@@ -211,7 +212,6 @@ class Scheduler:
         while not request.table.reserve(request.num_tokens):
             last = self.running[-1]
             self.put_back(last)
-            last.num_preemptions += 1
             self.num_preemptions += 1
             plan.preempted.append(last)
             if last is request:

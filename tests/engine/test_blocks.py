@@ -181,3 +181,21 @@ def test_a_key_is_of_all_tokens_so_far_of_the_salt_and_of_the_epoch():
     apart = [key([1, 2], salt="x"), key([1, 2], salt="1"), key([1, 2], epoch=1), key([1, 2], epoch=11, salt="1")]
     assert len({*texts, *apart}) == 8 and key([1, 2]) == texts[0]
     assert key([1, 2], salt="\ud800") != texts[0], "a lone surrogate, which JSON can bring"
+
+
+def test_a_block_that_is_written_to_again_is_found_by_what_is_in_it_then():
+    blocks, old, new = Blocks(9, block_size=3), keys([1, 2, 3, 4, 5, 6]), keys([1, 2, 3, 4, 0, 0])
+    table = blocks.new_table()
+    table.grow(6)
+    table.publish(old, 6)
+    table.truncate(4)
+    assert blocks.find(old) == table.ids, "as long as nobody writes"
+    table.grow(6)
+    assert blocks.find(old) == table.ids[:1] and not table.copies
+    table.publish(new, 6)
+    assert blocks.find(new) == table.ids
+    other = blocks.new_table()
+    other.adopt(blocks.find(new))
+    table.truncate(5)
+    table.grow(6)
+    assert table.copies == [(other.ids[1], table.ids[1])] and blocks.find(new) == other.ids, "the other's stays"
