@@ -43,14 +43,21 @@ def installed() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("llama_cpp", "gguf"))
 
 
-def write_gguf(config: ModelConfig, state: dict[str, Tensor], formats: list[str], directory: Path) -> None:
+def write_gguf(
+    config: ModelConfig,
+    state: dict[str, Tensor],
+    formats: list[str],
+    directory: Path,
+    vocabulary: dict[str, Any] | None = None,
+) -> None:
     """`BF16.gguf` of our weights, and what llama.cpp's own quantiser makes of it for each of `formats`.
 
-    Every matrix is in the format, embedding and head too; norms and routers stay float32.
+    Every matrix is in the format, embedding and head too; norms and routers stay float32. `vocabulary`: the `model`
+    of a tokenizer.json, byte-level BPE, for who wants text; texts are parted as GPT-2 does, which times nothing else.
     """
     directory.mkdir()
     base = directory / "BF16.gguf"
-    write_bf16(config, state, base)
+    write_bf16(config, state, base, vocabulary)
     import llama_cpp
 
     quiet()
@@ -66,14 +73,27 @@ def write_gguf(config: ModelConfig, state: dict[str, Tensor], formats: list[str]
             raise RuntimeError(f"llama.cpp did not write {target.name}")
 
 
-def write_bf16(config: ModelConfig, state: dict[str, Tensor], path: Path) -> None:
-    """Our weights under the names of llama.cpp's architecture `olmoe`; no vocabulary."""
+def write_bf16(
+    config: ModelConfig, state: dict[str, Tensor], path: Path, vocabulary: dict[str, Any] | None = None
+) -> None:
+    """Our weights under the names of llama.cpp's architecture `olmoe`."""
     import gguf
 
     assert config.moe is not None
     writer = gguf.GGUFWriter(path, "olmoe")
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
+    if vocabulary is None:
+        writer.add_tokenizer_model("no_vocab")
+    else:
+        tokens = sorted(vocabulary["vocab"], key=vocabulary["vocab"].__getitem__)
+        writer.add_tokenizer_model("gpt2")
+        writer.add_tokenizer_pre("gpt-2")
+        writer.add_token_list(tokens)
+        special = [gguf.TokenType.CONTROL if token.startswith("<|") else gguf.TokenType.NORMAL for token in tokens]
+        writer.add_token_types(special)
+        pairs = vocabulary["merges"]
+        writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in pairs])
+        writer.add_eos_token_id(next(i for i, token in enumerate(tokens) if token.startswith("<|")))
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
