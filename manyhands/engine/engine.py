@@ -12,9 +12,8 @@ another's.
 V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
-from weakref import WeakSet
 
 from torch import Tensor
 
@@ -22,11 +21,9 @@ from manyhands.config import SamplingConfig
 from manyhands.engine.adjust import Adjuster
 from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
-from manyhands.engine.blocks import BLOCK_SIZE, Blocks
-from manyhands.engine.caches import Caches, blocks_of, bytes_per_token
 from manyhands.engine.constraint import Constraint
 from manyhands.engine.draw import Drawn, Wish, draw_all, logprobs_of
-from manyhands.engine.kept_routing import KeptRouting, routing_bytes_per_token
+from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
@@ -34,9 +31,7 @@ from manyhands.engine.runner import Routed, Runner, joined
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
-from manyhands.engine.weights import Weights
 from manyhands.errors import ManyhandsError, UserError
-from manyhands.layers.cache import Cache
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 
@@ -78,33 +73,17 @@ class Engine:
         Raises `UserError` for a model that cannot generate, and for less than one block.
         """
         check_causal(model.config)
-        if cache_tokens is not None and cache_bytes is not None:
-            raise UserError("cache_tokens and cache_bytes both bound the cache: give one of them")
-        if cache_bytes is not None and paged is False:
-            raise UserError("cache_bytes bounds a cache in blocks: give it without paged=False")
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
-        self.cache_bytes_per_token = bytes_per_token(model.config, model.embed_tokens.weight.dtype)
-        """Of all layers; with `keep_routing`, of that too."""
-        keep_routing = keep_routing and model.config.moe is not None
-        if keep_routing:
-            self.cache_bytes_per_token += routing_bytes_per_token(model.config)
-        context = -(-model.config.max_position_embeddings // BLOCK_SIZE)
-        if cache_bytes is not None:
-            blocks = Blocks(blocks_of(cache_bytes, self.cache_bytes_per_token))
-        elif cache_tokens is not None:
-            blocks = Blocks(max(1, cache_tokens // BLOCK_SIZE))
-        else:
-            blocks = Blocks(max_sequences * context, most_idle=context)
-        self.scheduler = Scheduler(blocks, max_sequences, max_batch_tokens)
-        self._caches = Caches(len(model.layers), blocks, at_once=cache_bytes is not None)
-        self._paged, self._prefix_caching = True if cache_bytes is not None else paged, prefix_caching
-        at_once = cache_bytes is not None
-        self._kept = KeptRouting(model.config, blocks.num_blocks, at_once) if keep_routing else None
-        self._weights: Weights | None = None
-        self._prefixes: WeakSet[Prefix] = WeakSet()
+        self.memory = Memory(model, max_sequences, cache_tokens, cache_bytes, paged, prefix_caching, keep_routing)
+        self.scheduler = Scheduler(self.memory.blocks, max_sequences, max_batch_tokens)
         self._count = 0
         self.ran: Ran | None = None
         """The last step; None if it had nothing to run."""
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """What a token takes in the cache, in all layers; with `keep_routing`, with that."""
+        return self.memory.bytes_per_token
 
     @property
     def busy(self) -> bool:
@@ -146,27 +125,25 @@ class Engine:
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
         request.salt, request.priority = cache_salt, priority
-        asks_all = (routing and self._kept is None) or request.scores_prompt
+        kept = self.memory.kept is not None
+        asks_all = (routing and not kept) or request.scores_prompt
         request.most_shared = 0 if asks_all else length
         self.scheduler.add(request)
         self._count += 1
         eos = tokenizer.eos_token_ids if tokenizer and not sampling.ignore_eos else frozenset()
         ends = eos | frozenset(sampling.stop_token_ids)
-        state = request.kept = State(
+        request.kept = State(
             adjuster=Adjuster(sampling, ids, ends, constraint),
             ends=ends,
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
             prefix=prefix,
-            keeps_routing=routing and self._kept is None,
-            reads_routing=routing and self._kept is not None,
+            keeps_routing=routing and not kept,
+            reads_routing=routing and kept,
             prompt_logprobs=[None] * len(ids) if request.scores_prompt else [],
         )
         if prefix is not None:  # now, so that what is shared counts as computed when the step is planned
-            self._prefixes.add(prefix)
             self._look_at_weights()
-            if routing or self._kept is not None:  # a prefix has none, and is nobody's who computes blocks for others
-                prefix.clear()
-            state.resume(request, self._new_cache(request))
+            self.memory.resume(request, prefix, self.runner)
         return request
 
     def step(self) -> list[Token]:
@@ -188,9 +165,7 @@ class Engine:
                 state_of(chunk.request).forget(chunk.request)
             raise
         self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
-        if self._kept is not None:
-            rows = [(chunk.request.table, chunk.request.num_computed, chunk.count) for chunk in plan.chunks]
-            self._kept.write(rows, *forward.routed.experts())
+        self.memory.keep_routing(plan.chunks, forward.routed)
         for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
             self.scheduler.advance(chunk)
             routings = partial(forward.routed.rows, slice(start, start + chunk.count))
@@ -219,7 +194,7 @@ class Engine:
     def completion(self, request: Request) -> Completion:
         """What was made of a request so far."""
         state = state_of(request)
-        self._read_routing(request)
+        self.memory.read_routing(request)
         return Completion(
             "".join(state.text),
             list(request.token_ids),
@@ -295,62 +270,38 @@ class Engine:
 
     def _plan(self) -> Plan:
         """The next step. Where nothing fits any more, what conversations keep for their next turns goes."""
-        scheduler = self.scheduler
-        admits = scheduler.waiting and len(scheduler.running) < scheduler.max_sequences
-        if admits and self._is_paged() and self._prefix_caching:
-            self._look_at_weights()
-        plan = self.scheduler.schedule()
+        scheduler, memory = self.scheduler, self.memory
+        if scheduler.waiting and len(scheduler.running) < scheduler.max_sequences:
+            scheduler.caching = memory.caching(self.runner)
+            if scheduler.caching:
+                self._look_at_weights()
+        plan = scheduler.schedule()
         if not plan.chunks and self.busy:
-            active = {state_of(r).prefix for r in self.scheduler.running}
-            for request in self.scheduler.waiting:
+            for request in scheduler.waiting:
                 request.num_computed = 0
                 state_of(request).forget(request)
-            for prefix in self._prefixes:
-                if prefix not in active:
-                    prefix.clear()
-            again = self.scheduler.schedule()
+            memory.forget_prefixes(scheduler.running)
+            again = scheduler.schedule()
             plan = Plan(again.chunks, plan.preempted + again.preempted)
         for request in plan.preempted:
             state_of(request).forget(request)
         return plan
 
-    def _end(self, request: Request, reason: FinishReason) -> None:
-        self._read_routing(request)
-        state_of(request).leave()
-        self.scheduler.end(request, reason)
-        if self._caches.rest() and self._kept is not None:
-            self._kept.release()
-
-    def _read_routing(self, request: Request) -> None:
-        """What is kept with the blocks of one that wants it and has not ended."""
-        if self._kept is not None and state_of(request).reads_routing and request.num_computed and request.table.ids:
-            state_of(request).routings = [self._kept.read(request.table, request.num_computed)]
-
-    def _is_paged(self) -> bool:
-        if self._paged is None:
-            self._paged = self.runner.reads_blocks
-        self.scheduler.caching = self._prefix_caching and self._paged
-        return self._paged
-
     def _look_at_weights(self) -> None:
         """What other weights have computed is not used any more."""
-        if self._weights is None:
-            self._weights = Weights(self.model)
-        elif self._weights.changed():
+        if self.memory.changed():
             self.scheduler.epoch += 1
-            active = {state_of(r).prefix for r in self.scheduler.running}
-            for prefix in self._prefixes:
-                if prefix not in active:
-                    prefix.clear()
+            self.memory.forget_prefixes(self.scheduler.running)
 
-    def _new_cache(self, request: Request) -> Callable[[], Cache]:
-        if not self._is_paged():
-            return self.model.new_cache
-        return partial(self._caches.new, request.table, request.num_computed)
+    def _end(self, request: Request, reason: FinishReason) -> None:
+        self.memory.read_routing(request)
+        state_of(request).leave()
+        self.scheduler.end(request, reason)
+        self.memory.rest()
 
     def _row(self, chunk: Chunk) -> Row:
         request = chunk.request
-        cache = state_of(request).begin(request, self._new_cache(request))
+        cache = state_of(request).begin(request, self.memory.new_cache(request, self.runner))
         every = request.scores_prompt and request.num_computed < len(request.prompt_ids)
         return Row(request.next_ids(chunk.count), cache, chunk.draws, every)
 

@@ -20,7 +20,7 @@ HEADS = {"native": WIDE, "as modules": GQA, "latent": {**MLA, "v_head_dim": 8}}
 
 
 def rows(engine):
-    return [row for pool in engine._caches.pools for buffer in pool.buffers for row in [buffer.shape[0]]]
+    return [row for pool in engine.memory.caches.pools for buffer in pool.buffers for row in [buffer.shape[0]]]
 
 
 @pytest.mark.parametrize("paged", [None, True])
@@ -28,8 +28,8 @@ def test_memory_is_given_back_when_nobody_needs_it(make, paged):
     engine = Engine(make(attention=WIDE), paged=paged)
     engine.add_all([[1, 2, 3]] * 3, GREEDY)
     engine.step()
-    assert engine._paged or not native.available()
-    assert not engine._paged or set(rows(engine)) == {3}
+    assert engine.memory.paged(engine.runner) or not native.available()
+    assert not engine.memory.paged(engine.runner) or set(rows(engine)) == {3}
     while engine.busy:
         engine.step()
     assert rows(engine) == [] and engine.scheduler.blocks.num_free == engine.scheduler.blocks.num_blocks

@@ -80,6 +80,26 @@ def test_what_a_conversation_kept_elsewhere_leaves_no_gap():
         compare(found.routings, right.routings)
 
 
+@pytest.mark.parametrize("paged", [True, False])
+def test_who_wants_all_of_a_prompt_runs_all_of_it(paged):
+    """Whatever a conversation or the cache has of it."""
+    model, prefix, greedy = packed_model({**CASES["qwen3"], **LONG}, "int4"), Prefix(), {"temperature": 0.0}
+    scores = SamplingConfig(prompt_logprobs=2, max_new_tokens=3, **greedy)
+    (right,) = Engine(model, paged=paged).generate([SHARED], scores, routing=True)
+    engine = Engine(model, paged=paged)
+    for sampling, routing in ((SAMPLINGS[0], False), (scores, False), (SAMPLINGS[0], True), (scores, True)):
+        request = engine.add(SHARED, sampling, prefix=prefix, routing=routing)
+        while engine.busy:
+            engine.step()
+        found = engine.completion(request)
+        assert request.num_cached == 0
+        if sampling is scores:
+            assert found.prompt_logprobs == right.prompt_logprobs and found.token_ids == right.token_ids
+            assert found.prompt_logprobs[0] is None and None not in found.prompt_logprobs[1:]
+        if routing:
+            assert {len(r.expert_ids) for r in found.routings.values()} == {len(SHARED) + len(found.token_ids) - 1}
+
+
 def test_a_dense_model_keeps_nothing_and_a_budget_counts_it():
     dense = packed_model({**CASES["qwen3"], **LONG, "moe": None}, "int4")
     assert Engine(dense, keep_routing=True).generate([SHARED], SAMPLINGS[0], routing=True)[0].routings == {}
@@ -88,11 +108,11 @@ def test_a_dense_model_keeps_nothing_and_a_budget_counts_it():
     assert token == plain + 3 * 3 * 5
     engine = Engine(model, keep_routing=True, cache_bytes=4 * 32 * token)
     engine.generate([SHARED], SAMPLINGS[0])
-    pools = sum(buffer.nbytes for pool in engine._caches.pools for buffer in pool.buffers)
-    assert pools + engine._kept.nbytes == 4 * 32 * token
+    pools = sum(buffer.nbytes for pool in engine.memory.caches.pools for buffer in pool.buffers)
+    assert pools + engine.memory.kept.nbytes == 4 * 32 * token
     engine = Engine(model, keep_routing=True, prefix_caching=False)
     engine.generate([SHARED], SAMPLINGS[0])
-    assert engine._kept.nbytes == 0, "given back"
+    assert engine.memory.kept.nbytes == 0, "given back"
 
 
 @pytest.mark.parametrize("E", [4, 255, 256, 300])

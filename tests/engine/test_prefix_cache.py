@@ -144,7 +144,7 @@ def test_a_budget_in_bytes_is_kept_to_the_byte():
         engine = Engine(model, cache_bytes=5 * 32 * Engine(model).cache_bytes_per_token + 31)
         for b in range(6):
             engine.generate([[b, *SHARED[:60]]], SamplingConfig(max_new_tokens=30))
-            pools = engine._caches.pools
+            pools = engine.memory.caches.pools
             taken = sum(buffer.nbytes for pool in pools for buffer in pool.buffers)
             assert taken == 5 * 32 * engine.cache_bytes_per_token
         assert engine.scheduler.blocks.num_blocks == 5
@@ -170,4 +170,4 @@ def test_an_unbounded_cache_keeps_what_one_context_needs_and_gives_back_the_rest
     for b in range(5):
         engine.generate([[b, *SHARED[:50]]] * 2, SamplingConfig(max_new_tokens=12))
     assert engine.scheduler.blocks.num_idle == 2
-    assert max(buffer.shape[0] for pool in engine._caches.pools for buffer in pool.buffers) <= 8
+    assert max(buffer.shape[0] for pool in engine.memory.caches.pools for buffer in pool.buffers) <= 8
