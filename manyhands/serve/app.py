@@ -105,23 +105,27 @@ class Server:
 
         async def call(request: Request) -> Response:
             begin = time.monotonic()
-            try:
-                auth.check(request, self.keys)
-                response = await endpoint(request)
-            except ApiError as error:
-                response = error_reply(error)
-            except ManyhandsError as error:
-                response = error_reply(as_api_error(error))
-            except limits.Gone:
-                response = error_reply(ApiError(499, "the client has closed the connection"))
-            except Exception as error:
-                log.error("%s in %s:\n%s", type(error).__name__, _said(request), _frames(error))
-                response = error_reply(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
+            response = await self._answer(endpoint, request)
             self.metrics.requests.labels(response.status_code).inc()
             log.info("%s %d %.0f ms", _said(request), response.status_code, 1000 * (time.monotonic() - begin))
             return response
 
         return call
+
+    async def _answer(self, endpoint: Endpoint, request: Request) -> Response:
+        try:
+            limits.check_head(request)
+            auth.check(request, self.keys)
+            return await endpoint(request)
+        except ApiError as error:
+            return error_reply(error)
+        except ManyhandsError as error:
+            return error_reply(as_api_error(error))
+        except limits.Gone:
+            return error_reply(ApiError(499, "the client has closed the connection"))
+        except Exception as error:
+            log.error("%s in %s:\n%s", type(error).__name__, _said(request), _frames(error))
+            return error_reply(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
 
     def answering(self, create: Whole, stream: Stream | None = None) -> Endpoint:
         """An endpoint that has a model make something of a JSON body."""
@@ -146,19 +150,19 @@ class Server:
     async def not_here(self, request: Request, error: Exception) -> Response:
         """404 and 405 of the router."""
         assert isinstance(error, HTTPException)
-        try:
-            auth.check(request, self.keys)
-        except ApiError as refused:
-            return error_reply(refused)
-        path = shown(request.url.path)[:200]
+        path, allowed = _path(request), (error.headers or {}).get("Allow", "")
         if error.status_code == 405:
-            allowed = (error.headers or {}).get("Allow", "another method")
-            problem = ApiError(405, f"{request.method} {path}: the method here is {allowed}", code="method_not_allowed")
+            message, code = f"{request.method} {path}: the method here is {allowed}", "method_not_allowed"
         else:
-            problem = ApiError(error.status_code, f"there is no {path} here", code="not_found")
-        response = error_reply(problem)
-        response.headers.update(error.headers or {})
-        return response
+            message, code = f"there is no {path} here", "not_found"
+
+        async def refuse(request: Request) -> Response:
+            response = error_reply(ApiError(error.status_code, message, code=code))
+            if allowed:
+                response.headers["Allow"] = allowed
+            return response
+
+        return await self.guarded(refuse)(request)
 
     async def health(self, request: Request) -> Response:
         """200 while every engine is idle or moves."""
@@ -226,7 +230,13 @@ def _page() -> str | None:
 
 def _said(request: Request) -> str:
     """The request as the log has it: no query, no body, no control characters."""
-    return f"{shown(request.method)[:16]} {shown(request.url.path)[:200]!r}"
+    return f"{shown(request.method)[:16]} '{_path(request)}'"
+
+
+def _path(request: Request) -> str:
+    """As the router reads it: `request.url` is without some control characters."""
+    path: str = request.scope["path"]
+    return "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in path)[:200]
 
 
 def _frames(error: Exception) -> str:

@@ -13,7 +13,7 @@ OPEN = ("/health", "/")
 
 def check(request: Request, keys: Collection[bytes]) -> None:
     """Raises `ApiError` 401 where a key is needed and none of them is there, as a bearer token or `x-api-key`."""
-    if not keys or request.url.path in OPEN:
+    if not keys or request.scope["path"] in OPEN:
         return
     given = _given([(name.lower(), value) for name, value in request.headers.raw])
     if given is None:

@@ -15,8 +15,18 @@ BODY_SECONDS = 30.0
 """For a whole body to arrive."""
 
 
+HEADER_BYTES = 64 << 10
+"""Of a request's head."""
+
+
 class Gone(Exception):
     """The client has closed the connection: nobody reads an answer."""
+
+
+def check_head(request: Request) -> None:
+    """Raises `ApiError` 431 for headers that are too long, though they arrived all at once."""
+    if sum(len(name) + len(value) + 4 for name, value in request.headers.raw) > HEADER_BYTES:
+        raise ApiError(431, f"the headers are longer than {HEADER_BYTES >> 10} KiB", code="headers_too_large")
 
 
 async def read_object(request: Request, most: int = BODY_BYTES) -> dict[str, Any]:

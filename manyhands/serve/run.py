@@ -20,11 +20,11 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from manyhands.errors import UserError
 from manyhands.serve.errors import ApiError
+from manyhands.serve.limits import HEADER_BYTES
 from manyhands.serve.models import Models
 from manyhands.serve.sse import dumps
 
 log = logging.getLogger(__name__)
-HEADER_BYTES = 64 << 10
 HEADER_SECONDS = 10.0
 """For the whole head of a request to arrive."""
 KEEP_ALIVE = 30
