@@ -50,7 +50,8 @@ async def tokenize(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
     elif text is None:
         raise wrong("prompt", "this field is required")
     else:
-        ids = await aside(served.tokenizer.encode, text, add_special_tokens=request.add_special_tokens)
+        special = {"add_special_tokens": request.add_special_tokens, "parse_special": True}
+        ids = await aside(served.tokenizer.encode, text, **special)
     found: dict[str, Any] = {"count": len(ids), "max_model_len": served.room, "tokens": ids}
     if request.return_token_strs:
         found["token_strs"] = [served.tokenizer.inner.id_to_token(token) for token in ids]

@@ -131,7 +131,8 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
         raise wrong("prompt", f"{len(prompts)} prompts with n = {request.n}: at most {MOST_SEQUENCES} answers at once")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
     try:
-        made = iter(await aside(served.tokenizer.encode_batch, texts, add_special_tokens=True) if texts else [])
+        special = {"add_special_tokens": True, "parse_special": True}  # a prompt is whole: who asks wrote its marks
+        made = iter(await aside(served.tokenizer.encode_batch, texts, **special) if texts else [])
     except ApiError as error:
         error.param = error.param or "prompt"
         raise

@@ -238,3 +238,12 @@ def test_null_is_as_if_it_were_not_there_and_strangers_are_counted(server):
     server.ok(PATH, prompt=P, max_tokens=1, frobnicate=1, wibble=None)
     count = [line for line in server.client.get("/metrics").text.splitlines() if "unknown_fields_total " in line]
     assert count != [line for line in before.splitlines() if "unknown_fields_total " in line]
+
+
+def test_a_special_token_in_a_prompt_is_that_token(server, tokenizer):
+    end, spelled = tokenizer.eos_token_id, "def<|endoftext|>x"
+    ids = server.ok("/tokenize", prompt=spelled)["tokens"]
+    assert ids.count(end) == 1 and ids != tokenizer.encode(spelled)
+    text, same = (server.ok(PATH, prompt=prompt, max_tokens=4) for prompt in (spelled, ids))
+    assert texts(text) == texts(same) and text["usage"] == same["usage"]
+    assert end not in server.ok("/tokenize", messages=[{"role": "user", "content": spelled}])["tokens"]
