@@ -1,16 +1,17 @@
 """What an engine has done since it was started: numbers for metrics and for the picture of its experts.
 
-The engine's thread alone writes; anybody may read at any time. E experts of a layer.
+The engine's thread alone writes; anybody may read at any time. L sparse layers, E experts of each.
 """
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
-from manyhands.moe import Routing
+from manyhands.config import ModelConfig
+from manyhands.engine.runner import Routed
 
 Counts = npt.NDArray[np.int64]
 WINDOW = 5.0
@@ -20,21 +21,24 @@ WINDOW = 5.0
 class Load:
     """Tokens that went to each expert, and tokens that were made, in some time."""
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[int] = (), num_experts: int = 0) -> None:
         self.since = time.monotonic()
         self.tokens = 0
         """That went through the model."""
         self.made = 0
-        self.experts: dict[int, Counts] = {}
-        """Per sparse layer, [E]."""
+        self.layers = layers
+        self.counts_LE: Counts = np.zeros((len(layers), num_experts), np.int64)
 
-    def count(self, counts: Mapping[int, Counts], tokens: int, made: int) -> None:
-        """A step more."""
+    @property
+    def experts(self) -> dict[int, Counts]:
+        """Per sparse layer, [E]; {} before the first step."""
+        return dict(zip(self.layers, self.counts_LE, strict=True)) if self.tokens else {}
+
+    def count(self, counts_LE: Counts, tokens: int, made: int) -> None:
+        """A step more. Readers on other threads see an array that stays as it is."""
         self.tokens += tokens
         self.made += made
-        for layer, counts_E in counts.items():
-            before = self.experts.get(layer)
-            self.experts[layer] = counts_E if before is None else before + counts_E
+        self.counts_LE = self.counts_LE + counts_LE
 
     @property
     def rate(self) -> float:
@@ -43,17 +47,20 @@ class Load:
 
     def plus(self, other: "Load") -> "Load":
         """Both, as of the earlier one's begin."""
-        both = Load()
+        both = Load(self.layers, self.counts_LE.shape[1])
         both.since = min(self.since, other.since)
         for load in (self, other):
-            both.count(dict(load.experts), load.tokens, load.made)
+            both.count(load.counts_LE, load.tokens, load.made)
         return both
 
 
 class Counters:
     """Since the start, and of late."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: ModelConfig) -> None:
+        """Of an engine with such a model."""
+        self._layers = config.sparse_layers
+        self._num_experts = config.moe.router.num_experts if config.moe else 0
         self.steps = 0
         self.prompt_tokens = 0
         self.cached_tokens = 0
@@ -65,33 +72,39 @@ class Counters:
         """Requests that were not taken, and why: full, stopping."""
         self.distinct: Counter[int] = Counter()
         """Steps by the number of experts they ran, over all sparse layers."""
-        self.total = Load()
-        self._before, self._now = Load(), Load()
+        self.total = self._load()
+        self._before, self._now = self._load(), self._load()
 
-    def step(self, routings: Mapping[int, Routing], tokens: int, made: int) -> None:
-        """A forward pass of so many tokens, after which so many were drawn."""
-        counts = {layer: _counts(routing) for layer, routing in routings.items()}
+    def step(self, routed: Routed, made: int) -> None:
+        """A forward pass, after which so many tokens were drawn."""
+        counts_LE = self._count(routed)
         self.steps += 1
-        self.distinct[sum(int(np.count_nonzero(counts_E)) for counts_E in counts.values())] += 1
+        self.distinct[int(np.count_nonzero(counts_LE))] += 1
         self._turn()
-        self.total.count(counts, tokens, made)
-        self._now.count(counts, tokens, made)
+        self.total.count(counts_LE, routed.num_tokens, made)
+        self._now.count(counts_LE, routed.num_tokens, made)
 
     @property
     def recent(self) -> Load:
         """The last five to ten seconds; empty after as long a rest."""
         before, now = self._before, self._now
         if time.monotonic() - now.since > 2 * WINDOW:
-            return Load()
+            return self._load()
         return before.plus(now)
 
     def _turn(self) -> None:
         age = time.monotonic() - self._now.since
         if age > WINDOW:
-            self._before, self._now = (self._now if age < 2 * WINDOW else Load()), Load()
+            self._before, self._now = (self._now if age < 2 * WINDOW else self._load()), self._load()
 
+    def _load(self) -> Load:
+        return Load(self._layers, self._num_experts)
 
-def _counts(routing: Routing) -> Counts:
-    """[E]: how many of the tokens chose each."""
-    ids = routing.expert_ids.numpy().ravel()
-    return np.bincount(ids[ids >= 0], minlength=routing.num_experts).astype(np.int64)
+    def _count(self, routed: Routed) -> Counts:
+        """[L, E]: how many of the tokens chose each; all layers at once, since this is done in every step."""
+        L, E = len(self._layers), self._num_experts
+        if not L:
+            return np.zeros((0, 0), np.int64)
+        ids_LX = routed.experts()[0].cpu().numpy().reshape(L, -1)
+        own = np.where(ids_LX >= 0, ids_LX + np.arange(L)[:, None] * E, L * E)  # the last: no expert
+        return np.bincount(own.ravel(), minlength=L * E + 1)[:-1].reshape(L, E).astype(np.int64)

@@ -5,6 +5,7 @@ T tokens of R rows, D model width, V vocabulary.
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +127,9 @@ class Runner:
             return Forward(one.logits, Routed(one.routings, batch.num_tokens, one.experts), one.states)
         found = [s.states for s in steps if s.states is not None]
         logits = torch.cat([s.logits for s in steps])
-        routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens)
+        each = [s.experts for s in steps if s.experts is not None]
+        experts = partial(_experts, each) if len(each) == len(steps) else None
+        routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens, experts)
         return Forward(logits, routed, torch.cat(found) if found else None)
 
     def _modules_run(self, batch: Batch, states: bool) -> Forward:
@@ -223,3 +226,9 @@ def _layout(module: nn.Module) -> Layout | None:
 def joined(passes: Sequence[dict[int, Routing]]) -> dict[int, Routing]:
     """The routing of successive passes, per sparse layer, as one."""
     return {layer: Routing.cat([routings[layer] for routings in passes]) for layer in (passes[0] if passes else ())}
+
+
+def _experts(each: Sequence[Experts]) -> tuple[Tensor, Tensor]:
+    """Ids and weights of successive passes as those of one."""
+    ids, weights = zip(*(experts() for experts in each), strict=True)
+    return torch.cat(ids, 1), torch.cat(weights, 1)

@@ -59,7 +59,7 @@ class Service:
 
     def __init__(self, engine: Engine, *, max_waiting: int = 128, patience: float = PATIENCE) -> None:
         """Beside those that run, `max_waiting` requests may wait."""
-        self.engine, self.counters = engine, Counters()
+        self.engine, self.counters = engine, Counters(engine.model.config)
         self._most = engine.scheduler.max_sequences + max_waiting
         self._patience = patience
         self._thread = threading.Thread(target=self._run, name="manyhands-engine", daemon=True)
@@ -217,7 +217,7 @@ class Service:
         self._moved = time.monotonic()
         self.counters.preemptions += sum(r.num_preemptions - before for r, before in preempted.items())
         if (ran := self.engine.ran) is not None:
-            self.counters.step(ran.routed.layers, ran.routed.num_tokens, len(tokens))
+            self.counters.step(ran.routed, len(tokens))
         last: dict[int, Token] = {}
         events: list[Event] = []
         for token in tokens:

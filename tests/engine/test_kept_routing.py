@@ -57,6 +57,14 @@ def test_it_is_complete_after_a_hit_on_what_others_computed(name, how):
     assert bool(engine.scheduler.num_preemptions) == ("room" in how)
 
 
+def test_of_a_prompt_that_runs_in_parts(monkeypatch):
+    monkeypatch.setattr("manyhands.engine.runner.MOST_AT_ONCE", 16)
+    model = packed_model({**CASES["qwen3"], **LONG}, "int4")
+    (right,) = Engine(model).generate([SHARED], SAMPLINGS[0], routing=True)
+    (found,) = Engine(model, keep_routing=True).generate([SHARED], SAMPLINGS[0], routing=True)
+    compare(found.routings, right.routings)
+
+
 def test_where_parts_are_modules_and_caches_in_one_piece():
     model = build(max_position_embeddings=256)  # heads too narrow for native attention
     (right,) = Engine(model).generate([SHARED], SAMPLINGS[0], routing=True)
