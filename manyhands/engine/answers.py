@@ -8,6 +8,7 @@ from typing import Self
 
 from manyhands.engine.answer import Completion, Token
 from manyhands.engine.draw import TokenLogprob
+from manyhands.engine.ledger import Ledger
 from manyhands.engine.request import Request
 from manyhands.engine.state import state_of
 from manyhands.errors import ManyhandsError
@@ -21,6 +22,8 @@ class Submission:
         """What it was submitted with, and its place there."""
         self._request: Request | None = None
         self._completion: Completion | None = None
+        self.ledger: Ledger | None = None
+        """What it costs in experts, if somebody asked."""
 
     @property
     def request(self) -> Request:
@@ -53,9 +56,9 @@ class Submission:
             async for _, token in answers.tokens():
                 yield token
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request, ledger: Ledger | None = None) -> None:
         """The service's to call."""
-        self._request = request
+        self._request, self.ledger = request, ledger
 
     def finish(self, completion: Completion) -> None:
         """The service's to call."""

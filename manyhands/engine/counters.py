@@ -5,7 +5,7 @@ The engine's thread alone writes; anybody may read at any time. L sparse layers,
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -57,11 +57,16 @@ class Load:
 class Counters:
     """Since the start, and of late."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        """Of an engine with such a model."""
+    def __init__(self, config: ModelConfig, sizes: Mapping[int, int]) -> None:
+        """Of an engine with such a model. `sizes`: by sparse layer, the bytes of an expert."""
+        self.sizes = dict(sizes)
         self._layers = config.sparse_layers
         self._num_experts = config.moe.router.num_experts if config.moe else 0
         self.steps = 0
+        self.lookups = 0
+        """Experts that steps asked for; all of them were in memory."""
+        self.bytes_ram = 0
+        """Of experts' weights that steps read from memory, each expert once a step."""
         self.prompt_tokens = 0
         self.cached_tokens = 0
         """Of the prompts, those that an earlier request had computed."""
@@ -78,8 +83,11 @@ class Counters:
     def step(self, routed: Routed, made: int) -> None:
         """A forward pass, after which so many tokens were drawn."""
         counts_LE = self._count(routed)
+        run_L: list[int] = np.count_nonzero(counts_LE, axis=1).tolist()
         self.steps += 1
-        self.distinct[int(np.count_nonzero(counts_LE))] += 1
+        self.lookups += sum(run_L)
+        self.bytes_ram += sum(self.sizes[layer] * run for layer, run in zip(self._layers, run_L, strict=True))
+        self.distinct[sum(run_L)] += 1
         self._turn()
         self.total.count(counts_LE, routed.num_tokens, made)
         self._now.count(counts_LE, routed.num_tokens, made)

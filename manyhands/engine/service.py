@@ -18,10 +18,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from manyhands.config import SamplingConfig
+from manyhands.engine import ledger
 from manyhands.engine.answer import Token
 from manyhands.engine.answers import Answers, Event, Submission
 from manyhands.engine.counters import Counters
 from manyhands.engine.engine import Engine, Prompt
+from manyhands.engine.ledger import Ledger, bytes_of_experts
 from manyhands.engine.request import Request
 from manyhands.errors import ManyhandsError
 
@@ -52,6 +54,8 @@ class Asked:
     prompt: Prompt
     sampling: SamplingConfig
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    ledger: Ledger | None = None
+    """What it costs in experts is entered here."""
 
 
 class Service:
@@ -59,7 +63,7 @@ class Service:
 
     def __init__(self, engine: Engine, *, max_waiting: int = 128, patience: float = PATIENCE) -> None:
         """Beside those that run, `max_waiting` requests may wait."""
-        self.engine, self.counters = engine, Counters(engine.model.config)
+        self.engine, self.counters = engine, Counters(engine.model.config, bytes_of_experts(engine.model))
         self._most = engine.scheduler.max_sequences + max_waiting
         self._patience = patience
         self._thread = threading.Thread(target=self._run, name="manyhands-engine", daemon=True)
@@ -218,6 +222,10 @@ class Service:
         self.counters.preemptions += sum(r.num_preemptions - before for r, before in preempted.items())
         if (ran := self.engine.ran) is not None:
             self.counters.step(ran.routed, len(tokens))
+            if any(submission.ledger for submission in self._live.values()):
+                live = [self._live.get(request.id) for request in ran.requests]
+                ledgers = [None if submission is None else submission.ledger for submission in live]
+                ledger.step(self.counters.sizes, ran.routed.layers, ran.starts, ledgers)
         last: dict[int, Token] = {}
         events: list[Event] = []
         for token in tokens:
@@ -257,8 +265,8 @@ class Service:
         if problem is not None:
             self._left(len(asked))
         else:
-            for submission, request in zip(answers.submissions, requests, strict=True):
-                submission.begin(request)
+            for submission, request, one in zip(answers.submissions, requests, asked, strict=True):
+                submission.begin(request, one.ledger)
                 self._live[request.id] = submission
                 self.counters.prompt_tokens += len(request.prompt_ids)
 

@@ -27,6 +27,7 @@ async def create(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
         **new_head("chatcmpl", "chat.completion", served.name).fields(),
         "choices": [choice.whole() for choice in choices],
         "usage": reading.usage(),
+        **reading.ledger(),
     }
 
 
@@ -47,7 +48,8 @@ async def stream(served: Served, body: Mapping[str, Any]) -> AsyncGenerator[dict
             said = logprobs if at == 0 else None
             yield _chunk(head, asking, number, delta, said) | (extras if at == 0 else {})
         if token.finish_reason is not None:
-            yield _chunk(head, asking, number, {}, reason=choice.reason(), more=reading.extras(number))
+            last = _chunk(head, asking, number, {}, reason=choice.reason(), more=reading.extras(number))
+            yield last | reading.closing(token)
     if asking.request.usage_chunk:
         yield {**head.fields(), "choices": [], "usage": reading.usage()}
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from manyhands.config.base import short_repr
+from manyhands.engine.ledger import Ledger
 from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, arguments
 from manyhands.serve.errors import wrong
@@ -71,8 +72,10 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         max_new_tokens=room if asked_for is None else min(asked_for, room),
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+    ledger = Ledger() if request.return_expert_ledger else None
     asked = [
-        Asked(ids, sampling.model_copy(update={"choice": choice}), arguments(request)) for choice in range(request.n)
+        Asked(ids, sampling.model_copy(update={"choice": choice}), arguments(request), ledger)
+        for choice in range(request.n)
     ]
     template, end = served.tokenizer.chat_template or "", served.tokenizer.decode(ids[-8:])
     return ChatAsking(request, asked, [ids], request.logprobs, request, lambda: Parts(template, end))

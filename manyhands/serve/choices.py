@@ -59,6 +59,7 @@ class Reading:
         eos = frozenset() if asking.body.ignore_eos else served.tokenizer.eos_token_ids
         self.hidden = eos | asking.ends
         """Tokens that end an answer and are not shown."""
+        self._ended = 0
 
     def entries(self, start: int = 0) -> Entries:
         """A reader of one choice's log-probabilities."""
@@ -73,14 +74,26 @@ class Reading:
         body = self.asking.body
         if not body.return_routed_experts:
             return {}
-        routings = self.submission(number).completion().routings
-        return {"routed_experts": routed_experts(routings, body.routed_experts_prompt_start)}
+        submission = self.submission(number)
+        completion = submission.completion()
+        T = len(submission.request.prompt_ids) + max(0, len(completion.token_ids) - 1)
+        return {"routed_experts": routed_experts(completion.routings, T, body.routed_experts_prompt_start)}
 
     def shown(self, token: Token) -> dict[str, Any]:
         """What a chunk holds of a token's routing, if it was asked for."""
         if not self.asking.body.return_token_routing:
             return {}
         return {"manyhands": {"routing": [token_routing(self.served.tokenizer, token)]}}
+
+    def closing(self, token: Token) -> dict[str, Any]:
+        """With the last token of all, the ledger."""
+        self._ended += token.finish_reason is not None
+        return self.ledger() if token.finish_reason and self._ended == len(self.answers.submissions) else {}
+
+    def ledger(self) -> dict[str, Any]:
+        """What the answers cost in experts, if it was asked for, when they have ended."""
+        ledger = self.asking.asked[0].ledger
+        return {} if ledger is None else {"manyhands": ledger.report()}
 
     def submission(self, number: int) -> Submission:
         """Of one choice."""

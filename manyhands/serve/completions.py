@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from manyhands.engine.answer import Token
+from manyhands.engine.ledger import Ledger
 from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, Head, Reading, arguments, new_head, push, reason_of
 from manyhands.serve.entries import legacy, of_prompt
@@ -31,6 +32,7 @@ async def create(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
         **new_head("cmpl", "text_completion", served.name).fields(),
         "choices": [choice.whole() for choice in choices],
         "usage": reading.usage(),
+        **reading.ledger(),
     }
 
 
@@ -53,6 +55,12 @@ async def stream(served: Served, body: Mapping[str, Any]) -> AsyncGenerator[dict
         extras = reading.shown(token)
         if token.finish_reason is not None:
             chunk |= reading.extras(number)
+            closing = reading.closing(token)
+            extras = (
+                {"manyhands": {**extras["manyhands"], **closing["manyhands"]}}
+                if extras and closing
+                else closing or extras
+            )
         if chunk["text"] or chunk["finish_reason"] or extras or (chunk["logprobs"] or {}).get("tokens"):
             yield _chunk(head, request, [chunk]) | extras
     for number, choice in enumerate(choices):  # of no new token
@@ -146,6 +154,7 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
             raise wrong("prompt", "it is empty, and this model has no token to start a text from")
     echoed = request.logprobs if request.echo else None
     asked: list[Asked] = []
+    ledger = Ledger() if request.return_expert_ledger else None
     for own in ids:
         sampling = served.sampling(
             request,
@@ -154,7 +163,7 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
             prompt_logprobs=echoed,
         )
         for choice in range(request.n):
-            asked.append(Asked(own, sampling.model_copy(update={"choice": choice}), arguments(request)))
+            asked.append(Asked(own, sampling.model_copy(update={"choice": choice}), arguments(request), ledger))
     echoes = [p if isinstance(p, str) else served.tokenizer.decode(p) if request.echo else "" for p in prompts]
     return Asking(request, asked, ids, request.logprobs is not None), request, echoes
 

@@ -53,6 +53,9 @@ class Metrics(Collector):
         counters = {name: _counter(name, what) for name, what in _COUNTERS.items()}
         ended = _counter("request_success", "Requests that ended, by reason.", "finished_reason")
         refused = _counter("admission_rejections", "Requests that were not taken, by reason.", "reason")
+        lookups = _counter("expert_lookups", "Experts that steps asked for, and whether they were in memory.", "result")
+        read = _counter("expert_read_bytes", "Bytes of experts read, each expert once a step.", "tier")
+        stall = _counter("expert_stall_seconds", "Waited for experts that were not in memory.")
         load = GaugeMetricFamily(
             _P + "moe_load_max_over_mean", "Tokens of the busiest expert over the mean.", labels=[_MODEL, "layer"]
         )
@@ -74,6 +77,11 @@ class Metrics(Collector):
                 ended.add_metric([*name, reason], counts.ended[reason])
             for reason in ("full", "stopping"):
                 refused.add_metric([*name, reason], counts.refused[reason])
+            lookups.add_metric([*name, "hit"], counts.lookups)
+            lookups.add_metric([*name, "miss"], 0)
+            read.add_metric([*name, "ram"], counts.bytes_ram)
+            read.add_metric([*name, "disk"], 0)
+            stall.add_metric(name, 0.0)
             for layer, counts_E in counts.total.experts.items():
                 mean = counts_E.mean()
                 load.add_metric([*name, str(layer)], float(counts_E.max() / mean) if mean else 0.0)
@@ -81,7 +89,7 @@ class Metrics(Collector):
             buckets = [(str(float(b)), float(sum(n for d, n in steps.items() if d <= b))) for b in _DISTINCT]
             total = sum(d * n for d, n in steps.items())
             distinct.add_metric(name, [*buckets, ("+Inf", float(sum(steps.values())))], total)
-        yield from (*gauges.values(), *counters.values(), ended, refused, load, distinct)
+        yield from (*gauges.values(), *counters.values(), ended, refused, lookups, read, stall, load, distinct)
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(_P + name, what, [_MODEL], registry=self._registry, buckets=buckets)

@@ -17,18 +17,18 @@ from manyhands.serve.entries import token_text
 from manyhands.text import Tokenizer
 
 
-def routed_experts(routings: Mapping[int, Routing], start: int = 0) -> str:
+def routed_experts(routings: Mapping[int, Routing], T: int, start: int = 0) -> str:
     """vLLM's `routed_experts`: base64 of a .npy array [T − start, L, K], uint8 or uint16; no expert is the largest."""
     buffer = io.BytesIO()
-    np.save(buffer, expert_array(routings)[start:], allow_pickle=False)
+    np.save(buffer, expert_array(routings, T)[start:], allow_pickle=False)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
-def expert_array(routings: Mapping[int, Routing]) -> npt.NDArray[Any]:
+def expert_array(routings: Mapping[int, Routing], T: int) -> npt.NDArray[Any]:
     """[T, L, K] of the layers in their order; a layer with fewer experts a token is filled up with none."""
     layers = [routings[layer].expert_ids.numpy() for layer in sorted(routings)]
     E = max((routing.num_experts for routing in routings.values()), default=0)
-    T, K = layers[0].shape[0] if layers else 0, max((ids.shape[1] for ids in layers), default=0)
+    K = max((ids.shape[1] for ids in layers), default=0)
     found = np.full((T, len(layers), K), -1, dtype=np.int64)
     for at, ids in enumerate(layers):
         found[:, at, : ids.shape[1]] = ids

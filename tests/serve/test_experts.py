@@ -1,6 +1,7 @@
 """Who went where over HTTP: complete, equal to the engine's own, and changing nothing; counts and metrics."""
 
 import base64
+import concurrent.futures as futures
 import io
 import math
 
@@ -24,7 +25,7 @@ def array_of(choice):
 def test_the_array_is_the_engines_and_complete_after_a_prefix_hit(server, model, tokenizer):
     engine = Engine(model, tokenizer, max_sequences=1)
     (alone,) = engine.generate([P], SamplingConfig(temperature=0, max_new_tokens=9), routing=True)
-    expected = expert_array(alone.routings)
+    expected = expert_array(alone.routings, len(tokenizer.encode(P)) + 8)
     plain = server.ok(PATH, prompt=P, max_tokens=9)
     for _ in range(2):
         reply = server.ok(PATH, prompt=P, max_tokens=9, return_routed_experts=True)
@@ -74,6 +75,27 @@ def test_counts_since_the_start_and_of_late(serving):
                 assert all(len(counts_E) == 6 for counts_E in counts.values())
             assert found["running"] == found["waiting"] == 0 and found["tokens_per_second"] > 0
             assert 0 <= found["cache_usage"] <= 1
+
+
+@pytest.mark.parametrize(("path", "asked"), [(PATH, {"prompt": P}), (CHAT, {"messages": HELLO})])
+def test_ledgers_add_up_to_the_counters(serving, path, asked):
+    with serving() as running:
+        with futures.ThreadPoolExecutor(6) as pool:
+            how = {"temperature": 1, "return_expert_ledger": True, **asked}
+            replies = list(pool.map(lambda i: running.ok(path, **how, seed=i, n=1 + i % 2, max_tokens=9 + i), range(6)))
+        ledgers = [reply["manyhands"] for reply in replies]
+        counters = running.service.counters
+        assert sum(ledger["experts"]["bytes_ram"] for ledger in ledgers) == counters.bytes_ram > 0
+        found = metrics_of(running)
+        assert found['manyhands_expert_read_bytes_total{model_name="tiny",tier="ram"}'] == counters.bytes_ram
+        assert found['manyhands_expert_lookups_total{model_name="tiny",result="hit"}'] == counters.lookups
+        assert found['manyhands_expert_stall_seconds_total{model_name="tiny"}'] == 0
+        for number, ledger in enumerate(ledgers):
+            assert set(ledger) == {"experts", "stall_ms", "steps", "batch_mean"}
+            assert 2 <= ledger["experts"]["distinct"] <= 12 and ledger["experts"]["hit_rate"] == 1
+            assert ledger["steps"] >= 9 + number and 1 <= ledger["batch_mean"] <= 4
+        last = running.events(path, **how, seed=1, max_tokens=5)[-2]
+        assert last["manyhands"]["experts"]["bytes_ram"] > 0 and last["choices"][0]["finish_reason"]
 
 
 def metrics_of(running):
