@@ -25,7 +25,10 @@ def test_a_ledger_of_each_request_and_the_counters(make, tokenizer):
     sizes = ledger.bytes_of_experts(engine.model)
     per_expert = 4 * 3 * 16 * 32  # float32, three matrices
     assert sizes == {1: per_expert, 2: per_expert}
-    counters, requests = Counters(engine.model.config, sizes), [engine.add([5, 6, 7]), engine.add([9] * 4), engine.add([1])]
+    counters, requests = (
+        Counters(engine.model.config, sizes),
+        [engine.add([5, 6, 7]), engine.add([9] * 4), engine.add([1])],
+    )
     kept = {request.id: ledger.Ledger() for request in requests[:2]}
     third = ledger.Ledger()
     for _ in range(6):
