@@ -34,7 +34,11 @@ def serve(
     max_batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step; prompts run in chunks.")] = 256,
     max_waiting: Annotated[int, typer.Option(min=0, help="Requests that may wait; more are told 429.")] = 128,
     kv_memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Bytes of the cache (512MB, 2GiB). Default: what contexts need.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Bytes of the cache (512MB, 2GiB). Default: what contexts need, at most a quarter of what is free.",
+        ),
     ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Weights of all models in memory; idle ones are given back.")

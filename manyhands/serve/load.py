@@ -7,8 +7,13 @@ from pathlib import Path
 
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.model import load
+from manyhands.engine.blocks import BLOCK_SIZE
+from manyhands.engine.caches import bytes_per_token
 from manyhands.engine.engine import Engine
+from manyhands.engine.kept_routing import routing_bytes_per_token
 from manyhands.engine.service import Service
+from manyhands.models import Decoder
+from manyhands.plan.host import free_memory
 from manyhands.serve.models import Entry, weight_bytes
 from manyhands.serve.served import Served
 
@@ -21,6 +26,7 @@ class Settings:
     max_batch_tokens: int = 256
     max_waiting: int = 128
     kv_bytes: int | None = None
+    """None: `cache_bytes` says."""
     request_timeout: float | None = None
     exact: bool = False
     prefix_caching: bool = True
@@ -43,7 +49,7 @@ def _load(name: str, directory: Path, settings: Settings) -> Served:
         tokenizer,
         max_sequences=settings.max_sequences,
         max_batch_tokens=settings.max_batch_tokens,
-        cache_bytes=settings.kv_bytes,
+        cache_bytes=settings.kv_bytes or cache_bytes(model, settings.max_sequences),
         prefix_caching=settings.prefix_caching,
         keep_routing=True,
         exact=settings.exact,
@@ -51,3 +57,17 @@ def _load(name: str, directory: Path, settings: Settings) -> Served:
     service = Service(engine, max_waiting=settings.max_waiting)
     service.start()
     return Served(name, service, tokenizer, model.config, settings.request_timeout)
+
+
+def cache_bytes(model: Decoder, max_sequences: int) -> int | None:
+    """What the contexts of all requests need that run at a time, but a quarter at most of the memory that is free now.
+
+    None, no bound, on another device, and where the system does not say what is free.
+    """
+    free = free_memory() if model.embed_tokens.weight.device.type == "cpu" else None
+    if free is None:
+        return None
+    config = model.config
+    token = bytes_per_token(config, model.embed_tokens.weight.dtype) + routing_bytes_per_token(config)
+    context = -(-config.max_position_embeddings // BLOCK_SIZE) * BLOCK_SIZE
+    return max(min(max_sequences * context * token, int(free) // 4), BLOCK_SIZE * token)
