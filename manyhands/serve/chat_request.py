@@ -9,6 +9,7 @@ from manyhands.engine.ledger import Ledger
 from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, arguments
 from manyhands.serve.errors import wrong
+from manyhands.serve.forms import form_of
 from manyhands.serve.messages_in import checked
 from manyhands.serve.protocol import ChatBody, parse
 from manyhands.serve.served import FALLBACK_STOP, Served, aside
@@ -60,8 +61,9 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         raise wrong("stream_options", "only with stream: true")
     if request.top_logprobs is not None and not request.logprobs:
         raise wrong("top_logprobs", "only with logprobs: true")
-    _check_form(request)
-    ids = await prompt_ids(served, request)
+    _check_tools(request)
+    form = await form_of(served.tokenizer, request)
+    ids = await prompt_ids(served, request, talks=form is None)
     asked_for = request.max_completion_tokens or request.max_tokens
     served.check_ids(ids, "messages", asked_for)
     room = served.room - len(ids)
@@ -74,28 +76,25 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
     )
     ledger = Ledger() if request.return_expert_ledger else None
     asked = [
-        Asked(ids, sampling.model_copy(update={"choice": choice}), arguments(request), ledger)
+        Asked(ids, sampling.model_copy(update={"choice": choice}), arguments(request, form and form.new()), ledger)
         for choice in range(request.n)
     ]
     template, end = served.tokenizer.chat_template or "", served.tokenizer.decode(ids[-8:])
     return ChatAsking(request, asked, [ids], request.logprobs, request, lambda: Parts(template, end))
 
 
-def _check_form(request: ChatBody) -> None:
+def _check_tools(request: ChatBody) -> None:
     """Raises `ApiError` for what the answer cannot be made to be."""
-    form = (request.response_format or {}).get("type", "text")
-    if form != "text":
-        raise wrong("response_format.type", f"{short_repr(form)} is not served; text is")
     if request.tool_choice not in (None, "none", "auto"):
         raise wrong("tool_choice", f"{short_repr(request.tool_choice)} is not served; auto and none are")
     if request.tool_choice == "auto" and not request.tools:
         raise wrong("tool_choice", "there are no tools to choose from")
 
 
-async def prompt_ids(served: Served, request: ChatBody) -> list[int]:
-    """The conversation in the model's template."""
+async def prompt_ids(served: Served, request: ChatBody, talks: bool = True) -> list[int]:
+    """The conversation in the model's template. Who does not talk, but writes what a grammar wants, does not think."""
     messages = checked(request.messages)
-    variables = dict(request.chat_template_kwargs or {})
+    variables = ({} if talks else {"enable_thinking": False}) | (request.chat_template_kwargs or {})
     for name in _OURS:
         if name in variables:
             raise wrong(f"chat_template_kwargs.{name}", "it is not the template's to be told here")

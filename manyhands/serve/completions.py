@@ -13,6 +13,7 @@ from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, Head, Reading, arguments, new_head, push, reason_of
 from manyhands.serve.entries import legacy, of_prompt
 from manyhands.serve.errors import ApiError, wrong
+from manyhands.serve.forms import form_of
 from manyhands.serve.protocol import MOST_SEQUENCES, CompletionBody, parse
 from manyhands.serve.served import Served, aside
 
@@ -153,6 +154,7 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
         if not own:
             raise wrong("prompt", "it is empty, and this model has no token to start a text from")
     echoed = request.logprobs if request.echo else None
+    form = await form_of(served.tokenizer, request)
     asked: list[Asked] = []
     ledger = Ledger() if request.return_expert_ledger else None
     for own in ids:
@@ -163,7 +165,8 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
             prompt_logprobs=echoed,
         )
         for choice in range(request.n):
-            asked.append(Asked(own, sampling.model_copy(update={"choice": choice}), arguments(request), ledger))
+            how = sampling.model_copy(update={"choice": choice})
+            asked.append(Asked(own, how, arguments(request, form and form.new()), ledger))
     echoes = [p if isinstance(p, str) else served.tokenizer.decode(p) if request.echo else "" for p in prompts]
     return Asking(request, asked, ids, request.logprobs is not None), request, echoes
 
