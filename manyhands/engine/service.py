@@ -147,6 +147,17 @@ class Service:
             return False
         return not self._open or time.monotonic() - self._moved < self._patience
 
+    def check(self) -> None:
+        """Raises `EngineDead`, `Stopping` or `Overloaded` where `submit` would now: before a prompt is even read."""
+        if self.dead:
+            raise EngineDead(self._why())
+        if self._stopping:
+            self.counters.refused["stopping"] += 1
+            raise Stopping("the server is stopping and takes no new requests")
+        if self.full:
+            self.counters.refused["full"] += 1
+            raise Overloaded(f"{self._open} requests are running or waiting, which is as many as may: try later")
+
     async def submit(self, prompt: Prompt, sampling: SamplingConfig, **arguments: Any) -> Submission:
         """One request, `arguments` being `Engine.add`'s. Raises what `submit_all` does."""
         (submission,) = (await self.submit_all([Asked(prompt, sampling, arguments)])).submissions
@@ -159,14 +170,7 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         with self._wake:
-            if self.dead:
-                raise EngineDead(self._why())
-            if self._stopping:
-                self.counters.refused["stopping"] += 1
-                raise Stopping("the server is stopping and takes no new requests")
-            if self.full:
-                self.counters.refused["full"] += 1
-                raise Overloaded(f"{self._open} requests are running or waiting, which is as many as may: try later")
+            self.check()
             if not self._open:
                 self._moved = time.monotonic()
             self._open += len(asked)

@@ -135,6 +135,8 @@ class Server:
             async with contextlib.AsyncExitStack() as stack:
                 served = await stack.enter_async_context(self.models.use(body.get("model")))
                 self.metrics.count_unknown(body)
+                if stream is not None:
+                    served.service.check()  # a template, a grammar, a long prompt cost time that there is none for
                 if stream is None or body.get("stream") is not True:
                     return reply(await limits.while_there(request, _coroutine(create, served, body)))
                 events = _events(stream(served, body))

@@ -2,10 +2,13 @@
 
 import concurrent.futures as futures
 import contextlib
+import json
 import threading
 import time
 
 import httpx2
+
+from manyhands.serve import sse
 
 from .running import error_of, slow, until
 
@@ -44,6 +47,19 @@ def test_a_stream_that_is_left_ends(serving):
             assert running.service.num_open == 1
         until(lambda: running.service.num_open == 0)
         assert running.service.counters.ended == {"abort": 1}
+
+
+def test_a_stream_says_that_it_is_there_while_a_prompt_takes_long(serving, monkeypatch):
+    monkeypatch.setattr(sse, "PING", 0.03)
+    with serving() as running:
+        slow(running.service, 0.15)
+        with running.client.stream("POST", PATH, json={**SHORT, "stream": True, "temperature": 0}) as reply:
+            data = b"".join(reply.iter_raw()).decode()
+        assert ": keepalive\n\n" in data and data.endswith("data: [DONE]\n\n")
+        texts = [
+            json.loads(line[6:])["choices"][0]["text"] for line in data.split("\n\n") if line.startswith("data: {")
+        ]
+        assert "".join(texts) == running.ok(PATH, **SHORT)["choices"][0]["text"]
 
 
 def test_too_many_are_told_so_at_once_and_the_others_are_answered(serving):
