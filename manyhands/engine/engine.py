@@ -25,7 +25,7 @@ from manyhands.engine.constraint import Constraint
 from manyhands.engine.draw import Drawn, Wish, draw_all, logprobs_of
 from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
-from manyhands.engine.refuse import check_causal, check_prompt
+from manyhands.engine.refuse import as_ids, check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed, Runner, joined
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
@@ -121,7 +121,7 @@ class Engine:
         if isinstance(prompt, str):
             assert tokenizer is not None
             prompt = tokenizer.encode(prompt, add_special_tokens=True)
-        ids = check_prompt(self.model.config, list(prompt), tokenizer, sampling)
+        ids = check_prompt(self.model.config, as_ids(prompt), tokenizer, sampling)
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
         request.salt, request.priority = cache_salt, priority

@@ -1,5 +1,8 @@
 """What cannot be continued, said in one line before anything runs."""
 
+from collections.abc import Sequence
+from operator import index
+
 from manyhands.config import ModelConfig, SamplingConfig
 from manyhands.errors import UserError
 from manyhands.text import Tokenizer
@@ -19,6 +22,14 @@ def check_causal(config: ModelConfig) -> None:
             "set eval_capacity_factor to null"
         )
     raise UserError(f"this model cannot generate: {why}")
+
+
+def as_ids(prompt: Sequence[int]) -> list[int]:
+    """Token ids as Python's integers, of whatever kind of integer. Raises `UserError` for anything else."""
+    try:
+        return [index(token) for token in prompt]
+    except TypeError:
+        raise UserError("a prompt is text or a list of token ids: it holds something that is no integer") from None
 
 
 def check_prompt(

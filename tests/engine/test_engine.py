@@ -2,6 +2,7 @@
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -186,3 +187,14 @@ def test_what_cannot_be_is_refused_and_nothing_is_left(make, tokenizer):
         engine.generate([[1], [1] * 30], SamplingConfig(max_new_tokens=10))
     assert not engine.busy
     assert len(engine.generate([[1] * 30], SamplingConfig(max_new_tokens=3, temperature=0))[0].token_ids) == 3
+
+
+def test_a_prompt_of_other_than_integers_is_refused_and_any_kind_of_integer_taken(make):
+    engine, greedy = Engine(make()), SamplingConfig(temperature=0, max_new_tokens=3)
+    for wrong in ([1.0, 2], [[1, 2]], ["1"], [None], torch.ones(2, 2), torch.ones(3)):
+        with pytest.raises(UserError, match="a prompt is text or a list of token ids"):
+            engine.add(wrong, greedy)
+    assert not engine.busy
+    long = [i % 9 for i in range(40)]
+    kinds = [engine.generate([kind], greedy)[0].token_ids for kind in (long, torch.tensor(long), np.array(long))]
+    assert kinds[0] == kinds[1] == kinds[2]
