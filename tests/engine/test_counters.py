@@ -23,7 +23,7 @@ def routed(ids_LTK, sizes):
 
 def test_every_token_counts_at_its_experts_and_no_expert_is_nobodys():
     generator, seen = torch.Generator().manual_seed(0), []
-    counters = Counters(build().config)
+    counters = Counters(build().config, {1: 100, 2: 1})
     assert counters.total.experts == {} and counters.recent.experts == {}
     for number in range(6):
         ids = torch.randint(-1, 4, (2, 1 + number, 2), generator=generator)
@@ -36,10 +36,11 @@ def test_every_token_counts_at_its_experts_and_no_expert_is_nobodys():
         assert counters.total.experts[layer].dtype == np.int64
     assert (counters.total.tokens, counters.total.made, counters.steps) == (21, 6, 6)
     distinct = [sum(len(set(layer[layer >= 0].tolist())) for layer in ids) for ids in seen]
-    assert sorted(counters.distinct.elements()) == sorted(distinct)
+    assert sorted(counters.distinct.elements()) == sorted(distinct) and counters.lookups == sum(distinct)
+    assert counters.bytes_ram == sum(len(set(ids[0][ids[0] >= 0].tolist())) * 99 for ids in seen) + sum(distinct)
 
 
 def test_a_dense_model_has_no_experts_to_count():
-    counters = Counters(build().config.model_copy(update={"moe": None}))
+    counters = Counters(build().config.model_copy(update={"moe": None}), {})
     counters.step(Routed(dict, 3), made=1)
     assert counters.total.experts == {} and (counters.total.tokens, counters.distinct) == (3, {0: 1})
