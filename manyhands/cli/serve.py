@@ -115,7 +115,8 @@ def _paths(checkpoint: Path | None, others: list[str], name: str | None) -> dict
     """Path by name, the argument's first."""
     paths: dict[str, str | Path] = {}
     if checkpoint is not None:
-        paths[name or checkpoint.resolve().name or str(checkpoint)] = checkpoint
+        own = checkpoint.resolve().name if checkpoint.exists() else str(checkpoint)
+        paths[name or own or str(checkpoint)] = checkpoint
     elif name is not None:
         raise UserError(
             "--served-model-name names the model that is given as the argument; --model NAME=PATH has its own"

@@ -83,6 +83,8 @@ class Answers:
     ) -> None:
         self.loop = loop
         """The caller's."""
+        self.since = time.monotonic()
+        """When it was asked."""
         self.submissions = [Submission(self, number) for number in range(count)]
         self._queue: asyncio.Queue[Event] = asyncio.Queue()
         self._left = count

@@ -101,13 +101,16 @@ class Server:
         return routes
 
     def guarded(self, endpoint: Endpoint) -> Endpoint:
-        """With the key checked, errors as answers, a line in the log."""
+        """With the key checked, errors as answers, a line in the log; not for what is asked every second."""
+        looked_at = (self.health, self.metrics_text, self.routing)
 
         async def call(request: Request) -> Response:
             begin = time.monotonic()
             response = await self._answer(endpoint, request)
             self.metrics.requests.labels(response.status_code).inc()
-            log.info("%s %d %.0f ms", _said(request), response.status_code, 1000 * (time.monotonic() - begin))
+            took = 1000 * (time.monotonic() - begin)
+            level = logging.DEBUG if endpoint in looked_at and response.status_code == 200 else logging.INFO
+            log.log(level, "%s %d %.0f ms", _said(request), response.status_code, took)
             return response
 
         return call

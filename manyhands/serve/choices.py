@@ -13,6 +13,7 @@ from manyhands.serve.entries import Entries, Entry
 from manyhands.serve.protocol import Generating
 from manyhands.serve.routed import routed_experts, token_routing
 from manyhands.serve.served import Served
+from manyhands.version import __version__
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,8 @@ class Head:
 
     def fields(self) -> dict[str, Any]:
         """As JSON has them."""
-        return {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+        said = {"id": self.id, "object": self.object, "created": self.created, "model": self.model}
+        return {**said, "system_fingerprint": f"manyhands-{__version__}"}
 
 
 def new_head(prefix: str, object: str, model: str) -> Head:

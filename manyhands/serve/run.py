@@ -27,6 +27,8 @@ from manyhands.serve.sse import dumps
 log = logging.getLogger(__name__)
 HEADER_SECONDS = 10.0
 """For the whole head of a request to arrive."""
+WRITE_SECONDS = 60.0
+"""For a client to read on, when it has left an answer lying."""
 KEEP_ALIVE = 30
 """Seconds that a connection may be idle between requests."""
 _LAST_WORDS = 2.0
@@ -138,9 +140,10 @@ class Server(uvicorn.Server):
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, with a time limit for the head of a request, and its own errors as error objects."""
+    """uvicorn's HTTP/1.1, with time limits for who sends a head or reads an answer, and errors as error objects."""
 
     _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         """The clock for the first head starts."""
@@ -150,7 +153,19 @@ class Protocol(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """No clock any more."""
         self._stop_head_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """The client does not read: the clock starts."""
+        super().pause_writing()
+        self._stop_write_timer()
+        self._write_timer = self.loop.call_later(WRITE_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """It does."""
+        self._stop_write_timer()
+        super().resume_writing()
 
     def data_received(self, data: bytes) -> None:
         """A head may be complete with this; or begin, after an answer."""
@@ -186,6 +201,11 @@ class Protocol(H11Protocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def _too_slow(self) -> None:
         self._head_timer = None

@@ -125,7 +125,7 @@ class Served:
 
     async def tokens(self, answers: Answers) -> AsyncGenerator[tuple[int, Token], None]:
         """Of all of them, as they come. Raises `ApiError`; ends them when it is left."""
-        begin = time.monotonic()
+        begin = answers.since
         last = [begin] * len(answers.submissions)
         until = None if self.timeout is None else begin + self.timeout
         async with answers:

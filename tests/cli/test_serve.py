@@ -7,6 +7,7 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -50,7 +51,9 @@ def test_sizes():
 
 
 def test_names(tmp_path):
-    assert list(_paths(tmp_path / "run", ["b=x=y"], None)) == ["run", "b"]
+    (tmp_path / "run").mkdir()
+    assert list(_paths(tmp_path / "run" / "..", ["b=x=y"], None)) == [tmp_path.name, "b"]
+    assert list(_paths(Path("somebody/model"), [], None)) == ["somebody/model"]
     assert _paths(None, ["b=x=y"], None) == {"b": "x=y"}
 
 

@@ -16,7 +16,7 @@ def texts(reply):
 
 def test_an_answer_has_openais_form(server):
     reply = server.ok(PATH, model="tiny", prompt=P, max_tokens=5)
-    assert set(reply) == {"id", "object", "created", "model", "choices", "usage"}
+    assert set(reply) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert reply["object"] == "text_completion" and reply["id"].startswith("cmpl-") and reply["model"] == "tiny"
     (choice,) = reply["choices"]
     assert choice == {"index": 0, "text": choice["text"], "logprobs": None, "finish_reason": "length"}

@@ -155,6 +155,19 @@ def test_clients_that_take_their_time_are_cut_off(serving, monkeypatch):
         until(lambda: running.service.num_open == 0)
 
 
+def test_a_client_that_does_not_read_is_cut_off(serving, monkeypatch):
+    monkeypatch.setattr(run, "WRITE_SECONDS", 0.2)
+    body = json.dumps({"prompt": "é" * 700_000}).encode()
+    head = b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with serving(body_bytes=20 << 20) as running, socket.socket() as lazy:
+        lazy.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        lazy.connect(("127.0.0.1", running.port))
+        lazy.sendall(head + body)
+        until(lambda: running.models.entries["tiny"].num_users == 1)
+        until(lambda: not running.server.server_state.connections)
+        assert running.client.get("/health").status_code == 200
+
+
 def test_a_request_may_not_take_for_ever(serving):
     from .running import slow
 
