@@ -2,9 +2,9 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
-from manyhands.config.base import short_repr
 from manyhands.engine.ledger import Ledger
 from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, arguments
@@ -13,7 +13,8 @@ from manyhands.serve.forms import form_of
 from manyhands.serve.messages_in import checked
 from manyhands.serve.protocol import ChatBody, parse
 from manyhands.serve.served import FALLBACK_STOP, Served, aside
-from manyhands.text.answer import Answer
+from manyhands.serve.tools.offer import offer_of
+from manyhands.serve.tools.parser import parser_of
 
 _OURS = ("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "tokenize")
 """Not for `chat_template_kwargs` to set."""
@@ -25,25 +26,6 @@ class Parser(Protocol):
     def feed(self, text: str) -> list[dict[str, Any]]: ...
 
     def finish(self) -> list[dict[str, Any]]: ...
-
-
-class Parts:
-    """Thought and word."""
-
-    def __init__(self, template: str, prompt_end: str) -> None:
-        self._answer = Answer(template, prompt_end)
-
-    def feed(self, text: str) -> list[dict[str, Any]]:
-        """What became certain."""
-        return [_delta(*piece) for piece in self._answer.push(text)]
-
-    def finish(self) -> list[dict[str, Any]]:
-        """What was held back."""
-        return [_delta(*piece) for piece in self._answer.finish() if piece[1]]
-
-
-def _delta(thought: bool, text: str) -> dict[str, Any]:
-    return {"reasoning_content" if thought else "content": text}
 
 
 @dataclass(frozen=True)
@@ -61,8 +43,8 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         raise wrong("stream_options", "only with stream: true")
     if request.top_logprobs is not None and not request.logprobs:
         raise wrong("top_logprobs", "only with logprobs: true")
-    _check_tools(request)
-    form = await form_of(served.tokenizer, request)
+    offer = offer_of(request.tools, request.tool_choice, request.parallel_tool_calls)
+    form = await offer.grammar(served.tokenizer) or await form_of(served.tokenizer, request)
     ids = await prompt_ids(served, request, talks=form is None)
     asked_for = request.max_completion_tokens or request.max_tokens
     served.check_ids(ids, "messages", asked_for)
@@ -80,15 +62,9 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         for choice in range(request.n)
     ]
     template, end = served.tokenizer.chat_template or "", served.tokenizer.decode(ids[-8:])
-    return ChatAsking(request, asked, [ids], request.logprobs, request, lambda: Parts(template, end))
-
-
-def _check_tools(request: ChatBody) -> None:
-    """Raises `ApiError` for what the answer cannot be made to be."""
-    if request.tool_choice not in (None, "none", "auto"):
-        raise wrong("tool_choice", f"{short_repr(request.tool_choice)} is not served; auto and none are")
-    if request.tool_choice == "auto" and not request.tools:
-        raise wrong("tool_choice", "there are no tools to choose from")
+    schemas = offer.schemas if offer.shown else None
+    new_parser = offer.forced_parser if offer.forced else partial(parser_of, template, end, schemas)
+    return ChatAsking(request, asked, [ids], request.logprobs, request, new_parser)
 
 
 async def prompt_ids(served: Served, request: ChatBody, talks: bool = True) -> list[int]:
@@ -100,8 +76,8 @@ async def prompt_ids(served: Served, request: ChatBody, talks: bool = True) -> l
             raise wrong(f"chat_template_kwargs.{name}", "it is not the template's to be told here")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
-    if request.tools and request.tool_choice != "none":
-        variables["tools"] = request.tools
+    if shown := offer_of(request.tools, request.tool_choice, request.parallel_tool_calls).shown:
+        variables["tools"] = shown
     if request.documents:
         variables["documents"] = request.documents
     continued = None

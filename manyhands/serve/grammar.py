@@ -142,7 +142,7 @@ def _text(json_schema: Any, json_object: bool, regex: str | None, lark: str | No
         schema = {}
     if not isinstance(schema, Mapping):
         raise ApiError(400, f"{param}: a JSON schema is an object", param=param)
-    if not _shallow(schema):
+    if not shallow(schema):
         raise ApiError(400, f"{param}: the schema nests deeper than {MOST_DEPTH} levels", param=param)
     try:
         written = json.dumps(schema, ensure_ascii=False, allow_nan=False)
@@ -159,7 +159,7 @@ def _bounded(text: str, most: int, param: str) -> None:
         raise ApiError(400, f"{param}: half a surrogate pair is no text", param=param)
 
 
-def _shallow(schema: Any) -> bool:
+def shallow(schema: Any) -> bool:
     """Whether it nests no deeper than `MOST_DEPTH`; without recursion."""
     level = [schema]
     for _ in range(MOST_DEPTH):
