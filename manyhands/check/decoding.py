@@ -24,6 +24,7 @@ from manyhands.check.routers import ROUTERS
 from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, SamplingConfig
 from manyhands.engine.batch import Batch
+from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.engine import Engine
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.runner import Forward, Runner, joined
@@ -53,6 +54,8 @@ CHUNKED, CHUNK = 3, 4
 """With so many sequences a step has at most so many tokens: prompts run in chunks, beside those that decode."""
 TURNS = (6, 3, 8, 12)
 """New tokens of each turn of one conversation, so that a cache is continued by a few and by many."""
+FOUND = (1, 4)
+"""Tokens of two prompts behind what they share: the second finds a block of the first in the cache."""
 NEW_TOKENS = 5
 
 
@@ -194,6 +197,11 @@ class DecodingCheck:
             text += self._tokens(more, generator)
             text += self._generate(engine, [text], 2, prefix)
         yield self._compare("chat, 1 row")
+        engine, shared = self._engine(1, paged=True), self._tokens(BLOCK_SIZE + 3, generator)
+        self.recorder.forget()
+        for more in FOUND:
+            self._generate(engine, [shared + self._tokens(more, generator)], 2)
+        yield self._compare("prefix cache, 2 rows")
         if self.given is None and self.packed is None:  # in place: nothing prepared from the old weights may be left
             cases.fill(self.model, "random", generator)
             self.recorder.forget()
@@ -203,8 +211,8 @@ class DecodingCheck:
     def _tokens(self, count: int, generator: torch.Generator) -> list[int]:
         return torch.randint(self.config.vocab_size, (count,), generator=generator).tolist()
 
-    def _engine(self, sequences: int, chunk: int | None = None) -> Engine:
-        engine = Engine(self.model, max_sequences=sequences, max_batch_tokens=chunk)
+    def _engine(self, sequences: int, chunk: int | None = None, paged: bool | None = None) -> Engine:
+        engine = Engine(self.model, max_sequences=sequences, max_batch_tokens=chunk, paged=paged)
         engine.runner = self.recorder
         return engine
 
@@ -263,6 +271,9 @@ class DecodingCheck:
         for ran in self.recorder.passes:
             start = 0
             for b, first, row in ran.rows:
+                if first and not ids[b]:  # found in the cache: the first sequence computed it
+                    ids[b] += ids[0][:first]
+                    passes[b].append({n: routing.rows(slice(first)) for n, routing in joined(passes[0]).items()})
                 assert first == len(ids[b])
                 ids[b] += row
                 passes[b].append(ran.forward.routed.rows(slice(start, start + len(row))))

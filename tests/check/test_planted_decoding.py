@@ -23,6 +23,7 @@ from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, DecodingCheck, small_models
 from manyhands.check.parts import part_jobs
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
+from manyhands.engine.caches import Caches
 from manyhands.kernels import linear, native
 from manyhands.kernels.native import library, step
 from manyhands.layers.norm import RMSNorm
@@ -463,3 +464,17 @@ def test_bias_of_selection_forgotten_for_few(monkeypatch):
     rows = [row for row in part_rows("routing of few tokens") if not row.ok]
     assert {row.situation.scope for row in rows} == {name for name, r in ROUTERS.items() if r.bias}
     assert all(int(row.situation.mode.split()[1]) <= 16 for row in rows)
+
+
+@pytest.mark.parametrize("format", ["plain", "int4 experts"])
+def test_a_block_of_the_cache_that_somebody_wrote_to(format, monkeypatch):
+    new = Caches.new
+
+    def damaged(self, table=None, length=0):
+        for pool in self.pools if length else ():
+            pool.buffers[0][table.ids[0], :, 5:9] *= 2
+        return new(self, table, length)
+
+    monkeypatch.setattr(Caches, "new", damaged)
+    rows = [row for row in decoding_rows(format=format) if not row.ok]
+    assert {row.situation.mode for row in rows} == {"prefix cache, 2 rows"} and "decoding: logits" in red(rows)
