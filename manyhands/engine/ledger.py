@@ -88,7 +88,7 @@ def shares(size: int, counts_RE: Counts) -> Counts:
 
 def _counts(routing: Routing, starts: Sequence[int]) -> Counts:
     """[R, E]: tokens of each request that chose each expert."""
-    ids_TK, E = routing.expert_ids.numpy(), routing.num_experts
+    ids_TK, E = routing.expert_ids.cpu().numpy(), routing.num_experts
     ends = [*starts[1:], len(ids_TK)]
     rows = [ids_TK[first:end].ravel() for first, end in zip(starts, ends, strict=True)]
     return np.stack([np.bincount(row[row >= 0], minlength=E).astype(np.int64) for row in rows])

@@ -120,7 +120,7 @@ class Tables(RuleBasedStateMachine):
 
 
 TestTables = Tables.TestCase
-TestTables.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestTables.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 
 
 def test_a_fork_shares_until_one_of_them_writes():

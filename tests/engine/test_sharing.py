@@ -114,7 +114,7 @@ class Sharing(RuleBasedStateMachine):
 
 
 TestSharing = Sharing.TestCase
-TestSharing.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
+TestSharing.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 def test_the_longest_beginning_that_was_computed_is_not_computed_again():
