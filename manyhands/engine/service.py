@@ -100,9 +100,12 @@ class Service:
             await asyncio.sleep(0.02)
         if self.num_open and not self.dead:
             self._post(self._end_all)
-            until = time.monotonic() + 2.0  # a step that runs is waited for, but not for ever
+            until = time.monotonic() + 1.0  # a step that runs is waited for, but not for ever
             while self.num_open and time.monotonic() < until:
                 await asyncio.sleep(0.02)
+        if self.num_open and not self.dead:  # it does not end: who waits is told, though the engine still has them
+            gone = Stopping("the server is stopping")
+            self._deliver([Event(submission, None, True, gone) for submission in list(self._live.values())])
 
     def stop(self) -> None:
         """Take nothing new: `submit` raises `Stopping`."""

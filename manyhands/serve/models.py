@@ -110,7 +110,7 @@ class Models:
     def close(self) -> None:
         """End all engines."""
         for served in self.loaded:
-            served.service.close(1.0)
+            served.service.close(0.5)
 
 
 def weight_bytes(directory: Path) -> int:

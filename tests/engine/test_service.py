@@ -189,6 +189,34 @@ def test_draining_without_patience_ends_what_runs(service, engine):
     assert asyncio.run(run()) == "abort"
 
 
+def test_a_step_that_does_not_end_holds_nobody_up(engine):
+    service, hold, stuck = Service(engine), threading.Event(), threading.Event()
+    step = engine.step
+
+    def sticks():
+        stuck.set()
+        hold.wait(10)
+        return step()
+
+    engine.step = sticks
+    service.start()
+
+    async def run():
+        submission = await service.submit("a", LONG)
+        await until(stuck.is_set)
+        reading = asyncio.ensure_future(read(submission))
+        await service.drain(0)
+        with pytest.raises(Stopping):
+            await reading
+
+    asyncio.run(run())
+    service.close(0.01)
+    assert service.stuck
+    hold.set()
+    service.close()
+    assert not service.stuck and not engine.busy
+
+
 def test_everybody_hears_of_an_engine_that_died(engine):
     service = Service(engine)
     service.start()
