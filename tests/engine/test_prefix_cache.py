@@ -150,6 +150,31 @@ def test_a_budget_in_bytes_is_kept_to_the_byte():
         assert engine.scheduler.blocks.num_blocks == 5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("direct", [True, False], ids=["native", "modules"])
+def test_so_is_that_of_plain_models(dtype, direct, monkeypatch):
+    if not direct:
+        monkeypatch.setattr("manyhands.kernels.native.step.direct", lambda x: False)
+    for name in CASES:
+        model = packed_model({**CASES[name], **LONG}, "plain").to(dtype)
+        engine = Engine(model, cache_bytes=4 * 32 * Engine(model).cache_bytes_per_token)
+        engine.generate([SHARED], SAMPLINGS[0])
+        taken = sum(buffer.nbytes for pool in engine.memory.caches.pools for buffer in pool.buffers)
+        assert taken == 4 * 32 * engine.cache_bytes_per_token
+
+
+def test_the_second_turn_of_a_long_conversation_runs_what_is_new(monkeypatch):
+    engine, ran = Engine(packed_model({**CASES["qwen3"], "max_position_embeddings": 4096}, "int4")), []
+    run = engine.runner.run
+    monkeypatch.setattr(engine.runner, "run", lambda batch: (ran.append(batch.num_tokens), run(batch))[1])
+    first = torch.randint(0, 50, (2000,), generator=torch.Generator().manual_seed(1)).tolist()
+    (answer,) = engine.generate([first], SamplingConfig(max_new_tokens=20))
+    ran.clear()
+    question = engine.add([*first, *answer.token_ids, *range(25)], SamplingConfig(max_new_tokens=1))
+    engine.step()
+    assert question.num_cached == (2000 + 19) // 32 * 32 and ran == [2045 - question.num_cached] and ran[0] <= 25 + 32
+
+
 def test_what_never_fits_is_said_with_its_numbers():
     model = packed_model({**CASES["qwen3"], **LONG}, "int4")
     token = Engine(model).cache_bytes_per_token
