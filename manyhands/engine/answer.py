@@ -50,6 +50,8 @@ class Completion:
     routings: dict[int, Routing] = field(default_factory=dict)
     """If it was asked for, per sparse layer: of every token that ran for it, the prompt's and then all new ones but
     the last."""
+    stop_reason: str | int | None = None
+    """The stop string or the token of `stop_token_ids` that ended it; None for another end."""
     logprobs: list[TokenLogprob] | None = None
     """Of the new tokens, if they were asked for."""
     prompt_logprobs: list[TokenLogprob | None] | None = None

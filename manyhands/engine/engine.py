@@ -200,6 +200,7 @@ class Engine:
             list(request.token_ids),
             request.finish_reason,
             joined(state.routings),
+            state.stop,
             None if request.sampling.logprobs is None else list(state.logprobs),
             list(state.prompt_logprobs) if request.scores_prompt else None,
         )

@@ -31,6 +31,8 @@ class State:
     """Of the passes it had a part in, its tokens'."""
     text: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    stop: str | int | None = None
+    """The stop string, or the stop token, that ended it."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """As many as the prompt has tokens, if they are asked for."""
 
@@ -83,6 +85,10 @@ class State:
         if not stopped:
             self.adjuster.push(token)
             stopped = self.adjuster.finished
+        if token in request.sampling.stop_token_ids:
+            self.stop = token
+        elif stopped and self.stream is not None and token not in self.ends:
+            self.stop = self.stream.found
         full = request.num_tokens == request.max_length
         reason: FinishReason | None = "stop" if stopped else "length" if full else None
         if reason is not None:

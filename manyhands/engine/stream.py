@@ -16,6 +16,8 @@ class TextStream:
     def __init__(self, decoder: StreamDecoder, stop: Sequence[str] = ()) -> None:
         self.stopped = False
         """Whether a stop string was found. Nothing may be pushed after it."""
+        self.found: str | None = None
+        """Which."""
         self._decoder = decoder
         self._stop = stop
         self._longest = max(map(len, stop), default=0)
@@ -38,8 +40,10 @@ class TextStream:
         found = [(at + len(stop), at) for stop in self._stop if (at := text.find(stop)) >= 0]
         if found:
             self.stopped = True
+            end, at = min(found)
+            self.found = text[at:end]
             self._held = ""
-            return text[: min(found)[1]]
+            return text[:at]
         safe = len(text) - self._undecided(text)
         self._held = text[safe:]
         return text[:safe]

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from manyhands.errors import ManyhandsError
-from manyhands.serve import about, auth, chat, completions, limits, sse
+from manyhands.serve import about, auth, chat, completions, limits, others, sse
 from manyhands.serve.errors import ApiError, as_api_error
 from manyhands.serve.metrics import CONTENT_TYPE, Metrics
 from manyhands.serve.models import Models
@@ -56,8 +56,8 @@ def reply(value: Mapping[str, Any], status: int = 200, headers: Mapping[str, str
     return Response(sse.dumps(value), status, headers, "application/json")
 
 
-def error_reply(error: ApiError) -> Response:
-    """An error as an answer."""
+def error_reply(error: ApiError, path: str) -> Response:
+    """An error as an answer, in the form of the interface that the path belongs to."""
     headers: dict[str, str] = {}
     if error.status in (429, 503):
         headers["Retry-After"] = "1" if error.status == 429 else "5"
@@ -65,7 +65,8 @@ def error_reply(error: ApiError) -> Response:
         headers["WWW-Authenticate"] = "Bearer"
     if error.status in (408, 413):
         headers["Connection"] = "close"
-    return reply(error.body(), error.status, headers)
+    status, body = others.in_its_form(path, error)
+    return reply(body, status, headers)
 
 
 class Server:
@@ -90,6 +91,9 @@ class Server:
         post: dict[str, Endpoint] = {
             "/completions": self.answering(completions.create, completions.stream),
             "/chat/completions": self.answering(chat.create, chat.stream),
+            "/responses": self.answering(others.create_response, others.stream_response, named=True),
+            "/messages": self.answering(others.create_message, others.stream_message, named=True),
+            "/messages/count_tokens": self.answering(others.count_tokens, named=True),
             "/tokenize": self.answering(about.tokenize),
             "/detokenize": self.answering(about.detokenize),
         }
@@ -121,31 +125,33 @@ class Server:
             auth.check(request, self.keys)
             return await endpoint(request)
         except ApiError as error:
-            return error_reply(error)
+            problem = error
         except ManyhandsError as error:
-            return error_reply(as_api_error(error))
+            problem = as_api_error(error)
         except limits.Gone:
-            return error_reply(ApiError(499, "the client has closed the connection"))
+            problem = ApiError(499, "the client has closed the connection")
         except Exception as error:
             log.error("%s in %s:\n%s", type(error).__name__, _said(request), _frames(error))
-            return error_reply(ApiError(500, f"{type(error).__name__} in the server", "server_error"))
+            problem = ApiError(500, f"{type(error).__name__} in the server", "server_error")
+        return error_reply(problem, request.scope["path"])
 
-    def answering(self, create: Whole, stream: Stream | None = None) -> Endpoint:
-        """An endpoint that has a model make something of a JSON body."""
+    def answering(self, create: Whole, stream: Stream | None = None, named: bool = False) -> Endpoint:
+        """An endpoint that has a model make something of a JSON body. `named`: events have their type as a name."""
 
         async def call(request: Request) -> Response:
             body = await limits.read_object(request, self.body_bytes)
             async with contextlib.AsyncExitStack() as stack:
                 served = await stack.enter_async_context(self.models.use(body.get("model")))
-                self.metrics.count_unknown(body)
+                if not named:
+                    self.metrics.count_unknown(body)
                 if stream is not None:
                     served.service.check()  # a template, a grammar, a long prompt cost time that there is none for
                 if stream is None or body.get("stream") is not True:
                     return reply(await limits.while_there(request, _coroutine(create, served, body)))
-                events = _events(stream(served, body))
+                events = _events(stream(served, body), named)
                 held = stack.pop_all()  # in use until the stream is over
                 try:
-                    return await sse.respond(events, left=held.aclose)
+                    return await sse.respond(events, b"" if named else sse.DONE, left=held.aclose)
                 except BaseException:
                     await held.aclose()
                     raise
@@ -162,7 +168,7 @@ class Server:
             message, code = f"there is no {path} here", "not_found"
 
         async def refuse(request: Request) -> Response:
-            response = error_reply(ApiError(error.status_code, message, code=code))
+            response = error_reply(ApiError(error.status_code, message, code=code), request.scope["path"])
             if allowed:
                 response.headers["Allow"] = allowed
             return response
@@ -216,11 +222,11 @@ async def _coroutine(create: Whole, served: Served, body: Body) -> Mapping[str, 
     return await create(served, body)
 
 
-async def _events(chunks: AsyncGenerator[dict[str, Any], None]) -> AsyncGenerator[bytes, None]:
+async def _events(chunks: AsyncGenerator[dict[str, Any], None], named: bool) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(chunks):
         try:
             async for chunk in chunks:
-                yield sse.event(chunk)
+                yield sse.event(chunk, chunk["type"] if named else None)
         except (ApiError, GeneratorExit):
             raise
         except Exception as error:

@@ -31,14 +31,20 @@ async def create(served: Served, body: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-async def stream(served: Served, body: Mapping[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """Chunk by chunk. Raises `ApiError`, for what is wrong with the request before the first chunk."""
+async def stream(
+    served: Served, body: Mapping[str, Any], usage_first: bool = False
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunk by chunk. Raises `ApiError`, for what is wrong with the request before the first chunk.
+
+    `usage_first`: the first one says what the prompt has, for an interface that begins with it.
+    """
     asking = await read(served, body)
     reading = Reading(served, asking, await served.ask(asking.asked))
     head = new_head("chatcmpl", "chat.completion.chunk", served.name)
     choices = [_Choice(reading, asking, number) for number in range(len(asking.asked))]
     for number in range(len(choices)):
-        yield _chunk(head, asking, number, {"role": "assistant", "content": None})
+        first = _chunk(head, asking, number, {"role": "assistant", "content": None})
+        yield first | {"usage": reading.usage_before()} if usage_first else first
     async for number, token in reading.steps():
         choice, extras = choices[number], reading.shown(token)
         logprobs, deltas = choice.push(token)

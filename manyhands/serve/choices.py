@@ -73,13 +73,14 @@ class Reading:
 
     def extras(self, number: int) -> dict[str, Any]:
         """What a choice that has ended holds beside its text."""
-        body = self.asking.body
-        if not body.return_routed_experts:
-            return {}
-        submission = self.submission(number)
+        body, submission = self.asking.body, self.submission(number)
         completion = submission.completion()
+        stop = completion.stop_reason if completion.stop_reason in (*body.stops, *self.asking.ends) else None
+        found: dict[str, Any] = {"stop_reason": stop}
+        if not body.return_routed_experts:
+            return found
         T = len(submission.request.prompt_ids) + max(0, len(completion.token_ids) - 1)
-        return {"routed_experts": routed_experts(completion.routings, T, body.routed_experts_prompt_start)}
+        return found | {"routed_experts": routed_experts(completion.routings, T, body.routed_experts_prompt_start)}
 
     def shown(self, token: Token) -> dict[str, Any]:
         """What a chunk holds of a token's routing, if it was asked for."""
@@ -100,6 +101,11 @@ class Reading:
     def submission(self, number: int) -> Submission:
         """Of one choice."""
         return self.answers.submissions[number]
+
+    def usage_before(self) -> dict[str, Any]:
+        """What is known before anything was made."""
+        prompt = sum(map(len, self.asking.prompts))
+        return {"prompt_tokens": prompt, "completion_tokens": 0, "total_tokens": prompt}
 
     def usage(self) -> dict[str, Any]:
         """Tokens: each prompt once, and all that were made."""

@@ -19,7 +19,8 @@ def test_an_answer_has_openais_form(server):
     assert set(reply) == {"id", "object", "created", "model", "system_fingerprint", "choices", "usage"}
     assert reply["object"] == "text_completion" and reply["id"].startswith("cmpl-") and reply["model"] == "tiny"
     (choice,) = reply["choices"]
-    assert choice == {"index": 0, "text": choice["text"], "logprobs": None, "finish_reason": "length"}
+    expected = {"index": 0, "logprobs": None, "finish_reason": "length", "stop_reason": None}
+    assert choice == {"text": choice["text"], **expected}
     usage = reply["usage"]
     assert usage["completion_tokens"] == 5 and usage["total_tokens"] == usage["prompt_tokens"] + 5
     assert set(usage["prompt_tokens_details"]) == {"cached_tokens"}
