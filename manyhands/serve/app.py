@@ -151,7 +151,8 @@ class Server:
                 events = _events(stream(served, body), named)
                 held = stack.pop_all()  # in use until the stream is over
                 try:
-                    return await sse.respond(events, b"" if named else sse.DONE, left=held.aclose)
+                    response = sse.respond(events, b"" if named else sse.DONE, left=held.aclose)
+                    return await limits.while_there(request, response)
                 except BaseException:
                     await held.aclose()
                     raise

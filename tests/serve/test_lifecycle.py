@@ -62,6 +62,19 @@ def test_a_stream_says_that_it_is_there_while_a_prompt_takes_long(serving, monke
         assert "".join(texts) == running.ok(PATH, **SHORT)["choices"][0]["text"]
 
 
+def test_a_stream_that_is_left_while_it_waits_is_never_begun(serving):
+    with serving(engine={"max_sequences": 1}) as running:
+        slow(running.service, 0.02)
+        with futures.ThreadPoolExecutor(1) as pool:
+            first = pool.submit(running.ok, PATH, **LONG)
+            until(lambda: running.service.num_running == 1)
+            with contextlib.suppress(httpx2.ReadTimeout):
+                httpx2.post(running.base + PATH, json={**LONG, "stream": True}, timeout=0.2)
+            until(lambda: running.service.counters.ended == {"abort": 1}, 1.5)
+            assert running.service.num_open == 1 and not first.done()
+            assert first.result()["usage"]["completion_tokens"] == 180
+
+
 def test_too_many_are_told_so_at_once_and_the_others_are_answered(serving):
     with serving(max_waiting=4, engine={"max_sequences": 2}) as running:
         slow(running.service, 0.03)
