@@ -65,7 +65,7 @@ class Adjuster:
             counts = torch.tensor(list(self._counts.values()), device=logits.device)
             logits[ids] -= sampling.frequency_penalty * counts + sampling.presence_penalty
         if self._ends and self._made < sampling.min_new_tokens:
-            logits[self._ends] = -math.inf
+            logits[[token for token in self._ends if token < V]] = -math.inf
         allowed = None if self._constraint is None else self._constraint.allowed()
         if allowed is not None:
             room = torch.zeros(V, dtype=torch.bool)

@@ -67,7 +67,11 @@ def _draw_all(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[Drawn]:
     if changed:
         logits_RV = logits_RV.clone()
         for r in changed:
-            logits_RV[r] = wishes[r].adjuster.apply(logits_RV[r])
+            try:
+                logits_RV[r] = wishes[r].adjuster.apply(logits_RV[r])
+            except Exception as error:  # of its constraint: somebody else's code
+                errors[r], logits_RV[r] = broken(error), 0.0
+                continue
             if not bool(logits_RV[r].amax().isfinite()):
                 errors[r] = NOTHING_ALLOWED
                 logits_RV[r] = 0.0
@@ -76,6 +80,11 @@ def _draw_all(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[Drawn]:
         if wish.sampling.logprobs is not None:
             logprobs[r] = logprobs_of(raw_RV[r : r + 1], [tokens[r]], wish.sampling.logprobs)[0]
     return [Drawn(token, logprobs.get(r), errors[r]) for r, token in enumerate(tokens)]
+
+
+def broken(error: Exception) -> str:
+    """What is said of a request whose constraint raised."""
+    return f"the constraint failed: {type(error).__name__}: {error}"
 
 
 def _tokens(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[int]:

@@ -22,7 +22,7 @@ from manyhands.engine.adjust import Adjuster
 from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.constraint import Constraint
-from manyhands.engine.draw import Drawn, Wish, draw_all, logprobs_of
+from manyhands.engine.draw import Drawn, Wish, broken, draw_all, logprobs_of
 from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import as_ids, check_causal, check_prompt
@@ -325,7 +325,12 @@ class Engine:
             request.error = drawn.error
             self._end(request, "error")
             return None
-        text, reason = state_of(request).push(request, drawn)
+        try:
+            text, reason = state_of(request).push(request, drawn)
+        except Exception as error:  # of its constraint: somebody else's code
+            request.error = broken(error)
+            self._end(request, "error")
+            return None
         if reason is not None:
             self._end(request, reason)
         return Token(request, drawn.token_id, text, reason, drawn.logprob, routed, at)

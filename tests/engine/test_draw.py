@@ -128,6 +128,35 @@ def test_a_constraint_leads_and_ends(model):
     )
 
 
+class Broken(Only):
+    """One that raises where it is told to."""
+
+    def __init__(self, where):
+        super().__init__([7, 3])
+        self.where = where
+
+    def allowed(self):
+        return super().allowed() if self.where != "allowed" else 1 / 0
+
+    def accept(self, token_id):
+        return super().accept(token_id) if self.where != "accept" else 1 / 0
+
+
+@pytest.mark.parametrize("where", ["allowed", "accept"])
+def test_a_constraint_that_raises_ends_its_own_request(model, where):
+    engine, how = Engine(model), SamplingConfig(temperature=0, max_new_tokens=5)
+    bad, good = engine.add([1, 2], how, constraint=Broken(where)), engine.add([1, 2], how)
+    while engine.busy:
+        engine.step()
+    assert bad.finish_reason == "error" and "ZeroDivisionError" in bad.error
+    assert good.token_ids == Engine(model).generate([[1, 2]], how)[0].token_ids
+
+
+def test_an_end_token_that_the_vocabulary_lacks(model):
+    how = SamplingConfig(max_new_tokens=3, min_new_tokens=2, stop_token_ids=(1 << 20,))
+    assert len(Engine(model).generate([[1]], how)[0].token_ids) == 3
+
+
 def test_logprobs_of_prompt_and_answer(model):
     ids = list(range(1, 40))
     how = SamplingConfig(temperature=0, max_new_tokens=5, logprobs=2, prompt_logprobs=0)
