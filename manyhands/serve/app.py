@@ -6,7 +6,6 @@ app = build(Models([...]), keys=[b"secret"])
 import contextlib
 import logging
 import time
-import traceback
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Mapping
 from importlib.resources import files
 from typing import Any
@@ -18,7 +17,7 @@ from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from manyhands.errors import ManyhandsError
-from manyhands.serve import about, auth, chat, completions, limits, others, sse
+from manyhands.serve import about, auth, chat, completions, limits, others, sse, unexpected
 from manyhands.serve.errors import ApiError, as_api_error
 from manyhands.serve.metrics import CONTENT_TYPE, Metrics
 from manyhands.serve.models import Models
@@ -131,8 +130,7 @@ class Server:
         except limits.Gone:
             problem = ApiError(499, "the client has closed the connection")
         except Exception as error:
-            log.error("%s in %s:\n%s", type(error).__name__, _said(request), _frames(error))
-            problem = ApiError(500, f"{type(error).__name__} in the server", "server_error")
+            problem = unexpected.broken(error, _said(request))
         return error_reply(problem, request.scope["path"])
 
     def answering(self, create: Whole, stream: Stream | None = None, named: bool = False) -> Endpoint:
@@ -224,15 +222,9 @@ async def _coroutine(create: Whole, served: Served, body: Body) -> Mapping[str, 
 
 
 async def _events(chunks: AsyncGenerator[dict[str, Any], None], named: bool) -> AsyncGenerator[bytes, None]:
-    async with contextlib.aclosing(chunks):
-        try:
-            async for chunk in chunks:
-                yield sse.event(chunk, chunk["type"] if named else None)
-        except (ApiError, GeneratorExit):
-            raise
-        except Exception as error:
-            log.error("%s in a stream:\n%s", type(error).__name__, _frames(error))
-            raise ApiError(500, f"{type(error).__name__} in the server", "server_error") from None
+    async with contextlib.aclosing(unexpected.guarded(chunks)) as objects:
+        async for value in objects:
+            yield sse.event(value, value["type"] if named else None)
 
 
 def _page() -> str | None:
@@ -249,8 +241,3 @@ def _path(request: Request) -> str:
     """As the router reads it: `request.url` is without some control characters."""
     path: str = request.scope["path"]
     return "".join(c if c.isprintable() else c.encode("unicode-escape").decode() for c in path)[:200]
-
-
-def _frames(error: Exception) -> str:
-    """Where it happened. What an error says may be a prompt."""
-    return "".join(traceback.format_tb(error.__traceback__)).rstrip()

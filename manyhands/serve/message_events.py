@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from manyhands import strict_json
+from manyhands.serve import shape
 from manyhands.serve.errors import ApiError
 from manyhands.serve.messages import error, error_body
 from manyhands.serve.response_events import as_chunk
@@ -67,10 +68,13 @@ class Writer:
         self._finish: str | None = None
         self._stop: Any = None
         self._usage: Mapping[str, Any] = {}
+        self._ours: dict[str, Any] = {}
+        """Our own field, with the ledger of experts if it was asked for."""
 
     def push(self, chunk: Mapping[str, Any]) -> list[Event]:
         """The events of one chunk."""
         self._usage = chunk.get("usage") or self._usage
+        self._ours |= shape.kept(chunk, ("manyhands",))
         events = [] if self.begun else self._begin(chunk)
         for one in chunk.get("choices") or []:
             delta = one.get("delta") or {}
@@ -91,7 +95,7 @@ class Writer:
             events += [*self._start("text", {"text": ""}), *self._close()]
         reason, stop = self._reason()
         delta = {"stop_reason": reason, "stop_sequence": stop}
-        events.append({"type": "message_delta", "delta": delta, "usage": _usage(self._usage)})
+        events.append({"type": "message_delta", "delta": delta, "usage": _usage(self._usage), **self._ours})
         return [*events, {"type": "message_stop"}]
 
     def message(self) -> dict[str, Any]:
@@ -115,6 +119,7 @@ class Writer:
             "stop_reason": reason,
             "stop_sequence": stop,
             "usage": _usage(self._usage),
+            **self._ours,
         }
 
     def _reason(self) -> tuple[str, str | None]:

@@ -41,7 +41,7 @@ def error_body(status: int, message: str) -> dict[str, Any]:
 
 def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
     """The chat request that asks for the same. Raises `ApiError` 400 that names what is malformed or not served."""
-    shape.name(body.get("model"), "model")
+    shape.name(_required(body, "model"), "model")
     chat = counted_body(body)
     chat["max_completion_tokens"] = shape.whole(_required(body, "max_tokens"), "max_tokens", 1)
     if body.get("temperature") is not None:

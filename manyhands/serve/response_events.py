@@ -13,6 +13,7 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
+from manyhands.serve import shape
 from manyhands.serve.errors import ApiError
 
 Event = dict[str, Any]
@@ -94,11 +95,14 @@ class Writer:
         """Of tokens whose text has not come yet."""
         self._finish: str | None = None
         self._usage: Mapping[str, Any] = {}
+        self._ours: dict[str, Any] = {}
+        """Our own field, with the ledger of experts if it was asked for."""
 
     def push(self, chunk: Mapping[str, Any]) -> list[Event]:
         """The events of one chunk."""
         events = [] if self.begun else self._begin(chunk)
         self._usage = chunk.get("usage") or self._usage
+        self._ours |= shape.kept(chunk, ("manyhands",))
         for one in chunk.get("choices") or []:
             delta = one.get("delta") or {}
             self._keep_logprobs((one.get("logprobs") or {}).get("content") or [], delta)
@@ -252,6 +256,7 @@ class Writer:
             "truncation": "disabled",
             "usage": _usage(self._usage) if self._usage and status != "in_progress" else None,
             **{field: body.get(field) for field in _ECHOED},
+            **self._ours,
         }
 
 

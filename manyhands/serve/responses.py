@@ -28,6 +28,7 @@ def chat_body(body: Mapping[str, Any]) -> dict[str, Any]:
         raise _stateless("background")
     if body.get("truncation") is not None:
         shape.choice(body["truncation"], "truncation", ("auto", "disabled"))
+    shape.record(shape.given(body, "metadata", {}), "metadata")
     chat = shape.kept(body, (*_SAME, *shape.OWN))
     chat["messages"] = messages(body)
     if body.get("max_output_tokens") is not None:
