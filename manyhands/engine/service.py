@@ -13,49 +13,22 @@ import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from manyhands.config import SamplingConfig
 from manyhands.engine import ledger
 from manyhands.engine.answer import Token
 from manyhands.engine.answers import Answers, Event, Submission
+from manyhands.engine.asked import Asked, EngineDead, Overloaded, Stopping
 from manyhands.engine.counters import Counters
 from manyhands.engine.engine import Engine, Prompt
-from manyhands.engine.ledger import Ledger, bytes_of_experts
+from manyhands.engine.ledger import bytes_of_experts
 from manyhands.engine.request import Request
 from manyhands.errors import ManyhandsError
 
 PATIENCE = 10.0
 """Seconds without a step, while there is work, after which an engine is not healthy."""
-
-
-class Overloaded(ManyhandsError):
-    """As many requests wait as may: try again later."""
-
-    http_status = 429
-
-
-class Stopping(ManyhandsError):
-    """No new requests are taken: the service is about to end."""
-
-    http_status = 503
-
-
-class EngineDead(ManyhandsError):
-    """The engine's thread has ended on an error; no request can be answered any more."""
-
-
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """A prompt and what `Engine.add` is to be told with it."""
-
-    prompt: Prompt
-    sampling: SamplingConfig
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    ledger: Ledger | None = None
-    """What it costs in experts is entered here."""
 
 
 class Service:

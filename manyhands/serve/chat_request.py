@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from manyhands.engine.asked import Asked
 from manyhands.engine.ledger import Ledger
-from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, arguments
 from manyhands.serve.errors import wrong
 from manyhands.serve.forms import form_of

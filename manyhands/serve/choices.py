@@ -8,7 +8,7 @@ from typing import Any
 
 from manyhands.engine.answer import Token
 from manyhands.engine.answers import Answers, Submission
-from manyhands.engine.service import Asked
+from manyhands.engine.asked import Asked
 from manyhands.serve.entries import Entries, Entry
 from manyhands.serve.protocol import Generating
 from manyhands.serve.routed import routed_experts, token_routing

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from manyhands.engine.answer import Token
+from manyhands.engine.asked import Asked
 from manyhands.engine.ledger import Ledger
-from manyhands.engine.service import Asked
 from manyhands.serve.choices import Asking, Head, Reading, arguments, new_head, push, reason_of
 from manyhands.serve.entries import legacy, of_prompt
 from manyhands.serve.errors import ApiError, wrong

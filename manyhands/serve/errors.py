@@ -1,6 +1,6 @@
 """What the server answers when it does not do what was asked: a status and OpenAI's error object."""
 
-from manyhands.engine.service import Overloaded, Stopping
+from manyhands.engine.asked import Overloaded, Stopping
 from manyhands.errors import CheckpointError, ManyhandsError, UserError
 
 

@@ -15,7 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 from manyhands.config import ModelConfig, SamplingConfig
 from manyhands.engine.answer import Token
 from manyhands.engine.answers import Answers
-from manyhands.engine.service import Asked, Service
+from manyhands.engine.asked import Asked
+from manyhands.engine.service import Service
 from manyhands.errors import ManyhandsError
 from manyhands.generate.defaults import published_sampling
 from manyhands.serve.errors import ApiError, as_api_error, wrong

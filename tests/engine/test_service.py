@@ -7,8 +7,9 @@ import time
 import pytest
 
 from manyhands.config import SamplingConfig
+from manyhands.engine.asked import Asked, EngineDead, Overloaded, Stopping
 from manyhands.engine.engine import Engine
-from manyhands.engine.service import Asked, EngineDead, Overloaded, Service, Stopping
+from manyhands.engine.service import Service
 from manyhands.errors import ManyhandsError, UserError
 
 GREEDY = SamplingConfig(temperature=0, max_new_tokens=8)

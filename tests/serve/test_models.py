@@ -84,7 +84,7 @@ def test_one_that_is_used_stays(many):
     assert ask(running, "a").status_code == 200
     slow(running.models.entries["a"].served.service, 0.02)
     with futures.ThreadPoolExecutor(1) as pool:
-        long = pool.submit(running.events, PATH, model="a", prompt="a", max_tokens=100, ignore_eos=True)
+        long = pool.submit(running.events, PATH, model="a", prompt="a", max_tokens=40, ignore_eos=True)
         until(lambda: running.models.loaded[0].service.num_open)
         refused = ask(running, "b")
         assert error_of(refused, 503)["code"] == "memory" and refused.headers["retry-after"]
