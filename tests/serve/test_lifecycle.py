@@ -24,9 +24,12 @@ def test_who_leaves_has_his_requests_ended(serving):
 
         def leave(number):
             body = {**LONG, "stream": number % 2 == 0, "n": 1 + number % 3}
-            with httpx2.Client(base_url=running.base, timeout=0.3, verify=False) as client:
-                with contextlib.suppress(httpx2.ReadTimeout), client.stream("POST", PATH, json=body) as reply:
-                    next(reply.iter_raw())
+            with (
+                contextlib.suppress(httpx2.ReadTimeout),
+                httpx2.Client(base_url=running.base, timeout=0.3, verify=False) as client,
+                client.stream("POST", PATH, json=body) as reply,
+            ):
+                next(reply.iter_raw())
 
         with futures.ThreadPoolExecutor(12) as pool:
             list(pool.map(leave, range(12)))
