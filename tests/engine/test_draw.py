@@ -188,6 +188,7 @@ def test_stop_tokens_and_a_shortest_answer(model):
     how = SamplingConfig(temperature=0, max_new_tokens=8, stop_token_ids=(stop,))
     found = Engine(model).generate([[1, 2]], how)[0]
     assert found.token_ids == greedy[: first + 1] and found.finish_reason == "stop"
+    assert found.stop_reason == stop
     longer = Engine(model).generate([[1, 2]], how.model_copy(update={"min_new_tokens": first + 1}))[0].token_ids
     assert stop not in longer[: first + 1]
 

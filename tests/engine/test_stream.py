@@ -57,3 +57,12 @@ def test_only_what_could_become_a_stop_string_is_held_back():
 @pytest.mark.parametrize(("chunks", "text"), [([b"xabcdy"], "xa"), ([b"xab", b"c", b"dy"], "xa")])
 def test_the_stop_string_that_is_complete_first_wins(chunks, text):
     assert "".join(pieces_of(chunks, ["abcd", "bc"])[0]) == text
+
+
+@pytest.mark.parametrize(("stop", "found"), [(["abcd", "bc"], "bc"), (["no", "abcd"], "abcd"), (["bc", "abc"], "abc")])
+def test_which_stop_string_it_was_is_known(stop, found):
+    stream = TextStream(StreamDecoder([b"xab", b"cd", b"y"].__getitem__), stop)
+    stream.push(0)
+    assert stream.found is None
+    stream.push(1)
+    assert stream.found == found

@@ -72,10 +72,11 @@ def test_which_stop_ended_it(server):
     assert server.ok(CHAT, **asked)["choices"][0]["stop_reason"] is None
     reply = server.ok(MESSAGES, model="tiny", stop_sequences=["never", stop], **asked)
     assert (reply["stop_reason"], reply["stop_sequence"]) == ("stop_sequence", stop)
-    (first, *_) = server.ok("/tokenize", prompt=words, add_special_tokens=False)["tokens"]
-    events = server.events(CHAT, stop_token_ids=[first], **asked)[:-1]
-    ended = [c for e in events for c in e["choices"] if c["finish_reason"]]
-    assert ended[0]["stop_reason"] in (first, None)
+    (hello, *_) = server.ok("/tokenize", prompt="Hello", add_special_tokens=False)["tokens"]
+    forced = {"messages": SAY, "logit_bias": {str(hello): 100}, "stop_token_ids": [hello], "max_tokens": 4}
+    ended = [c for e in server.events(CHAT, **forced)[:-1] for c in e["choices"] if c["finish_reason"]]
+    assert [(c["finish_reason"], c["stop_reason"]) for c in ended] == [("stop", hello)]
+    assert server.ok(MESSAGES, model="tiny", **forced)["stop_reason"] == "end_turn"
 
 
 def test_forms_and_tools_go_through(server):
