@@ -46,6 +46,12 @@ def generate(
             "--exact", help="The same logits in any batch, bit for bit, of float weights too (int8, int4: always)."
         ),
     ] = False,
+    speculate: Annotated[
+        int,
+        typer.Option(
+            min=0, max=64, help="Guess up to so many tokens ahead from what stood before; the text stays the same."
+        ),
+    ] = 0,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
@@ -74,7 +80,8 @@ def generate(
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
-    stream = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact).stream(prompt, sampling)
+    engine = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact, speculate=speculate)
+    stream = engine.stream(prompt, sampling)
     if json_output:
         import json
 

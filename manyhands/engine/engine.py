@@ -27,8 +27,9 @@ from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import as_ids, check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
-from manyhands.engine.runner import Routed, Runner, joined
+from manyhands.engine.runner import Forward, Routed, Runner, joined
 from manyhands.engine.scheduler import Chunk, Plan, Scheduler
+from manyhands.engine.speculate import MOST_DRAFTED
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
 from manyhands.errors import ManyhandsError, UserError
@@ -55,6 +56,7 @@ class Engine:
         prefix_caching: bool = True,
         keep_routing: bool = False,
         exact: bool = False,
+        speculate: int = 0,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
 
@@ -67,12 +69,18 @@ class Engine:
         when no other is free, and of an unbounded cache as many are kept as one context needs. `keep_routing` keeps
         every token's experts and their weights with the blocks, so that who asks for `routing` too need not compute
         again what others have; then the completion's scores and logits are NaN. `exact`: float weights
-        too are multiplied in one order for any number of rows. None of this changes what a request says, but for
+        too are multiplied in one order for any number of rows. `speculate`: up to so many tokens are guessed while one
+        request runs alone, what followed when its last tokens stood in it before, and run with the next; a step makes
+        as many tokens as were guessed right, and one. None of this changes what a request says, but for
         rounding; and not even that with `exact` or int8 or int4 weights, where all of the model is native.
 
-        Raises `UserError` for a model that cannot generate, and for less than one block.
+        Raises `UserError` for a model that cannot generate, for less than one block, and for `speculate` below 0 or
+        above 64.
         """
         check_causal(model.config)
+        if not 0 <= speculate <= MOST_DRAFTED:
+            raise UserError(f"speculate is {speculate}; it is from 0 to {MOST_DRAFTED} tokens")
+        self.speculate = speculate
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
         self.memory = Memory(model, max_sequences, cache_tokens, cache_bytes, paged, prefix_caching, keep_routing)
         self.scheduler = Scheduler(self.memory.blocks, max_sequences, max_batch_tokens)
@@ -149,6 +157,7 @@ class Engine:
     def step(self) -> list[Token]:
         """Run one forward pass: a new token for each request that decodes, and prompts that have waited.
 
+        With `speculate` there may be several new tokens of the one request that runs, in their order.
         Nothing while only a part of a prompt was run, and for a request of no new tokens. A request whose logits are
         not finite, or to which nothing is allowed, ends with the reason "error" and what its `error` says; no other
         does. A pass that was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
@@ -157,6 +166,8 @@ class Engine:
         if not plan.chunks:
             return []
         batch = Batch([self._row(chunk) for chunk in plan.chunks])
+        if draft := self._draft(plan):
+            batch = Batch([Row(batch.ids + draft, batch.rows[0].cache, every=True)])
         try:
             forward = self.runner.run(batch)
         except BaseException:  # Ctrl-C, say: the layers may hold different lengths
@@ -165,6 +176,8 @@ class Engine:
                 state_of(chunk.request).forget(chunk.request)
             raise
         self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
+        if draft:
+            return self._accept(plan.chunks[0].request, batch.ids, forward)
         self.memory.keep_routing(plan.chunks, forward.routed)
         for chunk, row, start in zip(plan.chunks, batch.rows, batch.starts, strict=True):
             self.scheduler.advance(chunk)
@@ -305,6 +318,36 @@ class Engine:
         cache = state_of(request).begin(request, self.memory.new_cache(request, self.runner))
         every = request.scores_prompt and request.num_computed < len(request.prompt_ids)
         return Row(request.next_ids(chunk.count), cache, chunk.draws, every)
+
+    def _draft(self, plan: Plan) -> list[int]:
+        """A guess at what comes behind the one token that runs, if only one does; there are blocks for it."""
+        request = plan.chunks[0].request
+        if not self.speculate or len(self.scheduler.running) > 1 or request.num_waiting > 1:
+            return []
+        room = min(self.speculate, plan.left, request.max_length - request.num_tokens - 1)
+        lookup = state_of(request).lookup
+        lookup.read(request.ids(lookup.length, request.num_tokens - lookup.length))
+        draft = lookup.draft(room)
+        while draft and not request.table.reserve(request.num_tokens + len(draft)):
+            draft.pop()
+        return draft
+
+    def _accept(self, request: Request, ids: list[int], forward: Forward) -> list[Token]:
+        """Step by step what single passes would have made, as long as the token that ran next is the one drawn."""
+        state, tokens = state_of(request), list[Token]()
+        self.memory.keep_routing([Chunk(request, len(ids))], forward.routed)
+        try:
+            for i, token_id in enumerate(ids):
+                self.scheduler.advance(Chunk(request, 1))
+                state.ran([token_id], partial(forward.routed.rows, slice(i, i + 1)))
+                token = self._push(request, self._draw(forward.logits, [i], [request])[0], forward.routed, i)
+                if token is not None:
+                    tokens.append(token)
+                if token is None or token.finish_reason or [token.token_id] != ids[i + 1 : i + 2]:
+                    break
+        finally:
+            state.reject(request)
+        return tokens
 
     def _score(self, request: Request, first: int, logits_CV: Tensor) -> None:
         """Logits of the tokens from `first` on: what each made of the prompt's next."""

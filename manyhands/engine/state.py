@@ -7,6 +7,7 @@ from manyhands.engine.adjust import Adjuster
 from manyhands.engine.draw import Drawn, TokenLogprob
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.request import FinishReason, Request
+from manyhands.engine.speculate import Lookup
 from manyhands.engine.stream import TextStream
 from manyhands.layers.cache import Cache
 from manyhands.moe import Routing
@@ -35,6 +36,8 @@ class State:
     """The stop string, or the stop token, that ended it."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """As many as the prompt has tokens, if they are asked for."""
+    lookup: Lookup = field(default_factory=Lookup)
+    """Its tokens, as far as they were read to guess the next."""
 
     def resume(self, request: Request, new: Callable[[], Cache]) -> None:
         """Begin with what its prefix shares with it, if anything."""
@@ -59,6 +62,12 @@ class State:
             self.prefix.ids += ids
         if self.keeps_routing:
             self.routings.append(routings())
+
+    def reject(self, request: Request) -> None:
+        """What ran behind the tokens that count leaves the cache, if the request has not ended."""
+        if self.cache is not None:
+            self.cache.truncate(request.num_computed)
+            request.table.truncate(request.num_computed)
 
     def forget(self, request: Request) -> None:
         """It has no blocks any more: it was preempted, or a pass was cut short."""
