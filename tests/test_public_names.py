@@ -61,6 +61,7 @@ FLAGS = {
         "seed",
         "stop",
         "show_routing",
+        "speculate",
         "json_output",
     },
     "serve": {
