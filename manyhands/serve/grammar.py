@@ -70,14 +70,14 @@ class Matching:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing but an end token could follow."""
-        return bool(self._matcher.is_stopped())
+        """Whether nothing but an end token could follow. Not where the grammar has met a limit: that is no answer."""
+        return bool(self._matcher.is_stopped() and not self._matcher.is_error())
 
     def allowed(self) -> Tensor:
         """[V of the tokenizer] bool. Nothing, where the grammar has met a limit: the engine then says so."""
-        if self._matcher.is_error():
-            return torch.zeros(1, dtype=torch.bool)
         bits = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
+        if self._matcher.is_error():  # then the mask is an end token's alone
+            return torch.zeros(1, dtype=torch.bool)
         return torch.from_numpy(np.unpackbits(bits, bitorder="little")).bool()
 
     def accept(self, token_id: int) -> None:
@@ -142,6 +142,8 @@ def _text(json_schema: Any, json_object: bool, regex: str | None, lark: str | No
         schema = {}
     if not isinstance(schema, Mapping):
         raise ApiError(400, f"{param}: a JSON schema is an object", param=param)
+    if "x-guidance" in schema:  # would have llguidance overlook keywords, or allow endless blanks
+        raise ApiError(400, f"{param}: x-guidance is not served", param=param)
     if not shallow(schema):
         raise ApiError(400, f"{param}: the schema nests deeper than {MOST_DEPTH} levels", param=param)
     try:

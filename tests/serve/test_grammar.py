@@ -73,6 +73,7 @@ def nested(depth):
     [
         ({"json_schema": {"type": "hiccup"}}, "hiccup"),
         ({"json_schema": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+        ({"json_schema": {"type": "array", "uniqueItems": True, "x-guidance": {"lenient": True}}}, "x-guidance"),
         ({"json_schema": {"$ref": "http://elsewhere/x"}}, "elsewhere"),
         ({"json_schema": {"type": "string", "pattern": "("}}, "unclosed"),
         ({"json_schema": [1]}, "object"),
@@ -97,6 +98,15 @@ def test_a_vocabulary_of_another_size(tokenizer):
     """The model's is larger here; a mask is the tokenizer's."""
     mask = read(tokenizer, regex="a+").new().allowed()
     assert mask.dtype == torch.bool and mask[tokenizer.encode("a")[0]] and not mask[tokenizer.encode("b")[0]]
+
+
+@pytest.mark.parametrize("schema", [{"$ref": "#"}, {"anyOf": [{"$ref": "#"}]}])
+def test_a_grammar_that_met_a_limit_is_an_error_and_no_finished_answer(model, tokenizer, schema):
+    engine = Engine(model, tokenizer)
+    request = engine.add("x", SamplingConfig(max_new_tokens=9), constraint=read(tokenizer, json_schema=schema).new())
+    while engine.busy:
+        engine.step()
+    assert request.finish_reason not in ("stop", "length")
 
 
 def test_chat_in_the_form_of_a_schema(server):
