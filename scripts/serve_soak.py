@@ -141,7 +141,7 @@ async def one_of_many(run: Run, chance: random.Random, seen: Counter[str]) -> No
         body["messages"] = [{"role": "user", "content": body.pop("prompt")}]
         if "logprobs" in body:
             body |= {"logprobs": True, "top_logprobs": 2}
-    leaves = chance.random() < 0.2
+    leaves = chance.random() < 0.29  # a third of them have their answer before
     asking = asyncio.ensure_future(read(run, path, body, chance.randrange(6) if leaves and body["stream"] else None))
     if leaves and not body["stream"]:
         await asyncio.wait({asking}, timeout=chance.random() * 0.3)
