@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Lock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -45,6 +46,8 @@ _LIMITS = LLParserLimits(
 _POOL = ThreadPoolExecutor(2, "manyhands-grammar")
 _tokenizers: WeakKeyDictionary[Any, LLTokenizer] = WeakKeyDictionary()
 _kept: "OrderedDict[tuple[int, str], Grammar]" = OrderedDict()
+_lock = Lock()
+"""Of both: grammars are read in threads."""
 
 
 class Grammar:
@@ -116,16 +119,18 @@ def read(
     """The same at once."""
     text = _text(json_schema, json_object, regex, lark, param)
     key = id(tokenizer.inner), text
-    found = _kept.get(key)
+    with _lock:
+        found = _kept.get(key)
     if found is None or not found.is_of(tokenizer):
         matcher = LLMatcher(_of(tokenizer), text, log_level=0, limits=_LIMITS)
         if matcher.is_error():
             raise ApiError(400, f"{param}: {_line(matcher.get_error())}", param=param)
         found = Grammar(matcher, tokenizer.inner, text)
-    _kept[key] = found
-    _kept.move_to_end(key)
-    while len(_kept) > _KEPT or sum(grammar.size for grammar in _kept.values()) > _KEPT_BYTES:
-        _kept.popitem(last=False)
+    with _lock:
+        _kept[key] = found
+        _kept.move_to_end(key)
+        while len(_kept) > _KEPT or sum(grammar.size for grammar in _kept.values()) > _KEPT_BYTES:
+            _kept.popitem(last=False)
     return found
 
 
@@ -179,9 +184,10 @@ def shallow(schema: Any) -> bool:
 def _of(tokenizer: Tokenizer) -> LLTokenizer:
     """The tokenizer as llguidance has it, made once."""
     inner = tokenizer.inner
-    if (found := _tokenizers.get(inner)) is None:
-        ends = sorted(tokenizer.eos_token_ids) or [tokenizer.vocab_size - 1]
-        found = _tokenizers[inner] = LLTokenizer(inner.to_str(), n_vocab=tokenizer.vocab_size, eos_token=ends)
+    with _lock:
+        if (found := _tokenizers.get(inner)) is None:
+            ends = sorted(tokenizer.eos_token_ids) or [tokenizer.vocab_size - 1]
+            found = _tokenizers[inner] = LLTokenizer(inner.to_str(), n_vocab=tokenizer.vocab_size, eos_token=ends)
     return found
 
 

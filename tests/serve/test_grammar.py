@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from manyhands.config import SamplingConfig
 from manyhands.engine.engine import Engine
+from manyhands.serve import grammar
 from manyhands.serve.errors import ApiError
 from manyhands.serve.grammar import MOST_DEPTH, read
 
@@ -28,10 +30,10 @@ def schema_form(schema):
 
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_answers_are_in_their_form_each_its_own(model, tokenizer, temperature):
-    grammar = read(tokenizer, json_schema=PET)
+    form = read(tokenizer, json_schema=PET)
     engine = Engine(model, tokenizer)
     how = [SamplingConfig(temperature=temperature, seed=i, max_new_tokens=80) for i in range(5)]
-    bound = [engine.add("x", h, constraint=grammar.new()) for h in how[:4]]
+    bound = [engine.add("x", h, constraint=form.new()) for h in how[:4]]
     free = engine.add("x", how[4])
     while engine.busy:
         engine.step()
@@ -59,6 +61,15 @@ def test_regular_expressions_and_grammars(model, tokenizer):
 def test_a_grammar_is_read_once(tokenizer):
     assert read(tokenizer, regex="ab") is read(tokenizer, regex="ab")
     assert read(tokenizer, regex="ab") is not read(tokenizer, regex="abc")
+
+
+def test_grammars_are_read_in_many_threads(tokenizer, monkeypatch):
+    """More than are kept, so that some are let go while others are counted."""
+    monkeypatch.setattr(grammar, "_KEPT", 4)
+    patterns = [f"x{i}" for i in range(200)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda pattern: read(tokenizer, regex=pattern), patterns * 2))
+    assert all(one.new().allowed().any() for one in found) and len(grammar._kept) == 4
 
 
 def nested(depth):
