@@ -1,4 +1,7 @@
-"""Every Python snippet of the README and the docs runs as it stands, on small models in place of those it names."""
+"""Every Python snippet of the README and the docs runs as it stands, on small models in place of those it names.
+
+But those fenced with `py`: they need another's client and a server, and `scripts/clients.py` does what they do.
+"""
 
 import re
 from pathlib import Path
@@ -8,6 +11,7 @@ import pytest
 import torch
 
 import manyhands as mh
+from manyhands.serve.routed import routed_experts
 from manyhands.text import Tokenizer
 
 from .small_runs import manyhands
@@ -65,6 +69,9 @@ def test_it_runs(page: str, code: str, tokenizer: Tokenizer, tmp_path: Path, mon
     if '"DST"' in code:
         mh.save(small(), "SRC", tokenizer, family="mixtral")
         assert manyhands("quantize", "SRC", "DST").returncode == 0
+    if 'choice["routed_experts"]' in code:
+        routings = small()(names["ids"]).routings
+        names["choice"] = {"routed_experts": routed_experts(routings, names["ids"].shape[1], 0)}
     if "manyhands.hf" in code:
         names["model"] = theirs()
     exec(code, names)  # noqa: S102  # it is ours, and what readers paste
