@@ -25,20 +25,23 @@ from manyhands.serve.errors import ApiError
 from manyhands.text import Tokenizer
 
 SECONDS = 2.0
-"""A grammar may take to be read. The thread that reads it goes on to the limits below, a fraction of that."""
+"""A grammar may take to be read. Its thread goes on: what is known to take long is refused first (`MOST_JOINED`)."""
 MOST_BYTES = 1 << 20
 """Of a schema or a grammar."""
 MOST_REGEX = 1 << 16
 MOST_DEPTH = 64
 """Of a schema: reading one nests as deep as it does."""
+MOST_JOINED = 8
+"""Patterns that a text may have to hold to all at once (`allOf`; `&` in Lark): together they grow beyond all limits."""
+_JOINED = ("pattern", "patternProperties", "format")
 _KEPT = 32
 _KEPT_BYTES = 8 << 20
 """Grammars that were read are kept: so many, of so many bytes of text."""
 _COMPACT: Any = {"whitespace_flexible": False}  # else a small model writes blanks without end
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=400_000,
-    step_max_items=100_000,
+    step_lexer_fuel=200_000,
+    step_max_items=20_000,
     max_lexer_states=50_000,
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -141,6 +144,8 @@ def _text(json_schema: Any, json_object: bool, regex: str | None, lark: str | No
         return str(LLMatcher.grammar_from_regex(regex))
     if lark is not None:
         _bounded(lark, MOST_BYTES, param)
+        if lark.count("&") > MOST_JOINED:
+            raise ApiError(400, f"{param}: more than {MOST_JOINED} & in a grammar", param=param)
         return str(LLMatcher.grammar_from_lark(lark))
     schema = {"type": "object"} if json_object else json_schema
     if schema is True:
@@ -151,6 +156,9 @@ def _text(json_schema: Any, json_object: bool, regex: str | None, lark: str | No
         raise ApiError(400, f"{param}: x-guidance is not served", param=param)
     if not shallow(schema):
         raise ApiError(400, f"{param}: the schema nests deeper than {MOST_DEPTH} levels", param=param)
+    if (joined := _joined(schema)) > MOST_JOINED:
+        what = f"allOf beside {joined} of {', '.join(_JOINED)}; at most {MOST_JOINED}"
+        raise ApiError(400, f"{param}: {what}", param=param)
     try:
         written = json.dumps(schema, ensure_ascii=False, allow_nan=False)
         _bounded(written, MOST_BYTES, param)
@@ -179,6 +187,20 @@ def shallow(schema: Any) -> bool:
         if not level:
             return True
     return False
+
+
+def _joined(schema: Any) -> int:
+    """Patterns of a schema that has an `allOf` anywhere; 0 without. It nests no deeper than may be."""
+    found, has_all, left = 0, False, [schema]
+    while left:
+        value = left.pop()
+        if isinstance(value, Mapping):
+            has_all |= "allOf" in value
+            found += sum(key in value for key in _JOINED)
+            left += value.values()
+        elif isinstance(value, list):
+            left += value
+    return found if has_all else 0
 
 
 def _of(tokenizer: Tokenizer) -> LLTokenizer:
