@@ -63,6 +63,15 @@ def loads(data: bytes | str) -> Any:
     return value
 
 
+def first(text: str) -> tuple[Any, str]:
+    """The value a text begins with, and the rest of the text. Raises `ValueError` as `loads` does."""
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except RecursionError:
+        raise ValueError("not valid JSON: nested too deeply") from None
+    return loads(text[:end]), text[end:]
+
+
 def parse_object(data: bytes | str, where: str, error: type[ManyhandsError]) -> dict[str, Any]:
     """An object. Raises `error` with one line that `where`, a file's name, begins."""
     try:

@@ -53,6 +53,13 @@ def test_what_is_json_is_read() -> None:
         strict_json.loads(b'"\xff"')
 
 
+def test_the_first_of_a_text() -> None:
+    assert strict_json.first('{"a": [1]}; {"b": 2}') == ({"a": [1]}, '; {"b": 2}')
+    for text in ('{"a": 1, "a": 2} x', "NaN", "[" * 100_000, "x", ""):
+        with pytest.raises(ValueError):
+            strict_json.first(text)
+
+
 def test_a_file_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "x").write_text('{"a": 1}   ')
     assert strict_json.read_object(tmp_path / "x", 11, UserError) == {"a": 1}

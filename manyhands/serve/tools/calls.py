@@ -53,10 +53,9 @@ def loads(text: str) -> Any:
 def first_object(text: str) -> tuple[Any, str]:
     """The JSON value a text begins with, and the rest. Raises `Malformed`."""
     try:
-        value, end = json.JSONDecoder().raw_decode(text)
-    except (ValueError, RecursionError):
+        return strict_json.first(text)
+    except ValueError:
         raise Malformed from None
-    return value, text[end:]
 
 
 def dumps(value: Any) -> str:
