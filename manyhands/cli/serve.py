@@ -70,6 +70,7 @@ def serve(
     try:
         from manyhands.serve import app as application
         from manyhands.serve import load, run
+        from manyhands.serve.memory import one_arena
         from manyhands.serve.models import Models
     except ModuleNotFoundError as error:
         raise UserError(f"serving needs the package {error.name}: pip install 'manyhands[serve]'") from None
@@ -91,6 +92,7 @@ def serve(
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"
     )
+    one_arena()
     models = Models(load.entries(paths, settings), memory_bytes)
     app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
     bound = run.bind(host, port)

@@ -139,6 +139,8 @@ async def _read(served: Served, body: Mapping[str, Any]) -> tuple[Asking, Comple
     if len(prompts) * request.n > MOST_SEQUENCES:
         raise wrong("prompt", f"{len(prompts)} prompts with n = {request.n}: at most {MOST_SEQUENCES} answers at once")
     texts = [prompt for prompt in prompts if isinstance(prompt, str)]
+    for text in texts:
+        served.check_text(text, "prompt")
     try:
         special = {"add_special_tokens": True, "parse_special": True}  # a prompt is whole: who asks wrote its marks
         made = iter(await aside(served.tokenizer.encode_batch, texts, **special) if texts else [])

@@ -62,6 +62,10 @@ class Served:
         self.has_template = self.tokenizer.chat_template is not None
         if not self.has_template:
             self.tokenizer = self.tokenizer.with_chat_template(FALLBACK_TEMPLATE)
+        inner = self.tokenizer.inner
+        names = [len(token.content.encode()) for token in inner.get_added_tokens_decoder().values()]
+        longest = max([1, int(self.tokenizer.byte_lengths().max()), *names])
+        self._longest = longest if inner.normalizer is None else 1 << 30  # what is normalised may have fewer bytes
         self._published = published_sampling(self.tokenizer.files.generation)
 
     @property
@@ -81,6 +85,17 @@ class Served:
                 400,
                 f"this model's maximum context length is {self.room} tokens, and your prompt has {len(ids)}{asked}: "
                 f"it may have at most {most}",
+                param=param,
+                code="context_length_exceeded",
+            )
+
+    def check_text(self, text: str, param: str) -> None:
+        """Raises `ApiError` for a text so long that no tokens could be few enough: it need not be cut into them."""
+        least = -(-len(text.encode("utf-8", "replace")) // self._longest)
+        if least > self.room:
+            raise ApiError(
+                400,
+                f"this model's maximum context length is {self.room} tokens, and your prompt has at least {least}",
                 param=param,
                 code="context_length_exceeded",
             )

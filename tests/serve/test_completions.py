@@ -248,3 +248,13 @@ def test_a_special_token_in_a_prompt_is_that_token(server, tokenizer):
     text, same = (server.ok(PATH, prompt=prompt, max_tokens=4) for prompt in (spelled, ids))
     assert texts(text) == texts(same) and text["usage"] == same["usage"]
     assert end not in server.ok("/tokenize", messages=[{"role": "user", "content": spelled}])["tokens"]
+
+
+def test_a_text_that_cannot_fit_is_told_so_before_it_is_cut_into_tokens(server, tokenizer):
+    longest = max(int(tokenizer.byte_lengths().max()), len("<|endoftext|>"))
+    error = server.bad(PATH, prompt="é" * (192 * longest))
+    assert error["code"] == "context_length_exceeded" and f"at least {2 * 192}" in error["message"]
+    assert server.ok("/tokenize", prompt="<|endoftext|>" * 190)["count"] == 190
+    assert server.ok(PATH, prompt="<|endoftext|>" * 190, max_tokens=1)["usage"]["prompt_tokens"] == 190
+    error = server.bad(PATH, prompt="x y z " * (32 * longest))  # as long as 192 of the longest: counted in tokens
+    assert error["code"] == "context_length_exceeded" and "at most 191" in error["message"]
