@@ -13,7 +13,7 @@ from manyhands.serve.forms import form_of
 from manyhands.serve.messages_in import checked
 from manyhands.serve.protocol import ChatBody, parse
 from manyhands.serve.served import FALLBACK_STOP, Served, aside
-from manyhands.serve.tools.offer import offer_of
+from manyhands.serve.tools.offer import Offer, offer_of
 from manyhands.serve.tools.parser import parser_of
 
 _OURS = ("messages", "add_generation_prompt", "tools", "documents", "bos_token", "eos_token", "tokenize")
@@ -45,11 +45,11 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
         raise wrong("top_logprobs", "only with logprobs: true")
     offer = offer_of(request.tools, request.tool_choice, request.parallel_tool_calls)
     form = await offer.grammar(served.tokenizer) or await form_of(served.tokenizer, request)
-    ids = await prompt_ids(served, request, talks=form is None)
+    ids = await prompt_ids(served, request, offer, talks=form is None)
     asked_for = request.max_completion_tokens or request.max_tokens
     served.check_ids(ids, "messages", asked_for)
     room = served.room - len(ids)
-    stops = request.stops if served.has_template else (*request.stops[:15], FALLBACK_STOP)
+    stops = request.stops if served.has_template else (*request.stops, FALLBACK_STOP)[:16]  # who gives 16 gets 16
     sampling = served.sampling(
         request,
         stop=stops,
@@ -67,7 +67,7 @@ async def read(served: Served, body: Mapping[str, Any]) -> ChatAsking:
     return ChatAsking(request, asked, [ids], request.logprobs, request, new_parser)
 
 
-async def prompt_ids(served: Served, request: ChatBody, talks: bool = True) -> list[int]:
+async def prompt_ids(served: Served, request: ChatBody, offer: Offer | None = None, talks: bool = True) -> list[int]:
     """The conversation in the model's template. Who does not talk, but writes what a grammar wants, does not think."""
     messages = checked(request.messages)
     variables = ({} if talks else {"enable_thinking": False}) | (request.chat_template_kwargs or {})
@@ -76,7 +76,8 @@ async def prompt_ids(served: Served, request: ChatBody, talks: bool = True) -> l
             raise wrong(f"chat_template_kwargs.{name}", "it is not the template's to be told here")
     if request.reasoning_effort is not None:
         variables.setdefault("reasoning_effort", request.reasoning_effort)
-    if shown := offer_of(request.tools, request.tool_choice, request.parallel_tool_calls).shown:
+    offer = offer or offer_of(request.tools, request.tool_choice, request.parallel_tool_calls)
+    if shown := offer.shown:
         variables["tools"] = shown
     if request.documents:
         variables["documents"] = request.documents

@@ -144,3 +144,12 @@ def test_thoughts_are_a_field_of_their_own(serving, tokenizer):
 def test_a_template_that_refuses_is_the_callers_mistake(serving):
     with serving(template="{{ raise_exception('no system here') }}") as running:
         assert "no system here" in running.bad(PATH, messages=HELLO)["message"]
+
+
+def test_no_stop_string_is_lost_where_there_is_no_template(serving):
+    with serving(template=None) as running:
+        asked = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 24}
+        words = running.ok("/v1/chat/completions", **asked)["choices"][0]["message"]["content"]
+        stops = [f"never {i}" for i in range(15)] + [words[3:6]]
+        choice = running.ok("/v1/chat/completions", stop=stops, **asked)["choices"][0]
+        assert choice["message"]["content"] == words[: words.index(stops[-1])] and choice["stop_reason"] == stops[-1]
