@@ -43,7 +43,7 @@ class Workspace {
 struct Workspaces {  // used by one call at a time
   Workspace x, halves, y, act, dh, dact, gathered;
   Workspace worker[257];
-  Workspace integers[3];
+  Workspace integers[5];
   void trim();
 };
 Workspaces& workspaces();

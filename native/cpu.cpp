@@ -34,8 +34,8 @@ int64_t find_levels() {
   int64_t found = 1 << MH_PORTABLE;
   uint32_t a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
-  constexpr uint32_t fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28;
-  if ((c & (fma | osxsave | avx)) != (fma | osxsave | avx)) return found;
+  constexpr uint32_t needed = 1u << 12 | 1u << 27 | 1u << 28 | 1u << 29;  // FMA, OSXSAVE, AVX, F16C
+  if ((c & needed) != needed) return found;
   const uint64_t state = enabled_state();
   uint32_t b7, c7, d7, a71, b71, c71, d71;
   if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d7) || (state & 0x6) != 0x6) return found;

@@ -14,6 +14,7 @@ struct Format {
   int64_t bits;             // of a weight
   int64_t scale_bytes = 0;  // of a scale; 0: the format has none
   bool grouped = false;     // a scale per output and group of inputs, mh_matrix.group of them; else one per output
+  bool half = false;        // scales of two bytes are IEEE halves; else bf16
   bool integer = false;     // rows are rounded to int8 and multiplied with it as integers
   bool plain = false;       // [outputs][inputs] as training has them, not in panels of a record
   bool exact = false;       // never rounded to bf16, not even at a level that multiplies bf16
@@ -25,6 +26,8 @@ constexpr Format kFormats[] = {
     {.name = "bf16", .bits = 16, .few_rows = 4},
     {.name = "int8", .bits = 8, .scale_bytes = 4, .integer = true, .exact = true},
     {.name = "int4", .bits = 4, .scale_bytes = 2, .grouped = true, .integer = true, .exact = true},
+    {.name = "q8_0", .bits = 8, .scale_bytes = 2, .grouped = true, .half = true, .integer = true, .exact = true},
+    {.name = "q4_0", .bits = 4, .scale_bytes = 2, .grouped = true, .half = true, .integer = true, .exact = true},
     {.name = "plain float32", .bits = 32, .plain = true, .exact = true, .few_rows = 4},
     {.name = "plain bf16", .bits = 16, .plain = true, .few_rows = 4},
     {.name = "plain float32 taken as bf16", .bits = 32, .plain = true},

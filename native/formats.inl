@@ -47,6 +47,13 @@ void dot_bf16(const Panel& p, const Row* rows, float* c) {
 
 // ---- As floats. ----
 
+// Sixteen scales of two bytes, of a format whose groups have them.
+template <int kFormat>
+inline V load_scale(const uint16_t* p) {
+  if constexpr (mh::kFormats[kFormat].half) return load_half(p);
+  return load_bf16(p);
+}
+
 void widen_plain(const Panel& p, int64_t k, int64_t n, float* out) {
   float block[256];
   for (int64_t i = 0; i < n; i += 16, out += 256) {
@@ -75,13 +82,24 @@ void widen_int8(const Panel& p, int64_t k, int64_t n, float* out) {
   }
 }
 
-void widen_int4(const Panel& p, int64_t k, int64_t n, float* out) {
+template <int kFormat>
+void widen_nibbles(const Panel& p, int64_t k, int64_t n, float* out) {
   const uint8_t* line = p.data + 8 * k;
   for (int64_t i = 0; i < n; i += 8, line += 64, out += 128) {
-    const V scale = load_bf16(reinterpret_cast<const uint16_t*>(p.scales) + 16 * ((k + i) / p.group));
+    const V scale = load_scale<kFormat>(reinterpret_cast<const uint16_t*>(p.scales) + 16 * ((k + i) / p.group));
     V w[8];
     load_octets(line, w);
     for (int j = 0; j < 8; j++) store(out + 16 * j, mul(w[j], scale));
+  }
+}
+
+void widen_q8_0(const Panel& p, int64_t k, int64_t n, float* out) {
+  const uint8_t* line = p.data + 16 * k;
+  for (int64_t i = 0; i < n; i += 4, line += 64, out += 64) {
+    const V scale = load_scale<MH_Q8_0>(reinterpret_cast<const uint16_t*>(p.scales) + 16 * ((k + i) / p.group));
+    V w[4];
+    load_quads(line, w);
+    for (int j = 0; j < 4; j++) store(out + 16 * j, mul(w[j], scale));
   }
 }
 
@@ -98,7 +116,9 @@ constexpr FormatKernels kFormatKernels[] = {
     {{dot_float32<1>, dot_float32<2>, dot_float32<3>, dot_float32<4>}, nullptr},
     {{dot_bf16<1>, dot_bf16<2>, dot_bf16<3>, dot_bf16<4>}, widen_bf16},
     {{}, widen_int8},
-    {{}, widen_int4},
+    {{}, widen_nibbles<MH_INT4>},
+    {{}, widen_q8_0},
+    {{}, widen_nibbles<MH_Q4_0>},
     {{dot_plain<float, 1>, dot_plain<float, 2>, dot_plain<float, 3>, dot_plain<float, 4>}, widen_plain},
     {{dot_plain<uint16_t, 1>, dot_plain<uint16_t, 2>, dot_plain<uint16_t, 3>, dot_plain<uint16_t, 4>}, widen_plain},
     {{}, widen_plain},

@@ -8,7 +8,7 @@ IntShape::IntShape(const Matrix& m, const Kernels& k)
     : depth(m.size.depth),
       group(m.row_group()),
       groups(divide_up(depth, group)),
-      shift(m.format().grouped ? 8 : k.int8_shift) {}
+      shift(m.format().bits == 4 ? 8 : k.int8_shift) {}
 
 IntBlock::IntBlock(const IntShape& s, int64_t rows, int64_t rows_per_tile, void* memory)
     : shape(s), count(rows), tile(rows_per_tile), stride(round_up(rows, tile)) {

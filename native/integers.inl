@@ -1,7 +1,7 @@
-// Rows rounded to int8 times a panel of int8 or int4 weights, for any number of rows. Of each group of inputs
+// Rows rounded to int8 times a panel of integer weights, for any number of rows. Of each group of inputs
 //   d = Σ q·w, exact in int32; then, groups ascending,
 //   int8: sum = fma(d, scale of the row, sum), at the end sum · scale of the output
-//   int4: sum = fma(d · scale of the row, scale of the output, sum)
+//   int4, q8_0, q4_0: sum = fma(d · scale of the row, scale of the output, sum)
 // so that a row's numbers depend on that row and the weights alone: not on the rows beside it, nor on the level.
 #pragma once
 
@@ -10,6 +10,7 @@
 namespace {
 
 using mh::IntRows;
+using mh::kFormats;
 
 // Lines of weights to fetch while four others are multiplied: those that follow, for the first rows; then, for the
 // other rows, a share of the next panel.
@@ -55,8 +56,9 @@ void int8_rows(const Panel& p, const IntRows& rows, int64_t row, const int8_t* q
   times<M>([&](auto i) { store(c + 16 * i.value, mul(sums[i.value], of_output)); });
 }
 
-template <int M>
-void int4_rows(const Panel& p, const IntRows& rows, int64_t row, const int8_t* q, float* c, Ahead ahead) {
+// Nibbles or bytes whose groups have scales.
+template <int M, int kFormat>
+void grouped_rows(const Panel& p, const IntRows& rows, int64_t row, const int8_t* q, float* c, Ahead ahead) {
   V sums[M];
   times<M>([&](auto i) { sums[i.value] = set1(0); });
   const uint8_t* line = p.data;
@@ -66,7 +68,16 @@ void int4_rows(const Panel& p, const IntRows& rows, int64_t row, const int8_t* q
   for (int64_t k = 0; k < p.depth; start += rows.stride, scale += rows.stride, of_outputs += 16) {
     I dots[M];
     times<M>([&](auto i) { dots[i.value] = set1_int(start[i.value]); });
-    for (const int64_t end = k + p.group; k < end; k += 32, line += 256) {
+    const int64_t end = k + p.group;
+    for (; kFormats[kFormat].bits == 8 && k < end; k += 16, line += 256) {
+      const int8_t* x = int_inputs(q, rows, k);
+      ahead.fetch();
+      times<4>([&](auto l) {
+        const Quads w = load_int8(line + 64 * l.value);
+        times<M>([&](auto i) { dots[i.value] = dot_int8(dots[i.value], w, x + 64 * i.value + 4 * l.value); });
+      });
+    }
+    for (; k < end; k += 32, line += 256) {
       const int8_t* x = int_inputs(q, rows, k);
       ahead.fetch();
       Part parts[M];
@@ -81,7 +92,7 @@ void int4_rows(const Panel& p, const IntRows& rows, int64_t row, const int8_t* q
       });
       times<M>([&](auto i) { dots[i.value] = with_part(dots[i.value], parts[i.value]); });
     }
-    const V of_output = load_bf16(of_outputs);
+    const V of_output = load_scale<kFormat>(of_outputs);
     times<M>([&](auto i) {
       sums[i.value] = fma(mul(to_float(dots[i.value]), set1(scale[i.value])), of_output, sums[i.value]);
     });
@@ -93,8 +104,16 @@ template <int M>
 void int_rows_of(int64_t m, const Panel& p, const IntRows& rows, int64_t row, const int8_t* q, float* c,
                  const Ahead& ahead) {
   if (m == M) {
-    const auto product = p.format == MH_INT8 ? int8_rows<M> : int4_rows<M>;
-    return product(p, rows, row, q, c, ahead);
+    switch (p.format) {
+      case MH_INT8:
+        return int8_rows<M>(p, rows, row, q, c, ahead);
+      case MH_Q8_0:
+        return grouped_rows<M, MH_Q8_0>(p, rows, row, q, c, ahead);
+      case MH_Q4_0:
+        return grouped_rows<M, MH_Q4_0>(p, rows, row, q, c, ahead);
+      default:
+        return grouped_rows<M, MH_INT4>(p, rows, row, q, c, ahead);
+    }
   }
   if constexpr (M > 1) int_rows_of<M - 1>(m, p, rows, row, q, c, ahead);
 }
@@ -102,7 +121,7 @@ void int_rows_of(int64_t m, const Panel& p, const IntRows& rows, int64_t row, co
 // c [count][16] = rows times a panel.
 void multiply_integers(const Panel& p, const IntRows& rows, float*, float* c) {
   prefetch(p.scales);  // they lie elsewhere
-  const int64_t lines = p.depth / (p.format == MH_INT8 ? 4 : 8), more = (rows.count - 1) / rows.tile;
+  const int64_t lines = p.depth * kFormats[p.format].bits / 32, more = (rows.count - 1) / rows.tile;
   Ahead ahead{p.data + kPrefetchBytes, 4, true};
   for (int64_t row = 0; row < rows.count; row += rows.tile) {
     const int64_t m = least(rows.tile, rows.count - row);

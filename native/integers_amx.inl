@@ -9,7 +9,7 @@
 namespace {
 
 constexpr int64_t kTileRowsAmx = 16;
-constexpr int64_t kFewInt8 = 8, kFewInt4 = 12;  // up to so many rows the vector path is as fast
+constexpr int64_t kFewBytes = 8, kFewNibbles = 12;  // up to so many rows the vector path is as fast
 constexpr int64_t kInputs = 1024;               // of a panel at a time: 16 KiB, which stay in the first cache
 constexpr int kWholeRows = 4, kWholeWeights = 5, kHalfRows = 6, kHalfWeights = 7;  // tiles 0 to 3 are sums
 // The sums of four groups lie beside each other. A load waits for an earlier store to an address 4096 bytes away as if
@@ -20,7 +20,7 @@ struct TileRun {  // the rows of one tile by some inputs of a panel
   const int8_t* q;             // [inputs / 64][16][64]
   const uint8_t* lines;        // [inputs / 4][16][4], with signs
   const float* scale;          // of the rows, [groups][stride]
-  const uint16_t* of_outputs;  // int4: [groups][16]
+  const uint16_t* of_outputs;  // where groups have them: [groups][16]
   int64_t stride, group, groups;
   int32_t* ints;  // [4][16][16]
 };
@@ -51,7 +51,7 @@ inline void group_store(const TileRun& run, int64_t g) {
 }
 
 // c [M][16] = or += the run's products, group by group, four groups behind the tiles.
-template <int M, bool kInt4>
+template <int M, int kFormat>
 void run_tiles(const TileRun& run, float* c, bool first, Ahead& ahead) {
   V sums[M];
   times<M>([&](auto i) { sums[i.value] = first ? set1(0) : load(c + 16 * i.value); });
@@ -59,10 +59,12 @@ void run_tiles(const TileRun& run, float* c, bool first, Ahead& ahead) {
     if (g >= run.groups) return;
     const float* scale = run.scale + g * run.stride;
     ahead.fetch();
-    const V of_output = kInt4 ? load_bf16(run.of_outputs + 16 * g) : set1(0);
+    V of_output = set1(0);
+    if constexpr (kFormats[kFormat].grouped) of_output = load_scale<kFormat>(run.of_outputs + 16 * g);
     times<M>([&](auto i) {
       const V x = to_float(load_ints(d + 16 * i.value)), of_row = set1(scale[i.value]);
-      sums[i.value] = kInt4 ? fma(mul(x, of_row), of_output, sums[i.value]) : fma(x, of_row, sums[i.value]);
+      sums[i.value] =
+          kFormats[kFormat].grouped ? fma(mul(x, of_row), of_output, sums[i.value]) : fma(x, of_row, sums[i.value]);
     });
   };
   group_sums<0>(run, 0);
@@ -78,42 +80,52 @@ void run_tiles(const TileRun& run, float* c, bool first, Ahead& ahead) {
   times<M>([&](auto i) { store(c + 16 * i.value, sums[i.value]); });
 }
 
-template <bool kInt4>
+template <int kFormat>
 void multiply_tiles(const Panel& p, const IntRows& rows, float* scratch, float* c) {
+  constexpr bool nibbles = kFormats[kFormat].bits == 4;
   const TileScope scope(kHalfRows, kHalfWeights);
   int32_t* ints = reinterpret_cast<int32_t*>(scratch);
   uint8_t* unpacked = reinterpret_cast<uint8_t*>(ints + kInts);
   const int64_t tiles = (rows.count + kTileRowsAmx - 1) / kTileRowsAmx;
-  const int64_t lines = rows.group / (kInt4 ? 8 : 4);  // of a group
+  const int64_t lines = rows.group / (nibbles ? 8 : 4);  // of a group
   Ahead ahead{p.next ? p.next->data : p.data, p.next ? (lines + tiles - 1) / tiles : 0, false};
   for (int64_t k = 0; k < p.depth; k += kInputs) {
     const int64_t n = least(kInputs, p.depth - k), g = k / rows.group;
-    for (int64_t i = 0; kInt4 && i < n; i += 8) unpack_int4(p.data + 8 * (k + i), unpacked + 16 * i);
+    for (int64_t i = 0; nibbles && i < n; i += 8) unpack_int4(p.data + 8 * (k + i), unpacked + 16 * i);
     for (int64_t row = 0; row < rows.count; row += kTileRowsAmx) {
       const TileRun run{.q = rows.q + row * p.depth + 16 * k,
-                        .lines = kInt4 ? unpacked : p.data + 16 * k,
+                        .lines = nibbles ? unpacked : p.data + 16 * k,
                         .scale = rows.scale + g * rows.stride + row,
                         .of_outputs = reinterpret_cast<const uint16_t*>(p.scales) + 16 * g,
                         .stride = rows.stride,
                         .group = rows.group,
                         .groups = n / rows.group,
                         .ints = ints};
-      const auto product = rows.count - row > 8 ? run_tiles<16, kInt4> : run_tiles<8, kInt4>;
+      const auto product = rows.count - row > 8 ? run_tiles<16, kFormat> : run_tiles<8, kFormat>;
       product(run, c + 16 * row, k == 0, ahead);
     }
   }
-  if (kInt4) return;
+  if (kFormats[kFormat].grouped) return;
   const V of_output = load(reinterpret_cast<const float*>(p.scales));
   for (int64_t i = 0; i < rows.count; i++) store(c + 16 * i, mul(load(c + 16 * i), of_output));
 }
 
 void multiply_integers_amx(const Panel& p, const IntRows& rows, float* scratch, float* c) {
   if (rows.tile != kTileRowsAmx) return multiply_integers(p, rows, scratch, c);
-  p.format == MH_INT8 ? multiply_tiles<false>(p, rows, scratch, c) : multiply_tiles<true>(p, rows, scratch, c);
+  switch (p.format) {
+    case MH_INT8:
+      return multiply_tiles<MH_INT8>(p, rows, scratch, c);
+    case MH_Q8_0:
+      return multiply_tiles<MH_Q8_0>(p, rows, scratch, c);
+    case MH_Q4_0:
+      return multiply_tiles<MH_Q4_0>(p, rows, scratch, c);
+    default:
+      return multiply_tiles<MH_INT4>(p, rows, scratch, c);
+  }
 }
 
 int64_t integer_tile_amx(int64_t count, int64_t format) {
-  const int64_t few = least(format == MH_INT8 ? kFewInt8 : kFewInt4, kIntRows);  // fewer where tiles are emulated
+  const int64_t few = least(kFormats[format].bits == 8 ? kFewBytes : kFewNibbles, kIntRows);  // fewer where tiles are emulated
   return count <= few ? count : kTileRowsAmx;
 }
 

@@ -8,7 +8,7 @@ namespace mh {
 struct Panel {  // 16 outputs of a matrix
   const uint8_t* data;
   const uint8_t* scales;
-  int64_t depth, group;  // inputs with padding; inputs per scale (int4)
+  int64_t depth, group;  // inputs with padding; inputs per scale (int4, q8_0, q4_0)
   int format;
   int64_t rows, inputs;  // of plain weights: how many of the 16 outputs exist; inputs, which are also the stride
   const Panel* next;     // what will be multiplied after it, to be fetched meanwhile; may be null
@@ -26,7 +26,7 @@ struct Row {  // one row of activations for the vector path
 struct IntRows {  // rows rounded to int8, [tiles][depth / 64][tile][64], the last tile perhaps with rows missing
   const int8_t* q;
   const float* scale;    // [groups][stride]
-  const int32_t* start;  // the same of -shift · Σ q: a product adds `shift` to the weights (int4: nibbles hold w + 8)
+  const int32_t* start;  // the same of -shift · Σ q: a product adds `shift` to the weights (nibbles hold w + 8)
   int64_t count, tile, stride, group;
 };
 
@@ -146,7 +146,7 @@ struct Kernels {
   void (*quantize)(const float* x, int64_t n, int64_t group, int32_t shift, const IntRow& to);
   int64_t (*integer_tile)(int64_t count, int64_t format);  // how many of so many rows lie in a tile
   void (*multiply_integers)(const Panel&, const IntRows&, float* scratch, float* c);  // c [count][16]
-  int32_t int8_shift;                                                                 // of a row's starts for int8
+  int32_t int8_shift;                                                                 // of a row's starts for weights of a byte
   // y[places[i]] += weight[i] · (c[i] + bias), `columns` of them from as many blocks; weight and bias may be null
   void (*combine)(const float* c, int64_t c_stride, int64_t rows, int64_t columns, const float* bias,
                   const float* weight, const int64_t* places, int64_t stride, float* y);

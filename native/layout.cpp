@@ -114,7 +114,8 @@ std::string formats() {
   std::string text = "formats:", before = " ";
   for (const mh::Format& f : mh::kFormats) {
     text += before + f.name + " " + std::to_string(f.bits) + " bits";
-    if (f.scale_bytes) text += " scale " + std::to_string(f.scale_bytes) + (f.grouped ? " by group" : " by output");
+    if (f.scale_bytes)
+      text += " scale " + std::to_string(f.scale_bytes) + (f.half ? " half" : "") + (f.grouped ? " by group" : " by output");
     before = ", ";
   }
   return text + "\n";

@@ -20,11 +20,13 @@ struct Linears {
   std::vector<Layer> layers;
   int64_t threads;
   bool exact;
-  IntBlocks integers[3];  // int8; int4 in groups of 32, of 64
+  IntBlocks integers[5];  // by kind: int8; nibbles in groups of 32, of 64; bytes in such groups
   std::vector<const float*> at;
   uint16_t* tiles = nullptr;  // of the blocks, where a layer takes them
 
-  static int kind(const Matrix& m) { return !m.format().grouped ? 0 : m.m.group == 32 ? 1 : 2; }
+  static int kind(const Matrix& m) {
+    return !m.format().grouped ? 0 : (m.format().bits == 4 ? 1 : 3) + (m.m.group == 32 ? 0 : 1);
+  }
 
   IntBlock int_block(const Matrix& m, int64_t block, int64_t begin, int64_t rows) const {
     return integers[kind(m)].block(block, begin, rows, k.integer_tile(rows, m.m.format));

@@ -15,7 +15,7 @@
 
 #define MH_API extern "C" __attribute__((visibility("default")))
 
-enum { MH_ABI = 5 };
+enum { MH_ABI = 6 };
 enum {
   MH_OK = 0,
   MH_BAD_ARGUMENT = 1,
@@ -33,6 +33,8 @@ enum {
   MH_BF16,
   MH_INT8,
   MH_INT4,
+  MH_Q8_0,
+  MH_Q4_0,
   MH_PLAIN_FLOAT32,
   MH_PLAIN_BF16,
   MH_PLAIN_ROUNDED,

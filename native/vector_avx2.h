@@ -66,6 +66,10 @@ inline __m256 widen8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
 }
 inline V load_bf16(const uint16_t* p) { return {widen8(p), widen8(p + 8)}; }
+inline V load_half(const uint16_t* p) {
+  const __m128i* h = reinterpret_cast<const __m128i*>(p);
+  return {_mm256_cvtph_ps(_mm_loadu_si128(h)), _mm256_cvtph_ps(_mm_loadu_si128(h + 1))};
+}
 // Round to nearest even; a NaN stays one.
 inline __m128i narrow8(__m256 x) {
   const __m256i bits = _mm256_castps_si256(x);

@@ -61,6 +61,9 @@ inline V sums(const V* x) {  // lane i is sum(x[i])
   return {lanes<0x88, 0xdd>(lanes<0x44, 0xee>(a, b), lanes<0x44, 0xee>(c, d))};
 }
 
+inline V load_half(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 inline V load_bf16(const uint16_t* p) {
   const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};

@@ -76,6 +76,12 @@ inline V sums(const V* x) {  // lane i is sum(x[i])
   for (int i = 0; i < 16; i++) all[i] = sum(x[i]);
   return load(all);
 }
+inline float half_to_float(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = h >> 10 & 31, fraction = h & 1023;
+  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(fraction) * 0x1p-24f;
+  return from_bits(sign | (exponent == 31 ? 255 : exponent + 112) << 23 | fraction << 13);
+}
+inline V load_half(const uint16_t* p) { MH_LANES(half_to_float(p[4 * i + j])); }
 inline V load_bf16(const uint16_t* p) { MH_LANES(from_bits(static_cast<uint32_t>(p[4 * i + j]) << 16)); }
 inline void store_bf16(uint16_t* p, V x) {
   for (int i = 0; i < 16; i++) {

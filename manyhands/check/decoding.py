@@ -23,6 +23,7 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, SamplingConfig
+from manyhands.config.packing import TRAITS
 from manyhands.engine.batch import Batch
 from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.engine import Engine
@@ -282,7 +283,7 @@ class DecodingCheck:
 
     def _tolerance(self) -> Tolerance:
         if self.packed is not None and any(
-            p is not None and p.format in ("int8", "int4") for p in (self.packed.experts, self.packed.linear)
+            p is not None and TRAITS[p.format].scale is not None for p in (self.packed.experts, self.packed.linear)
         ):
             return ROUNDED
         return TOLERANCES[self.dtype]

@@ -10,7 +10,8 @@ from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant.record import Layout, Matrix
 
-BITS = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4}
+BITS = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4, "q8_0": 8, "q4_0": 4}
+GROUPED = {"int4": torch.bfloat16, "q8_0": torch.float16, "q4_0": torch.float16}
 
 
 def tensors(record: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -34,7 +35,7 @@ def tensors(record: Tensor, layout: Layout) -> dict[str, Tensor]:
 def _sizes(m: Matrix) -> tuple[int, int, int]:
     """Bytes of weights, scales and bias."""
     rows, depth = m.parts * -(-m.outputs // 16) * 16, -(-m.inputs // 64) * 64
-    scales = {"int8": 4 * rows, "int4": 2 * rows * depth // max(m.group_size, 1)}.get(m.format, 0)
+    scales = 2 * rows * depth // m.group_size if m.format in GROUPED else 4 * rows if m.format == "int8" else 0
     return rows * depth * BITS[m.format] // 8, scales, 4 * rows
 
 
@@ -49,27 +50,31 @@ def _floats(record: Tensor, at: Tensor) -> Tensor:
     return record[at[..., None] + torch.arange(4)].view(torch.float32)[..., 0].double()
 
 
-def _halves(record: Tensor, at: Tensor) -> Tensor:
-    """The bfloat16 that begin at these bytes."""
-    return record[at[..., None] + torch.arange(2)].view(torch.bfloat16)[..., 0].double()
+def _halves(record: Tensor, at: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The numbers of 16 bits that begin at these bytes."""
+    return record[at[..., None] + torch.arange(2)].view(dtype)[..., 0].double()
 
 
 def _weights(record: Tensor, m: Matrix, start: int, scales: int) -> Tensor:
     row, k = _rows(m)[:, None], torch.arange(m.inputs)[None]
     panel, lane, depth = row // 16, row % 16, -(-m.inputs // 64) * 64
-    step = 32 // BITS[m.format] if m.format != "int4" else 4  # inputs of one output that lie side by side
-    lines = k // step if m.format != "int4" else k // 8
-    index = ((panel * (depth // (8 if m.format == "int4" else step)) + lines) * 16 + lane) * step + k % step
+    nibbles = BITS[m.format] == 4
+    step = 4 if nibbles else 32 // BITS[m.format]  # inputs of one output that lie side by side
+    lines = k // 8 if nibbles else k // step
+    index = ((panel * (depth // (8 if nibbles else step)) + lines) * 16 + lane) * step + k % step
     if m.format == "float32":
         return _floats(record, start + 4 * index)
     if m.format == "bf16":
         return _halves(record, start + 2 * index)
     if m.format == "int8":
         return record[start + index].view(torch.int8).double() * _floats(record, scales + 4 * row)
+    group = (panel * (depth // m.group_size) + k // m.group_size) * 16 + lane
+    scale = _halves(record, scales + 2 * group, GROUPED[m.format])
+    if not nibbles:
+        return record[start + index].view(torch.int8).double() * scale
     half = (k // 4) % 2  # the low four bits hold the first four of eight inputs
     q = (record[start + index].long() >> (4 * half)) % 16 - 8
-    group = (panel * (depth // m.group_size) + k // m.group_size) * 16 + lane
-    return q.double() * _halves(record, scales + 2 * group)
+    return q.double() * scale
 
 
 def unpacked(module: nn.Module) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from manyhands.check.oracle_records import unpacked
 from manyhands.check.oracle_routing import RouterWeights, route
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
-from manyhands.config.packing import FORMATS, Format
+from manyhands.config.packing import FORMATS, TRAITS, Format
 from manyhands.kernels import ExpertWeights
 from manyhands.kernels.native import step
 from manyhands.layers.linear import Linear
@@ -50,9 +50,9 @@ ONCE = Tolerance(error=1e-2, floor=2e-2, by_norm=True, cosine=0.999, slack=5e-2)
 ACTS = ("swiglu", "gelu", "swiglu_oai", "geglu")
 
 
-def tolerance_of(format: str, dtype: str) -> Tolerance:
+def tolerance_of(format: Format, dtype: str) -> Tolerance:
     """How near records of a format must come to the oracle that reads the same record."""
-    if format in ("int8", "int4"):
+    if TRAITS[format].scale is not None:
         return ROUNDED if dtype == "float32" else TOLERANCES["bfloat16"]
     return TOLERANCES["bfloat16" if format == "bf16" else dtype]  # where a machine rounds rows beside bf16
 
@@ -131,9 +131,10 @@ def _linear(x: Tensor, p: dict[str, Tensor]) -> Tensor:
 @torch.no_grad()
 def _packed(seed: int, format: Format, dtype: str) -> Iterator[Row]:
     generator = torch.Generator().manual_seed(seed)
-    for number, group in enumerate((32, 64) if format == "int4" else (32, 32)):
+    groups = TRAITS[format].groups
+    for number, group in enumerate((32, 64) if len(groups) > 1 else (32, 32)):
         for act in ACTS[number * 2 : number * 2 + 2]:
-            label = f"{format} in groups of {group}" if format == "int4" else format
+            label = f"{format} in groups of {group}" if len(groups) > 1 else format
             at = Situation("parts", "random", label, dtype, act)
             weights = _stacked(act, bias=number == 1, generator=generator)
             packed = pack_experts(weights, format, group)
@@ -158,7 +159,7 @@ def _stacked(act: str, *, bias: bool, generator: torch.Generator) -> ExpertWeigh
     return ExpertWeights(draw(E, rows, D), draw(E, D, F), up_bias, down_bias, act)
 
 
-def _records(at: Situation, experts: RecordExperts, weights: ExpertWeights, format: str, group: int) -> list[Row]:
+def _records(at: Situation, experts: RecordExperts, weights: ExpertWeights, format: Format, group: int) -> list[Row]:
     """What a record stands for, read twice; and that packing rounded no worse than plain rounding does."""
     mine = unpacked(experts)
     up = "gate_up_proj" if weights.up.shape[1] == 2 * F else "up_proj"
@@ -177,18 +178,21 @@ def _records(at: Situation, experts: RecordExperts, weights: ExpertWeights, form
     return [*rows, Row(at, "rounding (plain rounding is 1)", worst, errors[worst], limit, 1.0, failing)]
 
 
-def _plain_rounding(w: Tensor, format: str, group: int) -> Tensor:
+def _plain_rounding(w: Tensor, format: Format, group: int) -> Tensor:
     """To the nearest of evenly spaced values, the largest of each row or group being one of them."""
     if format == "float32":
         return w
     if format == "bf16":
         return w.bfloat16().float()
-    low, high, size = (-127, 127, w.shape[-1]) if format == "int8" else (-8, 7, group)
+    low, high = (-127, 127) if TRAITS[format].bits == 8 else (-8, 7)
+    grouped = TRAITS[format].grouped
+    size = group if grouped else w.shape[-1]
     padded = nn.functional.pad(w, (0, -w.shape[-1] % size))
     padded = padded.view(*padded.shape[:-1], -1, size)
     largest = padded.gather(-1, padded.abs().argmax(-1, keepdim=True))
     scale = largest / low
-    scale = scale.bfloat16().float() if format == "int4" else scale
+    if grouped:
+        scale = scale.to(torch.bfloat16 if TRAITS[format].scale == "bf16" else torch.float16).float()
     q = torch.where(scale == 0, 0.0, padded / torch.where(scale == 0, 1.0, scale)).round().clamp(low, high)
     rounded: Tensor = (q * scale).flatten(-2)[..., : w.shape[-1]]
     return rounded
@@ -203,7 +207,7 @@ def expert_output(p: dict[str, Tensor], up: str, e: int, x: Tensor, act: str) ->
 
 
 def _applied(
-    at: Situation, experts: RecordExperts, linear: RecordLinear, format: str, generator: torch.Generator
+    at: Situation, experts: RecordExperts, linear: RecordLinear, format: Format, generator: torch.Generator
 ) -> Iterator[Row]:
     p, q = unpacked(experts), unpacked(linear)
     tolerance = tolerance_of(format, at.dtype)

@@ -35,6 +35,7 @@ from manyhands.moe.packed import RecordExperts
 from manyhands.quant import Layout, expert_layout, linear_layout
 from manyhands.quant.panels import integers
 from manyhands.quant.record import PAGE, PANEL
+from manyhands.quant.rounding import SCALES
 
 METADATA = "manyhands.packed"
 
@@ -175,7 +176,7 @@ def _fits(record: Tensor, layout: Layout) -> bool:
     weights = record[start + size - last.weight_bytes : start + size]
     start, size = layout.sections[scales]
     units = record[start + size - last.scale_bytes : start + size]
-    zero = units.view(torch.bfloat16 if matrix.format == "int4" else torch.float32).view(-1, PANEL).T == 0  # [16, G]
+    zero = units.view(SCALES[matrix.format]).view(-1, PANEL).T == 0  # [16, G]
     q = integers(weights, last).view(PANEL, matrix.groups, -1)
     return not bool((q.any(-1) & zero).any())
 

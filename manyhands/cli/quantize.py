@@ -23,9 +23,13 @@ BUILT_IN = "the standard library's sources"
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
     target: Annotated[str, typer.Argument(help="The directory to write: a new one, or an empty folder.")],
-    experts: Annotated[Literal["int4", "int8", "bf16"], typer.Option(help="The routed experts.")] = "int4",
+    experts: Annotated[
+        Literal["int4", "int8", "bf16", "q4_0", "q8_0"],
+        typer.Option(help="The routed experts. q4_0 and q8_0 keep what comes from such a GGUF exactly."),
+    ] = "int4",
     linear: Annotated[
-        Literal["int8", "int4", "bf16"], typer.Option(help="Attention, shared experts, dense layers, head.")
+        Literal["int8", "int4", "bf16", "q8_0", "q4_0"],
+        typer.Option(help="Attention, shared experts, dense layers, head."),
     ] = "int8",
     group_size: Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")] = GROUP_SIZE,
     data: Annotated[
@@ -55,7 +59,7 @@ def quantize(
     from manyhands.config import PackedConfig, parse
 
     def packing(format: str) -> dict[str, Any]:
-        return {"format": format, "group_size": group_size if format == "int4" else 0}
+        return {"format": format, "group_size": {"int4": group_size, "q8_0": 32, "q4_0": 32}.get(format, 0)}
 
     packed = parse(PackedConfig, {"experts": packing(experts), "linear": packing(linear)}, "--experts and --linear")
 
@@ -187,7 +191,7 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
     print(f"what became of every tensor: {terminal.shown(target / 'receipt.json')}")
 
 
-MORE = {"int4": "int8", "int8": "bf16"}
+MORE = {"int4": "int8", "q4_0": "q8_0", "int8": "bf16", "q8_0": "bf16"}
 
 
 def _warn(found: dict[str, Any], linear: str, experts: str) -> None:
@@ -204,7 +208,7 @@ def advice(linear: str, experts: str) -> str:
     steps = [
         (now, f"{name} {MORE[now]}") for name, now in (("--linear", linear), ("--experts", experts)) if now in MORE
     ]
-    steps.sort(key=lambda step: step[0] != "int4")  # where both are alike, linear layers: they are fewer
+    steps.sort(key=lambda step: "4" not in step[0])  # where both are alike, linear layers: they are fewer
     if not steps:
         return "Nothing is rounded to fewer than 16 bits: the original is in more."
     return f"More bits agree better: {', then '.join(flag for _, flag in steps)}"

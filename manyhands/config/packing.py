@@ -10,27 +10,43 @@ from pydantic import model_validator
 
 from manyhands.config.base import Strict
 
-Format = Literal["float32", "bf16", "int8", "int4"]
+Format = Literal["float32", "bf16", "int8", "int4", "q8_0", "q4_0"]
 
 
 @dataclass(frozen=True, slots=True)
 class Traits:
-    """What sizes follow from: bits of a weight, bytes of a scale (0: none), whether groups of inputs have their own."""
+    """What sizes follow from: bits of a weight, the dtype of a scale, how many inputs a group may have."""
 
     bits: int
-    scale_bytes: int = 0
-    grouped: bool = False
+    scale: Literal["float32", "bf16", "fp16"] | None = None
+    """None: the format has no scales."""
+    groups: tuple[int, ...] = ()
+    """Inputs that share a scale; empty: one scale per output."""
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of a scale; 0 where there are none."""
+        return 0 if self.scale is None else 4 if self.scale == "float32" else 2
+
+    @property
+    def grouped(self) -> bool:
+        """Whether groups of inputs have scales of their own."""
+        return bool(self.groups)
 
 
 TRAITS: dict[Format, Traits] = {
     "float32": Traits(32),
     "bf16": Traits(16),
-    "int8": Traits(8, scale_bytes=4),
-    "int4": Traits(4, scale_bytes=2, grouped=True),
+    "int8": Traits(8, "float32"),
+    "int4": Traits(4, "bf16", (32, 64)),
+    "q8_0": Traits(8, "fp16", (32,)),
+    "q4_0": Traits(4, "fp16", (32,)),
 }
-"""In the order of their codes in native/manyhands.h; native/format.h has the same table, compared at load."""
+"""q8_0 and q4_0 hold the numbers of GGUF's blocks of these names, so that those come in unchanged.
+
+In the order of their codes in native/manyhands.h; native/format.h has the same table, compared at load.
+"""
 FORMATS: tuple[Format, ...] = tuple(TRAITS)
-GROUP_SIZES = (32, 64)
 VERSION: Literal[1] = 1
 """Of the record layout."""
 
@@ -40,7 +56,7 @@ class Packing(Strict):
 
     format: Format
     group_size: Literal[0, 32, 64] = 0
-    """int4: inputs that share a scale. 0 with the other formats, which have one scale per output or none."""
+    """Inputs that share a scale: int4 32 or 64, q8_0 and q4_0 32. 0 with formats that have one per output, or none."""
 
     @property
     def bits(self) -> float:
@@ -50,8 +66,9 @@ class Packing(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Packing":
-        if TRAITS[self.format].grouped != (self.group_size > 0):
-            allowed = " or ".join(map(str, GROUP_SIZES)) if TRAITS[self.format].grouped else "0"
+        sizes = TRAITS[self.format].groups or (0,)
+        if self.group_size not in sizes:
+            allowed = " or ".join(map(str, sizes))
             raise ValueError(f"group_size = {self.group_size}: {self.format} takes {allowed}")
         return self
 

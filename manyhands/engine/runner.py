@@ -10,6 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from manyhands.config.packing import TRAITS
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
 from manyhands.engine.mode import evaluating
@@ -212,7 +213,7 @@ class Runner:
 def has_integers(modules: Iterable[nn.Module]) -> bool:
     """Whether any weight is packed as int8 or int4."""
     layouts = (layout for module in modules if (layout := _layout(module)) is not None)
-    return any(m.format in ("int8", "int4") for layout in layouts for m in layout.matrices)
+    return any(TRAITS[m.format].scale for layout in layouts for m in layout.matrices)
 
 
 def _layout(module: nn.Module) -> Layout | None:

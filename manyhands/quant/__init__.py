@@ -3,7 +3,7 @@
 Nothing here needs a compiler: packing, unpacking and the exact dequantisation are plain torch.
 """
 
-from manyhands.config.packing import FORMATS, GROUP_SIZES, VERSION
+from manyhands.config.packing import FORMATS, VERSION
 from manyhands.quant.fetched import FetchedExperts, Source
 from manyhands.quant.linear import PackedLinear, pack_linear
 from manyhands.quant.packed import PackedExperts, pack_experts
@@ -11,7 +11,6 @@ from manyhands.quant.record import Layout, Matrix, expert_layout, linear_layout
 
 __all__ = [
     "FORMATS",
-    "GROUP_SIZES",
     "VERSION",
     "FetchedExperts",
     "Layout",

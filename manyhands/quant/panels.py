@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from manyhands.config.packing import TRAITS
 from manyhands.quant.record import PANEL, Matrix
-from manyhands.quant.rounding import quantize
+from manyhands.quant.rounding import SCALES, quantize
 
 
 def to_panels(w: Tensor, matrix: Matrix) -> Tensor:
@@ -45,16 +46,16 @@ def encode(w: Tensor, matrix: Matrix, importance_K: Tensor | None = None) -> tup
     if importance_K is not None:
         importance_K = F.pad(importance_K.detach().cpu(), (0, matrix.depth - matrix.inputs))
     q, scales_NG = quantize(padded, matrix, importance_K)
-    by_panel = scales_NG.view(matrix.panels, PANEL, -1).transpose(1, 2).contiguous()
-    if matrix.format == "int8":
+    by_panel = scales_NG.view(matrix.panels, PANEL, -1).transpose(1, 2).contiguous().to(SCALES[matrix.format])
+    if TRAITS[matrix.format].bits == 8:
         return _interleave(q, 4).view(torch.uint8).flatten(), by_panel.view(torch.uint8).flatten()
     steps = (_interleave(q, 4) + 8).to(torch.uint8)  # [P, Kp/4, 16, 4]
-    return (steps[:, 0::2] | steps[:, 1::2] << 4).flatten(), by_panel.bfloat16().view(torch.uint8).flatten()
+    return (steps[:, 0::2] | steps[:, 1::2] << 4).flatten(), by_panel.view(torch.uint8).flatten()
 
 
 def integers(section: Tensor, matrix: Matrix) -> Tensor:
-    """[P · 16, Kp] int8: the stored integers of an int8 or int4 section."""
-    if matrix.format == "int8":
+    """[P · 16, Kp] int8: the stored integers of a section whose format has scales."""
+    if TRAITS[matrix.format].bits == 8:
         return _deinterleave(section.view(torch.int8).view(matrix.panels, -1, PANEL, 4))
     pairs = section.view(matrix.panels, -1, 1, PANEL, 4)
     steps = torch.cat((pairs & 15, pairs >> 4), dim=2).flatten(1, 2)
@@ -68,8 +69,7 @@ def decode(section: Tensor, scales: Tensor | None, matrix: Matrix) -> Tensor:
         panels = section.view(dtype).view(matrix.panels, -1, PANEL, steps)
         return from_panels(_deinterleave(panels).float(), matrix)
     assert scales is not None
-    stored = torch.bfloat16 if matrix.format == "int4" else torch.float32
-    by_output = scales.view(stored).float().view(matrix.panels, -1, PANEL).transpose(1, 2)  # [P, 16, G]
+    by_output = scales.view(SCALES[matrix.format]).float().view(matrix.panels, -1, PANEL).transpose(1, 2)  # [P, 16, G]
     spread = by_output.reshape(matrix.panels * PANEL, -1, 1)
     q = integers(section, matrix).float().view(matrix.panels * PANEL, matrix.groups, -1)
     return from_panels((q * spread).flatten(-2), matrix)

@@ -7,11 +7,14 @@ vector register or a row of an AMX tile takes as it is:
     float32   [K/1][16 outputs][1 input]     float32
     bf16      [K/2][16 outputs][2 inputs]    bfloat16, the pair order of VDPBF16PS and TDPBF16PS
     int8      [K/4][16 outputs][4 inputs]    int8 in [-127, 127], the order of VPDPBUSD and TDPBSSD
+    q8_0      the same, int8 in [-128, 127]
     int4      [K/8][16 outputs][4 inputs]    two steps to a byte: inputs 8i..8i+3 in the low four bits, 8i+4..8i+7 in
                                              the high four, each as q + 8, so that a mask and a shift give int8's order
+    q4_0      the same
 
-and   weight[n, k] = q · scale,   scale a float32 per output (int8) or a bfloat16 per output and group of 32 or 64
-inputs (int4), stored [panel][group][16 outputs]. Padding has q = 0 and scale = 0.
+and   weight[n, k] = q · scale,   scale a float32 per output (int8), or a number of 16 bits per output and group of
+inputs, stored [panel][group][16 outputs]: a bfloat16 for 32 or 64 inputs (int4), an IEEE half for 32 (q8_0, q4_0: the
+integers and scales of GGUF's blocks of these names). Padding has q = 0 and scale = 0.
 
 A gated expert's first matrix alternates panels of gate and of up: panel 2p holds gate outputs 16p..16p+15 and panel
 2p+1 the same outputs of up, so that the activation finds both. Biases are float32 [panel][16] in the same order.
@@ -24,7 +27,7 @@ pages: record e of a stack begins at e · record_bytes.
 from dataclasses import dataclass
 from typing import Literal
 
-from manyhands.config.packing import FORMATS, GROUP_SIZES, TRAITS, Format
+from manyhands.config.packing import FORMATS, TRAITS, Format
 from manyhands.defaults import GROUP_SIZE
 from manyhands.errors import ConfigError
 
@@ -118,7 +121,7 @@ class Layout:
 
     @property
     def group_size(self) -> int:
-        """Inputs per scale (int4); 0 otherwise."""
+        """Inputs per scale, of formats whose groups have one; 0 otherwise."""
         return self.matrices[0].group_size
 
 
@@ -146,10 +149,10 @@ def linear_layout(outputs: int, inputs: int, format: Format, group_size: int = G
 def _matrix(outputs: int, inputs: int, parts: int, format: Format, group_size: int) -> Matrix:
     if format not in FORMATS:
         raise ConfigError(f"format = {format!r}: allowed are {', '.join(FORMATS)}")
-    grouped = TRAITS[format].grouped
-    if grouped and group_size not in GROUP_SIZES:
-        raise ConfigError(f"group_size = {group_size!r}: {format} takes {' or '.join(map(str, GROUP_SIZES))}")
+    groups = TRAITS[format].groups
+    if groups and group_size not in groups:
+        raise ConfigError(f"group_size = {group_size!r}: {format} takes {' or '.join(map(str, groups))}")
     for size in (outputs, inputs):
         if not 1 <= size <= LIMIT:
             raise ConfigError(f"a packed matrix of [{outputs}, {inputs}]: sizes are between 1 and {LIMIT}")
-    return Matrix(outputs, inputs, parts, format, group_size if grouped else 0)
+    return Matrix(outputs, inputs, parts, format, group_size if groups else 0)

@@ -6,13 +6,18 @@ N outputs, K inputs, G groups of inputs with one scale each.
 import torch
 from torch import Tensor
 
-from manyhands.config.packing import Format
+from manyhands.config.packing import TRAITS, Format
 from manyhands.errors import ConfigError
 from manyhands.quant.record import Matrix
 
 CANDIDATES = 24
 """Scales tried per group, besides the least-squares refinement of the best."""
-RANGE: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7)}
+RANGE: dict[Format, tuple[int, int]] = {"int8": (-127, 127), "int4": (-8, 7), "q8_0": (-127, 127), "q4_0": (-8, 7)}
+DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SCALES: dict[Format, torch.dtype] = {name: DTYPES[t.scale] for name, t in TRAITS.items() if t.scale is not None}
+"""What a format's scales are stored as."""
+MXFP4 = (1, 2, 3, 4, 6, 8, 12)
+"""Twice the absolute values of MXFP4: with the right one as its largest integer, q8_0 holds such a block exactly."""
 _CHUNK_VALUES = 1 << 22
 
 
@@ -27,6 +32,8 @@ def quantize(w_NK: Tensor, matrix: Matrix, importance_K: Tensor | None = None) -
     group = matrix.depth // matrix.groups
     if not torch.isfinite(w_NK).all():
         raise ConfigError(f"{matrix.format} cannot hold weights that are not finite")
+    if float(w_NK.detach().abs().max()) > -RANGE[matrix.format][0] * torch.finfo(SCALES[matrix.format]).max:
+        raise ConfigError(f"{matrix.format} cannot hold weights as large as {float(w_NK.detach().abs().max()):.4g}")
     importance = torch.ones(matrix.depth) if importance_K is None else importance_K.float()
     importance_Gg = importance.view(-1, group)
     rows = max(1, _CHUNK_VALUES // matrix.depth)
@@ -36,12 +43,19 @@ def quantize(w_NK: Tensor, matrix: Matrix, importance_K: Tensor | None = None) -
 
 
 def _search(v_NGg: Tensor, importance_Gg: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
-    """int4 has one more step below zero than above: its largest value may be reached with a negative scale."""
+    """Four bits have one more step below zero than above: the largest value may be reached with a negative scale.
+
+    What came from GGUF's Q8_0, Q4_0 or MXFP4 is found again exactly: the first candidates are its own scales.
+    """
     low, _ = RANGE[matrix.format]
     largest = v_NGg.gather(-1, v_NGg.abs().argmax(-1, keepdim=True)).squeeze(-1)
     base = largest / low
-    narrowest, widest = (0.7, 8 / 7) if matrix.format == "int4" else (0.85, 1.0)
+    narrowest, widest = (0.7, 8 / 7) if TRAITS[matrix.format].bits == 4 else (0.85, 1.0)
     best_q, best_s, best_error = _round(v_NGg, base, importance_Gg, matrix)
+    for q_of_largest in MXFP4 if matrix.format == "q8_0" else ():
+        best_q, best_s, best_error = _better(
+            (best_q, best_s, best_error), _round(v_NGg, largest / q_of_largest, importance_Gg, matrix)
+        )
     for i in range(CANDIDATES):
         factor = narrowest + (widest - narrowest) * i / (CANDIDATES - 1)
         best_q, best_s, best_error = _better(
@@ -58,8 +72,7 @@ Rounded = tuple[Tensor, Tensor, Tensor]
 
 def _round(v_NGg: Tensor, scale_NG: Tensor, importance_Gg: Tensor, matrix: Matrix) -> Rounded:
     low, high = RANGE[matrix.format]
-    if matrix.format == "int4":
-        scale_NG = scale_NG.to(torch.bfloat16).float()
+    scale_NG = scale_NG.to(SCALES[matrix.format]).float()
     s = scale_NG[..., None]
     q = torch.where(s == 0, 0.0, v_NGg / torch.where(s == 0, 1.0, s)).round_().clamp_(low, high)
     error = (importance_Gg * (v_NGg - q * s).square()).sum(-1)

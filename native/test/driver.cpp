@@ -1,6 +1,6 @@
 // Random shapes and damaged arguments through the C interface, for scripts/sanitize_kernels.sh and
 // scripts/emulate_levels.sh. Every buffer has exactly the size it must have, so that a sanitizer sees the first byte
-// too far. Levels are compared with the portable one; 42 rounds are every format with every activation.
+// too far. Levels are compared with the portable one; 54 rounds are every format with every activation.
 // Usage: driver [rounds [seed [level ...]]]; the levels named must be there.
 #include <math.h>
 #include <stdio.h>
@@ -85,16 +85,23 @@ int64_t lay_out(mh_matrix& m, int64_t at, bool bias) {  // the sections of one m
   return bias ? at + bytes[2] : at;
 }
 
+uint16_t to_half(float x) {  // of a positive number that a half can hold; what it cannot is cut off
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits >> 13) - (112u << 10));
+}
+
 // Integer weights and plausible scales; where `exact`, powers of two.
 void fill(uint8_t* record, const mh_matrix& m, int64_t end, bool exact) {
+  const mh::Format& f = mh::kFormats[m.format];
   const int64_t low = m.format == MH_INT8 ? -127 : -128;
   for (int64_t i = m.weight; i < m.scales; i++) record[i] = static_cast<uint8_t>(any(low, 127));
   const int64_t last = m.bias >= 0 ? m.bias : end;
-  const int64_t scale_bytes = mh::kFormats[m.format].scale_bytes;
+  const int64_t scale_bytes = f.scale_bytes;
   for (int64_t i = m.scales; i + 4 <= last; i += scale_bytes) {
     const float size = exact ? ldexpf(1, static_cast<int>(any(-6, -3))) : 0.02f * static_cast<float>(any(1, 9));
-    const float s = scale_bytes == 4 ? size / 16 : size;
-    const uint16_t short_s = to_bf16(s);
+    const float s = f.bits == 8 ? size / 16 : size;
+    const uint16_t short_s = f.half ? to_half(s) : to_bf16(s);
     scale_bytes == 4 ? memcpy(record + i, &s, 4) : memcpy(record + i, &short_s, 2);
   }
   for (int64_t i = m.bias; m.bias >= 0 && i + 4 <= end; i += 4) {

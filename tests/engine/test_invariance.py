@@ -23,9 +23,9 @@ MODELS = {
     "groups, shared": CASES["dots"],
     "latent": CASES["latent"],
 }
-every_format = pytest.mark.parametrize("format", ["int8", "int4"])
+every_format = pytest.mark.parametrize("format", ["int8", "int4", "q8_0", "q4_0"])
 EACH = [
-    *((name, format) for name in MODELS for format in ("int8", "int4")),
+    *((name, format) for name in MODELS for format in ("int8", "int4", "q8_0", "q4_0")),
     *(("groups, shared", format) for format in EXACT),
     ("latent", "plain"),
     ("window, sinks, biases", "plain"),

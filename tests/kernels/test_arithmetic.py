@@ -56,7 +56,7 @@ def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, format: s
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int4", 32), ("int4", 64)])
+@pytest.mark.parametrize(("format", "group"), [("int8", 0), ("int4", 32), ("int4", 64), ("q8_0", 32), ("q4_0", 32)])
 @pytest.mark.parametrize("rows", [1, 3, 16, 17, 61])
 def test_products_of_integers_are_summed_as_written(level: str, format: str, group: int, rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)

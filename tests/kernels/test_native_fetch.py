@@ -22,7 +22,7 @@ from .some_resident import SomeResident
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 LEVELS = native.levels() if native.available() else []
-FORMATS = ("float32", "bf16", "int8", "int4")
+FORMATS = ("float32", "bf16", "int8", "int4", "q8_0", "q4_0")
 E, K, D, F = 4, 2, 40, 24
 PATTERNS = list(chain.from_iterable(combinations(range(E), n) for n in range(E + 1)))
 

@@ -16,7 +16,7 @@ from .dense_oracle import Case, make_case
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 LEVELS = native.levels() if native.available() else []
-FORMATS = [("int8", 32), ("int4", 32), ("int4", 64)]
+FORMATS = [("int8", 32), ("int4", 32), ("int4", 64), ("q8_0", 32), ("q4_0", 32)]
 ROW_GROUP = 64
 """Inputs that share an activation's scale beside int8 weights (kQuantGroup in native/kernels.h)."""
 
@@ -41,16 +41,20 @@ def quantised(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def stored(packed: PackedLinear, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """Integers [N, groups, group] and scales: float32 [N] (int8) or float32 [N, groups] (int4)."""
+    """Integers [N, groups, group] and scales: float32 [N] (int8) or float32 [N, groups]."""
     (matrix,) = packed.layout.matrices
     lines = packed.section("weight").numpy()
     if matrix.format == "int8":
         w = lines.view(np.int8).reshape(matrix.panels, -1, 16, 4).astype(np.int64)
         scales = packed.section("scales").view(torch.float32).numpy().reshape(-1)
     else:
-        b = lines.reshape(matrix.panels, -1, 1, 16, 4)
-        w = np.concatenate([b & 15, b >> 4], 2).reshape(matrix.panels, -1, 16, 4).astype(np.int64) - 8
-        scales = packed.section("scales").view(torch.bfloat16).float().numpy()
+        if matrix.format == "q8_0":
+            w = lines.view(np.int8).reshape(matrix.panels, -1, 16, 4).astype(np.int64)
+        else:
+            b = lines.reshape(matrix.panels, -1, 1, 16, 4)
+            w = np.concatenate([b & 15, b >> 4], 2).reshape(matrix.panels, -1, 16, 4).astype(np.int64) - 8
+        dtype = torch.bfloat16 if matrix.format == "int4" else torch.float16
+        scales = packed.section("scales").view(dtype).float().numpy()
         scales = scales.reshape(matrix.panels, -1, 16).transpose(0, 2, 1).reshape(matrix.panels * 16, -1)
     w = w.transpose(0, 2, 1, 3).reshape(matrix.panels * 16, -1)
     return np.pad(w, ((0, 0), (0, -w.shape[1] % group))).reshape(w.shape[0], -1, group), scales
@@ -59,14 +63,14 @@ def stored(packed: PackedLinear, group: int) -> tuple[np.ndarray, np.ndarray]:
 def reference(x: Tensor, packed: PackedLinear) -> Tensor:
     """[T, K] -> [T, N], the arithmetic as it is defined."""
     (matrix,) = packed.layout.matrices
-    group = matrix.group_size if matrix.format == "int4" else ROW_GROUP
+    group = matrix.group_size or ROW_GROUP
     q, x_scale = quantised(np.pad(x.numpy(), ((0, 0), (0, matrix.depth - x.shape[1]))), group)
     w, w_scale = stored(packed, group)
     total = np.zeros((x.shape[0], w.shape[0]), np.float32)
     for g in range(q.shape[1]):
         d, s = (q[:, g] @ w[:, g].T).astype(np.float32), x_scale[:, g, None]
         total = fma(d, s, total) if matrix.format == "int8" else fma(d * s, w_scale[None, :, g], total)
-    total = total if matrix.format == "int4" else total * w_scale
+    total = total * w_scale if matrix.format == "int8" else total
     bias = packed.dequantize()[1]
     return torch.from_numpy(total[:, : matrix.outputs]) + (0 if bias is None else bias)
 

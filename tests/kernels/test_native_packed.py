@@ -18,7 +18,7 @@ from .dense_oracle import _act, make_case
 
 pytestmark = pytest.mark.skipif(not native.available(), reason=f"no native kernels: {native.missing()}")
 LEVELS = [level for level in native.levels() if level in VERIFIED] if native.available() else []
-FORMATS = [("float32", 32), ("bf16", 32), ("int8", 32), ("int4", 32), ("int4", 64)]
+FORMATS = [("float32", 32), ("bf16", 32), ("int8", 32), ("int4", 32), ("int4", 64), ("q8_0", 32), ("q4_0", 32)]
 SHAPES = [(3, 70, 40, 4, 2), (100, 70, 40, 4, 2), (20, 70, 40, 4, 2), (1, 200, 100, 3, 3), (6, 64, 64, 1, 1)]
 ROW_GROUP = 64
 """Inputs that share a scale beside int8 weights."""
@@ -33,9 +33,9 @@ def rounded(x: torch.Tensor, format: str, group: int, to_bf16: bool = False) -> 
     """x as the weights see it: beside integers, 8 bits per group of the padded row."""
     if to_bf16:
         return x.bfloat16().to(x.dtype)
-    if not format.startswith("int"):
+    if format in ("float32", "bf16"):
         return x
-    g = group if format == "int4" else ROW_GROUP
+    g = ROW_GROUP if format == "int8" else group
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % g)).unflatten(-1, (-1, g))
     scale = padded.abs().amax(-1, keepdim=True) / 127
     q = torch.where(scale > 0, padded / scale, 0.0).round()
@@ -106,7 +106,9 @@ def test_gradients_go_through_frozen_experts(format: str, group: int, T: int) ->
     (native.packed_experts(x, case.ids, w, case.kept, packed) * r).sum().backward()
     x2, w2 = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
     (native.Native()(x2, case.ids, w2, case.kept, plain) * r).sum().backward()
-    coarse = format.startswith("int") or in_bf16(default_level(), format, 5)  # the way back rounds any number of rows
+    coarse = format not in ("float32", "bf16") or in_bf16(
+        default_level(), format, 5
+    )  # the way back rounds any number of rows
     tolerance = 5e-2 if coarse else 1e-4
     torch.testing.assert_close(x.grad, x2.grad, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(w.grad, w2.grad, rtol=tolerance, atol=tolerance * 4)

@@ -6,7 +6,7 @@ from itertools import product
 
 import pytest
 
-from manyhands.config.packing import FORMATS
+from manyhands.config.packing import FORMATS, TRAITS
 from manyhands.errors import ConfigError
 from manyhands.kernels import native
 from manyhands.kernels.native import library, structs
@@ -62,7 +62,7 @@ def test_other_codes_and_arguments_are_refused(declared, monkeypatch: pytest.Mon
 @pytest.mark.parametrize("format", FORMATS)
 def test_sizes_in_a_record_are_the_library_s(format: str) -> None:
     for (N, K), parts, group in product([(1, 1), (16, 64), (17, 65), (40, 130), (300, 7)], (1, 2), (32, 64)):
-        matrix = Matrix(N, K, parts, format, group if format == "int4" else 0)
+        matrix = Matrix(N, K, parts, format, group if TRAITS[format].grouped else 0)
         struct = structs.CMatrix(N, K, parts, structs.FORMAT_CODES[format], matrix.group_size)
         sizes = (c_int64 * 3)()
         assert library.library().mh_matrix_bytes(byref(struct), sizes) == 0

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from manyhands.config.packing import TRAITS
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights
 from manyhands.quant import (
@@ -48,14 +49,14 @@ def test_weights_of_every_float_dtype_are_rounded_once(
     assert torch.equal(up_bias, stacked.up_bias.float()) and torch.equal(down_bias, stacked.down_bias.float())
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "q8_0", "q4_0"])
 @pytest.mark.parametrize("shape", ODD)
 def test_integers_that_fit_are_exact(format: str, shape: tuple[int, int]) -> None:
     """Whole multiples of a power of two, with the extreme value in each group, need no rounding."""
-    low, high = (-127, 127) if format == "int8" else (-8, 7)
+    low, high = (-127, 127) if TRAITS[format].bits == 8 else (-8, 7)
     w = torch.randint(low, high + 1, shape).float() * 0.25
     w[:, ::32] = low * 0.25
-    for group in (32, 64):
+    for group in TRAITS[format].groups or (32,):
         assert torch.equal(pack_linear(w, None, format, group).dequantize()[0], w)
 
 
@@ -105,7 +106,7 @@ def test_experts_round_trip(format: str, gated: bool, bias: bool) -> None:
     assert packed.records.shape == (E, packed.layout.record_bytes)
     assert packed.layout.record_bytes % PAGE == 0 and packed.records.data_ptr() % PAGE == 0
     up, down, up_bias, down_bias = packed.dequantize()
-    tolerance = {"float32": 0.0, "bf16": 2e-3, "int8": 1.2e-2, "int4": 0.16}[format]
+    tolerance = {"float32": 0.0, "bf16": 2e-3, "int8": 1.2e-2, "int4": 0.16, "q8_0": 8e-3, "q4_0": 0.16}[format]
     for got, want in ((up, experts.up), (down, experts.down)):
         assert got.shape == want.shape
         assert float((got - want).norm() / want.norm()) <= tolerance
@@ -115,7 +116,7 @@ def test_experts_round_trip(format: str, gated: bool, bias: bool) -> None:
 
 def test_sections_are_aligned_and_do_not_overlap() -> None:
     for format in FORMATS:
-        layout = expert_layout(50, 70, "geglu", format, 64, gated=True, bias=True)
+        layout = expert_layout(50, 70, "geglu", format, 32, gated=True, bias=True)
         end = 0
         for offset, size in layout.sections.values():
             assert offset % 64 == 0 and offset >= end
@@ -130,6 +131,8 @@ def test_bytes_per_weight() -> None:
         ("int8", 0, 1),
         ("int4", 32, 0.5625),
         ("int4", 64, 0.53125),
+        ("q8_0", 32, 1.0625),
+        ("q4_0", 32, 0.5625),
     ):
         layout = expert_layout(2048, 1024, "swiglu", format, group or 32, gated=True, bias=False)
         weights = 3 * 2048 * 1024
@@ -158,17 +161,53 @@ def test_zeros_stay_zero() -> None:
         assert torch.equal(pack_linear(torch.zeros(5, 9), None, format).dequantize()[0], torch.zeros(5, 9))
 
 
-@pytest.mark.parametrize("format", ["int8", "int4"])
+@pytest.mark.parametrize("format", ["int8", "int4", "q8_0", "q4_0"])
 def test_what_is_not_finite_is_refused(format: str) -> None:
     with pytest.raises(ConfigError, match="not finite"):
         pack_linear(torch.tensor([[1.0, float("nan")]]), None, format)
 
 
+def test_what_a_half_cannot_scale_is_refused() -> None:
+    largest = 127 * 65504.0
+    assert torch.equal(pack_linear(torch.tensor([[largest]]), None, "q8_0").dequantize()[0], torch.tensor([[largest]]))
+    for format in ("q8_0", "q4_0"):
+        with pytest.raises(ConfigError, match=f"{format} cannot hold weights as large as"):
+            pack_linear(torch.tensor([[1.0, 1.001 * largest]]), None, format)
+
+
+@pytest.mark.parametrize(("format", "kind"), [("q8_0", "Q8_0"), ("q4_0", "Q4_0"), ("q8_0", "MXFP4")])
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_what_gguf_has_rounded_is_not_rounded_again(format: str, kind: str, calibrated: bool) -> None:
+    """Blocks of 32 as GGUF's own quantisers make them, of small weights and of blocks that are all zero."""
+    g = torch.Generator().manual_seed(3)
+    w = torch.randn(24, 96, generator=g) * torch.logspace(-4, 1, 24)[:, None]
+    w[5, 32:64] = 0
+    w = _blocks_of(w.view(24, 3, 32), kind).view(24, 96)
+    importance = torch.rand(96, generator=g) if calibrated else None
+    assert torch.equal(pack_linear(w, None, format, 32, importance).dequantize()[0], w)
+
+
+def _blocks_of(w: torch.Tensor, kind: str) -> torch.Tensor:
+    """To the nearest that the blocks of a GGUF type can hold: https://github.com/ggml-org/ggml/blob/master/docs."""
+    if kind == "MXFP4":
+        values = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        scale = w.abs().amax(-1, keepdim=True).clamp(min=2.0**-20).log2().floor().sub(2).exp2()
+        nearest = (w.abs()[..., None] / scale[..., None] - values).abs().argmin(-1)
+        return values[nearest] * scale * w.sign()
+    low = -127 if kind == "Q8_0" else -8
+    largest = w.gather(-1, w.abs().argmax(-1, keepdim=True))
+    scale = largest.abs() / 127 if kind == "Q8_0" else largest / low
+    q = torch.where(scale == 0, 0.0, w / scale.where(scale != 0, torch.ones(()))).round().clamp(low, -low - (low == -8))
+    return q * scale.half().float()
+
+
 def test_what_a_layout_refuses() -> None:
-    with pytest.raises(ConfigError, match="float32, bf16, int8, int4"):
+    with pytest.raises(ConfigError, match="float32, bf16, int8, int4, q8_0, q4_0"):
         linear_layout(8, 8, "int5", bias=False)
     with pytest.raises(ConfigError, match="32 or 64"):
         linear_layout(8, 8, "int4", 48, bias=False)
+    with pytest.raises(ConfigError, match="q8_0 takes 32"):
+        linear_layout(8, 8, "q8_0", 64, bias=False)
     with pytest.raises(ConfigError, match="sizes are between"):
         linear_layout(0, 8, "int4", bias=False)
 

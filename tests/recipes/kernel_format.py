@@ -49,11 +49,11 @@ void widen_fp16(const Panel& p, int64_t k, int64_t n, float* out) {
 RECIPE = Recipe(
     "Add a kernel format",
     (
-        Edit("manyhands/config/packing.py", ', "fp16"', after='Format = Literal["float32", "bf16", "int8", "int4"'),
+        Edit("manyhands/config/packing.py", ', "fp16"', after='"int8", "int4", "q8_0", "q4_0"'),
         Edit(
             "manyhands/config/packing.py",
             '    "fp16": Traits(16),\n',
-            after='    "int4": Traits(4, scale_bytes=2, grouped=True),\n',
+            after='    "q4_0": Traits(4, "fp16", (32,)),\n',
         ),
         Edit(
             "manyhands/quant/panels.py",
@@ -70,22 +70,23 @@ RECIPE = Recipe(
 """,
             after='the weights the record stands for, float32(q) · float32(scale)."""\n',
         ),
-        Edit("native/manyhands.h", "  MH_FP16,\n", after="  MH_INT4,\n"),
+        Edit("native/manyhands.h", "  MH_FP16,\n", after="  MH_Q4_0,\n"),
         Edit(
             "native/format.h",
             '    {.name = "fp16", .bits = 16},\n',
-            after="scale_bytes = 2, .grouped = true, .integer = true, .exact = true, .few_rows = 16},\n",
+            after='    {.name = "q4_0", .bits = 4, .scale_bytes = 2, .grouped = true, .half = true, .integer = true, '
+            ".exact = true},\n",
         ),
         Edit("native/formats.inl", WIDEN, after="// ---- As floats. ----\n\n"),
         Edit(
             "native/formats.inl",
             "    {{}, widen_fp16},\n",
-            after="    {{dot_int4<1>, dot_int4<2>, dot_int4<3>, dot_int4<4>}, widen_int4},\n",
+            after="    {{}, widen_nibbles<MH_Q4_0>},\n",
         ),
         Edit(
             "manyhands/check/oracle_records.py",
             ', "fp16": 16',
-            after='BITS = {"float32": 32, "bf16": 16, "int8": 8, "int4": 4',
+            after='"int4": 4, "q8_0": 8, "q4_0": 4',
         ),
         Edit(
             "manyhands/check/oracle_records.py",

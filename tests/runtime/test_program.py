@@ -7,6 +7,7 @@ import torch
 
 from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, PackedConfig, Packing
+from manyhands.config.packing import TRAITS
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
 from manyhands.engine.runner import Runner
@@ -86,7 +87,7 @@ def packed_model(fields: dict, format: str = "float32") -> Decoder:
     if format == "plain":
         return model.eval()
     modules = dict(model.named_modules())
-    packing = Packing(format=format, group_size=32) if format == "int4" else Packing(format=format)
+    packing = Packing(format=format, group_size=32 if TRAITS[format].grouped else 0)
     records = {r.name: r for r in records_of(config, PackedConfig(experts=packing, linear=packing))}
     hold_records(model, records, "auto")
     for record in records.values():

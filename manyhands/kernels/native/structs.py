@@ -245,7 +245,8 @@ def _text(kind: Any) -> str:
 
 def _format(name: Format) -> str:
     t = TRAITS[name]
-    scale = f" scale {t.scale_bytes} by {'group' if t.grouped else 'output'}" if t.scale_bytes else ""
+    half = " half" if t.scale == "fp16" else ""
+    scale = f" scale {t.scale_bytes}{half} by {'group' if t.grouped else 'output'}" if t.scale else ""
     return f"{name} {t.bits} bits{scale}"
 
 
