@@ -9,7 +9,7 @@
 # Usage: [MODEL=tigerlake] [PYTHON=python3] [CXX=c++] emulate_levels.sh BOCHS VMLINUZ [rounds [seed]]
 set -euo pipefail
 [[ $# -ge 2 ]] || { sed -n '2,/^set/{/^#/p}' "$0"; exit 2; }
-bochs=$(realpath "$1") kernel=$(realpath "$2") rounds=${3:-42} seed=${4:-1} model=${MODEL:-tigerlake}
+bochs=$(realpath "$1") kernel=$(realpath "$2") rounds=${3:-54} seed=${4:-1} model=${MODEL:-tigerlake}
 share=${BXSHARE:-$(dirname "$bochs")/../share/bochs}
 cd "$(dirname "$0")/.."
 work=$(mktemp -d)
