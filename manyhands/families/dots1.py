@@ -36,7 +36,7 @@ def write(config: ModelConfig) -> Json:
         "max_window_layers": config.num_hidden_layers,
         "layer_types": config.layer_types,
         **biased_sigmoid_fields(config),
-        "scoring_func": "noaux_tc",  # not read by transformers; llama.cpp demands it
+        "scoring_func": "sigmoid",  # transformers does not read it; llama.cpp refuses the publisher's "noaux_tc"
     }
 
 
