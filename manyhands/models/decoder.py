@@ -25,6 +25,7 @@ from manyhands.layers.norm import RMSNorm
 from manyhands.layers.rope import rope_tables
 from manyhands.models.init import fill
 from manyhands.moe import MoELayer, Routing
+from manyhands.moe.edit import Edit, Edits, check_edits
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +85,7 @@ class Block(nn.Module):
         mask_BS: Tensor,
         ids_BS: Tensor,
         keep_outputs: bool,
+        edit: Edit | None = None,
     ) -> tuple[Tensor, Routing | None, Tensor | None]:
         """Returns x [B, S, D], the routing of a sparse layer, and the largest attention logits if asked for."""
         attended, largest_H = self.self_attn(self.input_layernorm(x_BSD), positions, cache)
@@ -91,7 +93,7 @@ class Block(nn.Module):
         normed = self.post_attention_layernorm(x_BSD)
         routing = None
         if isinstance(self.mlp, MoELayer):
-            y, routing = self.mlp(normed, mask_BS, ids_BS, keep_outputs)
+            y, routing = self.mlp(normed, mask_BS, ids_BS, keep_outputs, *(() if edit is None else (edit,)))
         else:
             y = self.mlp(normed)
         return self._add(x_BSD, y, self.mlp_output_norm), routing, largest_H
@@ -212,9 +214,10 @@ class Decoder(nn.Module):
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         dtype: torch.dtype | None = None,
+        edit: Edits | None = None,
     ) -> Output:
         """Logits for token ids [B, S]. See `hidden` for the arguments."""
-        hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype)
+        hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype, edit=edit)
         return Output(self.head(hidden.states), hidden.routings, hidden.cache)
 
     if TYPE_CHECKING:
@@ -230,14 +233,19 @@ class Decoder(nn.Module):
         recompute: bool = False,
         clip_above: float | None = None,
         keep_outputs: bool = False,
+        edit: Edits | None = None,
     ) -> Hidden:
         """Everything but the head.
 
         `mask_BS` is false for padding (any side); `cache` continues from earlier tokens and is extended in place;
         `dtype` is the compute dtype (default: that of the weights); `recompute` trades time for memory in the
         backward pass; `clip_above` asks for the attention logits of QK-Clip; `keep_outputs` keeps the experts'
-        outputs in the routings.
+        outputs in the routings; `edit` gives layers a routing to follow, or changes it (`manyhands.moe.edit`): a replay
+        has a row for each of the B·S tokens of this call.
+
+        Raises `ConfigError` for an edit of a layer without router, or that the layer cannot follow.
         """
+        self._check(edit)
         S = ids_BS.shape[1]
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
         if mask_BS is not None and mask_BS.shape != ids_BS.shape:
@@ -251,15 +259,18 @@ class Decoder(nn.Module):
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         x = self.embed(ids_BS, dtype)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
-        x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs)
+        x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs, edit)
         return self._hidden(self.norm(x), routings, largest, cache)
 
-    def hidden_rows(self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache]) -> Hidden:
+    def hidden_rows(
+        self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], edit: Edits | None = None
+    ) -> Hidden:
         """Everything but the head, for several sequences of different lengths at once, without padding.
 
         `ids_1T` are their next tokens, one sequence behind the other, `counts` of each; each has a cache of its own,
         of one row, extended in place. States are [1, T, D], routings those of the T tokens.
         """
+        self._check(edit)
         if any(len(cache.layers) != len(self.layers) for cache in caches):
             raise ConfigError(f"a cache has not the model's {len(self.layers)} layers")
         real = [
@@ -268,7 +279,7 @@ class Decoder(nn.Module):
         positions = find_rows(self.config, counts, [cache.length for cache in caches], real, ids_1T.device)
         real_1T, x = torch.ones_like(ids_1T, dtype=torch.bool), self.embed(ids_1T)
         layers = [[cache.layers[layer] for cache in caches] for layer in range(len(self.layers))]
-        x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T)
+        x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T, edit=edit)
         return self._hidden(self.norm(x), routings, largest, None)
 
     def embed(self, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -286,12 +297,14 @@ class Decoder(nn.Module):
         ids_BS: Tensor,
         recompute: bool = False,
         keep_outputs: bool = False,
+        edit: Edits | None = None,
     ) -> tuple[Tensor, dict[int, Routing], dict[int, Tensor]]:
         """The embedded tokens through all blocks, each with its cache or caches."""
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
-            arguments = (x, positions, caches[layer], real_BS, ids_BS, keep_outputs)
+            edited = () if edit is None or layer not in edit else (edit[layer],)  # a block somebody wrote may know none
+            arguments = (x, positions, caches[layer], real_BS, ids_BS, keep_outputs, *edited)
             x, routing, largest_H = (
                 checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
             )
@@ -300,6 +313,11 @@ class Decoder(nn.Module):
             if largest_H is not None:
                 largest[layer] = largest_H
         return x, routings, largest
+
+    def _check(self, edit: Edits | None) -> None:
+        """Before any cache is extended."""
+        if edit:
+            check_edits(edit, {layer: mlp.router.config for layer, mlp in self.sparse_layers().items()})
 
     def _hidden(
         self, states: Tensor, routings: dict[int, Routing], largest: dict[int, Tensor], cache: Cache | None

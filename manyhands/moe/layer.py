@@ -10,6 +10,7 @@ from manyhands.errors import ConfigError
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.moe.bank import ExpertBank
+from manyhands.moe.edit import Edit
 from manyhands.moe.experts import Experts
 from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
@@ -54,8 +55,10 @@ class MoELayer(nn.Module):
         token_mask: Tensor | None = None,
         token_ids: Tensor | None = None,
         keep_outputs: bool = False,
+        edit: Edit | None = None,
     ) -> tuple[Tensor, Routing]:
-        """x [..., D]; `token_mask` [...] bool is false for padding; `token_ids` [...] is for hash routing.
+        """x [..., D]; `token_mask` [...] bool is false for padding; `token_ids` [...] is for hash routing; `edit` is a
+        routing to follow, or a change of it (`manyhands.moe.edit`).
 
         No loss and no statistic counts padding; its rows of y are computed like the rest and mean nothing.
 
@@ -69,6 +72,7 @@ class MoELayer(nn.Module):
             x_TD,
             None if token_mask is None else token_mask.reshape(-1),
             None if token_ids is None else token_ids.reshape(-1),
+            *(() if edit is None else (edit,)),
         )
         if keep_outputs:
             outputs_TKD = self.experts.outputs(x_TD, routing)

@@ -5,6 +5,7 @@ T tokens, D model width, E experts, K experts per token, G groups.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from manyhands.config import RouterConfig, suggest
 from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
 from manyhands.moe.capacity import apply_capacity
+from manyhands.moe.edit import Edit, Force, Replay, check_edit, masked, reroute
 from manyhands.moe.routing import Routing, top_k_stable
 
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
@@ -61,9 +63,20 @@ class Router(nn.Module):
                 if zero is not None:
                     zero.zero_()
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None, token_ids_T: Tensor | None = None) -> Routing:
-        """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing."""
+    def forward(
+        self,
+        x_TD: Tensor,
+        token_mask_T: Tensor | None = None,
+        token_ids_T: Tensor | None = None,
+        edit: Edit | None = None,
+    ) -> Routing:
+        """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing.
+
+        `edit` says who goes where in the router's place, or which experts are off; its weights carry gradient.
+        """
         config, K = self.config, self.config.num_experts_per_tok
+        if edit is not None:
+            check_edit(edit, config)
         if token_mask_T is None:
             token_mask_T = torch.ones(x_TD.shape[0], dtype=torch.bool, device=x_TD.device)
         elif token_mask_T.dtype != torch.bool or token_mask_T.shape != x_TD.shape[:1]:
@@ -73,6 +86,9 @@ class Router(nn.Module):
         if self.training and config.jitter:  # on a copy: the experts must see the token as it is
             x_TD = x_TD * torch.empty_like(x_TD).uniform_(1.0 - config.jitter, 1.0 + config.jitter)
         logits_TE = linear_float32(x_TD, self.weight, self.bias)
+        off_E = masked(edit, config.num_experts, x_TD.device)
+        if off_E is not None:
+            logits_TE = logits_TE.masked_fill(off_E, float("-inf"))
 
         noisy_TE, std_TE = self._noise(x_TD, logits_TE)
         used_TE = logits_TE if noisy_TE is None else noisy_TE
@@ -87,14 +103,17 @@ class Router(nn.Module):
             ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
             weights_TK = scores_TE * config.routed_scaling_factor
         else:
-            ids_TK = self.select(used_scores_TE)
-            weights_TK = weigh(used_scores_TE, ids_TK, config)
-            if self.training and config.random_second:
+            ids_TK, given_TK = self.select(used_scores_TE, off_E), None
+            if edit is None:
+                weights_TK = weigh(used_scores_TE, ids_TK, config)
+            else:
+                ids_TK, weights_TK, given_TK = reroute(edit, ids_TK, used_scores_TE, partial(weigh, config=config))
+            if self.training and config.random_second and not isinstance(edit, Routing | Replay | Force):
                 ids_TK = sample_second(ids_TK, weights_TK / config.routed_scaling_factor)
-            kept_TK = ids_TK >= 0
+            kept_TK = ids_TK >= 0 if given_TK is None else (ids_TK >= 0) & given_TK
 
         factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if factor is not None:
+        if factor is not None and getattr(edit, "kept", None) is None:
             kept_TK = apply_capacity(ids_TK, weights_TK, kept_TK, token_mask_T, config, factor)
         return Routing(
             ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
@@ -103,12 +122,17 @@ class Router(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
-    def select(self, scores_TE: Tensor) -> Tensor:
-        """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it."""
+    def select(self, scores_TE: Tensor, off_E: Tensor | None = None) -> Tensor:
+        """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it.
+
+        Never one that is off: a sigmoid's 0 and a bias could be more than another's score.
+        """
         config = self.config
         choice_TE = scores_TE.detach()
         if self.e_score_correction_bias is not None:
             choice_TE = choice_TE + self.e_score_correction_bias
+        if off_E is not None:
+            choice_TE = choice_TE.masked_fill(off_E, float("-inf"))
         if config.n_group > 1:
             choice_TE = limit_to_groups(choice_TE, config)
         return top_k_stable(choice_TE, config.num_experts_per_tok)
@@ -164,7 +188,9 @@ def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
     if config.group_score == "max":
         score_TG = groups_TGe.amax(-1)
     else:
-        score_TG = groups_TGe.topk(min(2, groups_TGe.shape[-1]), dim=-1).values.sum(-1)
+        two_TG2 = groups_TGe.topk(min(2, groups_TGe.shape[-1]), dim=-1).values
+        alone_TG2 = (two_TG2 == float("-inf")) & (two_TG2[..., :1] != float("-inf"))  # the other one is off
+        score_TG = two_TG2.masked_fill(alone_TG2, 0.0).sum(-1)
     best = top_k_stable(score_TG, config.topk_group)
     allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, best, True)
     return groups_TGe.masked_fill(~allowed_TG[..., None], float("-inf")).view(T, E)
