@@ -22,18 +22,10 @@ def our_tensor(
 
     On the CPU a tensor that is stored as it is wanted stays the file itself, mapped.
     """
-    pieces = source.pieces[name]
-    if dtype is None:
-        stored = [DTYPES[source.logical[piece.theirs].header.dtype] for piece in pieces]
-        dtype = stored[0]
-        for other in stored[1:]:
-            dtype = torch.promote_types(dtype, other)
-    first = pieces[0]
-    whole = len(pieces) == 1 and not first.transpose and not first.ours_index
-    if whole and device.type == "cpu" and source.logical[first.theirs].decode is None:
-        tensor = source.value(first.theirs)[first.theirs_index]
-        if tensor.dtype == dtype:
-            return tensor
+    pieces, stored = source.pieces[name], stored_dtype(source, name)
+    dtype = stored if dtype is None else dtype
+    if is_whole(source, name) and device.type == "cpu" and dtype == stored:
+        return source.value(pieces[0].theirs)[pieces[0].theirs_index]
     try:
         out = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:  # also torch.OutOfMemoryError
@@ -53,6 +45,21 @@ def our_tensor(
     for theirs in by_name:  # again: to read a page maps its neighbours, so the ends of some came back
         source.release(theirs)
     return out
+
+
+def stored_dtype(source: Source, name: str) -> torch.dtype:
+    """What one of our tensors is stored as: the widest if its pieces differ."""
+    found = [DTYPES[source.logical[piece.theirs].header.dtype] for piece in source.pieces[name]]
+    dtype = found[0]
+    for other in found[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def is_whole(source: Source, name: str) -> bool:
+    """Whether one of our tensors lies in the files as it is: then it is mapped, and takes no memory of its own."""
+    first, *others = source.pieces[name]
+    return not others and not first.transpose and not first.ours_index and source.logical[first.theirs].decode is None
 
 
 def _part(out: Tensor, piece: Piece) -> Tensor:

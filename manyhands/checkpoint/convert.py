@@ -18,6 +18,7 @@ from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.find import open_checkpoint
 from manyhands.checkpoint.model import from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
+from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.save import dtype_rule, target_config, target_headers, target_pieces
 from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
@@ -135,6 +136,8 @@ def convert(
     ours = source.family.model_type == "manyhands"
     family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family
     plan = Conversion(source, family, dtype, drop_extras=drop_extras)
+    if agreement:  # before hours of writing: both models are then held whole, one after the other
+        check_room(source, decode=True, remedy="--no-agreement converts it without running it")
     with building(target_path, overwrite=overwrite, sources=sources) as partial:
         (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
         written: dict[str, Any] = {}

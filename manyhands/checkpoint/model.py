@@ -22,6 +22,7 @@ from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
+from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.source import Source, open_source
@@ -143,8 +144,9 @@ def load_model(
     are. `ignore_fields` names fields of `config.json` that nobody knows and that are to be read past: that they change
     nothing is the caller's word.
 
-    Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit; all names,
-    shapes and dtypes are checked before any weight is allocated.
+    Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit, and
+    `UserError` if memory does not hold the model: all names, shapes, dtypes and sizes are checked before any weight
+    is allocated.
     """
     source = open_source(directory, ignore_fields) if verified else open_directory(directory, ignore_fields)
     return from_source(source, dtype, device, experts_implementation, decode)
@@ -232,6 +234,7 @@ def from_source(
 ) -> Model:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
     device = torch.device(device)
+    check_room(source, dtype, device, decode)
     try:
         with torch.device("meta"):
             model = Model(source.config, implementation)

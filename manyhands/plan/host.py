@@ -7,6 +7,8 @@ import os
 import platform
 from pathlib import Path
 
+from manyhands.plan.cgroup import memory_limits
+
 FEATURES = (
     "avx2",
     "avx512f",
@@ -51,16 +53,16 @@ def usable_cores() -> int:
 def usable_memory() -> float:
     """Bytes that this process may have: the machine's, or its container's limit."""
     total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    limit = _text("/sys/fs/cgroup/memory.max").strip()
-    return min(total, float(limit)) if limit.isdigit() else total
+    return min([total, *(group.limit for group in memory_limits())])
 
 
 def free_memory() -> float | None:
-    """Bytes that are available now; None where the system does not say."""
+    """Bytes that are available now, to the machine and within its container; None where the system does not say."""
+    left = [max(0.0, group.limit - group.used) for group in memory_limits()]
     for line in _text("/proc/meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            return float(line.split()[1]) * 1024
-    return None
+            left.append(float(line.split()[1]) * 1024)
+    return min(left, default=None)
 
 
 def _cpuinfo(field: str) -> str:

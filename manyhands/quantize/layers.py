@@ -10,10 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from manyhands.checkpoint.assemble import our_tensor
+from manyhands.checkpoint.assemble import our_tensor, stored_dtype
 from manyhands.checkpoint.packed import Record, hold_records, records_of
 from manyhands.checkpoint.source import Source
-from manyhands.checkpoint.tensors import DTYPES
 from manyhands.config import PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
@@ -61,11 +60,7 @@ class Quantizer:
         """Of a tensor that is not packed: as it is stored, but for the router, which is float32."""
         if name.endswith(MANYHANDS.saved_float32):
             return torch.float32
-        stored = [DTYPES[self.source.logical[piece.theirs].header.dtype] for piece in self.source.pieces[name]]
-        dtype = stored[0]
-        for other in stored[1:]:
-            dtype = torch.promote_types(dtype, other)
-        return dtype
+        return stored_dtype(self.source, name)
 
     def value(self, name: str) -> Tensor:
         """A tensor of the new file. Records are asked for in the order of the model."""
