@@ -151,6 +151,7 @@ FLAGS = {
         "data",
         "text_field",
         "max_batches",
+        "measure",
         "json_output",
         "overwrite",
     },

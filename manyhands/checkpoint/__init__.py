@@ -7,7 +7,8 @@ reading     find.py         a path, a run or a hub name -> a verified directory,
             quantized/      publishers' fp8, int4, mxfp4, decoded on load
             packed.py       our own packed records; unpacked.py what they stand for
             room.py         whether a model fits into memory, before it is read
-            assemble.py     one tensor from its pieces; model.py all of them: `load`, `Model`, `save`
+            assemble.py     one tensor from its pieces; experts.py one expert of a stack
+            model.py        all of them: `load`, `Model`, `save`
 writing     save.py         a model in a family's format; sidecars.py what lies beside it
             convert.py      from files to files, with a receipt (receipt.py)
             origin.py       what a loaded model remembers of its files

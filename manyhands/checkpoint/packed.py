@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands import strict_json
-from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
+from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, Value, write_shards
 from manyhands.checkpoint.tensors import NAMES, Header, Stored, TensorSource
 from manyhands.config import ModelConfig, PackedConfig
 from manyhands.config.activation import GATED
@@ -201,7 +201,7 @@ def write_packed(
     config: ModelConfig,
     packed: PackedConfig,
     dtype_of: Callable[[str], torch.dtype],
-    value: Callable[[str], Tensor],
+    value: Value,
     *,
     max_shard_size: int = MAX_SHARD_SIZE,
 ) -> None:

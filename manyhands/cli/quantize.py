@@ -44,6 +44,15 @@ def quantize(
     max_batches: Annotated[
         int | None, typer.Option(min=1, help=f"Of {BATCH} × {SEQUENCE} tokens. Default: 4, without --data 1.")
     ] = None,
+    measure: Annotated[
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Compare routing and perplexity with the original's, a layer in memory at a time; or pack expert by "
+            "expert. Default: what free memory allows.",
+            show_default=False,
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
     ] = False,
@@ -54,7 +63,7 @@ def quantize(
 
     The router, norms and the embedding are never rounded. Without --data every input of a layer counts the same; with
     it an input's rounding error is weighed by its mean square. Either way routing and perplexity are compared with
-    the original's on sample text.
+    the original's on sample text, if memory has room for a layer; if not, about one expert is in memory at a time.
     """
     from manyhands.config import PackedConfig, parse
 
@@ -93,6 +102,7 @@ def quantize(
             target,
             packed,
             sample,
+            measure=measure,
             overwrite=overwrite,
             progress=lambda name, done, total: bar.update(
                 task, completed=done, total=total, tensor=terminal.shown(name[-50:])
@@ -176,6 +186,8 @@ def _print(receipt: dict[str, Any], target: Path) -> None:
             print(f"  layer {layer}: experts {shown} saw fewer than {calibration['fewer_than']}; weighed by all tokens")
     if receipt["notes"]:
         print(terminal.shown(receipt["notes"]))
+    if receipt["not_measured"]:
+        print(terminal.shown(receipt["not_measured"]))
     found = receipt["routing_agreement"]
     if found["overall"] is not None:
         worst = min(found["layers"], key=found["layers"].get)

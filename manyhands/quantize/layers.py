@@ -33,6 +33,11 @@ Progress = Callable[[str, int, int], None]
 """(tensor just packed, how many are, of how many)."""
 
 
+def kept_dtype(source: Source, name: str) -> torch.dtype:
+    """Of a tensor that is not packed: as it is stored, but for the router, which is float32."""
+    return torch.float32 if name.endswith(MANYHANDS.saved_float32) else stored_dtype(source, name)
+
+
 class Quantizer:
     """Gives the packed checkpoint's tensors in the order in which they are written."""
 
@@ -58,9 +63,7 @@ class Quantizer:
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Of a tensor that is not packed: as it is stored, but for the router, which is float32."""
-        if name.endswith(MANYHANDS.saved_float32):
-            return torch.float32
-        return stored_dtype(self.source, name)
+        return kept_dtype(self.source, name)
 
     def value(self, name: str) -> Tensor:
         """A tensor of the new file. Records are asked for in the order of the model."""

@@ -1,11 +1,13 @@
-"""From any checkpoint to packed records, layer by layer, with a receipt.
+"""From any checkpoint to packed records, layer by layer or expert by expert, with a receipt.
 
 Two models run side by side on the sample, one layer at a time: the original, and what has been written so far. Each
 layer is read, run, watched (with calibration), packed, run again as packed and let go; so peak memory is about one
-layer, and the figures are those of the packed model itself.
+layer, and the figures are those of the packed model itself. Where a layer does not fit into memory nothing is run: the
+same bytes are written expert by expert, and the receipt says that nothing was measured.
 """
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from manyhands.config import PackedConfig
 from manyhands.errors import UserError
 from manyhands.quantize.layers import Progress, Quantizer
 from manyhands.quantize.receipt import Sample, receipt_of
+from manyhands.quantize.room import why_not_measured
+from manyhands.quantize.stream import StreamQuantizer
+
+_log = logging.getLogger(__name__)
 
 
 @torch.no_grad()
@@ -30,25 +36,36 @@ def quantize(
     packed: PackedConfig,
     sample: Sample | None = None,
     *,
+    measure: bool | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a packed copy of a checkpoint (`open_checkpoint(path)`) and return the receipt.
 
-    `sample` None: random ids, on which routing is compared.
+    `sample` None: random ids, on which routing is compared. `measure` False: nothing is run, and about one expert at a
+    time is in memory, not one layer; None: so if a layer does not fit into the memory that is free, which a warning and
+    `receipt["not_measured"]` say. The weights are packed to the same bytes either way; only calibration needs layers.
 
     The directory appears complete, in one rename; `overwrite` replaces one that this program wrote. Raises
-    `UserError` for any other target that exists and is not empty, for a model that is packed already and for ids
-    that are not in its vocabulary, `CheckpointError` for a damaged one or for weights that are not finite,
-    `StorageError` if the disk refuses.
+    `UserError` for any other target that exists and is not empty, for a model that is packed already, for ids that
+    are not in its vocabulary and for a calibration that memory has no room for, `CheckpointError` for a damaged one or
+    for weights that are not finite, `StorageError` if the disk refuses.
     """
     if source.packed is not None:
         raise UserError(f"{source.directory} is packed already; rounding twice costs more: start from the original")
     if source.config.moe is None:
         packed = packed.model_copy(update={"experts": None})
     tokenizer, unread = tokenizer_of(source.directory)
-    work = Quantizer(source, packed, random_ids(source) if sample is None else sample, progress)
+    sample = random_ids(source) if sample is None else sample
+    not_measured = why_not_measured(source, packed, sample, measure)
+    work: Quantizer | StreamQuantizer
+    if not_measured is None:
+        work = Quantizer(source, packed, sample, progress)
+    else:
+        if measure is None:
+            _log.warning("%s", not_measured)
+        sample, work = None, StreamQuantizer(source, packed, progress)
     with building(target_path, overwrite=overwrite, sources=[source.directory]) as partial:
         write_packed(
             partial,
@@ -58,9 +75,10 @@ def quantize(
             work.value,
             max_shard_size=max_shard_size,
         )
-        work.finish()
+        if isinstance(work, Quantizer):
+            work.finish()
         beside = write_beside(partial, tokenizer, source.directory, source.values, unread)
-        receipt = receipt_of(source, work.records, work.figures, work.sample, work.dtype_of) | {
+        receipt = receipt_of(source, work.records, work.figures, sample, work.dtype_of, not_measured) | {
             "target": {
                 "model_type": "manyhands",
                 "packed": packed.model_dump(),

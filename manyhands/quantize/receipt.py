@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.packed import Record, is_packable
-from manyhands.checkpoint.receipt import describe, describe_source, tensor_sha256
+from manyhands.checkpoint.receipt import describe, describe_source, stored_sha256
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
 from manyhands.quantize.calibrate import MIN_TOKENS
@@ -49,12 +49,14 @@ def receipt_of(
     source: Source,
     records: Mapping[str, Record],
     figures: Figures,
-    sample: Sample,
+    sample: Sample | None,
     dtype_of: Callable[[str], torch.dtype],
+    not_measured: str | None = None,
 ) -> dict[str, Any]:
-    """Everything but the target's files."""
-    tokens, layers = sample.measured[:, 1:].numel(), list(figures.agreement.values())
-    calibration = perplexity = None
+    """Everything but the target's files. Without a sample `not_measured` says why there is none."""
+    layers, calibration, perplexity = list(figures.agreement.values()), None, None
+    if sample is None:
+        sample = Sample(torch.zeros(0, 1, dtype=torch.long), None)
     if sample.calibration_rows:
         calibration = {
             "text": sample.text,
@@ -75,10 +77,11 @@ def receipt_of(
             "asked": ASKED_AGREEMENT,
             "overall": sum(layers) / len(layers) if layers else None,
             "layers": {str(layer): share for layer, share in figures.agreement.items()},
-            "tokens": tokens,
-            "on": sample.text or "random token ids",
+            "tokens": sample.measured[:, 1:].numel(),
+            "on": "nothing" if not_measured else sample.text or "random token ids",
         },
         "perplexity": perplexity,
+        "not_measured": not_measured,
     }
 
 
@@ -160,9 +163,7 @@ def tensors_of_the_receipt(
 
 def _describe(source: Source, part: str) -> dict[str, Any]:
     stored = source.files.stored[part]
-    entry = describe(stored.header, tensor_sha256(source.files.tensor(part))) | {"file": stored.file}
-    source.files.release(part)
-    return entry
+    return describe(stored.header, stored_sha256(source.files, part)) | {"file": stored.file}
 
 
 def _format(record: Record) -> str:

@@ -1,7 +1,7 @@
-"""Writing safetensors, tensor by tensor: never more than one of them in memory beside the model."""
+"""Writing safetensors, tensor by tensor or in parts of one: never more than that in memory beside the model."""
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -12,6 +12,9 @@ from manyhands.checkpoint.tensors import DTYPES, Header
 from manyhands.defaults import MAX_SHARD_SIZE as MAX_SHARD_SIZE
 from manyhands.errors import ConfigError
 from manyhands.files import INDEX, WEIGHTS
+
+Value = Callable[[str], Tensor | Iterator[Tensor]]
+"""A tensor's content by name: whole, or in parts whose bytes follow one another."""
 
 
 def header_size(header: Header) -> int:
@@ -25,14 +28,15 @@ def header_size(header: Header) -> int:
 def write_shards(
     directory: Path,
     headers: Mapping[str, Header],
-    value: Callable[[str], Tensor],
+    value: Value,
     max_shard_size: int = MAX_SHARD_SIZE,
     align: int = 8,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Write tensors into `model.safetensors`, or into shards with an index, as transformers names them.
 
-    `value` makes a tensor of the given dtype and shape; it is called once per name, in the order of `headers`.
+    `value` makes a tensor of the given dtype and shape, or parts that together have as many bytes; it is called once
+    per name, in the order of `headers`.
     The data of each file begins at a multiple of `align` bytes; `metadata` goes into each header.
     """
     if max_shard_size < 1:
@@ -68,7 +72,7 @@ def _write(
     path: Path,
     names: Iterable[str],
     headers: Mapping[str, Header],
-    value: Callable[[str], Tensor],
+    value: Value,
     align: int,
     metadata: Mapping[str, str],
 ) -> None:
@@ -89,7 +93,11 @@ def _write(
     with open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
-            tensor, header = value(name), headers[name]
-            assert tensor.dtype == DTYPES[header.dtype] and tuple(tensor.shape) == header.shape, name
-            if tensor.numel():
-                file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+            given, header, written = value(name), headers[name], 0
+            if isinstance(given, Tensor):
+                assert given.dtype == DTYPES[header.dtype] and tuple(given.shape) == header.shape, name
+                given = iter((given,))
+            for part in given:
+                if part.numel():
+                    written += file.write(part.contiguous().view(-1).view(torch.uint8).numpy().data)
+            assert written == header_size(header), name
