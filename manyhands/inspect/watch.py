@@ -1,0 +1,201 @@
+"""A model reads texts: its routing, what its routers would have said one sublayer early, and what random ones say.
+
+    T tokens   D model width   L sparse layers   E experts   K experts per token   R random routers
+
+A random router has rows of random direction, each as long as the trained row, and an offset per expert for selection,
+fitted so that its experts are as busy as the trained ones. What it shows of tokens, words or topics is what any
+projection of these hidden states shows; only what the trained router shows beyond that has been learned by it.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from manyhands.errors import UserError
+from manyhands.inspect.observed import Observed
+from manyhands.inspect.texts import UPOS, Sequences
+from manyhands.models import Decoder
+from manyhands.models.decoder import Block
+from manyhands.moe import MoELayer, Router
+from manyhands.moe.router import limit_to_groups, linear_float32
+from manyhands.moe.routing import top_k_stable
+
+BATCH_TOKENS = 4096
+"""Of one forward pass; the first one's hidden states fit the random routers' offsets."""
+_FIT_STEPS = 200
+
+
+class RandomRouter:
+    """A router that has learned nothing, for the hidden states and the loads of a trained one."""
+
+    def __init__(self, router: Router, states_TD: Tensor, expert_ids_TK: Tensor, seed: int) -> None:
+        self.config = router.config
+        generator = torch.Generator().manual_seed(seed)
+        trained_ED = router.weight.detach().float().cpu()
+        rows_ED = torch.randn(trained_ED.shape, generator=generator)
+        rows_ED *= trained_ED.norm(dim=1, keepdim=True) / rows_ED.norm(dim=1, keepdim=True)
+        self.weight_ED = rows_ED.to(states_TD.device)
+        self.offset_E = torch.zeros(len(rows_ED), device=states_TD.device)
+        self._fit(linear_float32(states_TD.float(), self.weight_ED), expert_ids_TK)
+
+    def _fit(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> None:
+        """Move the offsets until the loads are those of `expert_ids_TK`, by steps that grow smaller."""
+        E = logits_TE.shape[1]
+        wanted_E = _load(expert_ids_TK, E)
+        spread = logits_TE.std()
+        best, least = self.offset_E, torch.inf
+        for step in range(_FIT_STEPS):
+            wrong_E = wanted_E - _load(self._select(logits_TE), E)
+            if float(wrong_E.abs().sum()) < least:
+                best, least = self.offset_E, float(wrong_E.abs().sum())
+            self.offset_E = self.offset_E + spread * (0.3 - 0.28 * step / _FIT_STEPS) * (E * wrong_E).clamp(-1, 1)
+        self.offset_E = best
+
+    def __call__(self, states_TD: Tensor) -> Tensor:
+        """[T, K] expert numbers for hidden states [T, D], best first."""
+        return self._select(linear_float32(states_TD.float(), self.weight_ED))
+
+    def _select(self, logits_TE: Tensor) -> Tensor:
+        choice_TE = logits_TE + self.offset_E
+        if self.config.n_group > 1:
+            choice_TE = limit_to_groups(choice_TE, self.config)
+        return top_k_stable(choice_TE, self.config.num_experts_per_tok)
+
+
+def _load(ids_TK: Tensor, num_experts: int) -> Tensor:
+    """[E]: share of all pairs."""
+    counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).float()
+    return counts / counts.sum().clamp(min=1)
+
+
+@torch.inference_mode()
+def observe(
+    model: Decoder,
+    read: Sequences,
+    front_ids: tuple[int, ...] = (),
+    random_routers: int = 3,
+    seed: int = 0,
+    progress: Callable[[int], None] | None = None,
+) -> Observed:
+    """The routing of every token of `read`, in the model's own dtype; no weight changes.
+
+    `front_ids` stand in front of each sequence, as the model is used to, and are not looked at. `progress` is called
+    with the tokens read so far. Raises `UserError` for a model without sparse layers, and where a router chooses by
+    token id or lets experts choose (then no random router could stand beside it) unless `random_routers` is 0.
+    """
+    layers = model.sparse_layers()
+    if not layers or model.config.moe is None:
+        raise UserError("the model has no mixture-of-experts layer: there is no routing to inspect")
+    config = model.config.moe.router
+    if config.select != "topk":
+        random_routers = 0
+    T, L, K = len(read.token_ids), len(layers), config.num_experts_per_tok
+    K = config.num_experts if config.select == "expert_choice" else K
+    ids_TLK = np.full((T, L, K), -1, np.int32)
+    early_TLK = np.full((T, L, K), -1, np.int32) if config.select == "topk" else None
+    random_RTLK = np.full((random_routers, T, L, K), -1, np.int32) if random_routers else None
+    routers: dict[int, list[RandomRouter]] = {}
+    was_training, done = model.training, 0
+    model.eval()
+    try:
+        with _recorded(model) as states:
+            for rows, ids_BS, mask_BS in _batches(read, front_ids, seed):
+                device = model.embed_tokens.weight.device
+                hidden = model.hidden(ids_BS.to(device), mask_BS.to(device))
+                looked = mask_BS.clone()
+                looked[:, : len(front_ids)] = False
+                real_T = looked.flatten().to(device)
+                for i, (number, routing) in enumerate(sorted(hidden.routings.items())):
+                    ids_TK = routing.expert_ids[real_T]
+                    ids_TLK[rows, i] = _array(ids_TK)
+                    at_router = states["router", number][real_T]  # before the router is asked again
+                    if early_TLK is not None:
+                        block = cast(Block, model.layers[number])
+                        early = block.post_attention_layernorm(states["block", number]).flatten(0, 1)[real_T]
+                        early_TLK[rows, i] = _array(layers[number].router(early).expert_ids)
+                    if random_RTLK is not None:
+                        if number not in routers:
+                            seeds = range(seed * 1000 + 100 * number, seed * 1000 + 100 * number + random_routers)
+                            routers[number] = [
+                                RandomRouter(layers[number].router, at_router, ids_TK, each) for each in seeds
+                            ]
+                        for r, router in enumerate(routers[number]):
+                            random_RTLK[r, rows, i] = _array(router(at_router))
+                done += len(rows)
+                if progress is not None:
+                    progress(done)
+    finally:
+        model.train(was_training)
+    return Observed(
+        layers=tuple(sorted(layers)),
+        num_experts=config.num_experts,
+        expert_ids=ids_TLK,
+        token_ids=read.token_ids,
+        sequence=read.sequence,
+        text=read.text,
+        domain=read.domain,
+        domains=read.domains,
+        tag=read.tag,
+        tags=UPOS if read.tag is not None else (),
+        early_ids=early_TLK,
+        random_ids=random_RTLK,
+    )
+
+
+def _array(ids: Tensor) -> NDArray[np.int32]:
+    return ids.to("cpu", torch.int32).numpy()
+
+
+@contextmanager
+def _recorded(model: Decoder) -> Iterator[dict[tuple[str, int], Tensor]]:
+    """What enters each sparse block, [B, S, D], and each of their routers, [T, D], in the last forward pass."""
+    states: dict[tuple[str, int], Tensor] = {}
+    handles = []
+    for layer, mlp in model.sparse_layers().items():
+        for name, module in (("block", model.layers[layer]), ("router", cast(MoELayer, mlp).router)):
+
+            def keep(_: Any, inputs: tuple[Tensor, ...], key: tuple[str, int] = (name, layer)) -> None:
+                states[key] = inputs[0]
+
+            handles.append(module.register_forward_pre_hook(keep))
+    try:
+        yield states
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _batches(
+    read: Sequences, front_ids: tuple[int, ...], seed: int
+) -> Iterator[tuple[NDArray[np.int64], Tensor, Tensor]]:
+    """Rows of the tokens that are read, ids [B, S] padded at the end, and the mask [B, S] that is false for padding.
+
+    Sequences of like length are read together; the batches come in random order, so that the first is of all domains.
+    """
+    starts = np.flatnonzero(np.diff(read.sequence, prepend=-1))
+    sizes = np.diff(np.append(starts, len(read.sequence)))
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(starts))
+    order = order[np.argsort(sizes[order], kind="stable")]
+    batches: list[list[int]] = [[]]
+    for number in order.tolist():
+        if batches[-1] and (len(batches[-1]) + 1) * (int(sizes[number]) + len(front_ids)) > BATCH_TOKENS:
+            batches.append([])
+        batches[-1].append(number)
+    for i in rng.permutation(len(batches)).tolist():
+        batch = batches[i]
+        S = len(front_ids) + int(sizes[batch].max())
+        ids, mask = torch.zeros(len(batch), S, dtype=torch.int64), torch.zeros(len(batch), S, dtype=torch.bool)
+        rows = []
+        for b, number in enumerate(batch):
+            span = slice(int(starts[number]), int(starts[number] + sizes[number]))
+            row = [*front_ids, *read.token_ids[span].tolist()]
+            ids[b, : len(row)] = torch.tensor(row)
+            mask[b, : len(row)] = True
+            rows.append(np.arange(span.start, span.stop))
+        yield np.concatenate(rows), ids, mask
