@@ -64,6 +64,10 @@ FLAGS = {
         "speculate",
         "json_output",
     },
+    "inspect": {
+        *("subject", "data", "against", "checkpoints", "tokenizer", "out", "max_tokens", "sequence_length", "text_field"),
+        *("random_routers", "draws", "seed", "ignore_field", "json_output"),
+    },
     "serve": {
         *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),
         *("max_sequences", "max_batch_tokens", "max_waiting", "kv_memory", "memory", "max_body"),

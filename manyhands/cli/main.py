@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli import bench, chat, check, convert, doctor, evaluate, generate, models, plan, quantize, serve, train
+from manyhands.cli import (
+    bench,
+    chat,
+    check,
+    convert,
+    doctor,
+    evaluate,
+    generate,
+    inspect,
+    models,
+    plan,
+    quantize,
+    serve,
+    train,
+)
 from manyhands.errors import ManyhandsError
 from manyhands.terminal import shown
 from manyhands.version import __version__
@@ -24,6 +38,7 @@ app.command("train")(train.train)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
+app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)

@@ -89,7 +89,7 @@ def _distance(counts_EE: Floats, expected_EE: Floats) -> float:
 def over_time(seen: Observed, layer: int, sampled: Resampler) -> dict[int, Figure]:
     """By lag: the share of a token's experts that the token `lag` before it, in the same sequence, had too.
 
-    The null is what two unrelated tokens share: Σ_e P(e)² / K. A random router's is high as well: neighbours look alike.
+    The null is what two unrelated tokens share: Σ_e P(e)² / K. A random router's is high too: neighbours are alike.
     """
     null = expected_overlap(seen.expert_ids[:, layer], seen.expert_ids[:, layer], seen.num_experts)
     return {

@@ -88,10 +88,11 @@ class Resampler:
     ) -> Figure:
         """Of any statistic of the experts; `ids` are the model's, then each random router's.
 
-        `excess`: the mean over shuffles, which is the bias of a plug-in estimate, is subtracted, of each router its own.
+        `excess`: the mean over shuffles, the bias of a plug-in estimate, is subtracted, of each router its own.
         """
         ones = np.ones(len(self.text))
-        found, nulls = [], []
+        found: list[tuple[float, float, float]] = []
+        nulls: list[float] = []
         for number, each in enumerate(ids):
             rng = np.random.default_rng([self.seed, number])
             whole = statistic(each, ones)

@@ -14,9 +14,11 @@ import numpy as np
 from manyhands.errors import DataError
 from manyhands.inspect.conllu import UPOS, Tagged, align, read_conllu
 from manyhands.inspect.observed import Ints
-from manyhands.text import Tokenizer, read_documents
+from manyhands.text import Document, Tokenizer, read_documents
 
 ENOUGH_TEXTS = 30
+_DRAWN = 4
+"""Times the tokens asked for are cut, before sequences are drawn from them."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,8 @@ def read_sequences(
     parts: list[tuple[list[int], Ints | None, int, int]] = []  # ids, tags, text, domain
     texts = 0
     for domain, source in enumerate(sources):
-        pieces = _pieces(_tokens(source, tokenizer, text_field), length)
         rng = np.random.default_rng([seed, domain])
+        pieces = _pieces(_tokens(source, tokenizer, text_field, _DRAWN * max_tokens, rng), length)
         order, room = [], max_tokens
         for number in rng.permutation(len(pieces)):
             if len(pieces[number][0]) <= room:
@@ -89,11 +91,24 @@ def _names(sources: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _tokens(source: str, tokenizer: Tokenizer, text_field: str) -> list[tuple[list[int], Ints | None]]:
-    """Of each document: its token ids, and of a treebank's their tags."""
-    if source.lower().endswith(".conllu"):
-        return [_tagged(text, tokenizer) for text in read_conllu(source)]
-    return [(ids, None) for ids in tokenizer.encode_batch([doc.text for doc in read_documents([source], text_field)])]
+def _tokens(
+    source: str, tokenizer: Tokenizer, text_field: str, enough: int, rng: np.random.Generator
+) -> list[tuple[list[int], Ints | None]]:
+    """Of each document its token ids, and of a treebank's their tags; of many documents some, drawn at random."""
+    documents: Sequence[Tagged | Document]
+    documents = read_conllu(source) if source.lower().endswith(".conllu") else read_documents([source], text_field)
+    found: list[tuple[list[int], Ints | None]] = []
+    tokens = 0
+    for number in rng.permutation(len(documents)):
+        document = documents[number]
+        if isinstance(document, Tagged):
+            found.append(_tagged(document, tokenizer))
+        else:
+            found.append((tokenizer.encode(document.text), None))
+        tokens += len(found[-1][0])
+        if tokens >= enough:
+            break
+    return found
 
 
 def _tagged(text: Tagged, tokenizer: Tokenizer) -> tuple[list[int], Ints]:
@@ -119,7 +134,9 @@ def spans(text: str, ids: Sequence[int], tokenizer: Tokenizer) -> list[tuple[int
     return [(int(begin), int(end)) for begin, end in encoding.offsets]
 
 
-def _pieces(documents: Sequence[tuple[list[int], Ints | None]], length: int) -> list[tuple[list[int], Ints | None, int]]:
+def _pieces(
+    documents: Sequence[tuple[list[int], Ints | None]], length: int
+) -> list[tuple[list[int], Ints | None, int]]:
     """Ids, tags and the document's number of every sequence."""
     return [
         (ids[at : at + length], None if tags is None else tags[at : at + length], number)

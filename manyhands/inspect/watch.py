@@ -21,9 +21,8 @@ from manyhands.inspect.observed import Observed
 from manyhands.inspect.texts import UPOS, Sequences
 from manyhands.models import Decoder
 from manyhands.models.decoder import Block
-from manyhands.moe import MoELayer, Router
+from manyhands.moe import Router
 from manyhands.moe.router import limit_to_groups, linear_float32
-from manyhands.moe.routing import top_k_stable
 
 BATCH_TOKENS = 4096
 """Of one forward pass; the first one's hidden states fit the random routers' offsets."""
@@ -64,13 +63,19 @@ class RandomRouter:
         choice_TE = logits_TE + self.offset_E
         if self.config.n_group > 1:
             choice_TE = limit_to_groups(choice_TE, self.config)
-        return top_k_stable(choice_TE, self.config.num_experts_per_tok)
+        return choice_TE.topk(self.config.num_experts_per_tok).indices
 
 
 def _load(ids_TK: Tensor, num_experts: int) -> Tensor:
     """[E]: share of all pairs."""
     counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).float()
     return counts / counts.sum().clamp(min=1)
+
+
+def check_inspectable(model: Decoder) -> None:
+    """Raises `UserError` for a model without sparse layers."""
+    if not model.sparse_layers():
+        raise UserError("the model has no mixture-of-experts layer: there is no routing to inspect")
 
 
 @torch.inference_mode()
@@ -85,13 +90,12 @@ def observe(
     """The routing of every token of `read`, in the model's own dtype; no weight changes.
 
     `front_ids` stand in front of each sequence, as the model is used to, and are not looked at. `progress` is called
-    with the tokens read so far. Raises `UserError` for a model without sparse layers, and where a router chooses by
-    token id or lets experts choose (then no random router could stand beside it) unless `random_routers` is 0.
+    with the tokens read so far. Where a router chooses by token id or lets experts choose, no random router could stand
+    beside it, and there are none. Raises `UserError` for a model without sparse layers.
     """
-    layers = model.sparse_layers()
-    if not layers or model.config.moe is None:
-        raise UserError("the model has no mixture-of-experts layer: there is no routing to inspect")
-    config = model.config.moe.router
+    check_inspectable(model)
+    assert model.config.moe is not None
+    layers, config = model.sparse_layers(), model.config.moe.router
     if config.select != "topk":
         random_routers = 0
     T, L, K = len(read.token_ids), len(layers), config.num_experts_per_tok
@@ -157,7 +161,7 @@ def _recorded(model: Decoder) -> Iterator[dict[tuple[str, int], Tensor]]:
     states: dict[tuple[str, int], Tensor] = {}
     handles = []
     for layer, mlp in model.sparse_layers().items():
-        for name, module in (("block", model.layers[layer]), ("router", cast(MoELayer, mlp).router)):
+        for name, module in (("block", model.layers[layer]), ("router", mlp.router)):
 
             def keep(_: Any, inputs: tuple[Tensor, ...], key: tuple[str, int] = (name, layer)) -> None:
                 states[key] = inputs[0]

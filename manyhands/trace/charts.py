@@ -162,7 +162,7 @@ def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tupl
         c=columns,
         g=round(group, 4),
         levels="".join(_ALPHABET[level] for level in level_EC.reshape(-1)),
-        png=_png(level_EC),
+        png=png(level_EC),
         y=Markup("").join(y_labels),
         x=Markup("").join(x_labels),
         final=json.dumps(_short(final_E)),
@@ -221,8 +221,8 @@ def _short(values: Floats) -> list[float | None]:
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
 
 
-def _png(level_EC: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> str:
-    """A data URI: red for nothing, blue for less than the fair share, clear at it, orange for more."""
+def png(level_EC: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> str:
+    """A data URI of levels 0 … 60: red for 0 (nothing), blue below 30, clear at it, orange above."""
     rows, columns = level_EC.shape
     colors, alphas = bytearray((220, 38, 70)), bytearray((255,))
     for level in range(_LEVELS + 1):
