@@ -65,7 +65,17 @@ FLAGS = {
         "json_output",
     },
     "inspect": {
-        *("subject", "data", "against", "checkpoints", "tokenizer", "out", "max_tokens", "sequence_length", "text_field"),
+        *(
+            "subject",
+            "data",
+            "against",
+            "checkpoints",
+            "tokenizer",
+            "out",
+            "max_tokens",
+            "sequence_length",
+            "text_field",
+        ),
         *("random_routers", "draws", "seed", "ignore_field", "json_output"),
     },
     "serve": {

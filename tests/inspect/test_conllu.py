@@ -64,7 +64,9 @@ def test_domains_and_texts(tmp_path: Path) -> None:
     tokenizer = Tokenizer.train(["abc"], 257)
     read = read_sequences(sources, tokenizer, 16, 400)
     assert read.domains == ("t", "plain")
-    assert (read.domain == 1).sum() == 400 and (read.domain == 0).sum() == len("I don't know, Zoë. du painYes!".encode())
+    assert (read.domain == 1).sum() == 400 and (read.domain == 0).sum() == len(
+        "I don't know, Zoë. du painYes!".encode()
+    )
     assert (read.tag[read.domain == 1] == -1).all() and (read.tag[read.domain == 0] >= 0).any()
     assert sorted(set(read.text)) == list(range(read.text.max() + 1))
     for text in set(read.text):
