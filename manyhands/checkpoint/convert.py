@@ -48,7 +48,7 @@ class Conversion:
     ) -> None:
         self.source, self.family, config, origin = source, family, source.config, source.origin
         self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
-        self.tokenizer, self.unread = tokenizer_of(source.directory)
+        self.tokenizer, self.unread = tokenizer_of(source.path)
         self.config = target_config(family, config, self.dtype, origin, self.tokenizer)
         self.headers = target_headers(family, config, dtype_rule(family, self.dtype, origin))
         self.pieces = target_pieces(family, config)
@@ -132,9 +132,10 @@ def convert(
     """
     claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
     source = open_checkpoint(source_path, ignore_fields)
-    sources = [source_path, source.directory]
+    sources = [source_path, source.path]
     ours = source.family.model_type == "manyhands"
-    family = family_named(to, "--to") if to else nearest(source.config) if ours else source.family
+    own = family_named(source.family.model_type)  # in its own names, whatever the source's are
+    family = family_named(to, "--to") if to else nearest(source.config) if ours else own
     plan = Conversion(source, family, dtype, drop_extras=drop_extras)
     if agreement:  # before hours of writing: both models are then held whole, one after the other
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")
@@ -150,7 +151,7 @@ def convert(
             return tensor
 
         write_shards(partial, plan.headers, value, max_shard_size)
-        beside = write_beside(partial, plan.tokenizer, source.directory, source.values, plan.unread)
+        beside = write_beside(partial, plan.tokenizer, source.path, source.values, plan.unread)
         receipt = {
             "manyhands": __version__,
             "source": describe_source(source),

@@ -3,6 +3,8 @@
 from collections.abc import Collection
 from pathlib import Path
 
+from manyhands.checkpoint.gguf.files import gguf_in, is_gguf
+from manyhands.checkpoint.gguf.open import open_gguf
 from manyhands.checkpoint.hub import download, is_hub_name
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.runs import resolve_checkpoint
@@ -20,29 +22,41 @@ def open_checkpoint(path: str | Path, ignore_fields: Collection[str] = ()) -> So
 def open_directory(directory: str | Path, ignore_fields: Collection[str] = ()) -> Source:
     """The checkpoint in that very directory, verified and opened. Raises `CheckpointError`."""
     directory = Path(directory)
+    if is_gguf(directory):
+        return open_found(directory, ignore_fields)
     if (directory / MANIFEST).is_file() or not (directory / CONFIG).is_file():
         verify(directory)
     return open_found(directory, ignore_fields)
 
 
 def find(path: str | Path) -> Path:
-    """The verified directory a person means by `path`; a hub name that is no path here is downloaded.
+    """The verified directory or the GGUF file a person means by `path`; a hub name that is no path here is downloaded.
+
+    A directory without a `config.json` that holds one model in GGUF stands for that.
 
     Raises `CheckpointError` saying what is there and what was expected.
     """
     directory = Path(path)
+    if is_gguf(directory):
+        return directory
     if (directory / CONFIG).is_file() and not (directory / MANIFEST).exists():
         return directory  # somebody else's: there is nothing to verify it by
     if not directory.exists() and is_hub_name(str(path)):
         return download(str(path))
+    if (file := gguf_in(directory)) is not None:
+        return file
     return resolve_checkpoint(path)  # verifies every byte
 
 
 def open_found(directory: Path, ignore_fields: Collection[str] = ()) -> Source:
-    """A verified directory, opened. Where there is a manifest it must list every file that is read: those it verified.
+    """A verified directory or a GGUF file, opened.
+
+    Where there is a manifest it must list every file that is read: those it verified.
 
     Raises `CheckpointError` naming what is missing or does not fit.
     """
+    if is_gguf(directory):
+        return open_gguf(directory, ignore_fields)
     source = open_source(directory, ignore_fields)
     if not (directory / MANIFEST).is_file():
         if source.family.model_type == "manyhands":

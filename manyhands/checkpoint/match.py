@@ -16,14 +16,18 @@ def match(
     shapes: Mapping[str, Shape],
     logical: Mapping[str, Logical],
     float32: tuple[str, ...],
+    said: str = "config.json",
 ) -> dict[str, list[Piece]]:
-    """Pieces by our name, each checked. Stops at the first that is missing: a hostile config may name millions."""
+    """Pieces by our name, each checked against what `said` (for people) says.
+
+    Stops at the first that is missing: a hostile config may name millions.
+    """
     found: dict[str, list[Piece]] = {name: [] for name in shapes}
     covered = dict.fromkeys(logical, 0)
     for piece in pieces:
         stored = logical.get(piece.theirs)
         if stored is None:
-            raise CheckpointError(f"{files.name}: tensor {piece.theirs!r} is missing, which config.json calls for")
+            raise CheckpointError(f"{files.name}: tensor {piece.theirs!r} is missing, which {said} calls for")
         where = files.where(stored.parts[0])
         allowed = ("F32",) if float32 and piece.ours.endswith(float32) else FLOATS
         if stored.header.dtype not in allowed:
@@ -36,7 +40,7 @@ def match(
         if theirs != ours:
             shape, part = list(stored.header.shape), "" if not piece.theirs_index else " for a part of it"
             right = list(ours if not piece.transpose else (*ours[:-2], ours[-1], ours[-2]))
-            raise CheckpointError(f"{where} has shape {shape}; config.json says {right}{part}")
+            raise CheckpointError(f"{where} has shape {shape}; {said} says {right}{part}")
         found[piece.ours].append(piece)
         covered[piece.theirs] += math.prod(ours)
     for name, of_one in found.items():
@@ -45,7 +49,7 @@ def match(
     for name, count in covered.items():
         if count and count != math.prod(logical[name].header.shape):
             where, shape = files.where(logical[name].parts[0]), list(logical[name].header.shape)
-            raise CheckpointError(f"{where} has shape {shape}; config.json uses part of it")
+            raise CheckpointError(f"{where} has shape {shape}; {said} uses part of it")
     return found
 
 

@@ -20,11 +20,13 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
+from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
+from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.source import Source, open_source
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import ModelConfig
@@ -108,12 +110,12 @@ def load(
     without a tokenizer can be had through `load_model`.
     """
     directory = find(path)
-    if not has_tokenizer(directory):
+    if not is_gguf(directory) and not has_tokenizer(directory):
         raise CheckpointError(
             f"{directory}: there is no {TOKENIZER}{instead(directory)}; mh.load_model loads the model without it"
         )
     source = open_found(directory, ignore_fields)
-    tokenizer = Tokenizer.from_directory(directory)
+    tokenizer = read_tokenizer(directory)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
@@ -148,7 +150,10 @@ def load_model(
     `UserError` if memory does not hold the model: all names, shapes, dtypes and sizes are checked before any weight
     is allocated.
     """
-    source = open_source(directory, ignore_fields) if verified else open_directory(directory, ignore_fields)
+    if verified and not is_gguf(directory):
+        source = open_source(directory, ignore_fields)
+    else:
+        source = open_directory(directory, ignore_fields)
     return from_source(source, dtype, device, experts_implementation, decode)
 
 
@@ -173,7 +178,7 @@ def save(
     """
     origin = model.origin if isinstance(model, Model) else None
     records = model.records if isinstance(model, Model) else {}
-    sources = [] if origin is None else [origin.directory]
+    sources = [] if origin is None else [origin.path]
     if records and family in (None, "manyhands") and dtype is None:
         assert origin is not None and origin.packed is not None
         state = model.state_dict()

@@ -22,6 +22,8 @@ class Origin:
     """What a model remembers of the checkpoint it came from: words and numbers, no open file."""
 
     directory: Path
+    path: Path
+    """What was opened: that directory, or a file in it."""
     family: Family
     values: Json
     """`config.json` as it stands."""

@@ -139,4 +139,4 @@ def write_rest(directory: Path, tokenizer: Tokenizer | None, origin: Origin | No
         return
     if lost := origin.lost():
         _log.warning("%s; what lay there beside the weights is not copied", lost)
-    write_beside(directory, tokenizer, None if lost else origin.directory, origin.values)
+    write_beside(directory, tokenizer, None if lost else origin.path, origin.values)

@@ -7,11 +7,14 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.manifest import MANIFEST
 from manyhands.checkpoint.receipt import RECEIPT
 from manyhands.errors import CheckpointError
+from manyhands.families.gguf import read_gguf_header
 from manyhands.files import CONFIG, GENERATION, TOKENIZER, write_atomic
 from manyhands.text import Tokenizer
+from manyhands.text.gguf_tokenizer import read_gguf_tokenizer
 from manyhands.text.tokenizer_files import LARGEST, TIKTOKEN, has_tokenizer, read_small
 
 _TOKENIZERS = (
@@ -50,19 +53,29 @@ class Beside:
         return "\n".join(said) or None
 
 
-def tokenizer_of(directory: Path) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer of a checkpoint, or None, and why one that is there in another format cannot be read.
+def tokenizer_of(path: Path) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of a checkpoint (a directory, or a GGUF file), or None, and why one that is there cannot be read.
 
     Raises `CheckpointError` for a damaged `tokenizer.json`.
     """
-    if not has_tokenizer(directory):
+    if is_gguf(path):
+        try:
+            return read_tokenizer(path), None
+        except CheckpointError as error:
+            return None, str(error)
+    if not has_tokenizer(path):
         return None, None
     try:
-        return Tokenizer.from_directory(directory), None
+        return Tokenizer.from_directory(path), None
     except CheckpointError as error:
-        if (directory / TOKENIZER).is_file():
+        if (path / TOKENIZER).is_file():
             raise
         return None, str(error)
+
+
+def read_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a directory or a GGUF file. Raises `CheckpointError` if there is none, or it is damaged."""
+    return read_gguf_tokenizer(read_gguf_header(path)) if is_gguf(path) else Tokenizer.from_directory(path)
 
 
 def write_beside(
@@ -74,12 +87,14 @@ def write_beside(
 ) -> Beside:
     """Write a tokenizer, and what else lies in the directory `origin`, into the directory `target`.
 
+    Beside an `origin` that is a file lies what belongs to others.
+
     `values` is the original's `config.json`, whose token ids go into a `generation_config.json` where there is none.
     Raises `StorageError` if the disk refuses.
     """
     if tokenizer is not None:
         tokenizer.save_directory(target)
-    copied, left = _copy(target, tokenizer, origin) if origin is not None else ([], [])
+    copied, left = _copy(target, tokenizer, origin) if origin is not None and origin.is_dir() else ([], [])
     ids = token_ids(tokenizer, values or {})
     if not (target / GENERATION).exists() and "eos_token_id" in ids:
         write_atomic(target / GENERATION, (json.dumps(ids, indent=2) + "\n").encode())

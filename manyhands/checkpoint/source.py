@@ -59,6 +59,13 @@ class Source:
     """Its records, by their names in the files; `logical` has what they stand for."""
     ignored: tuple[str, ...] = ()
     """The unknown fields of `config.json` that were read past, as asked."""
+    file: Path | None = None
+    """The one file that is the whole checkpoint (GGUF), if it is one."""
+
+    @property
+    def path(self) -> Path:
+        """What was opened: a directory, or a file."""
+        return self.file or self.directory
 
     @property
     def origin(self) -> Origin:
@@ -67,6 +74,7 @@ class Source:
         files = (CONFIG, self.files.name.name, *(stored.file for stored in self.files.stored.values()))
         return Origin(
             directory=self.directory,
+            path=self.path,
             family=self.family,
             values=self.values,
             kept=self.kept,
@@ -143,7 +151,7 @@ def source_of(
         logical = packed_tensors(headers_of(files), records, str(files.name))
     float32 = family.saved_float32 if ours else ()
     pieces = match(files, family.pieces(config), tensor_shapes(config), logical, float32)
-    kept, dropped = _left_over(files, family, config, text, logical, pieces)
+    kept, dropped = left_over(files, family, config, text, logical, pieces)
     ignored = tuple(sorted(set(ignore_fields)))
     return Source(
         directory=files.directory,
@@ -176,13 +184,14 @@ def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tupl
         raise CheckpointError(f"{path}: too deeply nested") from None
 
 
-def _left_over(
+def left_over(
     files: TensorSource,
     family: Family,
     config: ModelConfig,
     text: Json,
     logical: Mapping[str, Logical],
     pieces: Mapping[str, list[Piece]],
+    said: str = f"{CONFIG} describes it",
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tensors that the model is not made of: those that a round trip keeps, and those that are recomputed."""
     used = {piece.theirs for of_one in pieces.values() for piece in of_one}
@@ -197,7 +206,5 @@ def _left_over(
         elif name.endswith(family.dropped) or (config.tie_word_embeddings and name in _TIED):
             dropped.append(name)
         else:
-            raise CheckpointError(
-                f"{files.where(logical[name].parts[0])} is not one of this model's, as {CONFIG} describes it"
-            )
+            raise CheckpointError(f"{files.where(logical[name].parts[0])} is not one of this model's, as {said}")
     return tuple(kept), tuple(dropped)

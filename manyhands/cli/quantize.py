@@ -127,7 +127,7 @@ def _sample(
     from manyhands.text import read_documents
     from manyhands.text.tokenizer_files import instead
 
-    tokenizer, unread = tokenizer_of(source.directory)
+    tokenizer, unread = tokenizer_of(source.path)
     if tokenizer is None:
         if documents is not None:
             why = unread or f"there is no {TOKENIZER}{instead(source.directory)}"

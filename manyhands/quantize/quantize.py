@@ -53,10 +53,10 @@ def quantize(
     for weights that are not finite, `StorageError` if the disk refuses.
     """
     if source.packed is not None:
-        raise UserError(f"{source.directory} is packed already; rounding twice costs more: start from the original")
+        raise UserError(f"{source.path} is packed already; rounding twice costs more: start from the original")
     if source.config.moe is None:
         packed = packed.model_copy(update={"experts": None})
-    tokenizer, unread = tokenizer_of(source.directory)
+    tokenizer, unread = tokenizer_of(source.path)
     sample = random_ids(source) if sample is None else sample
     not_measured = why_not_measured(source, packed, sample, measure)
     work: Quantizer | StreamQuantizer
@@ -66,7 +66,7 @@ def quantize(
         if measure is None:
             _log.warning("%s", not_measured)
         sample, work = None, StreamQuantizer(source, packed, progress)
-    with building(target_path, overwrite=overwrite, sources=[source.directory]) as partial:
+    with building(target_path, overwrite=overwrite, sources=[source.path]) as partial:
         write_packed(
             partial,
             source.config,
@@ -77,7 +77,7 @@ def quantize(
         )
         if isinstance(work, Quantizer):
             work.finish()
-        beside = write_beside(partial, tokenizer, source.directory, source.values, unread)
+        beside = write_beside(partial, tokenizer, source.path, source.values, unread)
         receipt = receipt_of(source, work.records, work.figures, sample, work.dtype_of, not_measured) | {
             "target": {
                 "model_type": "manyhands",

@@ -145,9 +145,14 @@ class Tokenizer:
         Raises `CheckpointError` naming the file and the field that is missing or wrong.
         """
         files = read_tokenizer_files(path)
-        tokenizer = cls(_parse(Path(path) / TOKENIZER, files.content[TOKENIZER]), files)
+        tokenizer = cls.from_files(files, Path(path) / TOKENIZER)
         tokenizer._say_ends(path)
         return tokenizer
+
+    @classmethod
+    def from_files(cls, files: TokenizerFiles, where: str | Path) -> Self:
+        """The tokenizer that `files` hold. `where` begins a message. Raises `CheckpointError` if it is damaged."""
+        return cls(_parse(where, files.content[TOKENIZER]), files)
 
     def _say_ends(self, path: str | Path) -> None:
         """Log a line if the token that is named as the end is not one of the ids that are."""
@@ -333,7 +338,7 @@ class Tokenizer:
         return StreamDecoder(self.token_bytes)
 
 
-def _parse(path: Path, data: bytes) -> Any:
+def _parse(path: str | Path, data: bytes) -> Any:
     try:
         vet(data)
         inner = tokenizers.Tokenizer.from_str(data.decode("utf-8"))
