@@ -21,6 +21,12 @@ ARCH = {
 }  # fmt: skip
 PERMUTED = ("llama", "mixtral", "deepseek", "granitemoe")
 LATENT = ("deepseek_v2", "deepseek_v3", "kimi_k2")
+TOP = {
+    "embed_tokens.weight": "token_embd",
+    "lm_head.weight": "output",
+    "norm.weight": "output_norm",
+    "norm": "output_norm",
+}
 IN_LAYER = {
     "input_layernorm": "attn_norm", "pre_attn_norm": "attn_norm", "post_attn_norm": "attn_output_norm",
     "pre_moe_norm": "ffn_norm", "post_moe_norm": "layer_output_norm", "post_attention_layernorm": "ffn_norm",
@@ -50,8 +56,8 @@ def tensors_of(directory: Path, c: dict[str, Any]) -> dict[str, Tensor]:
     experts: dict[str, dict[int, Tensor]] = {}
     for name, x in load_file(directory / "model.safetensors").items():
         name = name.removeprefix("model.").removesuffix(".scale")
-        if name in ("embed_tokens.weight", "lm_head.weight", "norm.weight", "norm"):
-            found[{"embed_tokens.weight": "token_embd", "lm_head.weight": "output"}.get(name, "output_norm") + ".weight"] = x
+        if name in TOP:
+            found[f"{TOP[name]}.weight"] = x
             continue
         layer, tail = name.split(".", 2)[1:]
         block = f"blk.{layer}."
