@@ -14,6 +14,7 @@ import manyhands as mh
 from manyhands.serve.routed import routed_experts
 from manyhands.text import Tokenizer
 
+from .families.to_gguf import to_gguf
 from .small_runs import manyhands
 
 ROOT = Path(__file__).parent.parent
@@ -69,6 +70,10 @@ def test_it_runs(page: str, code: str, tokenizer: Tokenizer, tmp_path: Path, mon
     if '"DST"' in code:
         mh.save(small(), "SRC", tokenizer, family="mixtral")
         assert manyhands("quantize", "SRC", "DST").returncode == 0
+    if "model.gguf" in code:
+        mh.save(small(), "SRC", tokenizer, family="mixtral")
+        whole = {"tokenizer.huggingface.json": tokenizer.inner.to_str()}
+        to_gguf(Path("SRC"), Path("model.gguf"), **whole)
     if 'choice["routed_experts"]' in code:
         routings = small()(names["ids"]).routings
         names["choice"] = {"routed_experts": routed_experts(routings, names["ids"].shape[1], 0)}

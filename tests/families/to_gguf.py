@@ -237,10 +237,10 @@ def write(
     return path
 
 
-def to_gguf(directory: Path, path: Path, kind: str = "F32") -> Path:
-    """Convert."""
+def to_gguf(directory: Path, path: Path, kind: str = "F32", **more: Any) -> Path:
+    """Convert; `more` are further keys, by their whole names."""
     values = json.loads((directory / "config.json").read_text())
     tensors = tensors_of(directory, values)
     if (freqs := rope_freqs(values)) is not None:
         tensors["rope_freqs.weight"] = freqs
-    return write(path, ARCH[values["model_type"]], keys_of(values), tensors, kind)
+    return write(path, ARCH[values["model_type"]], keys_of(values), tensors, kind, **more)
