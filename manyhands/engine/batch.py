@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from manyhands.layers.cache import Cache
+from manyhands.moe.edit import NO_EDITS, Edits, replays, rows_of
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Row:
 
     every: bool = False
     """Whether logits of all these tokens are wanted, not of the last alone."""
+    edits: Edits | None = None
+    """What layers are told of the routing of these tokens."""
 
     @property
     def position(self) -> int:
@@ -77,6 +80,21 @@ class Batch:
         """Of each row."""
         return [row.cache for row in self.rows]
 
+    @property
+    def edits(self) -> Edits:
+        """Of a batch that `alike` made."""
+        return self.rows[0].edits or NO_EDITS
+
+    def alike(self) -> "Iterator[Batch]":
+        """The same tokens as batches whose rows are told the same of their routing; a replay is each row's own."""
+        rows: list[Row] = []
+        for row in self.rows:
+            if rows and (row.edits is not rows[0].edits or (row.edits and replays(row.edits))):
+                yield Batch(rows)
+                rows = []
+            rows.append(row)
+        yield Batch(rows)
+
     def parts(self, most: int) -> "Iterator[Batch]":
         """The same tokens as batches of at most so many, to be run one after the other."""
         if self.num_tokens <= most:
@@ -89,7 +107,10 @@ class Batch:
             while first < len(row.ids):
                 ids = row.ids[first : first + room]
                 first, room = first + len(ids), room - len(ids)
-                rows.append(Row(ids, row.cache, row.draws and first == len(row.ids), row.every))
+                edits = row.edits
+                if edits and replays(edits):
+                    edits = rows_of(edits, slice(first - len(ids), first))
+                rows.append(Row(ids, row.cache, row.draws and first == len(row.ids), row.every, edits))
                 if not room:
                     yield Batch(rows)
                     rows, room = [], most

@@ -23,6 +23,7 @@ from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.constraint import Constraint
 from manyhands.engine.draw import Drawn, Wish, broken, draw_all, logprobs_of
+from manyhands.engine.edited import Edited, Recorded
 from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.refuse import as_ids, check_causal, check_prompt
@@ -34,6 +35,7 @@ from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.models import Decoder
+from manyhands.moe.edit import Edits
 from manyhands.text import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -108,6 +110,7 @@ class Engine:
         constraint: Constraint | None = None,
         cache_salt: str = "",
         priority: int = 0,
+        edit: Edits | Recorded | None = None,
     ) -> Request:
         """Queue a prompt. An empty one starts from the end-of-text token, which stands between documents.
 
@@ -117,9 +120,13 @@ class Engine:
         computed is not computed again, and what this one computes is kept in it; one request has it at a time. What
         other requests with the same `cache_salt` have computed is used in any case, but for what `routing` still needs
         to see. A lower `priority` is served earlier: each level is as if the prompt had come 256 steps later.
+        `edit` gives layers a routing to follow, or changes it (`manyhands.moe.edit`): a mask or a swap is for all of
+        the request's tokens; of a replay, say the `routings` of an earlier completion, row p is for the token at
+        position p. Behind its end, or with `Recorded` where the tokens part, the routers decide.
 
         Raises `UserError` for a prompt that is not in the vocabulary, leaves no room in the context or in the cache,
-        and for a priority that is not from -100 to 100.
+        for a priority that is not from -100 to 100, and for an `edit` together with a `prefix`; `ConfigError` for an
+        `edit` that a layer cannot follow.
         """
         sampling = SamplingConfig() if sampling is None else sampling
         tokenizer, context = self.tokenizer, self.model.config.max_position_embeddings
@@ -132,6 +139,11 @@ class Engine:
         ids = check_prompt(self.model.config, as_ids(prompt), tokenizer, sampling)
         length = min(len(ids) + sampling.max_new_tokens, context)
         request = Request(self._count, ids, sampling, length, self.scheduler.blocks.new_table())
+        edited = Edited(edit, self.model) if edit else None
+        if edited is not None:
+            if prefix is not None:
+                raise UserError("a prefix was computed without edits: give an edit without it")
+            cache_salt = f"{edited.name or f'replay {request.id}'}\0{cache_salt}"
         request.salt, request.priority = cache_salt, priority
         kept = self.memory.kept is not None
         asks_all = (routing and not kept) or request.scores_prompt
@@ -145,6 +157,7 @@ class Engine:
             ends=ends,
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
             prefix=prefix,
+            edited=edited,
             keeps_routing=routing and not kept,
             reads_routing=routing and kept,
             prompt_logprobs=[None] * len(ids) if request.scores_prompt else [],
@@ -167,7 +180,9 @@ class Engine:
             return []
         batch = Batch([self._row(chunk) for chunk in plan.chunks])
         if draft := self._draft(plan):
-            batch = Batch([Row(batch.ids + draft, batch.rows[0].cache, every=True)])
+            ids, request = batch.ids + draft, plan.chunks[0].request
+            edits = state_of(request).edits(request, ids)
+            batch = Batch([Row(ids, batch.rows[0].cache, every=True, edits=edits)])
         try:
             forward = self.runner.run(batch)
         except BaseException:  # Ctrl-C, say: the layers may hold different lengths
@@ -224,12 +239,14 @@ class Engine:
         sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
         *,
         routing: bool = False,
+        edit: Edits | Recorded | None = None,
     ) -> list[Completion]:
-        """Continue prompts, all together; the completions in their order. `sampling` is one for all, or each its own.
+        """Continue prompts, all together; the completions in their order. `sampling` is one for all, or each its own;
+        `edit` is for all.
 
         Raises what `add` and `step` do.
         """
-        requests = self.add_all(prompts, sampling, routing=routing)
+        requests = self.add_all(prompts, sampling, routing=routing, edit=edit)
         for _ in self._tokens(requests):
             pass
         return [self.completion(request) for request in requests]
@@ -251,6 +268,7 @@ class Engine:
         *,
         routing: bool = False,
         prefix: Prefix | None = None,
+        edit: Edits | Recorded | None = None,
     ) -> list[Request]:
         """`add` for each, or for none if one of them is refused."""
         if isinstance(prompts, str):
@@ -261,7 +279,7 @@ class Engine:
         requests: list[Request] = []
         try:
             for prompt, how in zip(prompts, each, strict=True):
-                requests.append(self.add(prompt, how, routing=routing, prefix=prefix))
+                requests.append(self.add(prompt, how, routing=routing, prefix=prefix, edit=edit))
         except BaseException:
             self._abort_all(requests)
             raise
@@ -317,7 +335,8 @@ class Engine:
         request = chunk.request
         cache = state_of(request).begin(request, self.memory.new_cache(request, self.runner))
         every = request.scores_prompt and request.num_computed < len(request.prompt_ids)
-        return Row(request.next_ids(chunk.count), cache, chunk.draws, every)
+        ids = request.next_ids(chunk.count)
+        return Row(ids, cache, chunk.draws, every, state_of(request).edits(request, ids))
 
     def _draft(self, plan: Plan) -> list[int]:
         """A guess at what comes behind the one token that runs, if only one does; there are blocks for it."""

@@ -20,6 +20,7 @@ from manyhands.kernels.policy import MOST_AT_ONCE
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import ExpertBank, Routing
+from manyhands.moe.edit import NO_EDITS, Edits, replays
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import Layout
 from manyhands.runtime import Program, prepare
@@ -82,18 +83,28 @@ class Runner:
         self._exact = exact or has_integers(self._modules)
         self._training: list[nn.Module] = []
         self._program: Program | None = None
+        self._edited: Program | None = None
 
     def run(self, batch: Batch, states: bool = False) -> Forward:
         """One forward pass; each row's cache is extended by its tokens, none of them twice.
 
         `states` asks for those of all tokens.
         """
+        if not any(row.edits for row in batch.rows):
+            return self._alike(batch, states, NO_EDITS)
+        passes = [self._alike(part, states, part.edits) for part in batch.alike()]
+        return passes[0] if len(passes) == 1 else _together(passes, batch.num_tokens)
+
+    def _alike(self, batch: Batch, states: bool, edits: Edits) -> Forward:
+        """Of rows whose routing is edited in the same way, or not."""
         with torch.inference_mode(), evaluating(self._modules) as self._training:
-            program = self._prepared(batch.num_tokens)
+            program = self._prepared(batch.num_tokens, bool(edits))
             with exactly(self._exact):
                 if program is None or self._too_many(program, batch) or not program.takes(batch.caches):
-                    return self._modules_run(batch, states)
-                return self._run(program, batch, states)
+                    return self._modules_run(batch, states, edits)
+                if not program.follows(edits):
+                    return self._modules_run(batch, states, edits)
+                return self._run(program, batch, states, bool(edits))
 
     def logits(self, states_TD: Tensor) -> Tensor:
         """[T, V], what the head makes of states: the bits that `run` makes of them. An inference tensor."""
@@ -117,10 +128,10 @@ class Runner:
         cut = self._most(program) < program.capacity
         return cut and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
 
-    def _run(self, program: Program, batch: Batch, states: bool) -> Forward:
+    def _run(self, program: Program, batch: Batch, states: bool, edited: bool = False) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
         steps = [
-            program.run(part.ids, part.counts, part.caches, part.draws, states)
+            program.run(part.ids, part.counts, part.caches, part.draws, states, part.edits if edited else NO_EDITS)
             for part in batch.parts(self._most(program))
         ]
         if len(steps) == 1:
@@ -133,14 +144,14 @@ class Runner:
         routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens, experts)
         return Forward(logits, routed, torch.cat(found) if found else None)
 
-    def _modules_run(self, batch: Batch, states: bool) -> Forward:
+    def _modules_run(self, batch: Batch, states: bool, edits: Edits) -> Forward:
         """Where there is no program for it."""
         self._look_again()
         ids_1T = torch.tensor([batch.ids], device=self.device)
         if len(batch.rows) == 1:
-            hidden = self.model.hidden(ids_1T, cache=batch.caches[0])
+            hidden = self.model.hidden(ids_1T, cache=batch.caches[0], edit=edits)
         else:
-            hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches)
+            hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches, edits)
         drawn = hidden.states[0]
         if len(batch.draws) < batch.num_tokens:
             drawn = drawn[batch.draws]
@@ -156,49 +167,60 @@ class Runner:
                 module.training = False
                 self._training.append(module)
 
-    def _prepared(self, tokens: int) -> Program | None:
-        """The program, made again for more tokens or for another model; None: the modules do as well."""
+    def _prepared(self, tokens: int, edited: bool = False) -> Program | None:
+        """The program, made again for more tokens or for another model; None: the modules do as well.
+
+        There is another one for routing that is `edited`.
+        """
         if not step.direct(self.model.embed_tokens.weight.detach()):
             return None
-        found, wanted = self._program, min(tokens, MOST_AT_ONCE)
+        found, wanted = self._edited if edited else self._program, min(tokens, MOST_AT_ONCE)
         if found is None or found.capacity < wanted or not found.current():
             self._look_again()
             most = max(1 << (wanted - 1).bit_length(), 0 if found is None else found.capacity)
-            found = self._program = prepare(self.model, most)
+            found = prepare(self.model, most, edited)
+            if edited:
+                self._edited = found
+            else:
+                self._program = found
         return found if found.native else None
 
     @torch.no_grad()
-    def score(self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None) -> Hidden:
+    def score(
+        self, ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None = None, edit: Edits = NO_EDITS
+    ) -> Hidden:
         """A rectangle of texts: for whoever wants every token's state and not a next token.
 
         States are [B, S, D], those of padding 0 or what they are; the routing may be that of real tokens only. Where
-        all of the model is native, a text's numbers depend on the text alone, wherever its padding is.
+        all of the model is native, a text's numbers depend on the text alone, wherever its padding is. `edit` is for
+        all texts; a replay has a row for each of the B·S tokens.
         """
         with evaluating(self._modules) as self._training:
             if dtype in (None, self.model.embed_tokens.weight.dtype):
                 with torch.inference_mode():
-                    program = self._prepared(ids_BS.numel())
+                    program = None if replays(edit) else self._prepared(ids_BS.numel(), bool(edit))
                     if (
                         program is not None
+                        and program.follows(edit)
                         and self._most(program) == program.capacity
                         and program.whole
                         and (mask_BS is None or bool(mask_BS.any()))
                     ):
                         with exactly(self._exact):
-                            return self._score(program, ids_BS, mask_BS)
-            return self.model.hidden(ids_BS, mask_BS, dtype=dtype)
+                            return self._score(program, ids_BS, mask_BS, edit)
+            return self.model.hidden(ids_BS, mask_BS, dtype=dtype, edit=edit)
 
-    def _score(self, program: Program, ids_BS: Tensor, mask_BS: Tensor | None) -> Hidden:
+    def _score(self, program: Program, ids_BS: Tensor, mask_BS: Tensor | None, edit: Edits) -> Hidden:
         """One text behind the other; what a text has in blocks is given back when it has run."""
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS.bool()
         memory = Caches(len(self.model.layers))
         texts = [ids[real].tolist() for ids, real in zip(ids_BS, real_BS, strict=True)]
-        rows = [Row(ids, memory.new(), draws=False) for ids in texts if ids]
+        rows = [Row(ids, memory.new(), draws=False, edits=edit) for ids in texts if ids]
         lengths = {row.cache: len(row.ids) for row in rows}
         states: list[Tensor] = []
         routings: list[dict[int, Routing]] = []
         for part in Batch(rows).parts(self._most(program)):
-            forward = self._run(program, part, states=True)
+            forward = self._run(program, part, states=True, edited=bool(edit))
             assert forward.states is not None
             states.append(forward.states)
             routings.append(forward.routed.layers)
@@ -208,6 +230,14 @@ class Runner:
         found = states[0].new_zeros(*ids_BS.shape, states[0].shape[-1])
         found[real_BS] = torch.cat(states)
         return Hidden(found, joined(routings), {}, None)
+
+
+def _together(passes: Sequence[Forward], num_tokens: int) -> Forward:
+    """Passes of successive rows as one."""
+    states = [f.states for f in passes if f.states is not None]
+    routed = Routed(lambda: joined([f.routed.layers for f in passes]), num_tokens)
+    with torch.inference_mode():
+        return Forward(torch.cat([f.logits for f in passes]), routed, torch.cat(states) if states else None)
 
 
 def has_integers(modules: Iterable[nn.Module]) -> bool:

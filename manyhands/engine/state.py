@@ -5,12 +5,14 @@ from dataclasses import dataclass, field
 
 from manyhands.engine.adjust import Adjuster
 from manyhands.engine.draw import Drawn, TokenLogprob
+from manyhands.engine.edited import Edited
 from manyhands.engine.prefix import Prefix
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.speculate import Lookup
 from manyhands.engine.stream import TextStream
 from manyhands.layers.cache import Cache
 from manyhands.moe import Routing
+from manyhands.moe.edit import Edits
 
 
 @dataclass(slots=True, eq=False)
@@ -36,6 +38,8 @@ class State:
     """The stop string, or the stop token, that ended it."""
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     """As many as the prompt has tokens, if they are asked for."""
+    edited: Edited | None = None
+    """What is told to layers of its routing."""
     lookup: Lookup = field(default_factory=Lookup)
     """Its tokens, as far as they were read to guess the next."""
 
@@ -55,6 +59,10 @@ class State:
             if self.prefix is not None:
                 self.prefix.ids, self.prefix.cache = request.ids(0, request.num_computed), self.cache
         return self.cache
+
+    def edits(self, request: Request, ids: list[int]) -> Edits | None:
+        """For the tokens that run next."""
+        return None if self.edited is None else self.edited.rows(request.ids(0, request.num_computed), ids)
 
     def ran(self, ids: list[int], routings: Callable[[], dict[int, Routing]]) -> None:
         """These of its tokens are in the cache."""

@@ -10,6 +10,7 @@ E experts.
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,8 @@ Edit = Routing | Replay | Mask | Swap | Force
 Edits = Mapping[int, Edit]
 """By layer number; a layer that is not named routes as ever."""
 
+NO_EDITS: Edits = MappingProxyType({})
+
 pytree.register_dataclass(Replay)
 for _kind in (Mask, Swap, Force):
     pytree.register_constant(_kind)
@@ -117,6 +120,16 @@ def fewest_left(off: Iterable[int], config: RouterConfig) -> int:
     for expert in set(off):
         left[expert // size] -= 1
     return sum(sorted(n for n in left if n)[: config.topk_group])
+
+
+def rows_of(edits: Edits, tokens: slice) -> Edits:
+    """The edits for some of the tokens: replays have a row for each, the others are for any."""
+    return {layer: edit.rows(tokens) if isinstance(edit, Routing | Replay) else edit for layer, edit in edits.items()}
+
+
+def replays(edits: Edits) -> bool:
+    """Whether any of them is for certain tokens."""
+    return any(isinstance(edit, Routing | Replay) for edit in edits.values())
 
 
 def masked(off: Edit | None, num_experts: int, device: torch.device) -> Tensor | None:

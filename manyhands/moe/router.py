@@ -103,7 +103,7 @@ class Router(nn.Module):
             ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
             weights_TK = scores_TE * config.routed_scaling_factor
         else:
-            ids_TK, given_TK = self.select(used_scores_TE, off_E), None
+            ids_TK, given_TK = self.select(used_scores_TE, *(() if off_E is None else (off_E,))), None
             if edit is None:
                 weights_TK = weigh(used_scores_TE, ids_TK, config)
             else:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from manyhands.kernels.native import step, views
 from manyhands.kernels.native.library import CCache, CRotation, CRouting, CRows, CSequences, CStep
+from manyhands.runtime.reroute import Biases
 from manyhands.runtime.segments import Native, Segment
 
 NORM, LINEARS, ROPE_AND_CACHE, ATTEND, ROUTE, EXPERTS, ADD, ACTIVATE, LATENT_PRODUCTS, LATENT_ROPE_AND_CACHE, FETCH = (
@@ -54,14 +55,16 @@ class Claimed:
 class Builder:
     """Collects segments, the memory that they point to, and what each step must bind anew."""
 
-    def __init__(self, capacity: int, config: Any) -> None:
-        self.capacity, self.config = capacity, config
+    def __init__(self, capacity: int, config: Any, editable: bool = False) -> None:
+        self.capacity, self.config, self.editable = capacity, config, editable
         self.D: int = config.hidden_size
         self.segments: list[Segment] = []
         self.copies: list[Tensor] = []
         """Float32 copies that every step makes again, of `sources`."""
         self.sources: list[Tensor] = []
         self.attentions: list[Claimed] = []
+        self.biases: dict[int, Biases] = {}
+        """Where routing may be edited: of the claimed routers, by layer."""
         self.held: list[Any] = []  # what the calls point to must live as long
         self.tensors: dict[tuple[str, int], Tensor] = {}
         self.routings: dict[int, int] = {}
@@ -156,11 +159,13 @@ class Builder:
 
     @property
     def _written(self) -> tuple[list[Any], ...]:
-        lists = (self._steps, self.copies, self.sources, self.attentions, self.held)
+        lists = (self._steps, self.copies, self.sources, self.attentions, self.held, self.segments)
         return (*lists, self._routed, self._rotations)
 
     def mark(self) -> tuple[int, ...]:
         """Where the builder is, for `reset`."""
+        if self.editable:  # a part may then end segments, and those are its own
+            self.flush()
         return tuple(len(written) for written in self._written)
 
     def reset(self, mark: tuple[int, ...]) -> None:

@@ -18,9 +18,12 @@ from manyhands.runtime.snapshot import Snapshot, heard
 
 
 @torch.inference_mode(False)  # a program may be used outside of the mode it was made in
-def prepare(model: Decoder, capacity: int = 1) -> Program:
-    """The program for steps of at most `capacity` tokens. It never fails: see `Program.native`."""
-    reader = _Reader(model, capacity)
+def prepare(model: Decoder, capacity: int = 1, editable: bool = False) -> Program:
+    """The program for steps of at most `capacity` tokens. It never fails: see `Program.native`.
+
+    `editable`: routing may be given to its steps, at the cost of a stop in each sparse layer.
+    """
+    reader = _Reader(model, capacity, editable)
     for layer, block in enumerate(model.layers):
         reader.block(block, layer)
     reader.norm("norm", model.norm, "x", "states", None)
@@ -37,8 +40,8 @@ def prepare(model: Decoder, capacity: int = 1) -> Program:
 class _Reader:
     """Walks the model in the order in which it computes."""
 
-    def __init__(self, model: Decoder, capacity: int) -> None:
-        self.builder = Builder(capacity, model.config)
+    def __init__(self, model: Decoder, capacity: int, editable: bool) -> None:
+        self.builder = Builder(capacity, model.config, editable)
         self.builder.buffer("x", model.config.hidden_size)
         self.parts: list[Part] = []
         self.called: list[nn.Module] = []
@@ -90,7 +93,9 @@ class _Reader:
             self.parts.append(Part(name, layer, None))
         except Unfit as why:
             self.builder.reset(mark)
-            self.builder.routings.pop(-1 if layer is None or name != "mlp" else layer, None)
+            if name == "mlp" and layer is not None:
+                self.builder.routings.pop(layer, None)
+                self.builder.biases.pop(layer, None)
             self._call(name, module, layer, str(why), source, to, through)
 
     def _call(

@@ -17,8 +17,10 @@ from torch import Tensor
 from manyhands.layers.cache import Cache, PagedCache
 from manyhands.models import Decoder
 from manyhands.moe import Routing
+from manyhands.moe.edit import NO_EDITS, Edits
 from manyhands.runtime.builder import Builder
 from manyhands.runtime.head import Head
+from manyhands.runtime.reroute import follows
 from manyhands.runtime.segments import Moment, Native
 from manyhands.runtime.sequences import Rotations, Sequences
 from manyhands.runtime.snapshot import Snapshot
@@ -55,7 +57,7 @@ class Program:
     """
 
     def __init__(self, model: Decoder, builder: Builder, snapshot: Snapshot, parts: list[Part], head: Head) -> None:
-        self.parts, self.capacity = parts, builder.capacity
+        self.parts, self.capacity, self.editable = parts, builder.capacity, builder.editable
         self.most = builder.capacity if builder.fetches else builder.most
         self._model, self._config = model, model.config
         self._roots = [model.layers, model.norm, model.embed_tokens, model.lm_head]
@@ -99,6 +101,11 @@ class Program:
         now = (m.layers, m.norm, m.embed_tokens, m.lm_head)
         return m.config is self._config and all(map(is_, self._roots, now)) and self._snapshot.holds()
 
+    def follows(self, edits: Edits) -> bool:
+        """Whether its native routers do what these say; modules that it calls do it all."""
+        routers = {layer: biases.router.config for layer, biases in self._b.biases.items()}
+        return all(follows(edit, routers[layer]) for layer, edit in edits.items() if layer in routers)
+
     def takes(self, caches: Sequence[Cache]) -> bool:
         """Whether the claimed attention reads caches like these: blocks of the same pools, in the compute dtype."""
         if not self._b.attentions:
@@ -113,24 +120,29 @@ class Program:
 
     def run(
         self, ids: Sequence[int], counts: Sequence[int], caches: Sequence[Cache], draws: Sequence[int],
-        states: bool = False,
+        states: bool = False, edits: Edits = NO_EDITS,
     ) -> Step:  # fmt: skip
         """The next tokens of some sequences, `counts` of each, one sequence behind the other; each has a cache.
 
         `draws` are the rows whose logits are wanted, in ascending order; `states` asks for all rows' states too.
+        `edits` are for an editable program that `follows` them.
         """
+        assert not edits or self.editable
         b, T, firsts = self._b, len(ids), [cache.length for cache in caches]
         if self._count != T:
             b.count(T)
             self._count, self._real_T = T, torch.ones(T, dtype=torch.bool)
         ids_1T = torch.tensor([ids])
         x = self._model.embed(ids_1T)
-        moment = Moment(self._config, x.dtype, ids_1T, counts, caches, _make_room(ids_1T, counts, caches))
+        room = _make_room(ids_1T, counts, caches)
+        moment = Moment(self._config, x.dtype, ids_1T, counts, caches, room, edits=edits)
         b.tensors["x", b.D][:T].copy_(x[0])
         if b.attentions:
             self._bind(counts, firsts, caches)
         if b.copies:
             torch._foreach_copy_(b.copies, b.sources)
+        for layer, biases in b.biases.items():
+            biases.fill(edits.get(layer))
         for segment in self._segments:
             segment.run(moment)
         for cache in caches:
@@ -154,7 +166,7 @@ class Program:
             found = dict(called)
             for layer, i in b.routings.items():
                 ids, weights, scores, logits = (t[i] for t in copies)
-                kept_TK = torch.ones(ids.shape, dtype=torch.bool)
+                kept_TK = moment.kept.get(layer, torch.ones(ids.shape, dtype=torch.bool))
                 found[layer] = Routing(ids, weights, scores, logits, kept_TK, real_T)
             return dict(sorted(found.items()))
 

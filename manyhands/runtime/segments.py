@@ -19,6 +19,7 @@ from manyhands.layers.attention import Caches, Positions
 from manyhands.layers.cache import Cache
 from manyhands.models.decoder import find_positions, find_rows
 from manyhands.moe import MoELayer, Routing
+from manyhands.moe.edit import Edit, Edits
 
 
 @dataclass
@@ -36,6 +37,10 @@ class Moment:
     """Of each sequence, which positions are no padding; None: all."""
     routings: dict[int, Routing] = field(default_factory=dict)
     """What the called modules routed, by layer."""
+    edits: Edits = field(default_factory=dict)
+    """What layers are told of their routing; of a replay, the rows of these tokens."""
+    kept: dict[int, Tensor] = field(default_factory=dict)
+    """[T, K] of the native layers in which an edit may leave pairs out."""
 
     @property
     def num_tokens(self) -> int:
@@ -54,6 +59,10 @@ class Moment:
     def real_1T(self) -> Tensor:
         """No row is padding."""
         return torch.ones_like(self.ids_1T, dtype=torch.bool)
+
+    def edited(self, layer: int) -> tuple[Edit, ...]:
+        """A layer's edit as its last argument, if it has one: modules that somebody wrote need not know of it."""
+        return (self.edits[layer],) if layer in self.edits else ()
 
     def layer(self, number: int) -> Caches:
         """The caches of a layer: one, or one for each sequence."""
@@ -120,7 +129,7 @@ def call_mlp(layer: int) -> Callable[[Any, Tensor, Moment], Tensor]:
     def through(module: Any, x_1TD: Tensor, moment: Moment) -> Tensor:
         if not isinstance(module, MoELayer):
             return call_plain(module, x_1TD, moment)
-        y, moment.routings[layer] = module(x_1TD, moment.real_1T, moment.ids_1T, False)
+        y, moment.routings[layer] = module(x_1TD, moment.real_1T, moment.ids_1T, False, *moment.edited(layer))
         return y
 
     return through
@@ -131,7 +140,9 @@ def call_block(layer: int) -> Callable[[Any, Tensor, Moment], Tensor]:
 
     def through(module: Any, x_1TD: Tensor, moment: Moment) -> Tensor:
         x: Tensor
-        x, routing, _ = module(x_1TD, moment.positions, moment.layer(layer), moment.real_1T, moment.ids_1T, False)
+        x, routing, _ = module(
+            x_1TD, moment.positions, moment.layer(layer), moment.real_1T, moment.ids_1T, False, *moment.edited(layer)
+        )
         if routing is not None:
             moment.routings[layer] = routing
         return x

@@ -16,13 +16,15 @@ from manyhands.quant import FetchedExperts, PackedExperts
 from manyhands.runtime.builder import EXPERTS, FETCH, ROUTE, Builder, Unfit
 from manyhands.runtime.claims import feed_forward, linear, route
 from manyhands.runtime.covered import MIXTURE
+from manyhands.runtime.reroute import Biases, Reroute
 
 
 def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
     """From `normed` into `y`, and the layer's routing into `b.routings`."""
     if type(mlp) is not MoELayer or not MIXTURE.covers(b.config.moe):
         raise Unfit(f"{type(mlp).__name__} has no claim, or its config none")
-    router = route.router_of(mlp.router, b.D)
+    biases = Biases.of(mlp.router) if b.editable else None
+    router = route.router_of(mlp.router, b.D, None if biases is None else (biases.logit_E, biases.choice_E))
     E, K = mlp.router.config.num_experts, mlp.router.config.num_experts_per_tok
     packed, stacked, fetch = _experts(b, mlp.experts, E, layer)
     ids, weights, scores, logits = b.routing(layer, E, K)
@@ -31,6 +33,9 @@ def emit(b: Builder, mlp: nn.Module, layer: int) -> None:
     normed, y = b.buffer("normed", b.D), b.buffer("y", b.D)
     places = (logits.data_ptr(), scores.data_ptr(), ids.data_ptr(), weights.data_ptr())
     b.call(ROUTE, router, normed, *places)
+    if biases is not None:
+        b.biases[layer] = biases
+        b.module(Reroute(layer, mlp.router.config, ids, weights, scores, kept))
     routing = CRouting(ids.data_ptr(), weights.data_ptr(), kept.data_ptr(), *ids.shape)
     if fetch is not None:
         b.held.append(fetch)

@@ -28,8 +28,11 @@ COVERED = Coverage(
 """What the native kernels route; `eval_capacity_factor` they do not."""
 
 
-def router_of(router: nn.Module, width: int) -> CRouter:
-    """A router whose config is covered and whose numbers lie as the kernels read them, for tokens of this width."""
+def router_of(router: nn.Module, width: int, added: tuple[torch.Tensor, torch.Tensor] | None = None) -> CRouter:
+    """A router whose config is covered and whose numbers lie as the kernels read them, for tokens of this width.
+
+    `added` [E] of logits and choice are added in the place of its own.
+    """
     if type(router) is not Router or not COVERED.covers(router.config):
         raise Unfit("a router that no claim covers")
     if router.training or not held(router, "weight", "bias", "e_score_correction_bias"):
@@ -39,7 +42,10 @@ def router_of(router: nn.Module, width: int) -> CRouter:
     plain = all(views.plain(bias, 1, FLOAT32) and bias.numel() == E for bias in biases)
     if not plain or not views.plain(router.weight, 2, FLOAT32) or router.weight.shape != (E, width):
         raise Unfit("a router that lies as the kernels do not read it")
-    return pointing_into(router)
+    c = pointing_into(router)
+    if added is not None:
+        c.logit_bias, c.choice_bias = (t.data_ptr() for t in added)
+    return c
 
 
 def pointing_into(router: Router) -> CRouter:
