@@ -169,6 +169,11 @@ FLAGS = {
         "json_output",
         "overwrite",
     },
+    "trace show": {"trace", "verify", "json_output"},
+    "trace import": {
+        *("source", "target", "format", "layers", "num_experts", "num_experts_per_tok", "prompt_tokens", "json_output"),
+    },
+    "trace export": {"trace", "target", "array"},
     "check": {"ignore_field", "model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
 }
 
@@ -215,5 +220,8 @@ def test_importing_is_light() -> None:
 
 def test_verbs_and_flags() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    groups = {verb: command.commands for verb, command in commands.items() if hasattr(command, "commands")}
+    commands = {verb: command for verb, command in commands.items() if verb not in groups}
+    commands |= {f"{group} {verb}": command for group, verbs in groups.items() for verb, command in verbs.items()}
     found = {verb: {parameter.name for parameter in command.params} for verb, command in commands.items()}
     assert {verb: flags - {"help"} for verb, flags in found.items()} == FLAGS

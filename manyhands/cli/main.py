@@ -19,6 +19,7 @@ from manyhands.cli import (
     plan,
     quantize,
     serve,
+    trace,
     train,
 )
 from manyhands.errors import ManyhandsError
@@ -47,6 +48,7 @@ app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.add_typer(trace.app, name="trace")
 
 
 def _version(asked: bool) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import os
 from collections import deque
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -160,6 +161,14 @@ class Recorder:
         about = Entry(size=len(self._description), sha256=hashlib.sha256(self._description).hexdigest())
         files = {name: entry for name, _, entry in self._written}
         write_atomic(self.path / MANIFEST, Files(files={DESCRIPTION: about, **files}).model_dump_json(indent=1))
+
+    def discard(self) -> None:
+        """Delete what was written, and the directory if nothing else is in it."""
+        self.closed = True
+        for name in (MANIFEST, *(name for name, _, _ in self._written), DESCRIPTION):
+            (self.path / name).unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.path.rmdir()
 
     def __enter__(self) -> Self:
         return self

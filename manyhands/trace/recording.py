@@ -94,24 +94,33 @@ class Trace:
                 yield part
 
     def steps(self) -> Iterator[Part]:
-        """The tokens of each forward pass, in order, across the borders of parts.
+        """The tokens of each forward pass, in order, across the borders of parts. Raises what `whole` does."""
+        for part in self.whole():
+            borders = [0, *_borders(part), len(part)]
+            for first, end in itertools.pairwise(borders):
+                yield part.rows(slice(first, end))
+
+    def whole(self) -> Iterator[Part]:
+        """The same tokens as `parts`, cut so that no forward pass is in two of them.
 
         Raises `DataError` as `parts` does, and for a pass of more than 1 GiB.
         """
-        begun: list[Part] = []
         most = _MOST_STEP_BYTES // self.manifest.token_bytes()
+        waiting: list[Part] = []
+        """The last pass so far."""
         for part in self.parts():
-            borders = [0, *(np.flatnonzero(np.diff(part.step)) + 1).tolist(), len(part)]
-            for first, end in itertools.pairwise(borders):
-                rows = part.rows(slice(first, end))
-                if begun and begun[0].step[0] != rows.step[0]:
-                    yield cat(begun)
-                    begun = []
-                begun.append(rows)
-                if sum(map(len, begun)) > most:
-                    raise DataError(f"{self.path}: step {rows.step[0]} has more than {most:,} tokens")
-        if begun:
-            yield cat(begun)
+            if waiting and waiting[0].step[0] != part.step[0]:
+                yield cat(waiting)
+                waiting = []
+            last = max(_borders(part), default=0)
+            if last:
+                yield cat([*waiting, part.rows(slice(last))])
+                waiting = []
+            waiting.append(part.rows(slice(last, None)))
+            if sum(map(len, waiting)) > most:
+                raise DataError(f"{self.path}: step {part.step[-1]} has more than {most:,} tokens")
+        if waiting:
+            yield cat(waiting)
 
     def _read(self, path: Path) -> Part:
         """Read, not mapped: a file that is cut meanwhile is then an error and not a signal."""
@@ -127,6 +136,12 @@ class Trace:
         except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise DataError(f"{path}: not a part of a trace, or truncated: {error}") from None
         return check_part(arrays, self.manifest, str(path))
+
+
+def _borders(part: Part) -> list[int]:
+    """Where in a part another step begins than the one before."""
+    found: list[int] = (np.flatnonzero(np.diff(part.step)) + 1).tolist()
+    return found
 
 
 def _tokens(path: Path) -> int:

@@ -38,6 +38,7 @@ def refused(tmp_path, name: str, data: bytes | str, match: str, error=DataError,
     with pytest.raises(error, match=match) as raised:
         imported(tmp_path, name, data, **arguments)
     assert "\n" not in str(raised.value)
+    assert not (tmp_path / f"{name}.trace").exists()
 
 
 def test_vllm_array(tmp_path):

@@ -55,11 +55,16 @@ def import_trace(
 ) -> Trace:
     """Make a trace, in a new directory, of another engine's. Raises what `read` and `Recorder` do."""
     foreign = read(source, hints, format)
-    with Recorder(target, **foreign.fields) as recorder:
+    recorder = Recorder(target, **foreign.fields)
+    try:
         for block in foreign.blocks():
             recorder.add_arrays(**block)
-    if not recorder.num_tokens:
-        raise DataError(f"{source}: there is no token in it")
+        if not recorder.num_tokens:
+            raise DataError(f"{source}: there is no token in it")
+        recorder.close()
+    except BaseException:
+        recorder.discard()
+        raise
     return Trace.open(target)
 
 
