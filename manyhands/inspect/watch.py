@@ -1,75 +1,25 @@
 """A model reads texts: its routing, what its routers would have said one sublayer early, and what random ones say.
 
-    T tokens   D model width   L sparse layers   E experts   K experts per token   R random routers
-
-A random router has rows of random direction, each as long as the trained row, and an offset per expert for selection,
-fitted so that its experts are as busy as the trained ones. What it shows of tokens, words or topics is what any
-projection of these hidden states shows; only what the trained router shows beyond that has been learned by it.
+T tokens   D model width   L sparse layers   E experts   K experts per token   R random routers
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyhands.errors import UserError
 from manyhands.inspect.observed import Observed
 from manyhands.inspect.texts import UPOS, Sequences
 from manyhands.models import Decoder
 from manyhands.models.decoder import Block
-from manyhands.moe import Router
-from manyhands.moe.router import limit_to_groups, linear_float32
+from manyhands.trace.random_router import RandomRouter, recorded_inputs
 
 BATCH_TOKENS = 4096
 """Of one forward pass; the first one's hidden states fit the random routers' offsets."""
-_FIT_STEPS = 200
-
-
-class RandomRouter:
-    """A router that has learned nothing, for the hidden states and the loads of a trained one."""
-
-    def __init__(self, router: Router, states_TD: Tensor, expert_ids_TK: Tensor, seed: int) -> None:
-        self.config = router.config
-        generator = torch.Generator().manual_seed(seed)
-        trained_ED = router.weight.detach().float().cpu()
-        rows_ED = torch.randn(trained_ED.shape, generator=generator)
-        rows_ED *= trained_ED.norm(dim=1, keepdim=True) / rows_ED.norm(dim=1, keepdim=True)
-        self.weight_ED = rows_ED.to(states_TD.device)
-        self.offset_E = torch.zeros(len(rows_ED), device=states_TD.device)
-        self._fit(linear_float32(states_TD.float(), self.weight_ED), expert_ids_TK)
-
-    def _fit(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> None:
-        """Move the offsets until the loads are those of `expert_ids_TK`, by steps that grow smaller."""
-        E = logits_TE.shape[1]
-        wanted_E = _load(expert_ids_TK, E)
-        spread = logits_TE.std()
-        best, least = self.offset_E, torch.inf
-        for step in range(_FIT_STEPS):
-            wrong_E = wanted_E - _load(self._select(logits_TE), E)
-            if float(wrong_E.abs().sum()) < least:
-                best, least = self.offset_E, float(wrong_E.abs().sum())
-            self.offset_E = self.offset_E + spread * (0.3 - 0.28 * step / _FIT_STEPS) * (E * wrong_E).clamp(-1, 1)
-        self.offset_E = best
-
-    def __call__(self, states_TD: Tensor) -> Tensor:
-        """[T, K] expert numbers for hidden states [T, D], best first."""
-        return self._select(linear_float32(states_TD.float(), self.weight_ED))
-
-    def _select(self, logits_TE: Tensor) -> Tensor:
-        choice_TE = logits_TE + self.offset_E
-        if self.config.n_group > 1:
-            choice_TE = limit_to_groups(choice_TE, self.config)
-        return choice_TE.topk(self.config.num_experts_per_tok).indices
-
-
-def _load(ids_TK: Tensor, num_experts: int) -> Tensor:
-    """[E]: share of all pairs."""
-    counts = torch.bincount(ids_TK[ids_TK >= 0], minlength=num_experts).float()
-    return counts / counts.sum().clamp(min=1)
 
 
 def check_inspectable(model: Decoder) -> None:
@@ -107,7 +57,9 @@ def observe(
     was_training, done = model.training, 0
     model.eval()
     try:
-        with _recorded(model) as states:
+        modules: dict[tuple[str, int], nn.Module] = {("router", n): mlp.router for n, mlp in layers.items()}
+        modules |= {("block", n): model.layers[n] for n in layers}
+        with recorded_inputs(modules) as states:
             for rows, ids_BS, mask_BS in _batches(read, front_ids, seed):
                 device = model.embed_tokens.weight.device
                 hidden = model.hidden(ids_BS.to(device), mask_BS.to(device))
@@ -153,25 +105,6 @@ def observe(
 
 def _array(ids: Tensor) -> NDArray[np.int32]:
     return ids.to("cpu", torch.int32).numpy()
-
-
-@contextmanager
-def _recorded(model: Decoder) -> Iterator[dict[tuple[str, int], Tensor]]:
-    """What enters each sparse block, [B, S, D], and each of their routers, [T, D], in the last forward pass."""
-    states: dict[tuple[str, int], Tensor] = {}
-    handles = []
-    for layer, mlp in model.sparse_layers().items():
-        for name, module in (("block", model.layers[layer]), ("router", mlp.router)):
-
-            def keep(_: Any, inputs: tuple[Tensor, ...], key: tuple[str, int] = (name, layer)) -> None:
-                states[key] = inputs[0]
-
-            handles.append(module.register_forward_pre_hook(keep))
-    try:
-        yield states
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _batches(

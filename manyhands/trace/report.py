@@ -67,6 +67,7 @@ def write_report(
     tokens: TokenShare | None = None,
     decode: Callable[[int], str] | None = None,
     extra: Mapping[str, Any] | None = None,
+    random_tokens: TokenShare | None = None,
 ) -> None:
     """Write one self-contained HTML file, replacing `path` at once.
 
@@ -74,9 +75,11 @@ def write_report(
     tokens, decode    what each expert takes, and a token id's text; left out if None.
     extra             `compressors`: {name: bits per byte on the same validation text}. Any other entry is printed
                       as a line of its own.
+    random_tokens     the same as `tokens` of a router with random weights (random_router.py), which stands beside it.
+
     Raises `StorageError` if the disk refuses; an older report is then intact.
     """
-    page = render_report(Path(path).resolve().parent.name, journal_records, run, tokens, decode, extra)
+    page = render_report(Path(path).resolve().parent.name, journal_records, run, tokens, decode, extra, random_tokens)
     write_atomic(path, page)
 
 
@@ -87,6 +90,7 @@ def render_report(
     tokens: TokenShare | None,
     decode: Callable[[int], str] | None,
     extra: Mapping[str, Any] | None,
+    random_tokens: TokenShare | None = None,
 ) -> str:
     """The page as text; `name` is the run's."""
     steps = [record for record in records if record["kind"] == "step"]
@@ -111,7 +115,7 @@ def render_report(
         rows=rows,
         fair=100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
         last_steps=min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
-        taken=what_experts_take(tokens, decode, tokens.layers) if tokens else [],
+        taken=what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
         skipped=[step for step in steps if step.get("skipped")],
         most_skipped=_MOST_SKIPPED,
         extra=extra,

@@ -44,6 +44,8 @@ class LayerExperts:
     vocabulary: Measure
     repetition: Measure
     experts: list[Expert]
+    random: Measure | None = None
+    """`vocabulary` of a router with random weights, where it was measured."""
 
 
 def visible(text: str) -> str:
@@ -59,7 +61,11 @@ def _control(character: str) -> str:
 
 
 def what_experts_take(
-    tokens: TokenShare, decode: Callable[[int], str] | None, layers: Sequence[int], per_expert: int = 12
+    tokens: TokenShare,
+    decode: Callable[[int], str] | None,
+    layers: Sequence[int],
+    per_expert: int = 12,
+    random: TokenShare | None = None,
 ) -> list[LayerExperts]:
     """Every layer's measures, and the top tokens of as many layers as fit (the first, the last and some between)."""
     if per_expert * tokens.num_experts * len(layers) > _MOST_CHIPS:
@@ -72,6 +78,7 @@ def what_experts_take(
             tokens.vocabulary_specialisation(layer),
             tokens.repetition(layer),
             _experts(tokens, decode, layer, per_expert) if layer in shown else [],
+            None if random is None else random.vocabulary_specialisation(layer, shuffles=1),
         )
         for layer in layers
     ]

@@ -13,6 +13,7 @@ from manyhands.generate.evaluate import Evaluation
 from manyhands.models import Decoder
 from manyhands.text import evaluation_batches
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer, read_journal
+from manyhands.trace.random_router import RandomRouter, recorded_inputs
 from manyhands.trace.report import write_report
 from manyhands.trace.tokens import TokenShare
 from manyhands.train.data import RunData
@@ -103,9 +104,9 @@ def finish(
         budget=_budget(records, last["step"]),
         warnings=tuple(_warnings(run, evaluation, balance)),
     )
-    shares = token_shares(model, data, run, dtype) if run.model.sparse_layers else None
+    shares, random = token_shares(model, data, run, dtype) if run.model.sparse_layers else (None, None)
     decode = _decoder(data)
-    write_report(report, records, run, shares, decode, {"compressors": data.compressors})
+    write_report(report, records, run, shares, decode, {"compressors": data.compressors}, random)
     return summary
 
 
@@ -160,21 +161,38 @@ def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
 
 
 @torch.no_grad()
-def token_shares(model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype) -> TokenShare:
-    """Which tokens each expert takes, on the beginning of the validation text."""
+def token_shares(
+    model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype
+) -> tuple[TokenShare, TokenShare | None]:
+    """Which tokens each expert takes, on the beginning of the validation text; and of a router with random weights.
+
+    The second is None for routers that choose by other things than scores.
+    """
     moe = run.model.moe
     assert moe is not None
-    shares = TokenShare(moe.router.num_experts, run.model.vocab_size)
+    E, V = moe.router.num_experts, run.model.vocab_size
+    shares, random = TokenShare(E, V), TokenShare(E, V) if moe.router.select == "topk" else None
+    routers: dict[int, RandomRouter] = {}
     S, B = run.train.sequence_length, run.train.batch_size
     was_training = model.training
     model.eval()
-    for ids, mask in evaluation_batches(data.valid.ids, S, B, max_batches=max(1, _TRACE_TOKENS // (S * B))):
-        inputs = ids[:, :-1].to(model.embed_tokens.weight.device)
-        hidden = model.hidden(inputs, mask.to(inputs.device), dtype=dtype)
-        for layer, routing in hidden.routings.items():
-            shares.add(layer, inputs, routing.expert_ids, mask)
+    layers = model.sparse_layers()
+    with recorded_inputs({layer: mlp.router for layer, mlp in layers.items()}) as states:
+        for ids, mask in evaluation_batches(data.valid.ids, S, B, max_batches=max(1, _TRACE_TOKENS // (S * B))):
+            inputs = ids[:, :-1].to(model.embed_tokens.weight.device)
+            hidden = model.hidden(inputs, mask.to(inputs.device), dtype=dtype)
+            for layer, routing in hidden.routings.items():
+                shares.add(layer, inputs, routing.expert_ids, mask)
+                if random is None:
+                    continue
+                if layer not in routers:
+                    real = routing.token_mask
+                    routers[layer] = RandomRouter(
+                        layers[layer].router, states[layer][real], routing.expert_ids[real], layer
+                    )
+                random.add(layer, inputs, routers[layer](states[layer]), mask)
     model.train(was_training)
-    return shares
+    return shares, random
 
 
 def _decoder(data: RunData) -> Any:

@@ -7,7 +7,8 @@ import torch
 import manyhands as mh
 from manyhands.errors import UserError
 from manyhands.inspect.texts import Sequences
-from manyhands.inspect.watch import RandomRouter, observe
+from manyhands.inspect.watch import observe
+from manyhands.trace.random_router import RandomRouter
 
 
 def small(**router) -> mh.Decoder:

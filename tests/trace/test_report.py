@@ -149,3 +149,10 @@ def test_the_planned_number_of_steps_is_the_runs_not_the_configs(tmp_path: Path)
     journal.append({"kind": "end", "step": 12, "reason": "SIGTERM", "elapsed": 9.0, "max_steps": 731})
     write_report(tmp_path / "report.html", journal, RunConfig())
     assert "Ended at step 12 of 731: SIGTERM" in (tmp_path / "report.html").read_text()
+
+
+def test_a_random_router_stands_beside_what_experts_take(tmp_path: Path) -> None:
+    """Chance alone would let any router look as if it had learned to sort tokens by id."""
+    page = report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__, random_tokens=token_share())
+    assert "<th>random router</th>" in page and "of a random router 100 %" in page
+    assert "random router" not in report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__)
