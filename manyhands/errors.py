@@ -7,6 +7,7 @@
     │  └─ CheckpointError               a directory that is not a checkpoint, or a damaged one
     ├─ RunLocked              1 / 409   another process is using the run directory
     ├─ StorageError           1 / 507   the disk refused a write; what was there before is intact
+    ├─ DiskError              1 / 500   experts that lie on disk could not be read while the model ran
     ├─ TrainingHalted         3 / 500   a guard stopped the run: NaN, Inf, too many spikes
     ├─ CheckFailed            4 / 500   a fast path disagrees with the oracle
     └─ Interrupted          143 / 503   SIGTERM (SIGINT: 130); the state was saved
@@ -51,6 +52,10 @@ class StorageError(ManyhandsError):
     """A write failed (disk full, permission). Nothing that existed before was changed."""
 
     http_status = 507
+
+
+class DiskError(ManyhandsError):
+    """A model's experts lie on disk and could not be read: the disk refused, or a file is not what it was."""
 
 
 class TrainingHalted(ManyhandsError):

@@ -20,6 +20,7 @@ NAMES = {
     "ConfigError",
     "DataError",
     "Decoder",
+    "DiskError",
     "Engine",
     "Interrupted",
     "LoadCounter",

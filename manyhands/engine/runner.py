@@ -4,6 +4,7 @@ T tokens of R rows, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,8 +23,11 @@ from manyhands.models import Decoder, Hidden
 from manyhands.moe import ExpertBank, Routing
 from manyhands.moe.edit import NO_EDITS, Edits, replays
 from manyhands.moe.packed import RecordExperts
+from manyhands.moe.stored import StoredExperts
 from manyhands.quant import Layout
 from manyhands.runtime import Program, prepare
+from manyhands.runtime.program import Step
+from manyhands.store.store import Store
 
 Experts = Callable[[], tuple[Tensor, Tensor]]
 
@@ -81,6 +85,8 @@ class Runner:
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())
         self._exact = exact or has_integers(self._modules)
+        self.store = store_of(self._modules)
+        """Who brings experts that lie on disk; None: all are in memory."""
         self._training: list[nn.Module] = []
         self._program: Program | None = None
         self._edited: Program | None = None
@@ -121,19 +127,25 @@ class Runner:
 
     def _most(self, program: Program) -> int:
         """Tokens of a step: PyTorch multiplies many rows by plain weights faster, but not with the bits of a few."""
-        return program.capacity if self._exact else program.most
+        most = program.capacity if self._exact else program.most
+        return min(most, self._most_stored)
+
+    @property
+    def _most_stored(self) -> int:
+        """Tokens of a pass whose experts have room, whichever they choose."""
+        store, moe = self.store, self.model.config.moe
+        if store is None or moe is None or store.num_staged >= moe.router.num_experts:
+            return MOST_AT_ONCE
+        return max(1, store.num_staged // moe.router.num_experts_per_tok)
 
     def _too_many(self, program: Program, batch: Batch) -> bool:
         """Whether PyTorch reads these prompts faster. What merely exceeds the capacity runs in parts."""
         cut = self._most(program) < program.capacity
-        return cut and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
+        return cut and self.store is None and batch.num_tokens > program.most and batch.num_tokens > len(batch.rows)
 
     def _run(self, program: Program, batch: Batch, states: bool, edited: bool = False) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
-        steps = [
-            program.run(part.ids, part.counts, part.caches, part.draws, states, part.edits if edited else NO_EDITS)
-            for part in batch.parts(self._most(program))
-        ]
+        steps = [self._pass(program, part, states, edited) for part in batch.parts(self._most(program))]
         if len(steps) == 1:
             (one,) = steps
             return Forward(one.logits, Routed(one.routings, batch.num_tokens, one.experts), one.states)
@@ -143,6 +155,11 @@ class Runner:
         experts = partial(_experts, each) if len(each) == len(steps) else None
         routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens, experts)
         return Forward(logits, routed, torch.cat(found) if found else None)
+
+    def _pass(self, program: Program, part: Batch, states: bool, edited: bool) -> Step:
+        edits = part.edits if edited else NO_EDITS
+        with nullcontext() if self.store is None else self.store.step():
+            return program.run(part.ids, part.counts, part.caches, part.draws, states, edits)
 
     def _modules_run(self, batch: Batch, states: bool, edits: Edits) -> Forward:
         """Where there is no program for it."""
@@ -162,6 +179,7 @@ class Runner:
         """A module that was put in since is in evaluation mode too, for this pass."""
         self._modules = list(self.model.modules())
         self._exact = self._asked or has_integers(self._modules)
+        self.store = store_of(self._modules)
         for module in self._modules:
             if module.training:
                 module.training = False
@@ -174,7 +192,7 @@ class Runner:
         """
         if not step.direct(self.model.embed_tokens.weight.detach()):
             return None
-        found, wanted = self._edited if edited else self._program, min(tokens, MOST_AT_ONCE)
+        found, wanted = self._edited if edited else self._program, min(tokens, self._most_stored)
         if found is None or found.capacity < wanted or not found.current():
             self._look_again()
             most = max(1 << (wanted - 1).bit_length(), 0 if found is None else found.capacity)
@@ -202,7 +220,7 @@ class Runner:
                     if (
                         program is not None
                         and program.follows(edit)
-                        and self._most(program) == program.capacity
+                        and (self._most(program) == program.capacity or self.store is not None)
                         and program.whole
                         and (mask_BS is None or bool(mask_BS.any()))
                     ):
@@ -244,6 +262,11 @@ def has_integers(modules: Iterable[nn.Module]) -> bool:
     """Whether any weight is packed as int8 or int4."""
     layouts = (layout for module in modules if (layout := _layout(module)) is not None)
     return any(TRAITS[m.format].scale for layout in layouts for m in layout.matrices)
+
+
+def store_of(modules: Iterable[nn.Module]) -> Store | None:
+    """The store of a model's experts, which is one for all; None if they are in memory."""
+    return next((module.store for module in modules if isinstance(module, StoredExperts)), None)
 
 
 def _layout(module: nn.Module) -> Layout | None:
