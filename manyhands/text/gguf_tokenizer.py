@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from manyhands.config.base import short_repr
 from manyhands.errors import CheckpointError
 from manyhands.families.gguf import GgufHeader
 from manyhands.files import GENERATION, TOKENIZER
@@ -87,7 +88,7 @@ def _tokenizer_json(keys: "_Keys", tokens: list[str]) -> dict[str, Any]:
 
 def _byte_level(keys: "_Keys", vocabulary: dict[str, int], tokens: list[str], types: list[int]) -> dict[str, Any]:
     pre = keys.values.get("tokenizer.ggml.pre")
-    if pre not in PRE:
+    if not isinstance(pre, str) or pre not in PRE:
         raise keys.wrong("pre", "how it splits text is not known; --tokenizer DIR gives the publisher's tokenizer")
     merges = []
     for number, merge in enumerate(keys.texts("merges")):
@@ -194,7 +195,7 @@ class _Keys:
     def wrong(self, name: str, right: str) -> CheckpointError:
         key = name if name.startswith("tokenizer.") else f"tokenizer.ggml.{name}"
         value = self.values.get(key)
-        shown = f" = {repr(value)[:60]}" if isinstance(value, str | int | float) else ""
+        shown = f" = {short_repr(value)}" if isinstance(value, str | int | float) else ""
         return CheckpointError(f"{self.path}: {key}{shown}: {right}")
 
     def texts(self, name: str, default: list[str] | None = None) -> list[str]:

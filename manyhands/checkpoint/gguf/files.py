@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.tensors import DTYPES, Header, Logical, Stored, as_stored, headers_of
+from manyhands.config.base import short_repr
 from manyhands.errors import CheckpointError
 from manyhands.families.gguf import GgufHeader, TensorInfo, read_gguf_header
 
@@ -83,7 +84,9 @@ def _series(path: Path) -> tuple[GgufHeader, list[GgufHeader]]:
     first = read_gguf_header(path)
     count, number = (first.metadata.get(f"split.{key}", usual) for key, usual in (("count", 1), ("no", 0)))
     if type(count) is not int or type(number) is not int or not 0 <= number < max(count, 1) <= _MOST_FILES:
-        raise CheckpointError(f"{path}: split.no = {number!r} of split.count = {count!r} makes no sense")
+        raise CheckpointError(
+            f"{path}: split.no = {short_repr(number)} of split.count = {short_repr(count)} makes no sense"
+        )
     if count <= 1:
         return first, [first]
     match = _SPLIT.fullmatch(path.name)
@@ -104,7 +107,9 @@ def _series(path: Path) -> tuple[GgufHeader, list[GgufHeader]]:
         tensors |= part.tensors
     total = first.metadata.get("split.tensors.count", len(tensors))
     if total != len(tensors):
-        raise CheckpointError(f"{path}: split.tensors.count = {total!r}; the {count} files hold {len(tensors)}")
+        raise CheckpointError(
+            f"{path}: split.tensors.count = {short_repr(total)}; the {count} files hold {len(tensors)}"
+        )
     return GgufHeader(path, first.metadata, tensors), parts
 
 

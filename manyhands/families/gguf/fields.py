@@ -9,6 +9,7 @@ import struct
 from collections.abc import Collection
 from typing import Any
 
+from manyhands.config.base import short_repr
 from manyhands.errors import CheckpointError
 from manyhands.families.base import Json
 from manyhands.families.gguf.archs import ARCHS, COMMON, GATINGS, Arch
@@ -295,7 +296,7 @@ class _Keys:
             raise self.wrong(name, f"this architecture is supported with {' or '.join(map(str, allowed))}")
 
     def wrong(self, name: str, right: str) -> CheckpointError:
-        shown = repr(self.header.metadata.get(self.prefix + name))[:60]
+        shown = short_repr(self.header.metadata.get(self.prefix + name))
         return CheckpointError(f"{self.header.path}: {self.prefix}{name} = {shown}: {right}")
 
     def close(self) -> None:
