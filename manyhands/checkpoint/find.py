@@ -10,7 +10,7 @@ from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.checkpoint.source import Source, open_source
 from manyhands.errors import CheckpointError
-from manyhands.files import CONFIG, TOKENIZER
+from manyhands.files import CONFIG, RUN, TOKENIZER
 from manyhands.text.tokenizer_files import TIKTOKEN
 
 
@@ -43,7 +43,8 @@ def find(path: str | Path) -> Path:
         return directory  # somebody else's: there is nothing to verify it by
     if not directory.exists() and is_hub_name(str(path)):
         return download(str(path))
-    if (file := gguf_in(directory)) is not None:
+    ours = (directory / MANIFEST).exists() or (directory / RUN).exists()
+    if not ours and (file := gguf_in(directory)) is not None:
         return file
     return resolve_checkpoint(path)  # verifies every byte
 
