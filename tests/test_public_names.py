@@ -85,6 +85,10 @@ FLAGS = {
         *("request_timeout", "shutdown_timeout", "exact", "prefix_caching", "quiet", "ignore_field"),
     },
     "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
+    "simulate": {
+        *("trace", "policies", "budgets", "disk", "memory_rate", "sequences", "tokens", "record_bytes", "pin"),
+        *("plot", "json_output"),
+    },
     "doctor": {"again", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},
     "plan": {

@@ -19,6 +19,7 @@ from manyhands.cli import (
     plan,
     quantize,
     serve,
+    simulate,
     trace,
     train,
 )
@@ -47,6 +48,7 @@ app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
+app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)
 app.add_typer(trace.app, name="trace")
 
