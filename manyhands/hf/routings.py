@@ -20,8 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from manyhands.errors import ConfigError
+from manyhands.hf.edits import Followed
 from manyhands.hf.experts import unwrap
 from manyhands.moe import Routing
+from manyhands.moe.edit import Edit, Edits
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits: logits.softmax(-1),
@@ -44,15 +46,19 @@ class _Raw(NamedTuple):
 class _ScoreCalls(TorchFunctionMode):
     """Keeps each score function called while active: (name, argument, result)."""
 
-    def __init__(self) -> None:
+    def __init__(self, followed: Followed | None) -> None:
         super().__init__()
         self.calls: list[tuple[str, Tensor, Tensor]] = []
+        self.followed = followed
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "")
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if self.followed is None:
+            result, argument = func(*args, **kwargs), args[0] if args else kwargs.get("input")
+        else:
+            result, argument = self.followed.call(func, name, name in SCORES, args, kwargs)
         if name in SCORES:
-            self.calls.append((name, args[0] if args else kwargs["input"], result))
+            self.calls.append((name, argument, result))
         return result
 
 
@@ -103,7 +109,9 @@ class _Layer:
     block: nn.Module
     router: nn.Module
     experts: nn.Module
+    edit: Edit | None = None
     scores: _ScoreCalls | None = None
+    followed: Followed | None = None
     output: Any = None
 
     def hook(self) -> list[Any]:
@@ -117,15 +125,28 @@ class _Layer:
     def before_router(self, module: nn.Module, args: Any) -> None:
         if self.seen._depth:  # not when a checkpointed layer is recomputed in the backward pass
             self.close()
-            self.scores = _ScoreCalls()
+            if self.edit is not None:
+                self.followed = Followed(self.edit, self.label, self.num_experts())
+            self.scores = _ScoreCalls(self.followed)
             self.scores.__enter__()  # type: ignore[no-untyped-call]
+        elif self.edit is not None:
+            raise ConfigError(
+                f"{self.label} runs outside of a forward of the model (gradient checkpointing?) with an edit"
+            )
+
+    def num_experts(self) -> int:
+        """E, by the first dimension of the stacked weights."""
+        stacked = [p.shape[0] for p in unwrap(self.experts).parameters(recurse=False) if p.dim() == 3]
+        if not stacked:
+            raise ConfigError(f"{self.label} has no stacked experts [E, …]: cannot edit it")
+        return int(stacked[0])
 
     def after_router(self, module: nn.Module, args: Any, output: Any) -> None:
         self.output = output
 
-    def before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def before_experts(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         if not self.seen._depth:
-            return
+            return None
         calls = self.close()
         given = [t for t in (*args, *kwargs.values()) if isinstance(t, Tensor)][1:]
         ids = [t for t in given if not t.is_floating_point()]
@@ -136,10 +157,15 @@ class _Layer:
             raise ConfigError(f"{self.label} is expert-parallel: its ids are those of one rank. Watch it on one device")
         if self.number in self.seen._current:
             raise ConfigError(f"{self.label} runs more than once in a forward: cannot watch it")
-        raw = self.read(ids[0], weights[0], calls)
+        told = (ids[0], weights[0]) if self.followed is None else self.followed.experts(ids[0], weights[0])
+        raw = self.read(*told, calls)
         if self.seen._detach:
             raw = raw._replace(weights_TK=raw.weights_TK.detach(), logits_TE=raw.logits_TE.detach())
         self.seen._current[self.number] = raw
+        if self.followed is None:
+            return None
+        instead = {id(ids[0]): told[0], id(weights[0]): told[1]}
+        return tuple(instead.get(id(a), a) for a in args), {n: instead.get(id(a), a) for n, a in kwargs.items()}
 
     def read(self, ids_TK: Tensor, weights_TK: Tensor, calls: list[tuple[str, Tensor, Tensor]]) -> _Raw:
         """The score function is the last one called over the E experts of T tokens, else over the K chosen."""
@@ -157,7 +183,8 @@ class _Layer:
         stacked = [p.shape[0] for p in unwrap(self.experts).parameters(recurse=False) if p.dim() == 3]
         if stacked and stacked[0] != E:
             raise ConfigError(f"{self.label} has {stacked[0]} experts but logits for {E}: cannot watch it")
-        return _Raw(ids_TK, weights_TK, logits.reshape(-1, E), name)
+        logits_TE = logits.reshape(-1, E)
+        return _Raw(ids_TK, weights_TK, self.followed.logits(logits_TE) if self.followed else logits_TE, name)
 
     def close(self) -> list[tuple[str, Tensor, Tensor]]:
         scores, self.scores = self.scores, None
@@ -168,14 +195,17 @@ class _Layer:
 
     def after_block(self, module: nn.Module, args: Any, output: Any) -> None:
         self.close()
-        self.output = None
+        self.output = self.followed = None
         if self.seen._depth and output is not None and self.number not in self.seen._current:
             raise ConfigError(f"{self.label} ran without calling its experts: cannot watch it")
 
 
 @contextmanager
 def watch(
-    model: nn.Module, each: Callable[[dict[int, Routing]], None] | None = None, detach: bool = False
+    model: nn.Module,
+    each: Callable[[dict[int, Routing]], None] | None = None,
+    detach: bool = False,
+    edit: Edits | None = None,
 ) -> Iterator[Seen]:
     """Read the `Routing` of every routed layer of a transformers model in each forward, `generate`'s included.
 
@@ -185,15 +215,25 @@ def watch(
     `attention_mask` [B, ≥S] given to the model, all true without one. They carry gradient, so a balance loss of ours
     can be added to theirs, unless `detach` or `torch.no_grad` (which save the memory) or reentrant checkpointing.
 
+    `edit` gives layers, by number, a routing to follow, or changes it (`manyhands.moe.edit`): replay, force, mask,
+    swap. The router's own code weighs the given experts. A replay has a row for each of the tokens of one forward.
+
     `model` may be wrapped (PEFT) or be a part of a model. The hooks go when the block ends; the output is bit-equal
     with and without them. Raises `ConfigError` if there is no routed layer, or one that cannot be read: `experts`
     that are not called with ids and weights, several stacks of layers (watch one: `model.decoder`), expert
-    parallelism, a mask of another shape (as `generate` makes for a static cache), a model compiled before.
+    parallelism, a mask of another shape (as `generate` makes for a static cache), a model compiled before; an
+    edit of a layer that is not routed or does not pick the top k of its experts, and one under gradient checkpointing.
     """
     from transformers import PreTrainedModel
 
     seen = Seen(each, detach)
     layers = _find_layers(model, seen)
+    edit = edit or {}
+    if wrong := sorted(edit.keys() - {layer.number for layer in layers}):
+        there = ", ".join(str(layer.number) for layer in layers)
+        raise ConfigError(f"{type(model).__name__}: layer {wrong[0]} is not routed; these are: {there}")
+    for layer in layers:
+        layer.edit = edit.get(layer.number)
     handles: list[Any] = []
     try:
         # All of them, since generate() may call a part alone; not their wrappers, which hide the arguments' names.
