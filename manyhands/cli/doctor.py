@@ -1,18 +1,36 @@
 """`manyhands doctor`: this machine, and what limits mixture-of-experts models on it."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from manyhands import terminal
+from manyhands.format import show
+
 
 def doctor(
     again: Annotated[bool, typer.Option("--again", help="Measure again, whatever is remembered.")] = False,
+    disk_file: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Also measure random reads of this file, such as a model's .safetensors."),
+    ] = None,
+    record: Annotated[
+        str, typer.Option(metavar="SIZE", help="With --disk-file: bytes of a read; an expert's, as packed.")
+    ] = "1MiB",
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure this machine once: read bandwidth, matrix rates, memory, disk; say what limits MoE models here."""
     import os
 
-    from manyhands.plan.diagnose import diagnose
+    from manyhands.cli.size import size
+    from manyhands.plan.disk import THREADS, random_rate
+
+    record_bytes = size("--record", record)
+    assert record_bytes is not None
+    rate = None if disk_file is None else random_rate(disk_file, record_bytes)
+
+    from manyhands.plan.diagnose import diagnose, experts_from_disk
     from manyhands.plan.host import cache_file, free_memory
     from manyhands.plan.remember import measured, remembered
 
@@ -22,14 +40,22 @@ def doctor(
     from manyhands.kernels.native import levels, missing
     from manyhands.kernels.native.library import default_level
 
-    native = missing()
+    forecast, native = experts_from_disk(here), missing()
     if native is not None:
         limits.append(f"the native expert kernels are not here: {native}; experts run through PyTorch")
     if json_output:
         import json
 
         kernels = [] if native is not None else levels()
-        print(json.dumps({**here.model_dump(mode="json"), "native_levels": kernels, "limits": limits}))
+        found = {
+            **here.model_dump(mode="json"),
+            "native_levels": kernels,
+            "limits": limits,
+            "experts_on_disk": forecast,
+        }
+        if rate is not None:
+            found["disk_file"] = {"path": str(disk_file), "record_bytes": record_bytes, "bytes_per_second": rate}
+        print(json.dumps(found))
         return
     import shutil
 
@@ -38,9 +64,20 @@ def doctor(
 
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
     print(render([machine_section(here)], width))
+    if rate is not None:
+        reads = f"random reads of {show(record_bytes, 'B')}, {THREADS} at a time"
+        print(f"\n{terminal.shown(disk_file)}: {show(rate, 'B/s')} in {reads}")
     print("\nWhat limits MoE models here")
     for sentence in limits or ["nothing stands out"]:
         print("\n".join(wrapped(f"- {sentence}", width)))
+    if forecast is not None:
+        speed, hits = show(forecast["tokens_per_second"], "tok/s"), forecast["hit_rate"]
+        told = (
+            f"Experts on disk: {show(forecast['bytes_per_second'], 'B/s')}, so {speed} at best for a model that uses "
+            f"1 GB of experts a token and has {forecast['share']:.0%} of all in memory (hit rate {hits:.0%}, assumed); "
+            "manyhands plan MODEL --memory SIZE forecasts for a model"
+        )
+        print("\n" + "\n".join(wrapped(told, width)))
     if native is None:
         print(f"\nnative expert kernels: {default_level()} (this processor has: {', '.join(levels())})")
     kept = f"remembered in {cache_file()}; --again measures anew" if remembered() == here else "not remembered"

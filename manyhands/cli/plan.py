@@ -51,6 +51,12 @@ def plan(
         str | None, typer.Option(metavar="CLASS=BITS,…", help="Bits per weight of routed, linear, embedding, rest.")
     ] = None,
     kv_bits: Annotated[float, typer.Option(min=1, max=32, help="Bits per cached number.")] = 16,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Experts on disk, in a process of so many bytes: 4GB.")
+    ] = None,
+    disk: Annotated[
+        str | None, typer.Option(metavar="SIZE/s", help="What the disk reads: 2GB/s.  Default: the machine's.")
+    ] = None,
     load: Annotated[Path | None, typer.Option(help="A recorded load: journal.jsonl, or eval --json's output.")] = None,
     price: Annotated[float | None, typer.Option(help="USD per device and hour.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Train on so many: 14.8T.")] = None,
@@ -74,6 +80,7 @@ def plan(
 
     Computed from the configuration; nothing is loaded. Speeds need --machine and are upper bounds (a roofline).
     """
+    from manyhands.cli.size import size
     from manyhands.plan.report.numbers import length, quantity
     from manyhands.plan.storage import storage_named, with_bits
     from manyhands.plan.subject import read_subject
@@ -83,6 +90,8 @@ def plan(
         subjects.append(read_subject(versus, include_rumours=include_rumours))
     given = {
         "--load": load,
+        "--memory": memory,
+        "--disk": disk,
         "--price": price,
         "--tokens": tokens,
         "--gpu-hours": gpu_hours,
@@ -106,6 +115,8 @@ def plan(
         "kv_bits": kv_bits,
         "machine": _machine(machine, needed=scale or (price is not None and tokens is None), json_output=json_output),
         "load": _load(load, subjects[0]),
+        "memory": size("--memory", memory),
+        "disk": size("--disk", disk.removesuffix("/s") if disk else None),
         "price": _positive(price, "--price"),
         "tokens": quantity(tokens, "--tokens") if tokens else None,
         "hours": quantity(gpu_hours, "--gpu-hours") if gpu_hours else None,
@@ -116,6 +127,10 @@ def plan(
         "imbalance": imbalance,
         "flops": quantity(flops, "--flops", 1e12, 1e30) if flops else None,
     }
+    if values["memory"] and not values["disk"] and values["machine"] is None:
+        raise ConfigError("--memory needs what the disk reads: --disk 2GB/s, or --machine here, which measures it")
+    if values["disk"] and not values["memory"] and values["machine"] is None:
+        raise ConfigError("--disk goes with --memory or --machine")
     if devices is not None and values["machine"] is not None:
         from manyhands.plan.report.scale import check_devices
 
@@ -144,7 +159,8 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
         raise ConfigError(
             f"{min(about)} has no meaning for {first.name}: only parameters and memory are planned for it"
         )
-    if first.sizes is not None and not first.sizes.num_experts and (about := given & {"--scale", "--load"}):
+    of_experts = given & {"--scale", "--load", "--memory", "--disk"}
+    if first.sizes is not None and not first.sizes.num_experts and (about := of_experts):
         raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")
     if first.config is None and "--load" in given:
         raise ConfigError(f"--load has no meaning for {first.name}: it is not of a family that manyhands runs")

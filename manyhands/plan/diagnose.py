@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 
 from manyhands.format import show
+from manyhands.plan.budget import expected_hits
 from manyhands.plan.here import Here
 
 SLOW_DISK = 1e9
@@ -43,7 +44,7 @@ def diagnose(here: Here, *, environment: Mapping[str, str], load: float | None, 
             f"little memory: {show(memory, 'B')} hold about {room} parameters at 4.5 bits; larger models need their "
             "experts on disk"
         )
-    disk = here.processor.disk
+    disk = here.processor.disk_random or here.processor.disk
     if disk is None:
         found.append("the disk could not be measured: too little space, or no direct reads")
     elif disk < SLOW_DISK:
@@ -51,6 +52,18 @@ def diagnose(here: Here, *, environment: Mapping[str, str], load: float | None, 
             f"slow disk: {show(disk, 'B/s')}; experts on disk would be slow (an NVMe drive reads 3 to 14 GB/s)"
         )
     return found
+
+
+def experts_from_disk(here: Here, share: float = 0.2) -> dict[str, float] | None:
+    """What a model with `share` of its experts in memory would decode, per 10⁹ bytes of experts that a token uses.
+
+    Tokens per second, as the disk alone allows; None if the disk was not measured.
+    """
+    disk = here.processor.disk_random or here.processor.disk
+    if disk is None:
+        return None
+    hits = expected_hits(share)
+    return {"bytes_per_second": disk, "share": share, "hit_rate": hits, "tokens_per_second": disk / (1 - hits) / 1e9}
 
 
 def _instructions(here: Here) -> list[str]:

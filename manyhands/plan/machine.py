@@ -32,6 +32,9 @@ class Machine(Strict):
     node: Annotated[int, Field(strict=True, ge=1)] = 1
     """Devices that share the link; beyond it the network is used."""
     disk: Positive | None = None
+    """Read in order."""
+    disk_random: Positive | None = None
+    """Records of a MiB at random places, 4 at a time."""
     disk_assumed: bool = False
     source: str
 

@@ -4,16 +4,13 @@ The only module of the planner that needs torch, and it imports it when it measu
 short trials: others' work on a shared machine can only make it slower.
 """
 
-import mmap
-import os
-import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from manyhands.plan.disk import measure_disk
 from manyhands.plan.here import Here, machine_key
 from manyhands.plan.host import cpu_features, cpu_name, usable_cores, usable_memory
 from manyhands.plan.machine import Machine
@@ -22,8 +19,6 @@ if TYPE_CHECKING:
     import torch
 
 _READ_BYTES = 1 << 29
-_DISK_BYTES = 1 << 28
-_BLOCK = 1 << 22
 _TRIAL_SECONDS = 0.4
 
 
@@ -33,6 +28,7 @@ def measure(directory: Path) -> Here:
 
     host = torch.device("cpu")
     memory = usable_memory()
+    disks = measure_disk(directory)
     processor = Machine(
         name="here",
         title=f"this machine ({cpu_name()})",
@@ -40,7 +36,8 @@ def measure(directory: Path) -> Here:
         memory=memory,
         bandwidth=_bandwidth(host, min(_READ_BYTES, int(memory) // 16)),
         rates=_rates(host, ("fp32", "bf16", "int8")),
-        disk=_disk(directory),
+        disk=disks[0] if disks else None,
+        disk_random=disks[1] if disks else None,
         source=f"measured with torch {torch.__version__}, {torch.get_num_threads()} threads",
     )
     return Here(
@@ -73,6 +70,7 @@ def _gpu(processor: Machine) -> Machine | None:
             bandwidth=_bandwidth(device, min(1 << 31, properties.total_memory // 8)),
             rates=_rates(device, ("fp32", "bf16", "int8")),
             disk=processor.disk,
+            disk_random=processor.disk_random,
             source=f"measured with torch {torch.__version__}",
         )
     except RuntimeError:  # a driver that is there and does not work, or no memory left
@@ -127,42 +125,3 @@ def _best(work: Callable[[], object], device: "torch.device") -> float:
         if trial >= 2 and time.perf_counter() > until:
             break
     return best
-
-
-def _disk(directory: Path) -> float | None:
-    """Bytes per second of reading a fresh file past the page cache, several blocks at a time; None if it cannot be."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        stat = os.statvfs(directory)
-        if stat.f_bavail * stat.f_frsize < 4 * _DISK_BYTES:
-            return None
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".disk-") as file:
-            block = os.urandom(_BLOCK)
-            for _ in range(_DISK_BYTES // _BLOCK):
-                file.write(block)
-            file.flush()
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            return max(_read_file(file.name) for _ in range(3))
-    except (OSError, AttributeError):
-        return None
-
-
-def _read_file(path: str) -> float:
-    flags = os.O_RDONLY | getattr(os, "O_DIRECT", 0)
-    try:
-        descriptor = os.open(path, flags)
-    except OSError:  # a file system without direct reads
-        descriptor = os.open(path, os.O_RDONLY)
-
-    def read(offset: int) -> int:
-        with mmap.mmap(-1, _BLOCK) as buffer:  # direct reads need page-aligned memory
-            return os.preadv(descriptor, [buffer], offset)
-
-    try:
-        start = time.perf_counter()
-        with ThreadPoolExecutor(8) as pool:
-            total = sum(pool.map(read, range(0, _DISK_BYTES, _BLOCK)))
-        return total / (time.perf_counter() - start)
-    finally:
-        os.close(descriptor)

@@ -7,8 +7,8 @@ import pytest
 
 from manyhands.catalog import load
 from manyhands.errors import ConfigError
-from manyhands.plan import count_model, measure, remember
-from manyhands.plan.diagnose import diagnose
+from manyhands.plan import count_model, disk, measure, remember
+from manyhands.plan.diagnose import diagnose, experts_from_disk
 from manyhands.plan.here import Here
 from manyhands.plan.machine import Machine, machine_named, machine_names
 from manyhands.plan.roof import decode_bound, prefill_bound
@@ -121,7 +121,8 @@ def test_another_machines_figures_are_not_used(cache: Path) -> None:
 def test_a_real_measurement(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Small, so that it is quick: only that every figure is there and possible."""
     monkeypatch.setattr(measure, "_READ_BYTES", 1 << 24)
-    monkeypatch.setattr(measure, "_DISK_BYTES", 1 << 24)
+    monkeypatch.setattr(disk, "_FILE_BYTES", 1 << 24)
+    monkeypatch.setattr(disk, "_TRIAL_SECONDS", 0.01)
     monkeypatch.setattr(measure, "_TRIAL_SECONDS", 0.01)
     found = measure.measure(tmp_path).processor
     assert 1e8 < found.bandwidth < 1e14 and 1e8 < found.rates["fp32"] < 1e16
@@ -148,3 +149,11 @@ def test_what_doctor_says() -> None:
     little = PLAIN.model_copy(update={"memory": 8e9, "disk": 2e8})
     assert "little memory" in said(here(machine=little, processor=little))
     assert "slow disk" in said(here(machine=little, processor=little))
+
+
+def test_what_doctor_forecasts() -> None:
+    random = PLAIN.model_copy(update={"disk_random": 2e9})
+    found = experts_from_disk(here(processor=random), share=0.2)
+    assert found is not None and found["bytes_per_second"] == 2e9
+    assert found["tokens_per_second"] == pytest.approx(2 / (1 - 0.748))
+    assert experts_from_disk(here(processor=PLAIN.model_copy(update={"disk": None}))) is None

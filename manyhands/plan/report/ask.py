@@ -29,6 +29,12 @@ class Ask:
     kv_bits: float = 16
     machine: "Machine | None" = None
     load: Load | None = None
+    memory: float | None = None
+    """Bytes of a process that keeps its experts on disk."""
+    disk: float | None = None
+    """Bytes per second of reading experts, if the machine's are not meant."""
+    hits: tuple[float, str] | None = None
+    """Hit rate, and where it is from; None: expected from the share of the experts that fits."""
     price: float | None = None
     tokens: float | None = None
     """To train on."""
@@ -43,6 +49,22 @@ class Ask:
     """Busiest over mean load."""
     flops: float | None = None
     """A training budget for the scaling law."""
+
+    @property
+    def disk_rate(self) -> float | None:
+        """Bytes per second of reading experts: as given, or the machine's, at random where that was measured."""
+        if self.disk is not None or self.machine is None:
+            return self.disk
+        return self.machine.disk_random or self.machine.disk
+
+    @property
+    def disk_source(self) -> str:
+        """Where that is from."""
+        if self.disk is not None or self.machine is None:
+            return "as given"
+        if self.machine.disk_assumed:
+            return "assumed, one NVMe drive"
+        return "measured, at random" if self.machine.disk_random else "measured or listed"
 
     @property
     def batches(self) -> list[int]:

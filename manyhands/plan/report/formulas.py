@@ -29,6 +29,10 @@ OFFLOAD = Formula(
     "offloading, nothing overlapped", "(fixed + cache + h·experts)/memory + (1 - h)·experts/disk", "arXiv 2312.17238"
 )
 OVERLAP = Formula("offloading, all overlapped", "max(all bytes/memory, (1 - h)·experts/disk)", "arXiv 2312.17238")
+REST = Formula("all but experts", "process + other weights + caches + working memory", "this package's own engine")
+SLOTS = Formula("room for experts", "memory - all but experts", "of all experts: divided by their bytes")
+HITS = Formula("hit rate", "h(share of the experts that fits)", "a replayed trace, or the mean of three")
+MISSED = Formula("read from disk", "(1 - h)·experts of a step", "arXiv 2312.17238")
 RESIDENT = Formula("experts that fit", "(memory - all else) / routed experts", "the hit rate if routing were uniform")
 PRICE = Formula("price of a million tokens", "P/h / 3600 / (tok/s) · 10^6", "a machine that is never idle")
 TRAIN_TOTAL = Formula("training FLOPs, all tokens", "FLOPs per token · tokens", "arXiv 2505.09343, table 2")

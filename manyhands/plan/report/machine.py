@@ -110,7 +110,7 @@ def _working(bound: Bound, machine: Machine) -> str:
 
 def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
     """Tokens per second of the batch that is asked about, against the hit rate of an expert cache."""
-    counts, sizes, disk = subject.counts, subject.sizes, machine.disk
+    counts, sizes, disk = subject.counts, subject.sizes, ask.disk_rate
     assert sizes is not None and disk is not None
     step = decode_bytes(
         sizes, counts, ask.storage, batch=ask.batch, context=ask.context, kv_bits=ask.kv_bits, load=ask.load
@@ -142,9 +142,7 @@ def offload(subject: Subject, ask: Ask, machine: Machine) -> Section:
         )
     figures = [
         Figure("experts that fit in memory", share, "share", f.RESIDENT, "", "the hit rate, were routing uniform"),
-        Figure(
-            "disk reads", disk, "B/s", note="assumed, one NVMe drive" if machine.disk_assumed else "measured or listed"
-        ),
+        Figure("disk reads", disk, "B/s", note=ask.disk_source),
     ]
     columns = ("hit rate", "from disk", "in turn", "overlapped")
     many = "one sequence" if ask.batch == 1 else f"{ask.batch} sequences in step, all together"

@@ -132,20 +132,20 @@ def _by_context(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
 
 
 def _offloads(subjects: list[Subject], asks: list[Ask]) -> bool:
-    machine = asks[0].machine
-    return machine is not None and machine.disk is not None and any(s.sizes and s.sizes.num_experts for s in subjects)
+    known = asks[0].machine is not None and asks[0].disk_rate is not None
+    return known and any(s.sizes and s.sizes.num_experts for s in subjects)
 
 
 def _by_hit_rate(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
     """Tokens per second of one sequence with experts on disk."""
     hits = [n / 200 for n in range(201)]
     for subject, ask, colour in zip(subjects, asks, _COLOURS, strict=False):
-        machine = ask.machine
-        if subject.sizes is None or not subject.sizes.num_experts or machine is None or machine.disk is None:
+        machine, disk = ask.machine, ask.disk_rate
+        if subject.sizes is None or not subject.sizes.num_experts or machine is None or disk is None:
             continue
         step = decode_bytes(subject.sizes, subject.counts, ask.storage, context=ask.context, kv_bits=ask.kv_bits)
         for overlap, style in ((False, "-"), (True, "--")):
-            speeds = [1 / offload_seconds(step, h, machine.all_bandwidth, machine.disk, overlap=overlap) for h in hits]
+            speeds = [1 / offload_seconds(step, h, machine.all_bandwidth, disk, overlap=overlap) for h in hits]
             label = f"{subject.name}, {'all overlapped' if overlap else 'one after the other'}"
             ax.plot(hits, speeds, color=colour, linewidth=2 if not overlap else 1.4, linestyle=style, label=label)
     name = asks[0].machine.name if asks[0].machine is not None else ""

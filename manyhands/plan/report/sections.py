@@ -24,6 +24,10 @@ def build_sections(subject: Subject, ask: Ask) -> list[Section]:
         sections += [model.cache(subject, ask), model.reading(subject, ask)]
     if ask.machine is not None and subject.sizes is not None:
         sections += _on_machine(subject, ask, ask.machine)
+    if ask.memory is not None:
+        from manyhands.plan.report.budget import budget
+
+        sections.append(budget(subject, ask, ask.memory))
     if ask.tokens is not None:
         from manyhands.plan.report.machine import training
 
@@ -45,7 +49,7 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
     assert subject.sizes is not None
     sections = [speed(subject, ask, machine)]
     fits = ask.need(subject).fits(machine)
-    if subject.sizes.num_experts and machine.disk and not (fits and machine.devices > 1):
+    if subject.sizes.num_experts and ask.disk_rate and not (fits and machine.devices > 1):
         sections.append(offload(subject, ask, machine))
     if ask.price is not None:
         sections.append(money(subject, ask, machine, ask.price))
