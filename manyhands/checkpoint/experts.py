@@ -55,7 +55,9 @@ class ExpertReader:
             self.source.release(piece.theirs)
         for piece in self._of_all:
             logical = self.source.logical[piece.theirs]
-            if logical.decode is None or logical.by_rows:
+            if len(logical.parts) == logical.header.shape[0] > 1:  # one by one in the file
+                self.source.files.release(logical.parts[expert])
+            elif logical.decode is None or logical.entry is not None:
                 for part in logical.parts:
                     self.source.files.release(part, before=expert + 1)
 
@@ -67,11 +69,10 @@ class ExpertReader:
         logical = self.source.logical[piece.theirs]
         if logical.decode is None:
             return self.source.value(piece.theirs)[expert][within]
-        if logical.by_rows:
-            parts = [self.source.files.tensor(name)[expert : expert + 1] for name in logical.parts]
-            out = torch.empty((1, *logical.header.shape[1:]), dtype=DTYPES[logical.header.dtype])
-            logical.decode(parts, out)
-            return out[0][within]
+        if logical.entry is not None:
+            out = torch.empty(logical.header.shape[1:], dtype=DTYPES[logical.header.dtype])
+            logical.entry([self.source.files.tensor(name) for name in logical.parts], expert, out)
+            return out[within]
         if piece.theirs not in self._stacks:
             self._stacks[piece.theirs] = self.source.value(piece.theirs)
         return self._stacks[piece.theirs][expert][within]

@@ -67,6 +67,17 @@ class Logical:
     decode: Callable[[Sequence[Tensor], Tensor], None] | None
     by_rows: bool = False
     """A stack [E, K, N] whose parts [E, N, …] may be cut as `out` is: by experts, and by its last dimension."""
+    entry: Callable[[Sequence[Tensor], int, Tensor], None] | None = None
+    """Of a stack [E, …]: `entry(parts, e, out)` decodes entry e alone into `out` […]. None: only all can be decoded."""
+
+
+def cut(decode: Callable[[Sequence[Tensor], Tensor], None]) -> Callable[[Sequence[Tensor], int, Tensor], None]:
+    """An `entry` for stacks whose parts are stacks too, in the same order."""
+
+    def entry(parts: Sequence[Tensor], e: int, out: Tensor) -> None:
+        decode([part[e : e + 1] for part in parts], out[None])
+
+    return entry
 
 
 class TensorSource(Protocol):

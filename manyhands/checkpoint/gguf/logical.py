@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from manyhands.checkpoint.gguf.decode import check_readable, decode_into, put
-from manyhands.checkpoint.tensors import DTYPES, FLOATS, Header, Logical, TensorSource
+from manyhands.checkpoint.tensors import DTYPES, FLOATS, Header, Logical, TensorSource, cut
 from manyhands.config import ModelConfig
 from manyhands.errors import CheckpointError
 from manyhands.families.gguf import Arch
@@ -57,7 +57,9 @@ def logical_tensors(files: TensorSource, arch: Arch, config: ModelConfig) -> dic
         elif header.dtype == kept:
             found[name] = Logical(header, (name,), None)
         else:
-            found[name] = Logical(Header(kept, header.shape), (name,), partial(_plain, name=header.dtype))
+            decode = partial(_plain, name=header.dtype)
+            entry = cut(decode) if len(header.shape) == 3 else None
+            found[name] = Logical(Header(kept, header.shape), (name,), decode, entry=entry)
     for name, by_number in experts.items():
         if name in found:
             raise CheckpointError(f"{files.where(by_number[min(by_number)])} is stored twice: also as {name!r}")
@@ -137,12 +139,17 @@ def _stack(files: TensorSource, by_number: Mapping[int, str], headers: Mapping[s
                 f"{files.where(name)} has shape {list(headers[name].shape)}; {list(first.shape)} before"
             )
     decode = partial(_decode_stack, names=[headers[name].dtype for name in names])
-    return Logical(Header(dtype, (len(names), *first.shape)), names, decode)
+    entry = partial(_decode_entry, names=decode.keywords["names"])
+    return Logical(Header(dtype, (len(names), *first.shape)), names, decode, entry=entry)
 
 
 def _decode_stack(parts: Sequence[Tensor], out: Tensor, *, names: Sequence[str]) -> None:
     for part, name, into in zip(parts, names, out.detach(), strict=True):
         decode_into(part, name, into)
+
+
+def _decode_entry(parts: Sequence[Tensor], e: int, out: Tensor, *, names: Sequence[str]) -> None:
+    decode_into(parts[e], names[e], out.detach())
 
 
 def _gate_up(files: TensorSource, name: str, header: Header, dtype: str) -> dict[str, Logical]:
@@ -151,12 +158,13 @@ def _gate_up(files: TensorSource, name: str, header: Header, dtype: str) -> dict
     if len(header.shape) != 3 - bias or header.shape[1] % 2:
         raise CheckpointError(f"{files.where(name)} has shape {list(header.shape)}; expected [experts, 2 · width, …]")
     E, both, *rest = header.shape
-    return {
-        name.replace("gate_up", half): Logical(
-            Header(dtype, (E, both // 2, *rest)), (name,), partial(_half, name=header.dtype, second=half == "up")
+    found = {}
+    for half in ("gate", "up"):
+        decode = partial(_half, name=header.dtype, second=half == "up")
+        found[name.replace("gate_up", half)] = Logical(
+            Header(dtype, (E, both // 2, *rest)), (name,), decode, entry=cut(decode)
         )
-        for half in ("gate", "up")
-    }
+    return found
 
 
 def _half(parts: Sequence[Tensor], out: Tensor, *, name: str, second: bool) -> None:

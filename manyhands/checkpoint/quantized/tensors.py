@@ -7,7 +7,7 @@ from typing import Any
 
 from manyhands.checkpoint.quantized.config import Fp8, IntWeights, read_quantization
 from manyhands.checkpoint.quantized.decode import decode_fp8, decode_int, decode_mxfp4
-from manyhands.checkpoint.tensors import Header, Logical, as_stored
+from manyhands.checkpoint.tensors import Header, Logical, as_stored, cut
 from manyhands.errors import CheckpointError
 
 _FLOAT_SCALES = ("F32", "BF16", "F16")
@@ -93,7 +93,9 @@ def _fp8(stored: _Stored, config: Fp8) -> dict[str, Logical]:
                 block = (n, k)
                 stored.shaped(scale_name, scale, (), (1,), (*lead, 1, 1), why=" with weight_block_size = null")
             decode = partial(decode_fp8, block=block)
-            found[name] = Logical(Header("BF16", header.shape), (name, scale_name), decode)
+            stacked = lead and scale.shape[:1] == header.shape[:1]
+            entry = cut(decode) if stacked else None
+            found[name] = Logical(Header("BF16", header.shape), (name, scale_name), decode, entry=entry)
     return found
 
 
@@ -148,5 +150,5 @@ def _mxfp4(stored: _Stored) -> dict[str, Logical]:
             experts, n, groups, _ = header.shape
             stored.shaped(stem + "_scales", scales, (experts, n, groups))
             decoded = Header("BF16", (experts, groups * 32, n))
-            found[stem] = Logical(decoded, (name, stem + "_scales"), decode_mxfp4, by_rows=True)
+            found[stem] = Logical(decoded, (name, stem + "_scales"), decode_mxfp4, True, cut(decode_mxfp4))
     return found
