@@ -1,10 +1,11 @@
-"""Peak memory of `manyhands quantize` on a checkpoint with layers as wide as DeepSeek-V3's.
+"""Peak memory of `manyhands quantize` on a checkpoint with experts as wide as DeepSeek-V3's.
 
-    python scripts/quantize_memory.py DIRECTORY [--experts 16] [--layers 1]
+    python scripts/quantize_memory.py DIRECTORY [--experts 16] [--heads 128] [--vocab 129280]
 
-Writes the checkpoint (random bfloat16 weights, at the defaults 5.5 GB) and its packed copies into DIRECTORY, which must
-not exist, and deletes both at the end. Memory is what the process itself takes (RssAnon in /proc, sampled every 10 ms);
-pages of mapped files come and go as the system likes and are given beside it (VmHWM is the peak of both).
+Writes the checkpoint (random bfloat16 weights, at the defaults 5.6 GB) and its packed copies into DIRECTORY, which must
+not exist, and deletes both at the end. Packing takes a minute for some hundred million weights on two cores.
+Memory is what the process itself takes (RssAnon in /proc, sampled every 10 ms); pages of mapped files come and go as
+the system likes and are given beside it (VmHWM is the peak of both).
 """
 
 import argparse
@@ -37,11 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("directory", type=Path)
     parser.add_argument("--experts", type=int, default=16, help="routed experts per layer (DeepSeek-V3: 256)")
-    parser.add_argument("--layers", type=int, default=1, help="sparse layers (DeepSeek-V3: 58)")
+    parser.add_argument("--heads", type=int, default=128, help="of attention")
+    parser.add_argument("--vocab", type=int, default=129280, help="rows of embedding and head")
     options = parser.parse_args()
     options.directory.mkdir()
     try:
-        config = shape(options.experts, options.layers)
+        config = shape(options.experts, options.heads, options.vocab)
         source = options.directory / "source"
         write(source, config)
         moe = config.moe
@@ -66,16 +68,17 @@ def main() -> None:
         shutil.rmtree(options.directory)
 
 
-def shape(experts: int, layers: int) -> ModelConfig:
-    """DeepSeek-V3's widths (https://huggingface.co/deepseek-ai/DeepSeek-V3, config.json), with fewer layers."""
+def shape(experts: int, heads: int, vocab: int) -> ModelConfig:
+    """DeepSeek-V3's widths (https://huggingface.co/deepseek-ai/DeepSeek-V3, config.json), with one layer."""
+    K = min(8, experts)
     fields = {
-        "vocab_size": 129280,
+        "vocab_size": vocab,
         "hidden_size": 7168,
-        "num_hidden_layers": layers,
+        "num_hidden_layers": 1,
         "intermediate_size": 18432,
         "attention": {
             "kind": "mla",
-            "num_attention_heads": 128,
+            "num_attention_heads": heads,
             "q_lora_rank": 1536,
             "kv_lora_rank": 512,
             "qk_nope_head_dim": 128,
@@ -84,7 +87,12 @@ def shape(experts: int, layers: int) -> ModelConfig:
             "latent_norm_eps": 1e-6,
         },
         "moe": {
-            "router": {"num_experts": experts, "num_experts_per_tok": 8, "score": "sigmoid", "bias": True},
+            "router": {
+                "num_experts": experts,
+                "num_experts_per_tok": K,
+                "score": "sigmoid",
+                "bias": True,
+            },
             "moe_intermediate_size": 2048,
             "n_shared_experts": 1,
         },
