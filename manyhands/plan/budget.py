@@ -36,7 +36,7 @@ gpt-oss-120b (top-2), Gemma-4-26B-A4B and Qwen3-30B-A3B (top-6), 128 experts a l
 traces of BigMoeOnEdge (github.com/Helldez/BigMoeOnEdge, commit 2d4f2b1, docs/bench-data), replayed through
 `store/policies.py`. The three differ by 0.05 at most up to a share of a third, by 0.08 above.
 """
-HITS_SOURCE = "assumed from the share that fits: the mean of three recorded models (128 experts, lfu), ±0.05"
+HITS_SOURCE = "what three recorded models had where as much fits (policy lfu, 128 experts), ±5 points"
 
 
 def expected_hits(share: float) -> float:

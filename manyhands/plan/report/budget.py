@@ -18,7 +18,7 @@ def budget(subject: Subject, ask: Ask, memory: float) -> Section:
     )
     found = budget_of(memory, counts, sizes, ask.storage, ask.need(subject), step)
     title = f"Experts on disk, in a process of {show(memory, 'B')}"
-    rest = Figure("all but experts", found.rest, "B", f.REST, "", "the process, other weights, cache, working memory")
+    rest = Figure("all but experts", found.rest, "B", f.REST, "", "the process too")
     notes = [
         f"{'one sequence' if ask.batch == 1 else f'{ask.batch} sequences in step'}, {short(ask.context)} context, "
         f"weights in {ask.storage.name} ({ask.storage.shown()} bits)"
@@ -30,7 +30,9 @@ def budget(subject: Subject, ask: Ask, memory: float) -> Section:
         )
         speed = Figure("tokens/s", None, "tok/s", f.OVERLAP)
         return Section("budget", title, [rest, speed], notes=notes)
-    hits, source = (expected_hits(found.share), HITS_SOURCE) if ask.hits is None else ask.hits
+    hits, source = (expected_hits(found.share), "assumed") if ask.hits is None else ask.hits
+    if ask.hits is None:
+        notes.append(f"hit rate: {HITS_SOURCE}")
     missed = (1 - hits) * step.experts
     bandwidth = machine.all_bandwidth if machine is not None else None
     from_disk = ask.batch / (missed / disk) if missed else None
