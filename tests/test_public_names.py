@@ -116,6 +116,7 @@ FLAGS = {
         "scale",
         "tokens",
         "tokens_per_device",
+        "trace",
         "utilisation",
         "versus",
     },

@@ -1,5 +1,6 @@
 """`manyhands plan`: what a model costs, from its description alone."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,9 @@ def plan(
     disk: Annotated[
         str | None, typer.Option(metavar="SIZE/s", help="What the disk reads: 2GB/s.  Default: the machine's.")
     ] = None,
+    trace: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="With --memory: the hit rate of this recorded routing.")
+    ] = None,
     load: Annotated[Path | None, typer.Option(help="A recorded load: journal.jsonl, or eval --json's output.")] = None,
     price: Annotated[float | None, typer.Option(help="USD per device and hour.")] = None,
     tokens: Annotated[str | None, typer.Option(help="Train on so many: 14.8T.")] = None,
@@ -92,6 +96,7 @@ def plan(
         "--load": load,
         "--memory": memory,
         "--disk": disk,
+        "--trace": trace,
         "--price": price,
         "--tokens": tokens,
         "--gpu-hours": gpu_hours,
@@ -140,6 +145,10 @@ def plan(
     asks = [
         Ask(**values, storage=storage or _default(subject)) for subject, storage in zip(subjects, asked, strict=True)
     ]
+    if trace is not None:
+        from manyhands.cli.replayed import replayed
+
+        asks = [replace(asks[0], hits=replayed(trace, subjects[0], asks[0]))]
     sections = _sections(subjects, asks)
     if plot is not None:
         from manyhands.plan.report.plot import draw
@@ -159,13 +168,15 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
         raise ConfigError(
             f"{min(about)} has no meaning for {first.name}: only parameters and memory are planned for it"
         )
-    of_experts = given & {"--scale", "--load", "--memory", "--disk"}
+    of_experts = given & {"--scale", "--load", "--memory", "--disk", "--trace"}
     if first.sizes is not None and not first.sizes.num_experts and (about := of_experts):
         raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")
     if first.config is None and "--load" in given:
         raise ConfigError(f"--load has no meaning for {first.name}: it is not of a family that manyhands runs")
     if "--scale" not in given and (about := given & {"--devices", "--imbalance", "--tokens-per-device"}):
         raise ConfigError(f"{min(about)} goes with --scale")
+    if "--trace" in given and "--memory" not in given:
+        raise ConfigError("--trace goes with --memory")
     if "--gpu-hours" in given and "--tokens" not in given:
         raise ConfigError("--gpu-hours goes with --tokens")
 

@@ -39,6 +39,16 @@ traces of BigMoeOnEdge (github.com/Helldez/BigMoeOnEdge, commit 2d4f2b1, docs/be
 HITS_SOURCE = "what three recorded models had where as much fits (policy lfu, 128 experts), ±5 points"
 
 
+@dataclass(frozen=True, slots=True)
+class Hits:
+    """What a recorded trace would have hit."""
+
+    rate: float
+    step: float
+    """Bytes of the experts that a step wants, on average."""
+    source: str
+
+
 def expected_hits(share: float) -> float:
     """`HITS` between its points, in straight lines."""
     for (low, at_low), (high, at_high) in itertools.pairwise(HITS):

@@ -9,6 +9,7 @@ from manyhands.plan.storage import BF16, Storage
 from manyhands.plan.traffic import Load
 
 if TYPE_CHECKING:
+    from manyhands.plan.budget import Hits
     from manyhands.plan.machine import Machine
     from manyhands.plan.subject import Subject
 
@@ -33,8 +34,8 @@ class Ask:
     """Bytes of a process that keeps its experts on disk."""
     disk: float | None = None
     """Bytes per second of reading experts, if the machine's are not meant."""
-    hits: tuple[float, str] | None = None
-    """Hit rate, and where it is from; None: expected from the share of the experts that fits."""
+    hits: "Hits | None" = None
+    """None: expected from the share of the experts that fits."""
     price: float | None = None
     tokens: float | None = None
     """To train on."""

@@ -1,22 +1,33 @@
 """The section that forecasts decoding with experts on disk, in a process of so many bytes."""
 
+from dataclasses import replace
+
 from manyhands.format import show
-from manyhands.plan.budget import HITS_SOURCE, budget_of, expected_hits, token_rate
+from manyhands.plan.budget import HITS_SOURCE, Budget, budget_of, expected_hits, token_rate
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Figure, Section
 from manyhands.plan.subject import Subject
-from manyhands.plan.traffic import decode_bytes
+from manyhands.plan.traffic import StepBytes, decode_bytes
+
+
+def budget_and_step(subject: Subject, ask: Ask, memory: float) -> tuple[Budget, StepBytes]:
+    """What a process of so many bytes has room for, and what a step reads; as recorded, where that is known."""
+    counts, sizes = subject.counts, subject.sizes
+    assert sizes is not None
+    step = decode_bytes(
+        sizes, counts, ask.storage, batch=ask.batch, context=ask.context, kv_bits=ask.kv_bits, load=ask.load
+    )
+    if ask.hits is not None:
+        step = replace(step, experts=ask.hits.step, distinct=step.distinct * ask.hits.step / step.experts)
+    return budget_of(memory, counts, sizes, ask.storage, ask.need(subject), step), step
 
 
 def budget(subject: Subject, ask: Ask, memory: float) -> Section:
     """What fits, the hit rate, bytes from the disk, tokens per second."""
-    counts, sizes, machine, disk = subject.counts, subject.sizes, ask.machine, ask.disk_rate
-    assert sizes is not None and disk is not None
-    step = decode_bytes(
-        sizes, counts, ask.storage, batch=ask.batch, context=ask.context, kv_bits=ask.kv_bits, load=ask.load
-    )
-    found = budget_of(memory, counts, sizes, ask.storage, ask.need(subject), step)
+    machine, disk = ask.machine, ask.disk_rate
+    assert disk is not None
+    found, step = budget_and_step(subject, ask, memory)
     title = f"Experts on disk, in a process of {show(memory, 'B')}"
     rest = Figure("all but experts", found.rest, "B", f.REST, "", "the process too")
     notes = [
@@ -30,9 +41,8 @@ def budget(subject: Subject, ask: Ask, memory: float) -> Section:
         )
         speed = Figure("tokens/s", None, "tok/s", f.OVERLAP)
         return Section("budget", title, [rest, speed], notes=notes)
-    hits, source = (expected_hits(found.share), "assumed") if ask.hits is None else ask.hits
-    if ask.hits is None:
-        notes.append(f"hit rate: {HITS_SOURCE}")
+    hits, known = (expected_hits(found.share), "assumed") if ask.hits is None else (ask.hits.rate, "replayed")
+    notes.append(f"hit rate: {HITS_SOURCE if ask.hits is None else ask.hits.source}")
     missed = (1 - hits) * step.experts
     bandwidth = machine.all_bandwidth if machine is not None else None
     from_disk = ask.batch / (missed / disk) if missed else None
@@ -45,7 +55,7 @@ def budget(subject: Subject, ask: Ask, memory: float) -> Section:
         Figure("left for experts", found.slots, "B", f.SLOTS, f"{memory:,.0f} - {found.rest:,.0f}", "the slots"),
         Figure("of all experts", found.share, "share", f.SLOTS, f"{found.slots:,.0f} / {found.routed:,.0f}"),
         Figure("experts of one step", step.experts, "B", f.READ, f"{step.distinct:.4g} a layer"),
-        Figure("hit rate", hits, "share", f.HITS, f"{found.share:.4g} of the experts", source),
+        Figure("hit rate", hits, "share", f.HITS, f"{found.share:.4g} of the experts", known),
         Figure("from disk, per token", missed / ask.batch, "B", f.MISSED, f"(1 - {hits:.4g})·{step.experts:,.0f}"),
         Figure("disk reads", disk, "B/s", note=ask.disk_source),
         Figure("tokens/s, the disk alone", from_disk, "tok/s", f.OVERLAP, work),
