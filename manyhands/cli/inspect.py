@@ -1,5 +1,6 @@
 """`manyhands inspect`: what a model's experts specialise in, as one page that opens offline."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -175,6 +176,9 @@ def _observe(
     from manyhands.inspect.watch import observe
     from manyhands.terminal import shown
 
-    with Progress(console=Console(stderr=True), transient=True, disable=asked.quiet) as bar:
+    console = Console(stderr=True)
+    if not asked.quiet and not console.is_terminal:
+        print(f"reading with {shown(name)}", file=sys.stderr)
+    with Progress(console=console, transient=True, disable=asked.quiet or not console.is_terminal) as bar:
         task = bar.add_task(f"reading with {shown(name)[-40:]}", total=len(read.token_ids))
         return observe(model, read, front, routers, asked.seed, lambda done: bar.update(task, completed=done))

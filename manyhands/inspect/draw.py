@@ -79,7 +79,7 @@ def heat(lift_RC: Floats, rows: Sequence[str], columns: Sequence[str], label: st
     with np.errstate(divide="ignore", invalid="ignore"):
         octaves = np.clip(np.log2(np.maximum(lift_RC, 1e-9)) / _OCTAVES, -1, 1)
     level = np.where(np.isnan(lift_RC), 30, np.where(lift_RC <= 0, 0, np.maximum(1, np.rint(30 + 30 * octaves))))
-    every_row, every_column = max(1, math.ceil(len(rows) / 24)), max(1, math.ceil(len(columns) / 16))
+    every_row, every_column = max(1, math.ceil(len(rows) / 24)), max(1, math.ceil(len(columns) / 12))
     height = max(60, min(420, (18 if len(rows) <= 24 else 4) * len(rows)))
     left = Markup("").join(
         Markup('<i class="y" style="top:{:.2f}%">{}</i>').format(100 * (i + 0.5) / len(rows), rows[i])

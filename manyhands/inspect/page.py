@@ -84,7 +84,8 @@ def _syntax_map(layer: Mapping[str, Any], tags: Sequence[str], experts: Sequence
     found = layer["syntax"]
     rows = [g for g in np.argsort(-found["tokens"]) if found["tokens"][g] >= 50]
     with np.errstate(divide="ignore", invalid="ignore"):
-        lift = np.where(found["load"] > 0, found["share"][rows] / found["load"], np.nan)
+        enough = found["tokens"][rows][:, None] * found["load"] >= 5
+        lift = np.where(enough, found["share"][rows] / found["load"], np.nan)
     return layer["layer"], heat(lift, [tags[g] for g in rows], experts, "parts of speech by expert"), found["sharpest"]
 
 

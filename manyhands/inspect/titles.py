@@ -16,6 +16,8 @@ class Tile:
     label: str
     value: str
     about: str
+    random: bool = False
+    """Whether that is a random router."""
 
 
 def _all(found: Mapping[str, Any], kind: str, what: str) -> list[Figure]:
@@ -32,10 +34,10 @@ def _beside(figures: Sequence[Figure], told: Callable[[float], str]) -> str:
     known = [figure.above_random for figure in figures if figure.above_random is not None]
     if not known:
         return ""
-    random = f"; of a random router {told(_mean([figure.random for figure in figures]))}"
-    if all(known):
-        return f"{random}, less in each layer"
-    return f"{random}, less in {sum(known)} of {len(known)} layers" if any(known) else f"{random}: no less"
+    random = f"more than a random router's {told(_mean([figure.random for figure in figures]))}"
+    if not any(known):
+        return f": no {random}"
+    return f": {random}" if all(known) else f": {random} in {sum(known)} of {len(known)} layers"
 
 
 def _bits(value: float) -> str:
@@ -98,7 +100,7 @@ def tiles(found: Mapping[str, Any]) -> list[Tile]:
         random = _mean([f.random for f in figures])
         chance = _mean([f.shuffled for f in figures])
         beside = f"random router {told(random)}" if math.isfinite(random) else f"chance {told(chance)}"
-        out.append(Tile(label, told(_mean([f.value for f in figures])), beside))
+        out.append(Tile(label, told(_mean([f.value for f in figures])), beside, math.isfinite(random)))
 
     add("part of speech → expert", _all(found, "syntax", "bits"), " bits")
     add("token → first expert", _all(found, "vocabulary", "share"), percent=True)
