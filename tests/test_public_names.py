@@ -50,6 +50,8 @@ HF = {"Seen", "expert_weights", "register_experts", "use_experts", "watch"}
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "generate": {
+        "trace",
+        "trace_limit",
         "exact",
         "ignore_field",
         "checkpoint",
@@ -82,7 +84,16 @@ FLAGS = {
     "serve": {
         *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),
         *("max_sequences", "max_batch_tokens", "max_waiting", "kv_memory", "memory", "max_body"),
-        *("request_timeout", "shutdown_timeout", "exact", "prefix_caching", "quiet", "ignore_field"),
+        *(
+            "request_timeout",
+            "shutdown_timeout",
+            "exact",
+            "prefix_caching",
+            "quiet",
+            "ignore_field",
+            "trace",
+            "trace_limit",
+        ),
     },
     "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
     "simulate": {
@@ -133,6 +144,8 @@ FLAGS = {
         "overwrite",
     },
     "chat": {
+        "trace",
+        "trace_limit",
         "ignore_field",
         "checkpoint",
         "system",
@@ -147,6 +160,8 @@ FLAGS = {
         "show_routing",
     },
     "eval": {
+        "trace",
+        "trace_limit",
         "ignore_field",
         "checkpoint",
         "data",

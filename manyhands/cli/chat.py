@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.cli.options import IgnoreField
+from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.recorded import check_trace, recording
+from manyhands.cli.size import size
 from manyhands.cli.turns import command, turns
 from manyhands.defaults import TEMPERATURE
 from manyhands.errors import ManyhandsError, UserError
@@ -49,6 +51,8 @@ def chat(
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Print each new token with the experts that made it.")
     ] = False,
+    trace: TraceDirectory = None,
+    trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,
 ) -> None:
     """Talk with a model, in its chat template: a line is a turn, /help shows the commands.
@@ -62,6 +66,8 @@ def chat(
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
+    limit = size("--trace-limit", trace_limit)
+    check_trace(trace)
     other = None if template is None else _read(template)
 
     from manyhands.checkpoint.model import load
@@ -78,7 +84,11 @@ def chat(
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
-    conversation = Conversation(model, tokenizer, sampling, system)
+    with recording(model, tokenizer, trace, limit, "chat") as recorder:
+        _talk(Conversation(model, tokenizer, sampling, system, recorder), show_routing)
+
+
+def _talk(conversation: "Conversation", show_routing: bool) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.options import IgnoreField
+from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.recorded import check_trace, recording
+from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
 from manyhands.errors import UserError
 
@@ -40,6 +42,8 @@ def evaluate(
         ),
     ] = None,
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results and every answer.")] = None,
+    trace: TraceDirectory = None,
+    trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -54,7 +58,7 @@ def evaluate(
     _check_flags(
         bool(data),
         tasks is not None and bool(names),
-        {"--max-batches": max_batches is not None},
+        {"--max-batches": max_batches is not None, "--trace": trace is not None},
         {
             "--task-dir": task_dir is not None,
             "--num-fewshot": num_fewshot is not None,
@@ -71,9 +75,10 @@ def evaluate(
         answering = {"max_length": sequence_length, "batch_size": batch_size, "add_bos": add_bos}
         answer_tasks(checkpoint, names, how, answering, output, ignore_field or (), json_output)
         return
-    _measure_text(
-        checkpoint, data or [], text_field, sequence_length, batch_size, max_batches, ignore_field, json_output
-    )
+    sizes = sequence_length, batch_size, max_batches
+    limit = size("--trace-limit", trace_limit)
+    check_trace(trace)
+    _measure_text(checkpoint, data or [], text_field, sizes, trace, limit, ignore_field, json_output)
 
 
 def _check_flags(data: bool, tasks: bool, of_data: dict[str, bool], of_tasks: dict[str, bool]) -> None:
@@ -91,12 +96,13 @@ def _measure_text(
     checkpoint: Path,
     data: list[str],
     text_field: str,
-    sequence_length: int | None,
-    batch_size: int,
-    max_batches: int | None,
+    sizes: tuple[int | None, int, int | None],
+    trace: Path | None,
+    trace_limit: int | None,
     ignore_field: list[str] | None,
     json_output: bool,
 ) -> None:
+    """`sizes` are the sequence length, the batch size and the most batches."""
     from manyhands.text import read_documents
 
     documents = read_documents(data, text_field)
@@ -112,6 +118,7 @@ def _measure_text(
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, evaluation_batches
 
+    sequence_length, batch_size, max_batches = sizes
     model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     ids = encode_documents(documents, tokenizer)
     length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, model.config.max_position_embeddings)
@@ -119,7 +126,8 @@ def _measure_text(
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
     front = tokenizer.front_ids
     batches = evaluation_batches(ids, length, batch_size, max_batches)
-    result = measure(model, batches, num_bytes, given=front[0] if front else None)
+    with recording(model, tokenizer, trace, trace_limit, "eval") as recorder:
+        result = measure(model, batches, num_bytes, given=front[0] if front else None, trace=recorder)
     front_text = tokenizer.decode(front) if front else None
     if json_output:
         about = {

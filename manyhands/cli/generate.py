@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from manyhands.cli.options import IgnoreField
+from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.recorded import check_trace, recording
+from manyhands.cli.size import size
 from manyhands.defaults import TEMPERATURE
 from manyhands.errors import UserError
 
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from manyhands.config import SamplingConfig
     from manyhands.engine.answer import Token
     from manyhands.moe import Routing
+    from manyhands.text import Tokenizer
 
 Shown = TypeVar("Shown")
 
@@ -52,6 +55,8 @@ def generate(
             min=0, max=64, help="Guess up to so many tokens ahead from what stood before; the text stays the same."
         ),
     ] = 0,
+    trace: TraceDirectory = None,
+    trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
@@ -67,6 +72,8 @@ def generate(
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
+    limit = size("--trace-limit", trace_limit)
+    check_trace(trace)
     if not prompt:
         if sys.stdin.isatty():
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
@@ -74,14 +81,27 @@ def generate(
 
     from manyhands.checkpoint.model import load
     from manyhands.engine.engine import Engine
-    from manyhands.terminal import clean, shown
+    from manyhands.terminal import shown
 
     model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
-    engine = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact, speculate=speculate)
-    stream = engine.stream(prompt, sampling)
+    with recording(model, tokenizer, trace, limit, "generate") as recorder:
+        engine = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact, speculate=speculate, trace=recorder)
+        _say(prompt, engine.stream(prompt, sampling), tokenizer, sampling, show_routing, json_output)
+
+
+def _say(
+    prompt: list[str],
+    stream: "Iterator[tuple[int, Token]]",
+    tokenizer: "Tokenizer",
+    sampling: "SamplingConfig",
+    show_routing: bool,
+    json_output: bool,
+) -> None:
+    from manyhands.terminal import clean
+
     if json_output:
         import json
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.options import IgnoreField
+from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.recorded import check_trace
 from manyhands.cli.size import size
 from manyhands.errors import UserError
 
@@ -54,6 +55,8 @@ def serve(
     ] = False,
     prefix_caching: Annotated[bool, typer.Option(help="Prompts that begin alike are computed once.")] = True,
     quiet: Annotated[bool, typer.Option("--quiet", help="No line per request.")] = False,
+    trace: TraceDirectory = None,
+    trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,
 ) -> None:
     """Serve models over HTTP, as OpenAI's API does: /v1/chat/completions, /v1/completions, /v1/models and more.
@@ -66,6 +69,8 @@ def serve(
     if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
         raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
     bounds = {"--kv-memory": kv_memory, "--memory": memory, "--max-body": max_body}
+    limit = size("--trace-limit", trace_limit)
+    check_trace(trace)
     kv_bytes, memory_bytes, body_bytes = (size(flag, text) for flag, text in bounds.items())
     try:
         from manyhands.serve import app as application
@@ -88,6 +93,9 @@ def serve(
         exact,
         prefix_caching,
         tuple(ignore_field or ()),
+        trace,
+        len(paths) > 1,
+        limit,
     )
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"

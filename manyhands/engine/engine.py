@@ -26,6 +26,7 @@ from manyhands.engine.draw import Drawn, Wish, broken, draw_all, logprobs_of
 from manyhands.engine.edited import Edited, Recorded
 from manyhands.engine.memory import Memory
 from manyhands.engine.prefix import Prefix
+from manyhands.engine.recording import PassRecorder
 from manyhands.engine.refuse import as_ids, check_causal, check_prompt
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Forward, Routed, Runner, joined
@@ -37,6 +38,7 @@ from manyhands.errors import ManyhandsError, UserError
 from manyhands.models import Decoder
 from manyhands.moe.edit import Edits
 from manyhands.text import Tokenizer
+from manyhands.trace.recorder import Recorder
 
 Prompt = str | Sequence[int]
 """Text, which gets the model's beginning-of-text token if it has one, or token ids as they are."""
@@ -59,6 +61,7 @@ class Engine:
         keep_routing: bool = False,
         exact: bool = False,
         speculate: int = 0,
+        trace: Recorder | None = None,
     ) -> None:
         """`max_sequences` run at a time; the others wait.
 
@@ -74,7 +77,8 @@ class Engine:
         too are multiplied in one order for any number of rows. `speculate`: up to so many tokens are guessed while one
         request runs alone, what followed when its last tokens stood in it before, and run with the next; a step makes
         as many tokens as were guessed right, and one. None of this changes what a request says, but for
-        rounding; and not even that with `exact` or int8 or int4 weights, where all of the model is native.
+        rounding; and not even that with `exact` or int8 or int4 weights, where all of the model is native. `trace` is
+        given every pass (`recorder_for` makes one); whoever made it closes it.
 
         Raises `UserError` for a model that cannot generate, for less than one block, and for `speculate` below 0 or
         above 64.
@@ -87,6 +91,7 @@ class Engine:
         self.memory = Memory(model, max_sequences, cache_tokens, cache_bytes, paged, prefix_caching, keep_routing)
         self.scheduler = Scheduler(self.memory.blocks, max_sequences, max_batch_tokens)
         self._count = 0
+        self._recording = None if trace is None else PassRecorder(trace)
         self.ran: Ran | None = None
         """The last step; None if it had nothing to run."""
 
@@ -191,6 +196,8 @@ class Engine:
                 state_of(chunk.request).forget(chunk.request)
             raise
         self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
+        if self._recording is not None:
+            self._recording.ran(batch.rows, self.ran.requests, forward.routed)
         if draft:
             return self._accept(plan.chunks[0].request, batch.ids, forward)
         self.memory.keep_routing(plan.chunks, forward.routed)

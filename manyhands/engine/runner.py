@@ -35,11 +35,19 @@ Experts = Callable[[], tuple[Tensor, Tensor]]
 class Routed:
     """Who went where in one pass, by sparse layer."""
 
-    __slots__ = ("_experts", "_layers", "_made", "num_tokens")
+    __slots__ = ("_experts", "_layers", "_made", "num_tokens", "sizes")
 
-    def __init__(self, made: Callable[[], dict[int, Routing]], num_tokens: int, experts: Experts | None = None) -> None:
+    def __init__(
+        self,
+        made: Callable[[], dict[int, Routing]],
+        num_tokens: int,
+        experts: Experts | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
         """`made` puts it together, when somebody looks; `experts` gives only those, if that is less work."""
         self._made, self.num_tokens, self._experts = made, num_tokens, experts
+        self.sizes = [num_tokens] if sizes is None else list(sizes)
+        """Tokens of each part, where the pass was run in several, one after the other."""
         self._layers: dict[int, Routing] | None = None
 
     @property
@@ -145,7 +153,8 @@ class Runner:
 
     def _run(self, program: Program, batch: Batch, states: bool, edited: bool = False) -> Forward:
         """In steps of no more than are worth the memory; their size shows in no number."""
-        steps = [self._pass(program, part, states, edited) for part in batch.parts(self._most(program))]
+        parts = list(batch.parts(self._most(program)))
+        steps = [self._pass(program, part, states, edited) for part in parts]
         if len(steps) == 1:
             (one,) = steps
             return Forward(one.logits, Routed(one.routings, batch.num_tokens, one.experts), one.states)
@@ -153,7 +162,8 @@ class Runner:
         logits = torch.cat([s.logits for s in steps])
         each = [s.experts for s in steps if s.experts is not None]
         experts = partial(_experts, each) if len(each) == len(steps) else None
-        routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens, experts)
+        sizes = [part.num_tokens for part in parts]
+        routed = Routed(lambda: joined([s.routings() for s in steps]), batch.num_tokens, experts, sizes)
         return Forward(logits, routed, torch.cat(found) if found else None)
 
     def _pass(self, program: Program, part: Batch, states: bool, edited: bool) -> Step:
@@ -253,7 +263,8 @@ class Runner:
 def _together(passes: Sequence[Forward], num_tokens: int) -> Forward:
     """Passes of successive rows as one."""
     states = [f.states for f in passes if f.states is not None]
-    routed = Routed(lambda: joined([f.routed.layers for f in passes]), num_tokens)
+    sizes = [size for f in passes for size in f.routed.sizes]
+    routed = Routed(lambda: joined([f.routed.layers for f in passes]), num_tokens, sizes=sizes)
     with torch.inference_mode():
         return Forward(torch.cat([f.logits for f in passes]), routed, torch.cat(states) if states else None)
 

@@ -10,6 +10,7 @@ to the event loops that wait for them. Who stops listening has its requests ende
 """
 
 import asyncio
+import logging
 import threading
 import time
 from collections import deque
@@ -27,6 +28,9 @@ from manyhands.engine.ledger import bytes_of_experts
 from manyhands.engine.request import Request
 from manyhands.errors import ManyhandsError
 
+_log = logging.getLogger(__name__)
+_CLOSING_SECONDS = 10.0
+"""For what `closing` writes."""
 PATIENCE = 10.0
 """Seconds without a step, while there is work, after which an engine is not healthy."""
 
@@ -34,11 +38,18 @@ PATIENCE = 10.0
 class Service:
     """Any thread and any event loop may submit; `start` and `close` are called once each."""
 
-    def __init__(self, engine: Engine, *, max_waiting: int = 128, patience: float = PATIENCE) -> None:
-        """Beside those that run, `max_waiting` requests may wait."""
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        max_waiting: int = 128,
+        patience: float = PATIENCE,
+        closing: Callable[[], None] | None = None,
+    ) -> None:
+        """Beside those that run, `max_waiting` requests may wait. `closing` is called when the engine's thread ends."""
         self.engine, self.counters = engine, Counters(engine.model.config, bytes_of_experts(engine.model))
         self._most = engine.scheduler.max_sequences + max_waiting
-        self._patience = patience
+        self._patience, self._on_closing = patience, closing
         self._thread = threading.Thread(target=self._run, name="manyhands-engine", daemon=True)
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()  # guards the inbox and what stands below
@@ -58,6 +69,8 @@ class Service:
             self._stopping = self._closing = True
             self._wake.notify()
         if self._thread.ident is not None:
+            if self._on_closing is not None and timeout is not None:
+                timeout = max(timeout, _CLOSING_SECONDS)
             self._thread.join(timeout)
 
     @property
@@ -177,6 +190,11 @@ class Service:
         except BaseException as error:  # whatever it is, everybody who waits has to hear of it
             with self._wake:
                 self._failure = error
+        if self._on_closing is not None:
+            try:
+                self._on_closing()
+            except ManyhandsError as error:  # a disk that refuses: the requests that wait hear no less
+                _log.warning("%s", error)
         self._jobs()
         self._fail_all(EngineDead(self._why()) if self._failure else Stopping("the server has stopped"))
 

@@ -11,18 +11,27 @@ from manyhands.generate.steps import Step, in_step
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.text.answer import Answer
+from manyhands.trace.recorder import Recorder
 
 
 class Conversation:
     """One user and one model, taking turns."""
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, sampling: SamplingConfig, system: str | None = None
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        sampling: SamplingConfig,
+        system: str | None = None,
+        trace: Recorder | None = None,
     ) -> None:
-        """Raises `CheckpointError` if there is no chat template or it fails, `DataError` if it takes no `system`."""
+        """`trace` is given every pass of the model.
+
+        Raises `CheckpointError` if there is no chat template or it fails, `DataError` if it takes no `system`.
+        """
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self._start: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
-        self._engine = Engine(model, tokenizer, max_sequences=1)
+        self._engine = Engine(model, tokenizer, max_sequences=1, trace=trace)
         self._prefix = Prefix()
         self._prompt_end = ""
         self.reset()

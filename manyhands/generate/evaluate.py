@@ -17,7 +17,9 @@ from manyhands.errors import DataError
 from manyhands.files import RUN
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder
-from manyhands.moe import LoadCounter, LoadSummary
+from manyhands.moe import LoadCounter, LoadSummary, Routing
+from manyhands.trace.part import Phase
+from manyhands.trace.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +46,7 @@ def evaluate(
     dtype: torch.dtype | None = None,
     progress: Callable[[int], None] | None = None,
     given: int | None = None,
+    trace: Recorder | None = None,
 ) -> Evaluation:
     """Predict every target of `batches`, pairs of ids [B, S+1] and target mask [B, S] (`text.evaluation_batches`).
 
@@ -52,7 +55,7 @@ def evaluate(
     only a part of the text, the bytes of that part's targets are `tokenizer.byte_lengths()[targets].sum()`.
     `dtype` is the compute dtype (None: that of the weights); `progress` is called with the tokens predicted so far.
     `given` is a token that stands in front of every text and is no part of it (`<s>`): where it is the target, nothing
-    is to be predicted.
+    is to be predicted. `trace` is given every batch as one step, each row of it as a text.
 
     A non-causal router (expert choice) looks at later tokens, so that its loss flatters it. Nothing about the
     model changes, and no random number is drawn. Raises `DataError` if there is no target, or a token id or a
@@ -62,8 +65,8 @@ def evaluate(
     E = config.moe.router.num_experts if config.moe else 0
     load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens, runner = 0, Runner(model)
-    for ids_BS1, mask_BS in batches:
+    tokens, texts, runner = 0, 0, Runner(model)
+    for number, (ids_BS1, mask_BS) in enumerate(batches):
         _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
         scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
         count, full = int(scored_BS.sum()), bool(mask_BS.all())
@@ -76,6 +79,9 @@ def evaluate(
         nats += loss.double() * count
         for layer, routing in hidden.routings.items():
             load[layer].add(routing)
+        if trace is not None:
+            _record(trace, ids_BS1[:, :-1], mask_BS, hidden.routings, texts, number)
+        texts += len(ids_BS1)
         tokens += count
         if progress is not None:
             progress(tokens)
@@ -89,6 +95,19 @@ def evaluate(
         tokens=tokens,
         load={layer: counter.summary() for layer, counter in load.items()},
     )
+
+
+def _record(
+    trace: Recorder, ids_BS: Tensor, mask_BS: Tensor, routings: dict[int, Routing], first_text: int, step: int
+) -> None:
+    B, S = ids_BS.shape
+    rows = first_text + torch.arange(B).repeat_interleave(S), torch.arange(S).repeat(B), ids_BS.cpu().flatten()
+    if len(next(iter(routings.values())).token_mask) < B * S:  # of real tokens only
+        sequence, position, ids = (row[mask_BS.cpu().flatten()] for row in rows)
+    else:
+        sequence, position, ids = rows
+    numbers = {"sequence": sequence.numpy(), "position": position.numpy()}
+    trace.add(routings, ids, **numbers, phase=Phase.SCORING, step=step)
 
 
 def trained_length(checkpoint: str | Path) -> int | None:

@@ -1,5 +1,8 @@
 """From paths and settings to models that can be served."""
 
+import itertools
+import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -11,11 +14,15 @@ from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.caches import bytes_per_token
 from manyhands.engine.engine import Engine
 from manyhands.engine.kept_routing import routing_bytes_per_token
+from manyhands.engine.recording import recorder_for
 from manyhands.engine.service import Service
 from manyhands.models import Decoder
 from manyhands.plan.host import free_memory
 from manyhands.serve.models import Entry, weight_bytes
 from manyhands.serve.served import Served
+from manyhands.text import Tokenizer
+from manyhands.trace.recorder import Recorder
+from manyhands.version import __version__
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,11 @@ class Settings:
     exact: bool = False
     prefix_caching: bool = True
     ignore_fields: Collection[str] = ()
+    trace: Path | None = None
+    """A directory for the routing of everything that is served."""
+    trace_each: bool = False
+    """One directory in it for each model, and each time that it is loaded."""
+    trace_limit: int | None = None
 
 
 def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
@@ -44,6 +56,7 @@ def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
 
 def _load(name: str, directory: Path, settings: Settings) -> Served:
     model, tokenizer = load(directory, ignore_fields=settings.ignore_fields)
+    recorder = None if settings.trace is None else _recorder(name, model, tokenizer, settings, settings.trace)
     engine = Engine(
         model,
         tokenizer,
@@ -53,10 +66,20 @@ def _load(name: str, directory: Path, settings: Settings) -> Served:
         prefix_caching=settings.prefix_caching,
         keep_routing=True,
         exact=settings.exact,
+        trace=recorder,
     )
-    service = Service(engine, max_waiting=settings.max_waiting)
+    service = Service(engine, max_waiting=settings.max_waiting, closing=None if recorder is None else recorder.close)
     service.start()
     return Served(name, service, tokenizer, model.config, settings.request_timeout)
+
+
+def _recorder(name: str, model: Decoder, tokenizer: Tokenizer, settings: Settings, trace: Path) -> Recorder:
+    """Into the directory itself, or, where there are several models, into one by the model's name that is not there."""
+    if settings.trace_each:
+        own = trace / re.sub(r"[^\w.-]", "_", name).lstrip(".")
+        found = (own if not number else own.with_name(f"{own.name}-{number}") for number in itertools.count())
+        trace = next(path for path in found if not os.path.lexists(path))
+    return recorder_for(model, tokenizer, trace, f"recorded by manyhands serve {__version__}", settings.trace_limit)
 
 
 def cache_bytes(model: Decoder, max_sequences: int) -> int | None:

@@ -79,7 +79,11 @@ class Recorder:
                 f"there are up to {_LEAST_PARTS} parts: give {_LEAST_PARTS * token_bytes:,} or, better, megabytes"
             )
         self._most, self._limit = most // token_bytes, limit
-        self.path = _new_directory(path)
+        self.path = new_directory(path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise cannot_write(path, error) from None
         self.num_tokens = self.dropped_tokens = 0
         """So far: added, and deleted again because of the limit."""
         self.closed = False
@@ -227,12 +231,8 @@ def _widened(array: Array, K: int, fill: int) -> Array:
     return np.pad(array, [(0, 0)] * (array.ndim - 1) + [(0, K - array.shape[-1])], constant_values=fill)
 
 
-def _new_directory(path: str | Path) -> Path:
+def new_directory(path: str | Path) -> Path:
+    """The real path of a directory that a trace may be recorded in; makes nothing. Raises `UserError` if it is used."""
     if os.path.isdir(path) and os.listdir(path):
         raise UserError(f"{path}: exists and is not empty; a trace is recorded into a new directory")
-    real = claim(path)
-    try:
-        real.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    return real
+    return claim(path)

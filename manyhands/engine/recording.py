@@ -1,0 +1,82 @@
+"""An engine's passes as a trace: which tokens of which requests shared each of them, and who went where.
+
+T tokens of a pass, L sparse layers, K experts per token.
+"""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from manyhands.engine.batch import Row
+from manyhands.engine.ledger import bytes_of_experts
+from manyhands.engine.request import Request
+from manyhands.engine.runner import Routed
+from manyhands.errors import StorageError, UserError
+from manyhands.models import Decoder
+from manyhands.text import Tokenizer
+from manyhands.trace.fingerprint import fingerprint, tokenizer_sha256
+from manyhands.trace.part import Phase
+from manyhands.trace.recorder import Recorder
+
+_log = logging.getLogger(__name__)
+
+
+class PassRecorder:
+    """Gives a `Recorder` the passes of one engine. A request's number is its sequence's."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder: Recorder | None = recorder
+        self._steps = 0
+
+    def ran(self, rows: Sequence[Row], requests: Sequence[Request], routed: Routed) -> None:
+        """A pass that has run: the rows' caches hold its tokens.
+
+        Where the runner ran it in several, each is a step. Tokens that were guessed and not taken are recorded as well,
+        for they ran: what comes later at the same place of a sequence stands instead of them. A token that was found
+        in the cache did not run, and is not recorded. A disk that refuses ends the recording, and nothing else.
+        """
+        if self._recorder is None:
+            return
+        ids_LTK, weights_LTK = routed.experts()
+        counts = [len(row.ids) for row in rows]
+        ends = [row.position for row in rows]
+        position = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
+        prompt = np.repeat([len(request.prompt_ids) for request in requests], counts)
+        try:
+            self._recorder.add_arrays(
+                ids_LTK.numpy(force=True).swapaxes(0, 1),
+                weights=weights_LTK.numpy(force=True).swapaxes(0, 1),
+                token_ids=[token for row in rows for token in row.ids],
+                sequence=np.repeat([request.id for request in requests], counts),
+                position=position,
+                phase=np.where(position < prompt, Phase.PREFILL, Phase.DECODE),
+                step=self._steps + np.repeat(np.arange(len(routed.sizes)), routed.sizes),
+            )
+        except StorageError as error:
+            _log.warning("the trace ends here: %s", error)
+            self._recorder = None
+        self._steps += len(routed.sizes)
+
+
+def recorder_for(
+    model: Decoder, tokenizer: Tokenizer | None, path: str | Path, source: str, limit: int | None = None
+) -> Recorder:
+    """A recorder of a model's routing in `path`. Raises `UserError` for a model without a sparse layer, and what
+    `Recorder` does."""
+    moe, layers = model.config.moe, model.config.sparse_layers
+    if moe is None or not layers:
+        raise UserError("a trace records which expert each token goes to, and this model has no sparse layer")
+    sizes = bytes_of_experts(model)
+    return Recorder(
+        path,
+        layers=layers,
+        num_experts=moe.router.num_experts,
+        num_experts_per_tok=moe.router.num_experts_per_tok,
+        limit=limit,
+        source=source,
+        model=fingerprint(model),
+        tokenizer_sha256=None if tokenizer is None else tokenizer_sha256(tokenizer),
+        record_bytes=tuple(sizes[layer] for layer in layers),
+    )
