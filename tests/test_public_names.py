@@ -46,7 +46,7 @@ NAMES = {
     "save",
     "update_bias",
 }
-HF = {"Seen", "expert_weights", "register_experts", "use_experts", "watch"}
+HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "generate": {

@@ -119,6 +119,15 @@ class TrainConfig(Strict):
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
+class TraceConfig(Strict):
+    """Who went to which expert, recorded while the run goes on: `traces/` in its directory (docs/trace.md)."""
+
+    every: Count = 0
+    """Record each n-th step; 0: none."""
+    max_bytes: Annotated[int, Field(strict=True, ge=1 << 20, le=1 << 50)] = 1_000_000_000
+    """Of one session's trace; the oldest steps are deleted beyond it."""
+
+
 class RunConfig(Strict):
     """Everything a run needs. The resolved file is saved beside the output and is enough to repeat it."""
 
@@ -135,6 +144,7 @@ class RunConfig(Strict):
     schedule: ScheduleConfig = ScheduleConfig()
     guard: GuardConfig = GuardConfig()
     train: TrainConfig = TrainConfig()
+    trace: TraceConfig = TraceConfig()
     history: tuple[Change, ...] = ()
     """Settings that changed while the run went on (`train --resume` writes it); `history=[]` starts without."""
 

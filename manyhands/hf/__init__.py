@@ -4,6 +4,9 @@
         model(ids, attention_mask=mask)
     seen.routings[3].expert_counts()                # {layer number: Routing} of the last forward
 
+    with record(model, "trace"):                    # every forward as a trace: who went where, and with whom
+        model.generate(ids)
+
     use_experts(model)                              # or register_experts(), then
     model.set_experts_implementation("manyhands")   # transformers' own switch; back with "grouped_mm" or "eager"
 
@@ -11,6 +14,7 @@ Outside the core: nothing in manyhands imports this room, and it imports transfo
 """
 
 from manyhands.hf.experts import expert_weights, register_experts, use_experts
+from manyhands.hf.recording import record
 from manyhands.hf.routings import Seen, watch
 
-__all__ = ["Seen", "expert_weights", "register_experts", "use_experts", "watch"]
+__all__ = ["Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"]

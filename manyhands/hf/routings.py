@@ -79,7 +79,7 @@ class Seen:
         self._depth += 1
         if self._depth == 1:
             self._current = {}
-            self._mask = _argument(model, args, kwargs, "attention_mask")
+            self._mask = argument(model, args, kwargs, "attention_mask")
 
     def _leave(self, model: nn.Module, args: tuple[Any, ...], result: Any) -> None:
         self._depth -= 1
@@ -279,7 +279,7 @@ def _find_layers(model: nn.Module, seen: Seen) -> list[_Layer]:
     return layers
 
 
-def _argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
+def argument(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Any:
     """What `model.forward` is given under this name, by keyword or by position."""
     if name in kwargs or not args:
         return kwargs.get(name)

@@ -28,6 +28,7 @@ from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
 from manyhands.train.ready import check_ready
+from manyhands.train.recording import TRACES, StepTrace
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.signals import StopSignals, agreed
@@ -54,6 +55,7 @@ class Trainer:
     dtype: torch.dtype
     task: Task
     ranks: Ranks
+    trace: StepTrace
     saved_at: float = 0.0
     saving_took: float = 0.0
 
@@ -70,8 +72,9 @@ class Trainer:
             lr = no_faster_than_warmup(rate, progress.lr, run.optim.lr, progress.max_steps, run.schedule)
             batch = next(state.batches)
             result = train_step(
-                state.model, state.optimizers, guard, batch, run, number, lr, self.dtype, self.task, self.ranks
-            )
+                state.model, state.optimizers, guard, batch, run, number, lr, self.dtype, self.task, self.ranks,
+                self.trace.seeing(number, run),
+            )  # fmt: skip
             [seconds] = largest_of([time.perf_counter() - step_started], self.ranks)
             progress.step = number
             progress.lr = lr
@@ -216,10 +219,11 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             screen.set_max_steps(progress.max_steps)
             description = run.model_dump(mode="json")
             trackers = [open_tracker(name, directory.path, progress.step, description) for name in run.train.trackers]
-            with Journal(directory.journal_file, trackers) as journal:
+            traced = StepTrace(directory.path / TRACES, state.model, data.tokenizer_path, screen.note)
+            with Journal(directory.journal_file, trackers) as journal, traced:
                 dtype: torch.dtype = getattr(torch, run.train.dtype)
                 course = Course(run, now, directory, state, journal, screen, ranks)
-                trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks)
+                trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced)
                 announce(run, state, journal, screen, dtype, start)
                 if newest is not None:
                     say_changes(before or run, now, changes, progress, journal, screen)

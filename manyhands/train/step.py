@@ -3,7 +3,7 @@
 L sparse layers, E experts, H heads.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from manyhands.config import RunConfig
 from manyhands.errors import DataError, TrainingHalted
 from manyhands.models import Decoder
-from manyhands.moe import LoadCounter, balance_objective
+from manyhands.moe import LoadCounter, Routing, balance_objective
 from manyhands.moe.balance import update_bias
 from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
 from manyhands.train.guard import SpikeGuard, first_non_finite
@@ -50,8 +50,11 @@ def train_step(
     dtype: torch.dtype,
     task: Task | None = None,
     ranks: Ranks | None = None,
+    seen: Callable[[Any, Mapping[int, Routing]], None] | None = None,
 ) -> StepResult:
     """Train on this rank's `batch` of `task` (None: language modelling) and update the weights once.
+
+    `seen` is given each micro-batch and its routing, once it has run.
 
     Raises `TrainingHalted`, with every weight as it was, if the loss or a gradient is not finite; `DataError` if there
     is no target in the whole batch.
@@ -74,6 +77,8 @@ def train_step(
     for micro in micros:
         count = task.count(micro)
         loss = task.loss(model, micro, how)
+        if seen is not None:
+            seen(micro, loss.routings)
         for layer, routing in loss.routings.items():
             counters[layer].add(routing)  # once per forward, outside anything that recomputes
         step_counts = {layer: ranks.sum(counter.counts) for layer, counter in counters.items()}

@@ -1,0 +1,100 @@
+"""A trace of a run: who went where in each n-th of its steps.
+
+B sequences of S tokens in a micro-batch.
+"""
+
+import hashlib
+import itertools
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from manyhands.config import RunConfig
+from manyhands.errors import StorageError
+from manyhands.models import Decoder
+from manyhands.moe import Routing
+from manyhands.trace.part import Phase
+from manyhands.trace.recorder import Recorder
+from manyhands.version import __version__
+
+TRACES = "traces"
+"""The folder in a run's directory."""
+
+
+class StepTrace:
+    """Of one session: `traces/step-000123` is the one whose first recorded step was 123. Nothing is there before it."""
+
+    def __init__(self, folder: Path, model: Decoder, tokenizer: Path | None, note: Callable[[str], None]) -> None:
+        """`note` is told when the disk refuses: that ends the trace, and not the run."""
+        self.recorder: Recorder | None = None
+        self._folder, self._model, self._tokenizer, self._note = folder, model, tokenizer, note
+        self._texts, self._refused = 0, False
+
+    def seeing(self, step: int, run: RunConfig) -> Callable[[Any, Mapping[int, Routing]], None] | None:
+        """What `train_step` is to give its micro-batches to; None for a step that is not recorded.
+
+        A micro-batch is a pass: they are numbered from `step` times their number in a step.
+        """
+        every = run.trace.every
+        if not every or step % every or self._refused or not self._model.config.sparse_layers:
+            return None
+        micros = run.train.batch_size // (run.train.micro_batch_size or run.train.batch_size)
+        return partial(self._seen, itertools.count(step * micros), step, run)
+
+    def _seen(
+        self, passes: "itertools.count[int]", step: int, run: RunConfig, micro: Any, routings: Mapping[int, Routing]
+    ) -> None:
+        try:
+            if self.recorder is None:
+                self.recorder = self._begin(step, run)
+            T = len(next(iter(routings.values())).expert_ids)
+            ids = micro[:, :-1] if isinstance(micro, Tensor) and micro.dim() == 2 else None  # another task's may be any
+            B, S = (1, T) if ids is None or ids.numel() != T else ids.shape
+            self.recorder.add(
+                routings,
+                -1 if ids is None or ids.numel() != T else ids.reshape(-1),
+                sequence=(self._texts + torch.arange(B)).repeat_interleave(S).numpy(),
+                position=torch.arange(S).repeat(B).numpy(),
+                phase=Phase.TRAINING,
+                step=next(passes),
+            )
+            self._texts += B
+        except StorageError as error:
+            self._note(f"the trace ends here: {error}")
+            self._refused = True
+
+    def _begin(self, step: int, run: RunConfig) -> Recorder:
+        names = (f"step-{step:06d}" + (f"-{number}" if number else "") for number in itertools.count())
+        moe = self._model.config.moe
+        assert moe is not None
+        known = self._tokenizer is not None and self._tokenizer.is_file()
+        return Recorder(
+            next(path for name in names if not os.path.lexists(path := self._folder / name)),
+            layers=self._model.config.sparse_layers,
+            num_experts=moe.router.num_experts,
+            num_experts_per_tok=moe.router.num_experts_per_tok,
+            limit=run.trace.max_bytes,
+            every=run.trace.every,
+            source=f"recorded by manyhands train {__version__}",
+            tokenizer_sha256=hashlib.sha256(self._tokenizer.read_bytes()).hexdigest()
+            if known and self._tokenizer is not None
+            else None,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self.recorder is not None and not self._refused:
+            try:
+                self.recorder.close()
+            except StorageError as refused:
+                self._note(str(refused))

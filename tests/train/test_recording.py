@@ -1,0 +1,73 @@
+"""A run's trace: each n-th step, what the steps before and after were is as without it."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from manyhands.errors import ConfigError, StorageError
+from manyhands.trace.journal import read_journal
+from manyhands.trace.part import Phase
+from manyhands.trace.recorder import Recorder
+from manyhands.trace.recording import Trace
+from manyhands.train import loop
+
+from ..small_runs import small_run, write_text
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text"))
+
+
+def losses(directory: Path) -> list[float]:
+    return [r["loss"] for r in read_journal(directory / "journal.jsonl") if r["kind"] == "step"]
+
+
+def traces(directory: Path) -> list[Path]:
+    return sorted((directory / "traces").iterdir())
+
+
+def test_each_second_step(tmp_path: Path, text: Path) -> None:
+    loop.train(tmp_path / "plain", small_run(text, "train.max_steps=6"), quiet=True)
+    run = small_run(text, "train.max_steps=6", "trace.every=2")
+    loop.train(tmp_path / "traced", run, quiet=True)
+    assert losses(tmp_path / "traced") == losses(tmp_path / "plain")
+    assert not (tmp_path / "plain" / "traces").exists()
+    (path,) = traces(tmp_path / "traced")
+    trace = Trace.open(path)
+    assert path.name == "step-000002" and trace.complete and trace.manifest.every == 2
+    steps = list(trace.steps())
+    micros = run.train.batch_size // (run.train.micro_batch_size or run.train.batch_size)
+    assert [int(step.step[0]) for step in steps] == [s * micros + i for s in (2, 4, 6) for i in range(micros)]
+    tokens = run.train.batch_size * run.train.sequence_length
+    assert len(trace) == 3 * tokens and all(set(step.phase) == {Phase.TRAINING} for step in steps)
+    assert steps[0].position[: run.train.sequence_length].tolist() == list(range(run.train.sequence_length))
+    assert len(np.unique(np.concatenate([step.sequence for step in steps]))) == 3 * run.train.batch_size
+    counted = {r["step"]: r["moe"] for r in read_journal(tmp_path / "traced" / "journal.jsonl") if r["kind"] == "step"}
+    for at, layer in enumerate(trace.manifest.layers):  # the journal counted the same routing
+        ids = np.concatenate([step.expert_ids[:, at] for step in steps if int(step.step[0]) // micros == 4])
+        load = np.bincount(ids.ravel(), minlength=trace.manifest.num_experts)[: trace.manifest.num_experts]
+        assert load.max() / load.mean() - 1 == pytest.approx(counted[4][str(layer)]["max_vio"], abs=1e-5)
+
+
+def test_a_disk_that_refuses_ends_the_trace_and_not_the_run(
+    tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise StorageError("cannot write it: No space left on device")
+
+    monkeypatch.setattr(Recorder, "add_arrays", refuse)
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=3", "trace.every=1"), quiet=True)
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_a_resumed_session_has_a_trace_of_its_own(tmp_path: Path, text: Path) -> None:
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=2", "trace.every=1"), quiet=True)
+    loop.train(tmp_path / "run", small_run(text, "train.max_steps=4", "trace.every=2"), quiet=True)
+    assert [path.name for path in traces(tmp_path / "run")] == ["step-000001", "step-000004"]
+
+
+def test_settings_are_checked(text: Path) -> None:
+    with pytest.raises(ConfigError, match=r"trace\.max_bytes = 5"):
+        small_run(text, "trace.max_bytes=5")
