@@ -6,6 +6,7 @@ T tokens of a pass, L sparse layers, K experts per token.
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from manyhands.errors import StorageError, UserError
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
 from manyhands.trace.fingerprint import fingerprint, tokenizer_sha256
-from manyhands.trace.part import Phase
+from manyhands.trace.part import Array, Phase
 from manyhands.trace.recorder import Recorder
 
 _log = logging.getLogger(__name__)
@@ -39,25 +40,40 @@ class PassRecorder:
         """
         if self._recorder is None:
             return
-        ids_LTK, weights_LTK = routed.experts()
-        counts = [len(row.ids) for row in rows]
-        ends = [row.position for row in rows]
-        position = np.concatenate([np.arange(end - count, end) for end, count in zip(ends, counts, strict=True)])
-        prompt = np.repeat([len(request.prompt_ids) for request in requests], counts)
+        (ids_LTK, weights_LTK), sizes = routed.experts(), routed.sizes
         try:
             self._recorder.add_arrays(
                 ids_LTK.numpy(force=True).swapaxes(0, 1),
                 weights=weights_LTK.numpy(force=True).swapaxes(0, 1),
-                token_ids=[token for row in rows for token in row.ids],
-                sequence=np.repeat([request.id for request in requests], counts),
-                position=position,
-                phase=np.where(position < prompt, Phase.PREFILL, Phase.DECODE),
-                step=self._steps + np.repeat(np.arange(len(routed.sizes)), routed.sizes),
+                token_ids=rows[0].ids if len(rows) == 1 else [token for row in rows for token in row.ids],
+                step=self._steps
+                if len(routed.sizes) == 1
+                else self._steps + _spread(range(len(routed.sizes)), routed.sizes),
+                **_whose(rows, requests),
             )
         except StorageError as error:
             _log.warning("the trace ends here: %s", error)
             self._recorder = None
-        self._steps += len(routed.sizes)
+        self._steps += len(sizes)
+
+
+def _whose(rows: Sequence[Row], requests: Sequence[Request]) -> dict[str, Any]:
+    """Sequence, position and phase of the tokens of a pass."""
+    if len(rows) == 1 and len(rows[0].ids) == 1:  # decoding alone: not worth an array
+        position, request = rows[0].position - 1, requests[0]
+        phase = Phase.PREFILL if position < len(request.prompt_ids) else Phase.DECODE
+        return {"sequence": request.id, "position": position, "phase": phase}
+    counts, ends = [len(row.ids) for row in rows], [row.position for row in rows]
+    behind = np.arange(sum(counts)) - _spread(np.cumsum(counts) - counts, counts)
+    position_T = _spread([end - count for end, count in zip(ends, counts, strict=True)], counts) + behind
+    prompt_T = _spread([len(request.prompt_ids) for request in requests], counts)
+    phase_T = np.where(position_T < prompt_T, int(Phase.PREFILL), int(Phase.DECODE))
+    return {"sequence": _spread([r.id for r in requests], counts), "position": position_T, "phase": phase_T}
+
+
+def _spread(values: Any, counts: Sequence[int]) -> Array:
+    """Each value as often as its count says."""
+    return np.repeat(np.asarray(values), counts)
 
 
 def recorder_for(

@@ -137,19 +137,19 @@ class Recorder:
     ) -> None:
         """The same from arrays: `expert_ids` [T, L, K] of any integers, -1 for no expert; `optional` as recorded."""
         ids, K = np.asarray(expert_ids), self.manifest.num_experts_per_tok
-        if ids.dtype.kind != "u":
-            assert not ids.size or int(ids.max()) < self.manifest.num_experts, "no such expert"
-            ids = np.where(ids < 0, self.manifest.none, ids)
-        arrays: dict[str, Array] = {"expert_ids": _widened(ids, K, self.manifest.none)}
-        numbers = {"token_ids": token_ids, "sequence": sequence, "position": position, "phase": phase, "step": step}
-        for name, value in numbers.items():
-            array = value.numpy(force=True).reshape(-1) if hasattr(value, "numpy") else np.asarray(value)
-            arrays[name] = np.broadcast_to(array, (len(ids),))
+        E, none = self.manifest.num_experts, self.manifest.none
+        highest = int(ids.max()) if ids.size else -1
+        assert highest < E or (ids.dtype.kind == "u" and highest == none), "no such expert"
+        values: dict[str, Any] = {"expert_ids": _widened(ids, K, none)}  # -1 becomes `none` when it is written
         for name in self.manifest.recorded:
-            arrays[name] = optional[name] if name == "logits" else _widened(optional[name], K, 0)
+            values[name] = optional[name] if name == "logits" else _widened(optional[name], K, 0)
+        numbers = {"token_ids": token_ids, "sequence": sequence, "position": position, "phase": phase, "step": step}
+        values |= {
+            name: value if isinstance(value, int) else _array(value, len(ids)) for name, value in numbers.items()
+        }
         if mask is not None and not mask.all():
-            arrays = {name: array[mask] for name, array in arrays.items()}
-        self._push(arrays)
+            values = {name: value if isinstance(value, int) else value[mask] for name, value in values.items()}
+        self._push(values, len(values["expert_ids"]))
 
     def flush(self) -> None:
         """Write what is in memory as a part."""
@@ -182,17 +182,21 @@ class Recorder:
     ) -> None:
         self.close()
 
-    def _push(self, arrays: dict[str, Array]) -> None:
+    def _push(self, values: dict[str, Any], T: int) -> None:
+        """Arrays of T rows, or numbers for all of them."""
         assert not self.closed, "the recording has ended"
-        T, done = len(arrays["step"]), 0
         if not T:
             return
-        assert int(arrays["step"][0]) >= self._last_step, "a step after a later one"
-        self._last_step = int(arrays["step"][-1])
+        step = values["step"]
+        first, last = (step, step) if isinstance(step, int) else (int(step[0]), int(step[-1]))
+        assert first >= self._last_step, "a step after a later one"
+        self._last_step = last
+        done = 0
         while done < T:
-            count = min(T - done, self._most - self._held)
+            at, count = self._held, min(T - done, self._most - self._held)
             for name, rows in self._rows.items():
-                rows[self._held : self._held + count] = arrays[name][done : done + count]
+                value = values[name]
+                rows[at : at + count] = value if isinstance(value, int) else value[done : done + count]
             self._held += count
             done += count
             if self._held == self._most:
@@ -222,6 +226,13 @@ def _stacked(each: list[Array]) -> Array:
     """[T, L, K] of L arrays [T, ≤ K]."""
     widest = max(array.shape[1] for array in each)
     return np.stack([_widened(array, widest, -1 if array.dtype.kind == "i" else 0) for array in each], 1)
+
+
+def _array(numbers: Any, T: int) -> Array | int:
+    if isinstance(numbers, int):
+        return int(numbers)
+    array = numbers.numpy(force=True).reshape(-1) if hasattr(numbers, "numpy") else np.asarray(numbers)
+    return array if len(array) == T else np.broadcast_to(array, (T,))
 
 
 def _widened(array: Array, K: int, fill: int) -> Array:
