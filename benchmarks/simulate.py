@@ -21,8 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from manyhands.simulate import Belady, Wants, replay
-from manyhands.simulate.belady import next_uses
+from manyhands.simulate import Wants, replay, told
 from manyhands.simulate.sweep import judged
 from manyhands.simulate.tokens import Tokens
 from manyhands.store.policies import Key, policy
@@ -121,7 +120,7 @@ def compare(folder: Path, name: str) -> list[dict[str, Any]]:
             soft = Soft(line["policy"], budget, sizes, uses).run(batches)
             hard = None
             if line["policy"] == "belady":
-                hard = replay(Belady(budget, sizes, next_uses(wants)), wants)
+                hard = replay(told(budget, wants), wants)
             elif line["policy"] in ("lru", "lfu"):
                 hard = replay(policy(line["policy"], budget, sizes), wants)
             published = (line["hit_pct_cum"], line["hit_pct_decode"], line["read_mib"])

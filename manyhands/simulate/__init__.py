@@ -7,8 +7,8 @@ wants = Wants.of(Trace.open("trace"))
 tally = replay(Lfu(3_000_000_000, wants.record_bytes), wants)
 """
 
-from manyhands.simulate.belady import Belady
+from manyhands.simulate.belady import Belady, told
 from manyhands.simulate.replay import Result, Tally, replay
 from manyhands.simulate.wants import Wants
 
-__all__ = ["Belady", "Result", "Tally", "Wants", "replay"]
+__all__ = ["Belady", "Result", "Tally", "Wants", "replay", "told"]

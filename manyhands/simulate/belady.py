@@ -4,11 +4,12 @@ import heapq
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
-from manyhands.simulate.wants import Array, Wants, runs
+from manyhands.simulate.wants import Wants, runs
 from manyhands.store.policies import Decision, Key, Miss, Policy
 
-NEVER = np.iinfo(np.int64).max
+NEVER = int(np.iinfo(np.int32).max)
 
 
 class Belady(Policy):
@@ -83,12 +84,22 @@ class Belady(Policy):
         raise NotImplementedError
 
 
-def next_uses(wants: Wants) -> Iterator[Sequence[int]]:
-    """For each want of `wants`, for each of its experts, the number of the next want that has it."""
-    key = wants.layers().astype(np.int64) << 16 | wants.experts
-    number = np.repeat(np.arange(len(wants.sizes), dtype=np.int64), wants.sizes)
-    order = np.argsort(key, kind="stable")
-    following: Array = np.full(len(key), NEVER)
-    again = key[order[:-1]] == key[order[1:]]
-    following[order[:-1][again]] = number[order[1:][again]]
-    yield from runs(following, wants.sizes)
+def next_uses(wants: Wants) -> npt.NDArray[np.int32]:
+    """[sum of sizes] for each wanted expert, the number of the next want that has it; `NEVER`."""
+    L, W = len(wants.record_bytes), len(wants.sizes)
+    layer_of = np.repeat(np.arange(W, dtype=np.int32) % L, wants.sizes).astype(np.uint16)
+    following = np.full(len(wants.experts), NEVER, np.int32)
+    for layer in range(L):
+        place = np.flatnonzero(layer_of == layer)
+        number = np.repeat(np.arange(layer, W, L, dtype=np.int32), wants.sizes[layer::L])
+        expert = wants.experts[place]
+        order = np.argsort(expert, kind="stable")
+        again = expert[order[:-1]] == expert[order[1:]]
+        following[place[order[:-1][again]]] = number[order[1:][again]]
+    return following
+
+
+def told(budget_bytes: int, wants: Wants, following: npt.NDArray[np.int32] | None = None) -> Belady:
+    """The policy for exactly these wants; `following` is `next_uses(wants)`, where it is there already."""
+    uses = next_uses(wants) if following is None else following
+    return Belady(budget_bytes, wants.record_bytes, runs(uses, wants.sizes))

@@ -78,7 +78,7 @@ def _budget_axis(ax: "Axes", report: Report) -> None:
         ax.axvline(report.cycle_bytes / 1e9, color=_INK, linewidth=0.8, linestyle=(0, (2, 3)))
         ax.annotate(
             " T: one token's experts",
-            (report.cycle_bytes / 1e9, 0.02),
+            (report.cycle_bytes / 1e9, 0.95),
             xycoords=("data", "axes fraction"),
             fontsize=8,
             color=_INK,
@@ -104,7 +104,7 @@ def _hits(ax: "Axes", report: Report) -> None:
     _budget_axis(ax, report)
     ax.set_ylim(0, 100)
     ax.set_title("experts found in memory, %", fontsize=10, color=_INK, loc="left")
-    ax.legend(frameon=False, fontsize=8, loc="upper left")
+    ax.legend(frameon=False, fontsize=8, loc="lower right")
 
 
 def _speeds(ax: "Axes", report: Report) -> None:

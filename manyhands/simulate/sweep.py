@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from manyhands.errors import ConfigError
-from manyhands.simulate.belady import Belady, next_uses
+from manyhands.simulate.belady import next_uses, told
 from manyhands.simulate.replay import Result, Tally, replay
 from manyhands.simulate.wants import Wants
 from manyhands.store.policies import policy
@@ -56,8 +56,9 @@ def sweep(
     rows: list[Row] = []
     online = [name for name in policies if name != "belady"]
     total, done = len(budgets) * (len(online) + 1), 0
+    following = next_uses(wants)
     for budget in budgets:
-        best = replay(Belady(budget, wants.record_bytes, next_uses(wants)), wants)
+        best = replay(told(budget, wants, following), wants)
         most = judged(best).hits
         progress(done := done + 1, total)
         found = {"belady": best}

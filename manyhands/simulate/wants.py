@@ -63,11 +63,6 @@ class Wants:
         """The experts of each want, W times."""
         return runs(self.experts, self.sizes)
 
-    def layers(self) -> npt.NDArray[np.int32]:
-        """[sum of `sizes`] the layer of each wanted expert."""
-        L = len(self.record_bytes)
-        return np.repeat(np.arange(len(self.sizes), dtype=np.int64) % L, self.sizes).astype(np.int32)
-
 
 def runs(flat: npt.NDArray[Any], sizes: npt.NDArray[np.int32]) -> Iterator[list[int]]:
     """`flat` cut into lists of these sizes."""

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from manyhands.simulate.belady import NEVER, Belady, next_uses
+from manyhands.simulate.belady import NEVER, next_uses, told
 from manyhands.simulate.replay import replay
 from manyhands.simulate.tokens import Tokens
 from manyhands.simulate.wants import Wants
@@ -48,14 +48,14 @@ def most_hits(wants: Wants, slots: int) -> int:
 @given(chosen=ids.filter(lambda some: len(some) <= 8), slots=st.integers(0, 3))
 def test_nothing_hits_more(chosen: list[list[list[int]]], slots: int) -> None:
     wants = wants_of(chosen, [1, 1])
-    assert replay(Belady(slots, wants.record_bytes, next_uses(wants)), wants).all.hits == most_hits(wants, slots)
+    assert replay(told(slots, wants), wants).all.hits == most_hits(wants, slots)
 
 
 @settings(max_examples=60, deadline=None)
 @given(chosen=ids, slots=st.integers(0, 8))
 def test_no_policy_without_the_future_hits_more(chosen: list[list[list[int]]], slots: int) -> None:
     wants = wants_of(chosen, [3, 3])
-    best = replay(Belady(3 * slots, wants.record_bytes, next_uses(wants)), wants).all
+    best = replay(told(3 * slots, wants), wants).all
     counts = [[sum(expert in token[layer] for token in chosen) for expert in range(4)] for layer in range(2)]
     for name in ("lfu", "lru", "pinned"):
         assert replay(policy(name, 3 * slots, wants.record_bytes, counts), wants).all.hits <= best.hits
@@ -65,7 +65,7 @@ def test_no_policy_without_the_future_hits_more(chosen: list[list[list[int]]], s
 def test_the_books_balance(budget: int) -> None:
     """Also with records of several sizes: what is said to be in memory, hit, read and evicted agrees and fits."""
     wants = Wants.of(some_tokens(T=400), sizes := [4, 9, 5])
-    chosen = Belady(budget, sizes, next_uses(wants))
+    chosen = told(budget, wants)
     memory: set[Key] = set()
     for number, experts in enumerate(wants.lists()):
         layer = number % 3
@@ -83,10 +83,10 @@ def test_the_books_balance(budget: int) -> None:
 
 def test_next_uses() -> None:
     wants = wants_of([[[0, 1], [2, 3]], [[1, 2], [3, 3]], [[0, 1], [2, 0]]], [1, 1])
-    assert list(next_uses(wants)) == [[4, 2], [5, 3], [4, NEVER], [NEVER], [NEVER, NEVER], [NEVER, NEVER]]
+    assert next_uses(wants).tolist() == [4, 2, 5, 3, 4, NEVER, NEVER, NEVER, NEVER, NEVER, NEVER]
 
 
 def test_another_future_than_told_is_refused() -> None:
     wants = wants_of([[[0, 1], [2, 3]]], [1, 1])
     with pytest.raises(ValueError, match="told of 2 experts in this want, and it has 1"):
-        Belady(5, [1, 1], next_uses(wants)).want(0, [0])
+        told(5, wants).want(0, [0])

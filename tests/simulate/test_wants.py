@@ -26,7 +26,6 @@ def test_wants_are_the_distinct_experts_of_each_pass(monkeypatch: pytest.MonkeyP
     wants = Wants.of(tokens, [5, 6, 7])
     assert list(wants.lists()) == by_sets(tokens)
     assert wants.tokens.tolist() == [10] + [1] * 50 and wants.decode.tolist() == [False] + [True] * 50
-    assert wants.layers().tolist() == [w % 3 for w, experts in enumerate(by_sets(tokens)) for _ in experts]
 
 
 def test_an_expert_twice_in_one_token_is_one_want() -> None:
