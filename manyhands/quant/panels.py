@@ -3,6 +3,9 @@
 P panels of 16 outputs, N outputs, K inputs (padded), G groups.
 """
 
+from collections.abc import Iterator
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,6 +13,9 @@ from torch import Tensor
 from manyhands.config.packing import TRAITS
 from manyhands.quant.record import PANEL, Matrix
 from manyhands.quant.rounding import SCALES, quantize
+
+CHUNK_VALUES = 1 << 22
+"""Weights that are rounded at a time."""
 
 
 def to_panels(w: Tensor, matrix: Matrix) -> Tensor:
@@ -36,8 +42,34 @@ def _deinterleave(w: Tensor) -> Tensor:
     return w.transpose(1, 2).reshape(w.shape[0] * PANEL, -1)
 
 
+def chunks(matrix: Matrix, values: int) -> Iterator[tuple[list[slice], slice, Matrix]]:
+    """A matrix some whole panels at a time, about `values` weights each: panels of all parts that stand together.
+
+    Gives the rows of each part, of [parts · N, K]; which panels they are; and the shape of such a piece, which is a
+    matrix of its own.
+    """
+    per_part = matrix.panels // matrix.parts
+    together = max(1, values // (matrix.parts * PANEL * matrix.depth))
+    for first in range(0, per_part, together):
+        last = min(first + together, per_part)
+        start, stop = first * PANEL, min(last * PANEL, matrix.outputs)
+        rows = [slice(part * matrix.outputs + start, part * matrix.outputs + stop) for part in range(matrix.parts)]
+        yield rows, slice(first * matrix.parts, last * matrix.parts), replace(matrix, outputs=stop - start)
+
+
 def encode(w: Tensor, matrix: Matrix, importance_K: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """[parts · N, K] in any float dtype -> the section's bytes and the scales' (None without scales), uint8."""
+    """[parts · N, K] in any float dtype -> the section's bytes and the scales' (None without scales), uint8.
+
+    Takes memory for some million weights besides.
+    """
+    w, found = w.detach(), []
+    for rows, _, part in chunks(matrix, CHUNK_VALUES):
+        found.append(_encode(torch.cat([w[of_part] for of_part in rows]), part, importance_K))
+    scales = [scale for _, scale in found if scale is not None]
+    return torch.cat([values for values, _ in found]), torch.cat(scales) if scales else None
+
+
+def _encode(w: Tensor, matrix: Matrix, importance_K: Tensor | None) -> tuple[Tensor, Tensor | None]:
     padded = to_panels(w.detach().cpu(), matrix)
     if matrix.format == "float32":
         return _interleave(padded.float(), 1).view(torch.uint8).flatten(), None

@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from manyhands.moe import Routing
+from manyhands.quant import PackedExperts
+from manyhands.quant.panels import CHUNK_VALUES, chunks, decode
+from manyhands.quant.record import Matrix
 
 
 @dataclass(slots=True)
@@ -36,6 +39,27 @@ def squared_error(w: Tensor, got: Tensor) -> Tensor:
     """‖w − got‖² and ‖w‖²."""
     w = w.float()
     return torch.stack(((w - got).square().sum(dtype=torch.float64), w.square().sum(dtype=torch.float64)))
+
+
+def rounding_error(w: Tensor, section: Tensor, scales: Tensor | None, matrix: Matrix) -> Tensor:
+    """`squared_error` of a packed matrix [parts · N, K], unpacked some million weights at a time."""
+    squares = torch.zeros(2, dtype=torch.float64)
+    values = section.view(matrix.panels, -1)
+    by_panel = None if scales is None else scales.view(matrix.panels, -1)
+    for rows, panels, part in chunks(matrix, CHUNK_VALUES):
+        got = decode(values[panels].flatten(), None if by_panel is None else by_panel[panels].flatten(), part)
+        squares += squared_error(torch.cat([w[of_part] for of_part in rows]), got)
+    return squares
+
+
+def expert_error(packed: PackedExperts, expert: int, up: Tensor, down: Tensor) -> Tensor:
+    """`squared_error` [2, 2] of one expert's two matrices."""
+    found = []
+    for name, matrix, w in zip(("up", "down"), packed.layout.matrices, (up, down), strict=True):
+        section = packed.section(expert, name)
+        assert section is not None
+        found.append(rounding_error(w, section, packed.section(expert, f"{name}_scales"), matrix))
+    return torch.stack(found)
 
 
 def relative(squares: Tensor) -> float:

@@ -23,9 +23,9 @@ from manyhands.layers.norm import RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models.decoder import Block, find_positions
 from manyhands.moe import Routing
-from manyhands.quant import PackedExperts, PackedLinear, pack_experts, pack_linear
+from manyhands.quant import PackedLinear, pack_experts, pack_linear
 from manyhands.quantize.calibrate import Seen, mean_square, watching
-from manyhands.quantize.figures import Figures, agreement, relative, squared_error
+from manyhands.quantize.figures import Figures, agreement, expert_error, relative, rounding_error
 from manyhands.quantize.receipt import Sample
 
 CPU = torch.device("cpu")
@@ -158,9 +158,7 @@ class Quantizer:
             raise CheckpointError(f"{self.source.directory}: {name}: {error}") from None
         squares = torch.zeros(2, 2, dtype=torch.float64)
         for e in range(packed.num_experts):
-            up, down, *_ = PackedExperts(packed.records[e : e + 1], layout).dequantize()
-            squares[0] += squared_error(stacked.up[e], up[0])
-            squares[1] += squared_error(stacked.down[e], down[0])
+            squares += expert_error(packed, e, stacked.up[e], stacked.down[e])
         self.figures.relative_error[ours["up"]] = relative(squares[0])
         self.figures.relative_error[ours["down"]] = relative(squares[1])
         self._report(record.name)
@@ -169,7 +167,10 @@ class Quantizer:
     def _pack_linear(self, record: Record, weights: dict[str, Tensor], inputs: Tensor | None) -> Tensor:
         layout = record.layout
         packed = pack_linear(weights["weight"], weights.get("bias"), layout.format, layout.group_size or 32, inputs)
-        error = relative(squared_error(weights["weight"], packed.dequantize()[0]))
+        section = packed.section("weight")
+        assert section is not None
+        (matrix,) = layout.matrices
+        error = relative(rounding_error(weights["weight"], section, packed.section("scales"), matrix))
         self.figures.relative_error[next(iter(record.sections))] = error
         self._report(record.name)
         return packed.record

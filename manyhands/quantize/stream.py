@@ -20,11 +20,11 @@ from manyhands.config import PackedConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.kernels import ExpertWeights
-from manyhands.quant import PackedExperts, pack_experts
+from manyhands.quant import pack_experts
 from manyhands.quant.packed import pack_bias
-from manyhands.quant.panels import decode, encode
+from manyhands.quant.panels import encode
 from manyhands.quant.record import PANEL
-from manyhands.quantize.figures import Figures, relative, squared_error
+from manyhands.quantize.figures import Figures, expert_error, relative, rounding_error
 from manyhands.quantize.layers import CPU, Progress, kept_dtype
 
 CHUNK_VALUES = 1 << 24
@@ -74,11 +74,9 @@ class StreamQuantizer:
                 bad = (ours[section] for section, w in weights.items() if not bool(torch.isfinite(w).all()))
                 name = next(bad, next(iter(record.sections)))
                 raise CheckpointError(f"{self.source.directory}: {name}: {error}") from None
-            up, down, *_ = PackedExperts(packed.records, layout).dequantize()
-            squares[0] += squared_error(one.up[0], up[0])
-            squares[1] += squared_error(one.down[0], down[0])
+            squares += expert_error(packed, 0, one.up[0], one.down[0])
             yield packed.records
-            del weights, one, up, down, packed
+            del weights, one, packed
             for reader in readers.values():
                 reader.release(e)
         self.figures.relative_error[ours["up"]] = relative(squares[0])
@@ -95,7 +93,7 @@ class StreamQuantizer:
         for w_NK in self._rows(ours["weight"], None, rows):
             part = replace(matrix, outputs=len(w_NK))
             values, scales = encode(w_NK, part)
-            squares += squared_error(w_NK, decode(values, scales, part))
+            squares += rounding_error(w_NK, values, scales, part)
             if scales is not None:
                 content["scales"].append(scales)
             written += len(values)

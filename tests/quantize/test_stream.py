@@ -18,7 +18,8 @@ from manyhands.checkpoint.tensors import Header
 from manyhands.config import PackedConfig, Packing
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, UserError
-from manyhands.quantize import room, stream
+from manyhands.quant import panels
+from manyhands.quantize import figures, room, stream
 from manyhands.quantize.quantize import quantize
 from manyhands.quantize.receipt import Sample
 
@@ -112,7 +113,8 @@ def test_the_same_files_and_the_same_receipt(source, packed, tmp_path):
 def test_a_matrix_in_parts_and_shards_are_the_same_too(source, tmp_path, monkeypatch):
     options = {"packed": INT, "max_shard_size": 40_000}
     whole = quantize(open_checkpoint(source), tmp_path / "whole", sample=Sample(IDS, None), measure=True, **options)
-    monkeypatch.setattr(stream, "CHUNK_VALUES", 1100)  # 16 outputs at a time, and a remainder
+    for module in (stream, panels, figures):
+        monkeypatch.setattr(module, "CHUNK_VALUES", 1100)  # 16 outputs at a time, and a remainder
     parts = quantize(open_checkpoint(source), tmp_path / "parts", measure=False, **options)
     assert files(tmp_path / "whole") == files(tmp_path / "parts") and len(files(tmp_path / "parts")) > 4
     for name, tensor in whole["packed_tensors"].items():
