@@ -68,7 +68,7 @@ def check_room(
     else:
         return
     raise UserError(
-        f"{source.directory}: its weights take {format.show(copied + mapped, 'B')} of memory; {there}. "
+        f"{source.path}: its weights take {format.show(copied + mapped, 'B')} of memory; {there}. "
         f"{remedy or _remedy(source, decode)}"
     )
 
@@ -77,7 +77,7 @@ def _remedy(source: Source, decode: bool) -> str:
     if source.packed is None:
         packed = "what that writes also runs with --memory SIZE, most of its experts on disk"
         after = f"; {packed}" if source.config.moe is not None else ""
-        return f"`manyhands quantize {source.directory} DST` packs it piece by piece{after}"
+        return f"`manyhands quantize {source.path} DST` packs it piece by piece{after}"
     if decode:
         return "Packed it is smaller: only training and `convert` need it unpacked"
     if source.packed.experts is None:

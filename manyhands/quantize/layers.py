@@ -155,7 +155,7 @@ class Quantizer:
         except ConfigError as error:
             bad = (ours[section] for section, w in weights.items() if not bool(torch.isfinite(w).all()))
             name = next(bad, next(iter(record.sections)))
-            raise CheckpointError(f"{self.source.directory}: {name}: {error}") from None
+            raise CheckpointError(f"{self.source.path}: {name}: {error}") from None
         squares = torch.zeros(2, 2, dtype=torch.float64)
         for e in range(packed.num_experts):
             squares += expert_error(packed, e, stacked.up[e], stacked.down[e])
@@ -181,7 +181,7 @@ class Quantizer:
         try:
             held = PackedLinear(self._pack_linear(record, {"weight": weight}, inputs), record.layout)
         except ConfigError as error:
-            raise CheckpointError(f"{self.source.directory}: lm_head.weight: {error}") from None
+            raise CheckpointError(f"{self.source.path}: lm_head.weight: {error}") from None
         module = RecordLinear(record.layout)
         module.record = held.record
         self._compare(lambda x: F.linear(x, weight.to(x.dtype)), module)

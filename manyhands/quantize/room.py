@@ -36,7 +36,7 @@ def why_not_measured(source: Source, packed: PackedConfig, sample: Sample, measu
         return None
     sizes = f"a layer takes {format.show(need, 'B')} of memory to run, and {format.show(free, 'B')} is free"
     if sample.calibration_rows:
-        raise UserError(f"{source.directory}: {sizes}, so it cannot be calibrated here; without --data it is packed")
+        raise UserError(f"{source.path}: {sizes}, so it cannot be calibrated here; without --data it is packed")
     return f"{sizes}: packed expert by expert, without comparing routing and perplexity"
 
 

@@ -54,7 +54,7 @@ class StreamQuantizer:
         try:
             yield from self._linear(record) if record.num_experts is None else self._experts(record)
         except ConfigError as error:
-            raise CheckpointError(f"{self.source.directory}: {next(iter(record.sections))}: {error}") from None
+            raise CheckpointError(f"{self.source.path}: {next(iter(record.sections))}: {error}") from None
         self._packed_count += 1
         if self.progress is not None:
             self.progress(name, self._packed_count, len(self.records))
@@ -73,7 +73,7 @@ class StreamQuantizer:
             except ConfigError as error:
                 bad = (ours[section] for section, w in weights.items() if not bool(torch.isfinite(w).all()))
                 name = next(bad, next(iter(record.sections)))
-                raise CheckpointError(f"{self.source.directory}: {name}: {error}") from None
+                raise CheckpointError(f"{self.source.path}: {name}: {error}") from None
             squares += expert_error(packed, 0, one.up[0], one.down[0])
             yield packed.records
             del weights, one, packed
