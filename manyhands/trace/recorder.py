@@ -8,6 +8,7 @@ T tokens   L sparse layers   K experts per token   E experts
 
 import hashlib
 import os
+import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -43,6 +44,8 @@ Numbers = int | Sequence[int] | Array
 _LEAST_PARTS = 4
 PART_BYTES = 16 << 20
 """Of a part that is written: what a recorder holds in memory, and what a killed one loses, at most."""
+PART_SECONDS = 300.0
+"""After which a part is written, full or not, when the next rows come: a server may have few."""
 
 
 class Recorder:
@@ -89,6 +92,7 @@ class Recorder:
         self.closed = False
         self._written: deque[tuple[str, int, Entry]] = deque()
         self._number = self._held = self._last_step = 0
+        self._began = 0.0
         self._rows = {name: np.empty(shape, dtype) for name, (dtype, shape) in self.manifest.shapes(self._most).items()}
         """Of the next part; `_held` of them are there."""
         self._description = self.manifest.model_dump_json(indent=1, exclude_none=True).encode()
@@ -193,13 +197,15 @@ class Recorder:
         self._last_step = last
         done = 0
         while done < T:
+            if not self._held:
+                self._began = time.monotonic()
             at, count = self._held, min(T - done, self._most - self._held)
             for name, rows in self._rows.items():
                 value = values[name]
                 rows[at : at + count] = value if isinstance(value, int) else value[done : done + count]
             self._held += count
             done += count
-            if self._held == self._most:
+            if self._held == self._most or time.monotonic() - self._began > PART_SECONDS:
                 self._write()
         self.num_tokens += T
 

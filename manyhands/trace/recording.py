@@ -33,7 +33,7 @@ __all__ = ["Manifest", "Part", "Phase", "Recorder", "Trace"]
 _MOST_HEADER = 1 << 16
 _MOST_DESCRIPTION = 1 << 20
 _MOST_STEP_BYTES = 1 << 30
-_PART = re.compile(r"part-(\d{5})\.safetensors")
+_PART = re.compile(r"part-(\d{5,9})\.safetensors")
 
 
 class Trace:
@@ -64,10 +64,11 @@ class Trace:
             manifest = parse(Manifest, values, str(path / DESCRIPTION))
         except ConfigError as error:
             raise DataError(str(error)) from None
-        found = sorted(name for entry in path.iterdir() if _PART.fullmatch(name := entry.name))
-        numbers = [int(name[5:10]) for name in found]
+        by_number = {int(match[1]): entry.name for entry in path.iterdir() if (match := _PART.fullmatch(entry.name))}
+        numbers = sorted(by_number)
+        found = [by_number[number] for number in numbers]
         if numbers and numbers != list(range(numbers[0], numbers[0] + len(numbers))):
-            lacking = min(set(range(numbers[0], numbers[-1])) - set(numbers))
+            lacking = next(number + 1 for number in numbers if number + 1 not in by_number)
             raise DataError(f"{path}: {part_name(lacking)} is missing between {found[0]} and {found[-1]}")
         complete = (path / MANIFEST).is_file()
         if complete:

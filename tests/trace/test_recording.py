@@ -16,7 +16,7 @@ import torch
 from manyhands.checkpoint import verify
 from manyhands.errors import ConfigError, DataError, UserError
 from manyhands.trace.counts import expert_counts
-from manyhands.trace.part import check_part
+from manyhands.trace.part import check_part, part_name
 from manyhands.trace.recording import Manifest, Part, Phase, Recorder, Trace
 from tests.trace.traces import record, routing
 
@@ -91,6 +91,19 @@ def test_a_used_directory_is_left_alone(tmp_path):
     with pytest.raises(UserError, match="is not a directory"):
         record(tmp_path / "file")
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "file", *before]
+
+
+def test_many_parts_are_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("manyhands.trace.recorder.part_name", lambda number: part_name(number + 99_990))
+    record(tmp_path / "t", part_bytes=60)
+    parts = list(Trace.open(tmp_path / "t").parts())
+    assert len(parts) > 15 and np.concatenate([part.position for part in parts]).tolist() == list(range(40))
+
+
+def test_a_part_is_written_when_it_is_old(tmp_path, monkeypatch):
+    monkeypatch.setattr("manyhands.trace.recorder.PART_SECONDS", -1.0)
+    record(tmp_path / "t")
+    assert len(list(Trace.open(tmp_path / "t").parts())) == 21
 
 
 _KILLED = """
