@@ -14,10 +14,10 @@ from manyhands.engine.batch import Row
 from manyhands.engine.ledger import bytes_of_experts
 from manyhands.engine.request import Request
 from manyhands.engine.runner import Routed
-from manyhands.errors import StorageError, UserError
+from manyhands.errors import StorageError
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
-from manyhands.trace.fingerprint import fingerprint, tokenizer_sha256
+from manyhands.trace.fingerprint import fingerprint, routed, tokenizer_sha256
 from manyhands.trace.part import Array, Phase
 from manyhands.trace.recorder import Recorder
 
@@ -81,18 +81,13 @@ def recorder_for(
 ) -> Recorder:
     """A recorder of a model's routing in `path`. Raises `UserError` for a model without a sparse layer, and what
     `Recorder` does."""
-    moe, layers = model.config.moe, model.config.sparse_layers
-    if moe is None or not layers:
-        raise UserError("a trace records which expert each token goes to, and this model has no sparse layer")
-    sizes = bytes_of_experts(model)
+    fields, sizes = routed(model.config), bytes_of_experts(model)
     return Recorder(
         path,
-        layers=layers,
-        num_experts=moe.router.num_experts,
-        num_experts_per_tok=moe.router.num_experts_per_tok,
+        **fields,
         limit=limit,
         source=source,
         model=fingerprint(model),
         tokenizer_sha256=None if tokenizer is None else tokenizer_sha256(tokenizer),
-        record_bytes=tuple(sizes[layer] for layer in layers),
+        record_bytes=tuple(sizes[layer] for layer in fields["layers"]),
     )

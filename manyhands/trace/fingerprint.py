@@ -2,13 +2,27 @@
 
 import hashlib
 import json
+from typing import Any
 
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
 from manyhands.checkpoint.model import Model
-from manyhands.errors import ManyhandsError
+from manyhands.config import ModelConfig
+from manyhands.errors import ManyhandsError, UserError
 from manyhands.files import CONFIG, TOKENIZER
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
+
+
+def routed(config: ModelConfig) -> dict[str, Any]:
+    """Fields of `Recorder`: the sparse layers, E, and K places per token. Where experts choose, a token may have all E.
+
+    Raises `UserError` for a model without a sparse layer.
+    """
+    if config.moe is None or not config.sparse_layers:
+        raise UserError("a trace records which expert each token goes to, and this model has no sparse layer")
+    router = config.moe.router
+    K = router.num_experts if router.select == "expert_choice" else router.num_experts_per_tok
+    return {"layers": config.sparse_layers, "num_experts": router.num_experts, "num_experts_per_tok": K}
 
 
 def fingerprint(model: Decoder) -> str | None:

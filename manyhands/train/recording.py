@@ -19,6 +19,7 @@ from manyhands.config import RunConfig
 from manyhands.errors import StorageError
 from manyhands.models import Decoder
 from manyhands.moe import Routing
+from manyhands.trace.fingerprint import routed
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
 from manyhands.version import __version__
@@ -76,9 +77,8 @@ class StepTrace:
         known = self._tokenizer is not None and self._tokenizer.is_file()
         return Recorder(
             next(path for name in names if not os.path.lexists(path := self._folder / name)),
-            layers=self._model.config.sparse_layers,
-            num_experts=moe.router.num_experts,
-            num_experts_per_tok=moe.router.num_experts_per_tok,
+            **routed(self._model.config),
+            recorded=("weights", "kept") if moe.router.capacity_factor else ("weights",),
             limit=run.trace.max_bytes,
             every=run.trace.every,
             source=f"recorded by manyhands train {__version__}",

@@ -51,6 +51,21 @@ def test_each_second_step(tmp_path: Path, text: Path) -> None:
         assert load.max() / load.mean() - 1 == pytest.approx(counted[4][str(layer)]["max_vio"], abs=1e-5)
 
 
+def test_experts_that_choose_and_pairs_that_overflow(tmp_path: Path, text: Path) -> None:
+    how = "train.max_steps=1", "trace.every=1"
+    choice = "model.moe.router.select=expert_choice", "model.moe.router.bias=false"
+    loop.train(tmp_path / "a", small_run(text, *how, *choice), quiet=True)
+    loop.train(tmp_path / "b", small_run(text, *how, "model.moe.router.capacity_factor=0.5"), quiet=True)
+    (chosen,), (capped,) = traces(tmp_path / "a"), traces(tmp_path / "b")
+    manifest = Trace.open(chosen).manifest
+    (part,) = Trace.open(chosen).whole()
+    assert manifest.num_experts_per_tok == manifest.num_experts
+    per_expert = np.bincount(part.expert_ids[:, 0].ravel(), minlength=256)[: manifest.num_experts]
+    assert len(set(per_expert)) == 1 and per_expert[0] > 0  # each expert took as many as the others
+    (part,) = Trace.open(capped).whole()
+    assert part.kept is not None and 0 < part.kept.mean() < 1
+
+
 def test_a_disk_that_refuses_ends_the_trace_and_not_the_run(
     tmp_path: Path, text: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
