@@ -17,6 +17,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_ROWS = 16
+"""Layers on one screen."""
 _FORMATS = "big-moe-on-edge, lattice, llama.cpp, megatron, sglang, vllm"
 
 
@@ -150,8 +152,12 @@ def _print(trace: "Trace", about: "Summary") -> None:
     table = Table(box=None, pad_edge=False)
     for name in ("layer", "busiest expert", "unused", "experts a pass"):
         table.add_column(name, justify="right")
-    for one in about.layers:
+    L = len(about.layers)
+    shown_layers = sorted({round(i * (L - 1) / (_ROWS - 1)) for i in range(_ROWS)}) if L > _ROWS else range(L)
+    for one in (about.layers[at] for at in shown_layers):
         table.add_row(
             str(one.layer), f"{one.load_max_over_mean:.2f}x mean", f"{one.dead}", f"{one.distinct_per_step:.1f}"
         )
     Console(highlight=False, soft_wrap=True).print(table)
+    if len(shown_layers) < L:
+        print(f"{len(shown_layers)} of {L} layers; --json has all")

@@ -69,6 +69,13 @@ def test_commands(tmp_path):
     assert isinstance(run("show", tmp_path).exception, DataError)
 
 
+def test_many_layers_fit_on_a_screen(tmp_path):
+    record(tmp_path / "t", layers=tuple(range(61)))
+    lines = run("show", tmp_path / "t").output.splitlines()
+    assert len(lines) <= 24 and lines[-1] == "16 of 61 layers; --json has all"
+    assert {lines[-17].split()[0], lines[-2].split()[0]} == {"0", "60"}
+
+
 def test_verify_finds_a_changed_file(tmp_path):
     record(tmp_path / "t")
     part = tmp_path / "t" / "part-00000.safetensors"
