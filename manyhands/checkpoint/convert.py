@@ -44,11 +44,17 @@ class Conversion:
     """
 
     def __init__(
-        self, source: Source, family: Family, dtype: torch.dtype | None = None, *, drop_extras: bool = False
+        self,
+        source: Source,
+        family: Family,
+        dtype: torch.dtype | None = None,
+        *,
+        drop_extras: bool = False,
+        tokenizer: str | Path | None = None,
     ) -> None:
         self.source, self.family, config, origin = source, family, source.config, source.origin
         self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
-        self.tokenizer, self.unread = tokenizer_of(source.path)
+        self.tokenizer, self.unread = tokenizer_of(source.path if tokenizer is None else Path(tokenizer))
         self.config = target_config(family, config, self.dtype, origin, self.tokenizer)
         self.headers = target_headers(family, config, dtype_rule(family, self.dtype, origin))
         self.pieces = target_pieces(family, config)
@@ -120,6 +126,7 @@ def convert(
     agreement: bool = True,
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
+    tokenizer: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source_path` as family `to` (None: its own; for ours, the nearest) and return the receipt.
@@ -127,7 +134,9 @@ def convert(
     With `agreement` both models are run on sample tokens before the new directory appears; without a change of dtype
     they must agree, else `CheckFailed` is raised and nothing is written. `overwrite` replaces a target that this
     program wrote; any other that exists and is not empty is a `UserError`. `ignore_fields` are `load_model`'s, and
-    stand in the receipt. Raises what `Conversion` does, before anything is written, and `StorageError` if the disk
+    stand in the receipt. `tokenizer` names a directory whose tokenizer is taken in the place of the source's.
+
+    Raises what `Conversion` does, before anything is written, and `StorageError` if the disk
     refuses.
     """
     claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
@@ -136,7 +145,7 @@ def convert(
     ours = source.family.model_type == "manyhands"
     own = family_named(source.family.model_type)  # in its own names, whatever the source's are
     family = family_named(to, "--to") if to else nearest(source.config) if ours else own
-    plan = Conversion(source, family, dtype, drop_extras=drop_extras)
+    plan = Conversion(source, family, dtype, drop_extras=drop_extras, tokenizer=tokenizer)
     if agreement:  # before hours of writing: both models are then held whole, one after the other
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")
     with building(target_path, overwrite=overwrite, sources=sources) as partial:

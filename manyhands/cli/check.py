@@ -76,7 +76,7 @@ def _describe(
     from manyhands.config.load import described_model, load_preset, load_run, preset_names
 
     path = Path(model)
-    if path.is_dir():
+    if path.is_dir() or model.endswith(".gguf"):
         if overrides:
             raise ConfigError(f"{model} is a checkpoint: it is checked as it is, without {overrides[0]!r}")
         from manyhands.checkpoint.find import open_checkpoint

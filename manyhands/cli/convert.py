@@ -32,6 +32,10 @@ def convert(
         bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
     ] = False,
     ignore_field: IgnoreField = None,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A directory with the tokenizer to write, if not the source's."),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a checkpoint in another family's format; receipt.json says what became of every tensor."""
@@ -62,6 +66,7 @@ def convert(
             agreement=agreement,
             overwrite=overwrite,
             ignore_fields=ignore_field or (),
+            tokenizer=tokenizer,
             progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=shown(name[-50:])),
         )
     if json_output:

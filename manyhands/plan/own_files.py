@@ -29,6 +29,11 @@ def storage_of_files(directory: Path, counts: Counts, packed: bool) -> Storage |
                     sizes[component(name)] += prod(entry["shape"]) * _BYTES[entry["dtype"]]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
         return None
+    return storage_of_sizes(sizes, counts, packed)
+
+
+def storage_of_sizes(sizes: dict[str, int], counts: Counts, packed: bool) -> Storage | None:
+    """Bits per weight, from the bytes of every component; None if one of them has none."""
     if not sizes or not all(sizes.values()):
         return None
     bits = {name: 8 * size / counts.by_component[name] for name, size in sizes.items()}

@@ -10,7 +10,7 @@ from manyhands.config import AnyModelConfig, ModelConfig, PackedConfig, parse, r
 from manyhands.errors import ConfigError
 from manyhands.files import CONFIG, RUN
 from manyhands.plan.count import Counts, count_model
-from manyhands.plan.own_files import storage_of_files
+from manyhands.plan.own_files import storage_of_files, storage_of_sizes
 from manyhands.plan.sizes import Sizes, sizes_of
 from manyhands.plan.storage import Storage
 from manyhands.plan.stored_dtype import native_storage
@@ -47,6 +47,8 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
     path = Path(model)
     if path.is_dir():
         return _directory(path, overrides)
+    if model.endswith(".gguf"):
+        return _gguf(path, overrides)
     if path.suffix == ".json" or (path.is_file() and path.suffix not in (".yaml", ".yml")):
         _no_overrides(model, overrides)
         return _config_file(path, path.parent.name if path.name == CONFIG and path.parent.name else path.stem)
@@ -74,6 +76,10 @@ def _directory(path: Path, overrides: Sequence[str]) -> Subject:
         return _config_file(path / CONFIG, name)
     if (path / RUN).is_file():
         return _ours(load_run(path / RUN, overrides).model, name, f"run {path}")
+    from manyhands.families.gguf import gguf_in
+
+    if (file := gguf_in(path)) is not None:
+        return _gguf(file, overrides)
     raise ConfigError(f"{path}: neither a checkpoint (no config.json) nor a run (no run.yaml)")
 
 
@@ -127,6 +133,23 @@ def _config_file(path: Path, name: str) -> Subject:
         native=storage,
         file_bytes=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None,
         notes=(*notes, *([note] if note else [])),
+    )
+
+
+def _gguf(path: Path, overrides: Sequence[str]) -> Subject:
+    from manyhands.plan.gguf_file import read_gguf
+
+    _no_overrides(str(path), overrides)
+    found = read_gguf(path)
+    counts = count_model(found.config)
+    return Subject(
+        name=path.stem,
+        origin=f"{path} ({found.published})",
+        counts=counts,
+        config=found.config,
+        sizes=sizes_of(found.config),
+        native=storage_of_sizes(found.sizes, counts, packed=False),
+        file_bytes=found.file_bytes,
     )
 
 

@@ -8,9 +8,11 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from manyhands.errors import ManyhandsError, UserError
+from manyhands.families.gguf import is_gguf, read_series
 from manyhands.serve.errors import ApiError
 from manyhands.serve.served import Served, aside
 
@@ -114,5 +116,7 @@ class Models:
 
 
 def weight_bytes(directory: Path) -> int:
-    """What a checkpoint's tensors take on the disk."""
+    """What a checkpoint's tensors take on the disk; of a GGUF file, decoded to float32 as they are in memory."""
+    if is_gguf(directory):
+        return 4 * sum(prod(info.shape) for info in read_series(directory)[0].tensors.values())
     return sum(file.stat().st_size for file in directory.rglob("*.safetensors"))

@@ -27,6 +27,7 @@ _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = range(1, 7)
 _SPACE = "▁"
 _ENDS = ("eos", "eot", "eom")
 _NAMED = {"bos": "bos_token", "eos": "eos_token", "unknown": "unk_token", "padding": "pad_token"}
+_HELP = "manyhands convert FILE DIRECTORY --tokenizer DIR takes the publisher's"
 _LONGEST = 1024
 """Characters of a token: merges are tried at every place in it."""
 
@@ -71,10 +72,10 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 def _tokenizer_json(keys: "_Keys", tokens: list[str]) -> dict[str, Any]:
     if not tokens:
-        raise keys.wrong("tokens", "there is no tokenizer in this file; --tokenizer DIR gives one")
+        raise keys.wrong("tokens", f"there is no tokenizer in this file; {_HELP}")
     vocabulary = {token: i for i, token in enumerate(tokens)}
     if len(vocabulary) != len(tokens):
-        raise keys.wrong("tokens", "a token is there twice; --tokenizer DIR gives another tokenizer")
+        raise keys.wrong("tokens", f"a token is there twice; {_HELP}")
     if max(map(len, tokens)) > _LONGEST:
         raise keys.wrong("tokens", f"a token is longer than {_LONGEST} characters")
     types = keys.numbers("token_type", len(tokens)) or [_NORMAL] * len(tokens)
@@ -83,13 +84,13 @@ def _tokenizer_json(keys: "_Keys", tokens: list[str]) -> dict[str, Any]:
         return _byte_level(keys, vocabulary, tokens, types)
     if kind == "llama":
         return _sentencepiece(keys, vocabulary, tokens, types)
-    raise keys.wrong("model", "expected 'gpt2' or 'llama'; --tokenizer DIR gives another tokenizer")
+    raise keys.wrong("model", f"expected 'gpt2' or 'llama'; {_HELP}")
 
 
 def _byte_level(keys: "_Keys", vocabulary: dict[str, int], tokens: list[str], types: list[int]) -> dict[str, Any]:
     pre = keys.values.get("tokenizer.ggml.pre")
     if not isinstance(pre, str) or pre not in PRE:
-        raise keys.wrong("pre", "how it splits text is not known; --tokenizer DIR gives the publisher's tokenizer")
+        raise keys.wrong("pre", f"how it splits text is not known; {_HELP}")
     merges = []
     for number, merge in enumerate(keys.texts("merges")):
         at = merge.find(" ", 1)

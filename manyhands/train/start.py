@@ -9,8 +9,10 @@ import torch
 from manyhands.checkpoint.find import open_checkpoint
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
 from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.config import ModelConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
+from manyhands.families.gguf import is_gguf, read_series
 from manyhands.files import CONFIG
 from manyhands.models import Decoder
 from manyhands.text import Tokenizer
@@ -25,7 +27,8 @@ class Start:
 
     source: str
     """As `RunConfig.start` has it."""
-    directory: Path
+    path: Path
+    """A directory, or a GGUF file."""
     config: ModelConfig
 
     @classmethod
@@ -37,27 +40,28 @@ class Start:
                 f"start = {source!r}: packed weights cannot be trained; "
                 f"unpack them first: manyhands convert {source} DIRECTORY"
             )
-        return cls(source, opened.directory, opened.config)
+        return cls(source, opened.path, opened.config)
 
     def tokenizer(self) -> Tokenizer:
         """Raises `ConfigError` if there is none."""
-        if not has_tokenizer(self.directory):
+        if not is_gguf(self.path) and not has_tokenizer(self.path):
             raise ConfigError(f"start = {self.source!r} has no tokenizer: say data.tokenizer=FILE")
-        return Tokenizer.from_directory(self.directory)
+        return read_tokenizer(self.path)
 
     def load_into(self, model: Decoder) -> None:
         """Give `model` its weights, in float32."""
-        weights = load_model(self.directory, dtype=torch.float32).state_dict()
+        weights = load_model(self.path, dtype=torch.float32).state_dict()
         model.load_state_dict(weights)
 
     def described(self) -> dict[str, str | dict[str, str]]:
         """For the journal: what the run started from, with the SHA-256 of the files that make the model."""
-        if (self.directory / MANIFEST).is_file():
-            digests = {name: entry.sha256 for name, entry in read_manifest(self.directory).files.items()}
+        if (self.path / MANIFEST).is_file():
+            digests = {name: entry.sha256 for name, entry in read_manifest(self.path).files.items()}
         else:
-            digests = {path.name: _digest(path) for path in sorted(self.directory.iterdir()) if _is_model(path.name)}
+            files = [part.path for part in read_series(self.path)[1]] if is_gguf(self.path) else self.path.iterdir()
+            digests = {path.name: _digest(path) for path in sorted(files) if _is_model(path.name)}
         of_model = {name: digest for name, digest in digests.items() if _is_model(name)}
-        return {"source": self.source, "directory": str(self.directory.resolve()), "sha256": of_model}
+        return {"source": self.source, "directory": str(self.path.resolve()), "sha256": of_model}
 
 
 def with_model(run: RunConfig, config: ModelConfig) -> RunConfig:
@@ -86,7 +90,7 @@ def _same(said: Strict, found: Strict, path: str, start: str | None) -> None:
 
 def _is_model(name: str) -> bool:
     """Whether a file says what the model is, or holds its weights. A run's checkpoint has its training state beside."""
-    return name == CONFIG or (name.endswith(".safetensors") and name not in _STATE)
+    return name == CONFIG or (name.endswith((".safetensors", ".gguf")) and name not in _STATE)
 
 
 def _digest(path: Path) -> str:

@@ -14,11 +14,16 @@ from manyhands.checkpoint.runs import RunDirectory
 from manyhands.checkpoint.state import load_tensors
 from manyhands.config.load import dump_run, load_run
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, UserError
+from manyhands.models import Decoder
 from manyhands.trace.journal import read_journal
 from manyhands.train import loop
 from manyhands.train.fresh import fresh_state
 from manyhands.train.signals import StopSignals
+from manyhands.train.start import Start
 
+from ..checkpoint.gguf_bytes import byte_level, file_of
+from ..checkpoint.gguf_mutations import GQA, MOE, SMALL
+from ..checkpoint.hostile import make
 from ..small_runs import manyhands, small_run, write_text
 
 
@@ -147,3 +152,16 @@ def test_who_asks_for_the_model_of_such_a_file_is_sent_to_the_checkpoint(base: P
     for verb in ("plan", "check"):
         said = manyhands(verb, str(file))
         assert said.returncode == 2 and f"its model is that of start = '{base}': name that in its place" in said.stderr
+
+
+def test_a_gguf_file_is_a_start(tmp_path) -> None:
+    directory = make(tmp_path / "hf", **SMALL, **GQA, moe=MOE)
+    path = tmp_path / "model.gguf"
+    path.write_bytes(file_of(directory, "Q8_0", byte_level()).bytes())
+    start = Start.open(str(path))
+    assert start.tokenizer().vocab_size == 260
+    assert set(start.described()["sha256"]) == {"model.gguf"}
+    model = Decoder(start.config)
+    start.load_into(model)
+    expected = load_model(path).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
