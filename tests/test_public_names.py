@@ -142,6 +142,7 @@ FLAGS = {
         "agreement",
         "json_output",
         "overwrite",
+        "tokenizer",
     },
     "chat": {
         "trace",
