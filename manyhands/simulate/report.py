@@ -7,7 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from manyhands.errors import UserError
+from manyhands.errors import DataError, UserError
 from manyhands.simulate.replay import Tally
 from manyhands.simulate.sweep import Row, budgets_in_cycles, speed, sweep
 from manyhands.simulate.tokens import Tokens, record_sizes
@@ -16,6 +16,8 @@ from manyhands.simulate.wants import Wants
 from manyhands.trace.counts import expert_counts
 from manyhands.trace.foreign import opened
 from manyhands.trace.recording import Manifest
+
+_MOST_EXPERTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,11 @@ def simulated(
     """
     with opened(path) as trace:
         manifest, recorded = trace.manifest, len(trace)
+        if len(manifest.layers) * manifest.num_experts > _MOST_EXPERTS:  # what is kept for each, without a token of it
+            raise DataError(
+                f"{path}: {len(manifest.layers):,} layers of {manifest.num_experts:,} experts; "
+                f"a simulation takes {_MOST_EXPERTS:,} experts in all"
+            )
         sizes = record_sizes(manifest, settings.record_bytes)
         tokens = Tokens.of(trace, settings.max_tokens)
         counts = expert_counts(trace).tolist() if "pinned" in settings.policies and settings.pin is None else None

@@ -139,6 +139,16 @@ def test_not_a_trace(tmp_path: Path) -> None:
         simulated(tmp_path, Settings())
 
 
+def test_a_description_of_absurd_size_costs_nothing(trace: Path, tmp_path: Path) -> None:
+    record(tmp_path / "trace", T=2)
+    told = tmp_path / "trace" / "trace.json"
+    values = json.loads(told.read_text()) | {"layers": list(range(4096)), "num_experts": 65_534}
+    (tmp_path / "trace" / "manifest.json").unlink()
+    told.write_text(json.dumps(values))
+    with pytest.raises(DataError, match="4,096 layers of 65,534 experts; a simulation takes 1,048,576 experts in all"):
+        simulated(tmp_path / "trace", Settings(record_bytes=10))
+
+
 def run(*arguments: object) -> str:
     result = CliRunner().invoke(app, ["simulate", *map(str, arguments)], catch_exceptions=False)
     assert result.exit_code == 0
