@@ -52,6 +52,8 @@ FLAGS = {
     "generate": {
         "trace",
         "trace_limit",
+        "without_expert",
+        "replay",
         "exact",
         "ignore_field",
         "checkpoint",
@@ -79,7 +81,7 @@ FLAGS = {
             "sequence_length",
             "text_field",
         ),
-        *("random_routers", "draws", "seed", "ignore_field", "json_output"),
+        *("random_routers", "draws", "seed", "ignore_field", "json_output", "ablate"),
     },
     "serve": {
         *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),

@@ -43,6 +43,22 @@ def generate(
     show_routing: Annotated[
         bool, typer.Option("--show-routing", help="Print each new token with the experts that made it.")
     ] = False,
+    without_expert: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without-expert",
+            metavar="L.E",
+            help="Also answer as if expert E of layer L were off (3.17), and show both. Repeatable.",
+        ),
+    ] = None,
+    replay: Annotated[
+        Path | None,
+        typer.Option(
+            "--replay",
+            metavar="TRACE",
+            help="In place of prompts: the texts of a recorded trace, each by its own routing and by the recorded one.",
+        ),
+    ] = None,
     exact: Annotated[
         bool,
         typer.Option(
@@ -74,7 +90,10 @@ def generate(
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
-    if not prompt:
+    without = _check_edits(without_expert or [], replay, {"--show-routing": show_routing, "--trace": trace is not None})
+    if replay is not None and prompt:
+        raise UserError("--replay brings its own texts: leave --prompt out")
+    if not prompt and replay is None:
         if sys.stdin.isatty():
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
         prompt = [sys.stdin.read()]
@@ -87,6 +106,13 @@ def generate(
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
+    if without or replay is not None:
+        from manyhands.cli.edited import show_edited
+
+        engine = Engine(model, tokenizer, exact=exact, speculate=speculate)
+        show_edited(engine, tokenizer, prompt or [], sampling, without, replay, json_output)
+        return
+    assert prompt
     with recording(model, tokenizer, trace, limit, "generate") as recorder:
         engine = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact, speculate=speculate, trace=recorder)
         _say(prompt, engine.stream(prompt, sampling), tokenizer, sampling, show_routing, json_output)
@@ -129,6 +155,18 @@ def _say(
         for text in texts:
             print(text, end="", flush=True)
         print()
+
+
+def _check_edits(without: list[str], replay: Path | None, others: dict[str, bool]) -> dict[int, tuple[int, ...]]:
+    """The experts that are off, by layer. Raises `UserError` for flags that say nothing together."""
+    from manyhands.cli.edited import parse_experts
+
+    if replay is not None and without:
+        raise UserError("--replay and --without-expert are two experiments: leave one of them out")
+    for flag, given in others.items():
+        if given and (without or replay is not None):
+            raise UserError(f"{flag} goes with one answer, --without-expert and --replay show two: leave it out")
+    return parse_experts(without)
 
 
 def _in_turn(

@@ -45,6 +45,14 @@ def inspect(
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
     ] = "text",
+    ablate: Annotated[
+        bool,
+        typer.Option(
+            "--ablate",
+            help="In place of the page: experts ranked by how much the loss rises with each of them off. "
+            "One pass over the text for each expert.",
+        ),
+    ] = False,
     random_routers: Annotated[
         int, typer.Option(min=0, max=20, help="Routers with random weights that stand beside the model's.")
     ] = 3,
@@ -64,6 +72,18 @@ def inspect(
     from manyhands.files import check_replaceable
     from manyhands.inspect.recorded import is_trace
 
+    if ablate:
+        from manyhands.cli.ablate import rank
+
+        for flag, given in {
+            "--against": against, "--checkpoints": checkpoints, "--tokenizer": tokenizer, "--out": out
+        }.items():  # fmt: skip
+            if given:
+                raise UserError(f"{flag} says nothing with --ablate; leave it out")
+        if not data or is_trace(subject):
+            raise UserError("--ablate measures a model's loss on a text: give a model, and --data TEXT")
+        rank(subject, data, max_tokens, sequence_length, text_field, seed, tuple(ignore_field or ()), json_output)
+        return
     page = out or (None if json_output else PAGE)
     if page is not None:
         check_replaceable(page, b"manyhands inspect")
