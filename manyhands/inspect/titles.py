@@ -61,6 +61,10 @@ def of(found: Mapping[str, Any]) -> dict[str, str]:
         if figures := _all(found, kind, what):
             value = told(_mean([figure.value for figure in figures]))
             titles[key] = sentence.format(value) + _beside(figures, told)
+    if "against" in found:
+        same = [each["experts"] for each in found["against"]["layers"]]
+        share, unrelated = _mean([f.value for f in same]), _mean([f.shuffled for f in same])
+        titles["against"] = f"The other chooses {share:.1%} of the same experts; unrelated tokens share {unrelated:.0%}"
     titles["predict"] = _predict(found)
     lag = [each["over_time"][1] for each in found["layers"] if 1 in each["over_time"]]
     titles["time"] = "Overlap in time"
