@@ -145,6 +145,8 @@ FLAGS = {
         "json_output",
         "overwrite",
         "tokenizer",
+        "file_type",
+        "without_vocabulary",
     },
     "chat": {
         "trace",

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from manyhands.checkpoint.manifest import MANIFEST, verify
 from manyhands.errors import CheckpointError, UserError
+from manyhands.files import check_replaceable
 
 
 def claim(
@@ -39,6 +40,26 @@ def claim(
         raise UserError(f"{target}: {problem}, so it is not all this program's and stays; choose another directory")
     hint = "choose another directory" + ("" if problem else ", or --overwrite (overwrite=True) to replace it")
     raise UserError(f"{target}: exists and is not empty; {hint}")
+
+
+def claim_file(target: str | Path, mark: bytes, *, overwrite: bool = False, sources: Iterable[str | Path] = ()) -> Path:
+    """The same of a single file; one that this program made bears `mark` near its head."""
+    if str(target).startswith("~"):
+        raise UserError(f"{target}: ~ reached the program as it is; write $HOME, or ./{target} for that very name")
+    if not str(target) or "\0" in str(target):
+        raise UserError("the target has no name; name a file to write")
+    real = Path(os.path.realpath(target))
+    for source in sources:
+        if Path(source).exists() and _same(real, Path(os.path.realpath(source))):
+            raise UserError(f"{target}: the source and the target are the same file; choose another target")
+        if Path(source).is_dir() and any(_same(place, Path(source)) for place in real.parents):
+            raise UserError(f"{target}: lies inside the source {source}; choose a target outside it")
+    if not os.path.lexists(target):
+        return real
+    check_replaceable(target, mark)
+    if not overwrite:
+        raise UserError(f"{target}: exists; choose another name, or --overwrite (overwrite=True) to replace it")
+    return real
 
 
 def _check_place(target: str | Path, real: Path) -> None:

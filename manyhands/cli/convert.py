@@ -13,7 +13,9 @@ from manyhands.terminal import shown
 
 def convert(
     source: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
-    target: Annotated[str, typer.Argument(help="The directory to write: a new one, or an empty folder.")],
+    target: Annotated[
+        str, typer.Argument(help="The directory to write: a new one, or an empty folder. Or a file, NAME.gguf.")
+    ],
     to: Annotated[
         str | None,
         typer.Option(help="The family (model_type) to write. Default: its own; for our own models, the nearest."),
@@ -21,6 +23,13 @@ def convert(
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Default: as stored (decoded: bfloat16).")
     ] = None,
+    file_type: Annotated[
+        Literal["f32", "bf16", "q8_0", "q4_0", "mxfp4"] | None,
+        typer.Option("--type", help="Of NAME.gguf: how the weights are stored there. Default: bf16."),
+    ] = None,
+    without_vocabulary: Annotated[
+        bool, typer.Option("--without-vocabulary", help="Write NAME.gguf without the tokenizer: for token ids only.")
+    ] = False,
     max_shard_size: Annotated[float, typer.Option(min=1e-6, help="GB (10⁹ bytes) per file.")] = MAX_SHARD_SIZE / 1e9,
     drop_extras: Annotated[
         bool, typer.Option("--drop-extras", help="Leave out what the model does not compute with (MTP, vision).")
@@ -38,7 +47,10 @@ def convert(
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
-    """Write a checkpoint in another family's format; receipt.json says what became of every tensor."""
+    """Write a checkpoint in another family's format; receipt.json says what became of every tensor.
+
+    To NAME.gguf: one file for llama.cpp, if that computes the same.
+    """
     import json
 
     import torch
@@ -47,6 +59,8 @@ def convert(
 
     from manyhands.checkpoint.convert import RECEIPT
     from manyhands.checkpoint.convert import convert as run
+    from manyhands.checkpoint.gguf.export import export, said
+    from manyhands.errors import UserError
 
     columns = (
         TextColumn("{task.fields[tensor]}", markup=False),
@@ -54,8 +68,32 @@ def convert(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
+    to_gguf = target.endswith(".gguf")
+    if not to_gguf and (file_type is not None or without_vocabulary):
+        flag = "--without-vocabulary" if file_type is None else "--type"
+        raise UserError(f"{flag} is for a GGUF file, and {target} does not end in .gguf")
+    if to_gguf and dtype is not None:
+        raise UserError("--dtype is for a directory; how a GGUF file stores weights is --type")
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
         task = bar.add_task("tensors", total=None, tensor="")
+
+        def progress(name: str, done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total, tensor=shown(name[-50:]))
+
+        if to_gguf:
+            written = export(
+                source,
+                target,
+                file_type=file_type or "bf16",
+                to=to,
+                with_vocabulary=not without_vocabulary,
+                overwrite=overwrite,
+                ignore_fields=ignore_field or (),
+                tokenizer=tokenizer,
+                progress=progress,
+            )
+            print(json.dumps(written) if json_output else said(written))
+            return
         receipt = run(
             source,
             target,
@@ -67,7 +105,7 @@ def convert(
             overwrite=overwrite,
             ignore_fields=ignore_field or (),
             tokenizer=tokenizer,
-            progress=lambda name, done, total: bar.update(task, completed=done, total=total, tensor=shown(name[-50:])),
+            progress=progress,
         )
     if json_output:
         print(json.dumps(receipt))

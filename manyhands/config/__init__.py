@@ -16,6 +16,7 @@ from manyhands.config.run import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    TokenizerConfig,
     TrainConfig,
 )
 from manyhands.config.sampling import SamplingConfig
@@ -39,6 +40,7 @@ __all__ = [
     "SamplingConfig",
     "ScheduleConfig",
     "Strict",
+    "TokenizerConfig",
     "TrainConfig",
     "parse",
     "read_model_config",

@@ -25,6 +25,14 @@ class DataConfig(Strict):
     """A `tokenizer.json`, or its directory; without one a byte-level BPE of `model.vocab_size` is trained."""
 
 
+class TokenizerConfig(Strict):
+    """The tokenizer that is trained, where `data.tokenizer` names none."""
+
+    pre: Literal["llama-bpe", "qwen2", "gpt-2"] | None = None
+    """A published rule for where it may not merge, by llama.cpp's name: with one of them the model can be written as
+    GGUF. None: this project's own rule, which needs fewer tokens for source code."""
+
+
 class BalanceConfig(Strict):
     """How the router is kept balanced. All terms are per layer, then averaged over the sparse layers."""
 
@@ -138,6 +146,7 @@ class RunConfig(Strict):
     """Patterns over the names of the parameters that are trained (`*` is anything); `!` in front of one leaves out what
     it matches. The others are frozen."""
     data: DataConfig = DataConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()
@@ -159,6 +168,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"train.sequence_length = {self.train.sequence_length} exceeds "
                 f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+            )
+        if self.tokenizer.pre is not None and self.data.tokenizer is not None:
+            raise ValueError(
+                f"tokenizer.pre = {self.tokenizer.pre!r} is for a tokenizer that is trained; data.tokenizer names one "
+                "that is there"
             )
         for change in self.history:
             for path in change.set:

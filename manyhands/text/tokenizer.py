@@ -26,7 +26,7 @@ from manyhands.errors import CheckpointError, DataError
 from manyhands.files import TOKENIZER, write_atomic, writing
 from manyhands.text import disarm
 from manyhands.text.chat import ChatTemplate, Message
-from manyhands.text.pieces import PIECES
+from manyhands.text.pretokenizers import RULES, Pre, pre_tokenizer
 from manyhands.text.stream import StreamDecoder
 from manyhands.text.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles, read_tokenizer_files
 from manyhands.text.vet import vet
@@ -93,9 +93,10 @@ class Tokenizer:
         config.json where that has none."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int, pre: Pre | None = None) -> Self:
         """Learn a byte-level BPE of at most `vocab_size` tokens (fewer if the text is too small for more).
 
+        `pre` names a published rule for where it may not merge (`pretokenizers.py`); None is `pieces.py`.
         Deterministic. Of much text every n-th is used, about 6 million characters in all. Each of the 256 bytes
         is a token, so any text can be encoded; `<|endoftext|>` is id 0.
         Raises `DataError` for `vocab_size` < 257 or text that UTF-8 cannot hold.
@@ -104,13 +105,8 @@ class Tokenizer:
             raise DataError(f"a byte-level vocabulary needs at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}")
         texts = list(texts)
         stride = -(-sum(map(len, texts)) // _ENOUGH_CHARACTERS) or 1
-        inner = tokenizers.Tokenizer(models.BPE())
-        inner.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(tokenizers.Regex(PIECES), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
+        inner = tokenizers.Tokenizer(models.BPE(ignore_merges=pre is not None and RULES[pre].ignore_merges))
+        inner.pre_tokenizer = pre_tokenizer(pre)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size,

@@ -6,6 +6,7 @@
     names.py    our tensor names <-> GGUF's
     archs.py    `general.architecture` <-> `model_type`, key by key
     fields.py   a header -> the fields of a `config.json`
+    written.py  a model -> keys and tensors, if llama.cpp computes the same
 
 The tensors themselves are `checkpoint/gguf/`'s.
 """
