@@ -87,6 +87,8 @@ def _predict(found: Mapping[str, Any]) -> str:
         return f"The layer's own router, asked one sublayer early, names {early:.0%} of the experts"
     if math.isfinite(token):
         return f"The token id names {token:.0%} of the experts; the busiest experts alone {constant:.0%}"
+    if not math.isfinite(constant):
+        return "Too few texts to foretell experts from others"
     return f"The busiest experts alone are {constant:.0%} of those used"
 
 

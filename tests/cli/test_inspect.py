@@ -86,6 +86,8 @@ def test_a_trace_says_that_no_random_router_stands_beside_it(folder: Path, tmp_p
     page = (tmp_path / "inspect.html").read_text()
     assert "No random router stands beside these figures" in page and "coloured by the expert" in page
     assert manyhands("inspect", str(tmp_path / "t"), "--json", cwd=tmp_path).returncode == 0
+    short = manyhands("inspect", str(tmp_path / "t"), "--max-tokens", "50", cwd=tmp_path)
+    assert short.returncode == 0 and "nan" not in short.stdout and "Too few texts" in short.stdout
     refused = manyhands("inspect", str(tmp_path / "t"), "--data", "stdlib", cwd=tmp_path)
     assert refused.returncode == 2 and "--data is for a model" in refused.stderr
 
