@@ -11,13 +11,15 @@ manifest.json       in what manyhands wrote: SHA-256 of every file, verified on 
 """
 
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
+from manyhands.checkpoint.budget import Budget, share
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.gguf.files import is_gguf
@@ -28,6 +30,7 @@ from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.source import Source, open_source
+from manyhands.checkpoint.stored import hold_stored, open_store, read_tensor
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import ModelConfig
 from manyhands.config.shapes import tensor_shapes
@@ -47,6 +50,8 @@ class Model(Decoder):
         super().__init__(config, experts_implementation)
         self.origin: Origin | None = None
         self.tokenizer: Tokenizer | None = None
+        self.budget: Budget | None = None
+        """How memory was shared out, of a model whose experts are on disk."""
 
     @property
     def family(self) -> str:
@@ -62,7 +67,7 @@ class Model(Decoder):
 
     def train(self, mode: bool = True) -> "Model":
         """Raises `UserError` for packed weights, which have no gradient."""
-        if mode and self.records:
+        if mode and (self.records or self.budget is not None):
             raise UserError(
                 "packed weights cannot be trained; load_model(…, decode=True) or `manyhands convert` unpacks them"
             )
@@ -100,6 +105,10 @@ def load(
     experts_implementation: str = "auto",
     decode: bool = False,
     ignore_fields: Collection[str] = (),
+    memory: int | None = None,
+    cache_policy: str = "lfu",
+    pin: Sequence[Sequence[int]] | None = None,
+    cache_bytes: int | None = None,
 ) -> tuple[Model, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
@@ -121,7 +130,8 @@ def load(
             f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
             f"{source.config.vocab_size}; they do not belong together"
         )
-    model = from_source(source, dtype, device, experts_implementation, decode=decode)
+    on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
+    model = from_source(source, dtype, device, experts_implementation, decode, on_disk)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -135,6 +145,10 @@ def load_model(
     verified: bool = False,
     decode: bool = False,
     ignore_fields: Collection[str] = (),
+    memory: int | None = None,
+    cache_policy: str = "lfu",
+    pin: Sequence[Sequence[int]] | None = None,
+    cache_bytes: int | None = None,
 ) -> Model:
     """The model of a checkpoint directory, in evaluation mode; `model.train()` to go on training it.
 
@@ -146,6 +160,12 @@ def load_model(
     are. `ignore_fields` names fields of `config.json` that nobody knows and that are to be read past: that they change
     nothing is the caller's word.
 
+    `memory` bounds what this process takes, in bytes: the experts of a packed model stay on disk, and as many as there
+    is room for are kept in memory by `cache_policy`: `lfu` (those used most often of late), `lru`, or `pinned` (those
+    with the most uses in `pin` [sparse layers][E]). The tokens are the same. `cache_bytes` of it are for the caches of
+    requests; None: one context, at most a quarter of what is left. A step that cannot read an expert raises
+    `DiskError`.
+
     Raises `CheckpointError` if the directory is damaged, or holds a config or a tensor that does not fit, and
     `UserError` if memory does not hold the model: all names, shapes, dtypes and sizes are checked before any weight
     is allocated.
@@ -154,7 +174,8 @@ def load_model(
         source = open_source(directory, ignore_fields)
     else:
         source = open_directory(directory, ignore_fields)
-    return from_source(source, dtype, device, experts_implementation, decode)
+    on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
+    return from_source(source, dtype, device, experts_implementation, decode, on_disk)
 
 
 def save(
@@ -176,6 +197,8 @@ def save(
     Raises `UserError` for a target that may not be written, `ConfigError` naming the field that the family cannot
     express, `StorageError` if the disk refuses.
     """
+    if isinstance(model, Model) and model.budget is not None:
+        raise UserError("its experts are on disk: load it without memory to save it, or copy its directory")
     origin = model.origin if isinstance(model, Model) else None
     records = model.records if isinstance(model, Model) else {}
     sources = [] if origin is None else [origin.path]
@@ -236,9 +259,14 @@ def from_source(
     device: torch.device | str = "cpu",
     implementation: str = "auto",
     decode: bool = False,
+    on_disk: "OnDisk | None" = None,
 ) -> Model:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
     device = torch.device(device)
+    if on_disk is not None:
+        if device.type != "cpu" or dtype is not None or decode:
+            raise UserError("memory keeps packed experts on disk: not with another device, a dtype or decode")
+        return _from_disk(source, implementation, on_disk)
     check_room(source, dtype, device, decode)
     try:
         with torch.device("meta"):
@@ -260,6 +288,43 @@ def from_source(
     model.load_state_dict(state, assign=True)
     model.origin = source.origin
     model.requires_grad_(not records)  # what is not packed is not trained alone
+    return model.eval()
+
+
+class OnDisk(NamedTuple):
+    """How experts stay on disk: `load_model` explains."""
+
+    memory: int
+    cache_policy: str
+    pin: Sequence[Sequence[int]] | None
+    cache_bytes: int | None
+
+
+def _on_disk(
+    memory: int | None, cache_policy: str, pin: Sequence[Sequence[int]] | None, cache_bytes: int | None
+) -> OnDisk | None:
+    return None if memory is None else OnDisk(memory, cache_policy, pin, cache_bytes)
+
+
+def _from_disk(source: Source, implementation: str, how: OnDisk) -> Model:
+    budget = share(source, how.memory, how.cache_bytes)
+    store = open_store(source, budget, how.cache_policy, how.pin)
+    with torch.device("meta"):
+        model = Model(source.config, implementation)
+        linear = {name: record for name, record in source.records.items() if record.num_experts is None}
+        hold_records(model, linear, implementation)
+    hold_stored(model, source, store, implementation)
+    routers = [f"{name}." for name, module in model.named_modules() if isinstance(module, Router)]
+    inside = {name for record in source.records.values() for name in record.sections}
+    state = {name: read_tensor(source, source.files.stored[name]) for name in linear}
+    for name in tensor_shapes(source.config):
+        if name not in inside:
+            tensor = read_tensor(source, source.files.stored[source.pieces[name][0].theirs])
+            state[name] = tensor.float() if name.rpartition(".")[0] + "." in routers else tensor
+    _check_tied(source)
+    model.load_state_dict(state, assign=True)
+    model.origin, model.budget = source.origin, budget
+    model.requires_grad_(False)
     return model.eval()
 
 

@@ -6,6 +6,7 @@ from manyhands.engine.draw import TokenLogprob
 from manyhands.engine.request import FinishReason, Request
 from manyhands.engine.runner import Routed
 from manyhands.moe import Routing
+from manyhands.store.store import Reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,3 +68,5 @@ class Ran:
     requests: list[Request]
     starts: list[int]
     """Of each request, the first of its tokens in the pass."""
+    reads: Reads | None = None
+    """What of the experts was read from disk; None: they are in memory."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from manyhands.config import ModelConfig
 from manyhands.engine.runner import Routed
+from manyhands.store.store import Reads
 
 Counts = npt.NDArray[np.int64]
 WINDOW = 5.0
@@ -64,7 +65,13 @@ class Counters:
         self._num_experts = config.moe.router.num_experts if config.moe else 0
         self.steps = 0
         self.lookups = 0
-        """Experts that steps asked for; all of them were in memory."""
+        """Experts that steps asked for."""
+        self.misses = 0
+        """Of these, that were not in memory."""
+        self.bytes_disk = 0
+        """Of experts' weights that were read from disk."""
+        self.stalled = 0.0
+        """Seconds that steps waited for them."""
         self.bytes_ram = 0
         """Of experts' weights that steps read from memory, each expert once a step."""
         self.prompt_tokens = 0
@@ -80,12 +87,16 @@ class Counters:
         self.total = self._load()
         self._before, self._now = self._load(), self._load()
 
-    def step(self, routed: Routed, made: int) -> None:
-        """A forward pass, after which so many tokens were drawn."""
+    def step(self, routed: Routed, made: int, reads: Reads | None = None) -> None:
+        """A forward pass, after which so many tokens were drawn; and what it read from disk."""
         counts_LE = self._count(routed)
         run_L: list[int] = np.count_nonzero(counts_LE, axis=1).tolist()
         self.steps += 1
-        self.lookups += sum(run_L)
+        self.lookups += sum(run_L) if reads is None else reads.hits + reads.misses
+        if reads is not None:
+            self.misses += reads.misses
+            self.bytes_disk += reads.num_bytes
+            self.stalled += reads.stalled
         self.bytes_ram += sum(self.sizes[layer] * run for layer, run in zip(self._layers, run_L, strict=True))
         self.distinct[sum(run_L)] += 1
         self._turn()

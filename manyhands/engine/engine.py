@@ -34,7 +34,7 @@ from manyhands.engine.scheduler import Chunk, Plan, Scheduler
 from manyhands.engine.speculate import MOST_DRAFTED
 from manyhands.engine.state import State, state_of
 from manyhands.engine.stream import TextStream
-from manyhands.errors import ManyhandsError, UserError
+from manyhands.errors import DiskError, ManyhandsError, UserError
 from manyhands.models import Decoder
 from manyhands.moe.edit import Edits
 from manyhands.text import Tokenizer
@@ -88,9 +88,13 @@ class Engine:
             raise UserError(f"speculate is {speculate}; it is from 0 to {MOST_DRAFTED} tokens")
         self.speculate = speculate
         self.model, self.tokenizer, self.runner = model, tokenizer, Runner(model, exact)
+        budget = getattr(model, "budget", None)
+        if budget is not None and cache_bytes is None and cache_tokens is None and paged is not False:
+            cache_bytes = budget.cache_bytes
         self.memory = Memory(model, max_sequences, cache_tokens, cache_bytes, paged, prefix_caching, keep_routing)
         self.scheduler = Scheduler(self.memory.blocks, max_sequences, max_batch_tokens)
-        self._count = 0
+        self._count, self._max_sequences = 0, max_sequences
+        self._apart: set[Request] = set()  # one of them wanted an expert that could not be read
         self._recording = None if trace is None else PassRecorder(trace)
         self.ran: Ran | None = None
         """The last step; None if it had nothing to run."""
@@ -178,7 +182,8 @@ class Engine:
         With `speculate` there may be several new tokens of the one request that runs, in their order.
         Nothing while only a part of a prompt was run, and for a request of no new tokens. A request whose logits are
         not finite, or to which nothing is allowed, ends with the reason "error" and what its `error` says; no other
-        does. A pass that was cut short (Ctrl-C) leaves every request as it was; its caches are computed again.
+        does; so does one whose experts cannot be read from disk. A pass that was cut short (Ctrl-C) leaves every
+        request as it was; its caches are computed again.
         """
         plan, self.ran = self._plan(), None
         if not plan.chunks:
@@ -190,12 +195,15 @@ class Engine:
             batch = Batch([Row(ids, batch.rows[0].cache, every=True, edits=edits)])
         try:
             forward = self.runner.run(batch)
+        except DiskError as error:
+            self._put_back(plan)
+            self._unread(plan, error)
+            return []
         except BaseException:  # Ctrl-C, say: the layers may hold different lengths
-            for chunk in plan.chunks:
-                self.scheduler.put_back(chunk.request)
-                state_of(chunk.request).forget(chunk.request)
+            self._put_back(plan)
             raise
-        self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts)
+        reads = None if self.runner.store is None else self.runner.store.take()
+        self.ran = Ran(forward.routed, [chunk.request for chunk in plan.chunks], batch.starts, reads)
         if self._recording is not None:
             self._recording.ran(batch.rows, self.ran.requests, forward.routed)
         if draft:
@@ -310,6 +318,9 @@ class Engine:
     def _plan(self) -> Plan:
         """The next step. Where nothing fits any more, what conversations keep for their next turns goes."""
         scheduler, memory = self.scheduler, self.memory
+        if self._apart:
+            self._apart = {request for request in self._apart if request.finish_reason is None}
+        scheduler.max_sequences = 1 if self._apart else self._max_sequences
         if scheduler.waiting and len(scheduler.running) < scheduler.max_sequences:
             scheduler.caching = memory.caching(self.runner)
             if scheduler.caching:
@@ -325,6 +336,20 @@ class Engine:
         for request in plan.preempted:
             state_of(request).forget(request)
         return plan
+
+    def _put_back(self, plan: Plan) -> None:
+        for chunk in plan.chunks:
+            self.scheduler.put_back(chunk.request)
+            state_of(chunk.request).forget(chunk.request)
+
+    def _unread(self, plan: Plan, error: DiskError) -> None:
+        """An expert could not be read. Whoever ran alone wanted it; of several, each runs alone until it has ended."""
+        if len(plan.chunks) > 1:
+            self._apart = {chunk.request for chunk in plan.chunks}
+            return
+        request = plan.chunks[0].request
+        request.error = str(error)
+        self._end(request, "error")
 
     def _look_at_weights(self) -> None:
         """What other weights have computed is not used any more."""

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from manyhands.models import Decoder
 from manyhands.moe import ExpertBank, MoELayer, Routing
+from manyhands.store.store import Reads
 
 Counts = npt.NDArray[np.int64]
 
@@ -27,6 +28,12 @@ class Ledger:
     """Per sparse layer, [E]."""
     bytes_ram: int = 0
     """Of experts' weights read from memory."""
+    bytes_disk: int = 0
+    """Of these, read from disk before."""
+    misses: int = 0
+    """Of its lookups, experts that were not in memory."""
+    stalled: float = 0.0
+    """Seconds that its steps waited for them."""
     lookups: int = 0
     """Experts its steps asked for, of each layer once."""
     steps: int = 0
@@ -40,10 +47,16 @@ class Ledger:
         return sum(int(np.count_nonzero(touched)) for touched in self.touched.values())
 
     def report(self) -> dict[str, object]:
-        """As JSON has it. All experts are in memory: nothing is read from a disk, nothing missed or waited for."""
-        experts = {"distinct": self.distinct, "bytes_ram": self.bytes_ram, "bytes_disk": 0, "hit_rate": 1.0}
+        """As JSON has it. Where all experts are in memory nothing is read from a disk, missed or waited for."""
+        hit_rate = 1.0 - self.misses / self.lookups if self.lookups else 1.0
+        experts = {
+            "distinct": self.distinct,
+            "bytes_ram": self.bytes_ram,
+            "bytes_disk": self.bytes_disk,
+            "hit_rate": hit_rate,
+        }
         mean = self.sequences / self.steps if self.steps else 0.0
-        return {"experts": experts, "stall_ms": 0.0, "steps": self.steps, "batch_mean": mean}
+        return {"experts": experts, "stall_ms": 1000 * self.stalled, "steps": self.steps, "batch_mean": mean}
 
 
 def bytes_of_experts(model: Decoder) -> dict[int, int]:
@@ -53,32 +66,46 @@ def bytes_of_experts(model: Decoder) -> dict[int, int]:
 
 
 def step(
-    sizes: Mapping[int, int], routings: Mapping[int, Routing], starts: Sequence[int], ledgers: Sequence[Ledger | None]
+    sizes: Mapping[int, int],
+    routings: Mapping[int, Routing],
+    starts: Sequence[int],
+    ledgers: Sequence[Ledger | None],
+    reads: Reads | None = None,
 ) -> None:
-    """Enter a step: of each of its requests the first token, and the ledger if it has one."""
+    """Enter a step: of each of its requests the first token, and the ledger if it has one; and what it read."""
     kept = {id(ledger): ledger for ledger in ledgers if ledger is not None}
     for ledger in kept.values():
         ledger.steps += 1
         ledger.sequences += len(starts)
+        ledger.stalled += 0.0 if reads is None else reads.stalled
     for layer, routing in routings.items():
         counts_RE = _counts(routing, starts)
         shares_RE = shares(sizes[layer], counts_RE)
+        read_E = np.zeros(routing.num_experts, np.int64)
+        for expert, times in (reads.missed.get(layer, {}) if reads else {}).items():
+            read_E[expert] = times
+        disk_RE = shares(sizes[layer] * read_E, counts_RE)
         before = {at: ledger.touched.get(layer) for at, ledger in kept.items()}
         seen: dict[int, npt.NDArray[np.bool_]] = {}
         for r, own in enumerate(ledgers):
             if own is None:
                 continue
             own.bytes_ram += int(shares_RE[r].sum())
+            own.bytes_disk += int(disk_RE[r].sum())
             now = counts_RE[r] > 0
             seen[id(own)] = now | seen[id(own)] if id(own) in seen else now
         for at, now in seen.items():
             kept[at].lookups += int(np.count_nonzero(now))
+            kept[at].misses += int(np.count_nonzero(now & (read_E > 0)))
             earlier = before[at]
             kept[at].touched[layer] = now if earlier is None else earlier | now
 
 
-def shares(size: int, counts_RE: Counts) -> Counts:
-    """[R, E]: of `size` bytes each request's part, by its tokens; together `size` for every expert that has a token."""
+def shares(size: int | Counts, counts_RE: Counts) -> Counts:
+    """[R, E]: of `size` bytes, or of [E] bytes of each expert, each request's part, by its tokens.
+
+    Together they are `size` for every expert that has a token.
+    """
     reached = counts_RE.cumsum(0)
     total = np.maximum(reached[-1:], 1)
     upto = size * reached // total

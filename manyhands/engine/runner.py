@@ -4,7 +4,7 @@ T tokens of R rows, D model width, V vocabulary.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -142,9 +142,9 @@ class Runner:
     def _most_stored(self) -> int:
         """Tokens of a pass whose experts have room, whichever they choose."""
         store, moe = self.store, self.model.config.moe
-        if store is None or moe is None or store.num_staged >= moe.router.num_experts:
+        if store is None or moe is None:
             return MOST_AT_ONCE
-        return max(1, store.num_staged // moe.router.num_experts_per_tok)
+        return min(MOST_AT_ONCE, store.most_rows(store.layers[0].layer, moe.router.num_experts_per_tok))
 
     def _too_many(self, program: Program, batch: Batch) -> bool:
         """Whether PyTorch reads these prompts faster. What merely exceeds the capacity runs in parts."""
@@ -168,17 +168,22 @@ class Runner:
 
     def _pass(self, program: Program, part: Batch, states: bool, edited: bool) -> Step:
         edits = part.edits if edited else NO_EDITS
-        with nullcontext() if self.store is None else self.store.step():
+        with self._step():
             return program.run(part.ids, part.counts, part.caches, part.draws, states, edits)
+
+    def _step(self) -> AbstractContextManager[None]:
+        """Of the store, if there is one."""
+        return nullcontext() if self.store is None else self.store.step()
 
     def _modules_run(self, batch: Batch, states: bool, edits: Edits) -> Forward:
         """Where there is no program for it."""
         self._look_again()
         ids_1T = torch.tensor([batch.ids], device=self.device)
-        if len(batch.rows) == 1:
-            hidden = self.model.hidden(ids_1T, cache=batch.caches[0], edit=edits)
-        else:
-            hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches, edits)
+        with self._step():
+            if len(batch.rows) == 1:
+                hidden = self.model.hidden(ids_1T, cache=batch.caches[0], edit=edits)
+            else:
+                hidden = self.model.hidden_rows(ids_1T, batch.counts, batch.caches, edits)
         drawn = hidden.states[0]
         if len(batch.draws) < batch.num_tokens:
             drawn = drawn[batch.draws]

@@ -219,11 +219,11 @@ class Service:
         self._moved = time.monotonic()
         self.counters.preemptions += sum(r.num_preemptions - before for r, before in preempted.items())
         if (ran := self.engine.ran) is not None:
-            self.counters.step(ran.routed, len(tokens))
+            self.counters.step(ran.routed, len(tokens), ran.reads)
             if any(submission.ledger for submission in self._live.values()):
                 live = [self._live.get(request.id) for request in ran.requests]
                 ledgers = [None if submission is None else submission.ledger for submission in live]
-                ledger.step(self.counters.sizes, ran.routed.layers, ran.starts, ledgers)
+                ledger.step(self.counters.sizes, ran.routed.layers, ran.starts, ledgers, ran.reads)
         last: dict[int, Token] = {}
         events: list[Event] = []
         for token in tokens:

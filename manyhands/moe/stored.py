@@ -6,6 +6,7 @@ E experts, D model width.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from manyhands.kernels import ExpertWeights
 from manyhands.moe.bank import ExpertBank
@@ -16,8 +17,8 @@ from manyhands.store.store import Store
 class StoredExperts(ExpertBank):
     """E experts of one layer of a store.
 
-    Native programs compute from the store's slots. `stacked`, and with it every other way, reads and unpacks the
-    records it is asked for: exact and slow, and what the store keeps in memory stays as it is.
+    `native` computes from the store's slots. `stacked`, and with it every other way, reads and unpacks the records it
+    is asked for: exact and slow, and what the store keeps in memory stays as it is.
     """
 
     def __init__(self, store: Store, layer: int, implementation: str = "auto") -> None:
@@ -41,6 +42,17 @@ class StoredExperts(ExpertBank):
     def fetched_experts(self) -> FetchedExperts:
         """The layer's table in the store."""
         return self.store.fetched(self.layer)
+
+    def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
+        """Of as many tokens at a time as have room for their experts in the store, where these are read there."""
+        named = self.implementation if implementation is None else implementation
+        most = self.store.most_rows(self.layer, ids.shape[1])
+        with self.store.alone():
+            if len(x) <= most or named not in ("auto", "native"):
+                return super()._run(x, ids, weights, kept, implementation)
+            parts = [slice(first, first + most) for first in range(0, len(x), most)]
+            run = super()._run
+            return torch.cat([run(x[p], ids[p], weights[p], kept[p], implementation) for p in parts])
 
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """The float32 weights of these experts: exactly what their records stand for. Raises `DiskError`."""

@@ -65,6 +65,14 @@ def free_memory() -> float | None:
     return min(left, default=None)
 
 
+def resident_memory() -> int:
+    """Bytes that this process has in memory now; 0 where the system does not say."""
+    for line in _text("/proc/self/status").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
 def _cpuinfo(field: str) -> str:
     for line in _text("/proc/cpuinfo").splitlines():
         name, _, value = line.partition(":")

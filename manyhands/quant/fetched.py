@@ -38,6 +38,8 @@ class FetchedExperts:
     """[E] int64: addresses of records, on boundaries of 64 bytes; 0: not in memory."""
     layout: Layout
     source: Source
+    layer: int = 0
+    """What the source calls the layer."""
 
     def same(self, other: "FetchedExperts | None") -> bool:
         """Whether it is the same table of the same source; what is in the table may have changed."""

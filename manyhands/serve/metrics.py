@@ -77,11 +77,11 @@ class Metrics(Collector):
                 ended.add_metric([*name, reason], counts.ended[reason])
             for reason in ("full", "stopping"):
                 refused.add_metric([*name, reason], counts.refused[reason])
-            lookups.add_metric([*name, "hit"], counts.lookups)
-            lookups.add_metric([*name, "miss"], 0)
+            lookups.add_metric([*name, "hit"], counts.lookups - counts.misses)
+            lookups.add_metric([*name, "miss"], counts.misses)
             read.add_metric([*name, "ram"], counts.bytes_ram)
-            read.add_metric([*name, "disk"], 0)
-            stall.add_metric(name, 0.0)
+            read.add_metric([*name, "disk"], counts.bytes_disk)
+            stall.add_metric(name, counts.stalled)
             for layer, counts_E in counts.total.experts.items():
                 mean = counts_E.mean()
                 load.add_metric([*name, str(layer)], float(counts_E.max() / mean) if mean else 0.0)

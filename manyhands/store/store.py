@@ -74,6 +74,7 @@ class Store:
         num_slots: int,
         num_staged: int,
         *,
+        num_tokens: int = 1 << 30,
         num_readers: int = NUM_READERS,
         direct: bool = True,
     ) -> None:
@@ -81,16 +82,18 @@ class Store:
 
 
         Of `num_slots`, `num_staged` are for records that do not stay: a step must not want more experts of one layer
-        than that. `direct` False: without O_DIRECT.
+        than that. `num_tokens`: a pass has no more, whatever they want. `direct` False: without O_DIRECT.
         """
         assert layers and 0 < num_staged <= num_slots
         self.layers, self.num_slots, self.num_staged = tuple(layers), num_slots, num_staged
+        self.num_tokens = num_tokens
         self.slot_bytes = max(layer.layout.record_bytes for layer in layers)
         self.policy = make_policy((num_slots - num_staged) * self.slot_bytes, [self.slot_bytes] * len(layers))
         self._arena = Arena(num_slots, self.slot_bytes)
         self._index = {layer.layer: i for i, layer in enumerate(layers)}
         self._fetched = [
-            FetchedExperts(torch.zeros(layer.num_experts, dtype=torch.int64), layer.layout, self) for layer in layers
+            FetchedExperts(torch.zeros(layer.num_experts, dtype=torch.int64), layer.layout, self, layer.layer)
+            for layer in layers
         ]
         self._tables = [fetched.table.numpy() for fetched in self._fetched]  # the same memory, quicker to write
         self._slots: dict[Key, int] = {}
@@ -117,6 +120,18 @@ class Store:
             finally:
                 self._settle()
                 self.policy.end_step()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Nobody else's step comes between: for a layer that is called outside of a step."""
+        with self._lock:
+            yield
+
+    def most_rows(self, layer: int, per_token: int) -> int:
+        """Tokens of a pass whose experts of a layer have room, whichever they choose."""
+        if self.num_staged >= self.layers[self._index[layer]].num_experts:
+            return self.num_tokens
+        return max(1, min(self.num_tokens, self.num_staged // per_token))
 
     def begin(self, layer: int, experts: Sequence[int]) -> None:
         """See `Source`. Raises `DiskError` if nothing can be read any more, `ManyhandsError` for too many experts."""

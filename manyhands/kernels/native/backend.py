@@ -14,21 +14,32 @@ from torch import Tensor
 from manyhands.errors import ConfigError
 from manyhands.kernels.experts import Bank, ExpertWeights
 from manyhands.kernels.moment import ordinary
-from manyhands.kernels.native import ops
+from manyhands.kernels.native import fetch, ops
 from manyhands.kernels.native.library import ACTIVATION_CODES, available, level_code
 from manyhands.kernels.native.packed import packed_experts
 from manyhands.kernels.native.views import DTYPES
-from manyhands.quant import PackedExperts
+from manyhands.quant import FetchedExperts, PackedExperts
 
 
 def supports_native(x: Tensor, experts: Bank) -> bool:
     """Float32 and bfloat16 tokens on the CPU, weights that lie there, and an activation there are kernels for."""
     lie = experts.in_memory()
-    if lie is None or not available():
+    if not available():
         return False
+    if lie is None:
+        fetched = _fetched(experts)
+        save = torch.is_grad_enabled() and x.requires_grad  # for which there is no kernel
+        here = fetched is not None and x.device.type == "cpu" and x.dtype in DTYPES and not save
+        return here and experts.activation in ACTIVATION_CODES
     held = lie.down if isinstance(lie, ExpertWeights) else lie.records
     here = x.device.type == "cpu" and held.device.type == "cpu"
     return here and x.dtype in DTYPES and experts.activation in ACTIVATION_CODES
+
+
+def _fetched(experts: Bank) -> FetchedExperts | None:
+    """Of a bank that a source brings records for."""
+    look = getattr(experts, "fetched_experts", None)
+    return None if look is None else cast(FetchedExperts | None, look())
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +51,10 @@ class Native:
 
     def __call__(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: Bank) -> Tensor:
         """[T, D] -> [T, D]."""
-        lie = experts.in_memory()
+        lie, fetched = experts.in_memory(), _fetched(experts)
+        if fetched is not None and supports_native(x_TD, experts):
+            level = level_code(self.level)
+            return fetch.forward(x_TD, ids_TK, weights_TK, kept_TK, fetched, fetched.layer, level, self.threads)
         if lie is None:
             raise ConfigError(
                 f"experts_implementation = 'native' reads weights where they lie, stacked or packed; "
