@@ -52,6 +52,7 @@ FLAGS = {
     "generate": {
         "trace",
         "trace_limit",
+        *("memory", "cache_policy", "pin"),
         "without_expert",
         "replay",
         "exact",
@@ -96,6 +97,7 @@ FLAGS = {
             "trace",
             "trace_limit",
         ),
+        *("cache_policy", "pin"),
     },
     "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
     "simulate": {
@@ -151,6 +153,7 @@ FLAGS = {
     "chat": {
         "trace",
         "trace_limit",
+        *("memory", "cache_policy", "pin"),
         "ignore_field",
         "checkpoint",
         "system",

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.options import (
+    TRACE_LIMIT,
+    CachePolicy,
+    IgnoreField,
+    Memory,
+    Pin,
+    TraceDirectory,
+    TraceLimit,
+    on_disk,
+)
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.cli.turns import command, turns
@@ -53,6 +62,9 @@ def chat(
     ] = False,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
+    memory: Memory = None,
+    cache_policy: CachePolicy = None,
+    pin: Pin = None,
     ignore_field: IgnoreField = None,
 ) -> None:
     """Talk with a model, in its chat template: a line is a turn, /help shows the commands.
@@ -68,12 +80,13 @@ def chat(
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
+    stay = on_disk(memory, cache_policy, pin)
     other = None if template is None else _read(template)
 
     from manyhands.checkpoint.model import load
     from manyhands.generate import Conversation
 
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
+    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)
     if tokenizer.chat_template is None:

@@ -7,7 +7,16 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.options import (
+    TRACE_LIMIT,
+    CachePolicy,
+    IgnoreField,
+    Memory,
+    Pin,
+    TraceDirectory,
+    TraceLimit,
+    on_disk,
+)
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import TEMPERATURE
@@ -73,6 +82,9 @@ def generate(
     ] = 0,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
+    memory: Memory = None,
+    cache_policy: CachePolicy = None,
+    pin: Pin = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
@@ -90,6 +102,7 @@ def generate(
     sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
+    stay = on_disk(memory, cache_policy, pin)
     without = _check_edits(without_expert or [], replay, {"--show-routing": show_routing, "--trace": trace is not None})
     if replay is not None and prompt:
         raise UserError("--replay brings its own texts: leave --prompt out")
@@ -102,7 +115,7 @@ def generate(
     from manyhands.engine.engine import Engine
     from manyhands.terminal import shown
 
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
+    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)

@@ -1,9 +1,12 @@
 """Options that several verbs have, described once."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from manyhands.cli.size import size
+from manyhands.errors import UserError
 
 IgnoreField = Annotated[
     list[str] | None,
@@ -25,3 +28,38 @@ TraceLimit = Annotated[
     str, typer.Option("--trace-limit", metavar="SIZE", help="Bytes of the trace; the oldest are deleted beyond them.")
 ]
 TRACE_LIMIT = "1GB"
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        "--memory",
+        metavar="SIZE",
+        help="What this process may take (4GB): a packed model's experts stay on disk, as many as fit in memory.",
+    ),
+]
+CachePolicy = Annotated[
+    str | None, typer.Option("--cache-policy", help="Which experts stay: lfu (default), lru, or pinned with --pin.")
+]
+Pin = Annotated[
+    Path | None, typer.Option("--pin", metavar="TRACE", help="Keep the experts that this trace used most in memory.")
+]
+
+
+def on_disk(memory: str | None, cache_policy: str | None, pin: Path | None) -> dict[str, Any]:
+    """The arguments of `load` that these three are. Raises `UserError`, and `DataError` for what is no trace."""
+    if memory is None:
+        if cache_policy is not None or pin is not None:
+            flag = "--pin" if cache_policy is None else "--cache-policy"
+            raise UserError(f"{flag} says which experts stay in memory: give --memory SIZE too")
+        return {}
+    if cache_policy == "pinned" and pin is None:
+        raise UserError("--cache-policy pinned needs --pin TRACE, whose experts it keeps")
+    if pin is not None and cache_policy not in (None, "pinned"):
+        raise UserError(f"--pin is for --cache-policy pinned, not {cache_policy}")
+    counts = None
+    if pin is not None:
+        from manyhands.trace.counts import expert_counts
+        from manyhands.trace.recording import Trace
+
+        counts = expert_counts(Trace.open(pin)).tolist()
+    policy = cache_policy or ("lfu" if pin is None else "pinned")
+    return {"memory": size("--memory", memory), "cache_policy": policy, "pin": counts}

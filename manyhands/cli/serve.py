@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.options import TRACE_LIMIT, CachePolicy, IgnoreField, Pin, TraceDirectory, TraceLimit, on_disk
 from manyhands.cli.recorded import check_trace
 from manyhands.cli.size import size
 from manyhands.errors import UserError
@@ -42,8 +42,15 @@ def serve(
         ),
     ] = None,
     memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Weights of all models in memory; idle ones are given back.")
+        str | None,
+        typer.Option(
+            metavar="SIZE",
+            help="Weights of all models in memory; idle ones are given back. A packed model that is larger keeps its "
+            "experts on disk, and the process within this.",
+        ),
     ] = None,
+    cache_policy: CachePolicy = None,
+    pin: Pin = None,
     request_timeout: Annotated[float, typer.Option(min=0, help="Seconds a request may take; 0: any time.")] = 0,
     shutdown_timeout: Annotated[float, typer.Option(min=0, help="Seconds to finish what runs after SIGTERM.")] = 30,
     max_body: Annotated[str, typer.Option(metavar="SIZE", help="Bytes of a request's body.")] = "8MiB",
@@ -68,6 +75,7 @@ def serve(
     keys = [*(api_key or []), *_read_keys(api_key_file)]
     if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
         raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
+    stay = on_disk(memory, cache_policy, pin)
     bounds = {"--kv-memory": kv_memory, "--memory": memory, "--max-body": max_body}
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
@@ -96,6 +104,7 @@ def serve(
         trace,
         len(paths) > 1,
         limit,
+        **stay,
     )
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"

@@ -3,26 +3,32 @@
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from manyhands.checkpoint.find import find
+from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.model import load
+from manyhands.checkpoint.source import open_source
 from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.caches import bytes_per_token
 from manyhands.engine.engine import Engine
 from manyhands.engine.kept_routing import routing_bytes_per_token
 from manyhands.engine.recording import recorder_for
-from manyhands.engine.service import Service
+from manyhands.engine.service import PATIENCE, Service
 from manyhands.models import Decoder
-from manyhands.plan.host import free_memory
+from manyhands.plan.host import free_memory, resident_memory
 from manyhands.serve.models import Entry, weight_bytes
 from manyhands.serve.served import Served
 from manyhands.text import Tokenizer
 from manyhands.trace.recorder import Recorder
 from manyhands.version import __version__
+
+READING = 600.0
+"""Seconds that a step may take whose experts are on disk: a prompt may want all of them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,10 @@ class Settings:
     trace_each: bool = False
     """One directory in it for each model, and each time that it is loaded."""
     trace_limit: int | None = None
+    memory: int | None = None
+    """Bytes of this process with a packed model that does not fit whole: its experts stay on disk."""
+    cache_policy: str = "lfu"
+    pin: Sequence[Sequence[int]] | None = None
 
 
 def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
@@ -50,25 +60,47 @@ def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
     found: list[Entry] = []
     for name, path in paths.items():
         directory = find(path)
-        found.append(Entry(name, partial(_load, name, directory, settings), weight_bytes(Path(directory))))
+        size = weight_bytes(Path(directory))
+        on_disk = settings.memory is not None and _stays_on_disk(directory, size, settings.memory)
+        entry = partial(_load, name, directory, settings, on_disk)
+        found.append(Entry(name, entry, settings.memory if on_disk and settings.memory else size))
     return found
 
 
-def _load(name: str, directory: Path, settings: Settings) -> Served:
-    model, tokenizer = load(directory, ignore_fields=settings.ignore_fields)
+def _stays_on_disk(directory: Path, size: int, memory: int) -> bool:
+    """Whether it is a packed model that does not fit beside what this process has."""
+    if size + resident_memory() <= memory or is_gguf(directory):
+        return False
+    return any(record.num_experts for record in open_source(directory).records.values())
+
+
+def _load(name: str, directory: Path, settings: Settings, on_disk: bool) -> Served:
+    how: dict[str, Any] = {}
+    if on_disk:
+        how = {"memory": settings.memory, "cache_policy": settings.cache_policy, "pin": settings.pin}
+        how["cache_bytes"] = settings.kv_bytes
+    model, tokenizer = load(directory, ignore_fields=settings.ignore_fields, **how)
     recorder = None if settings.trace is None else _recorder(name, model, tokenizer, settings, settings.trace)
+    budget = model.budget
+    kv_bytes = settings.kv_bytes if budget is None else budget.cache_bytes
     engine = Engine(
         model,
         tokenizer,
         max_sequences=settings.max_sequences,
-        max_batch_tokens=settings.max_batch_tokens,
-        cache_bytes=settings.kv_bytes or cache_bytes(model, settings.max_sequences),
+        # experts on disk are read once a step, for all its rows
+        max_batch_tokens=max(settings.max_batch_tokens, 0 if budget is None else budget.num_tokens),
+        cache_bytes=kv_bytes or cache_bytes(model, settings.max_sequences),
         prefix_caching=settings.prefix_caching,
         keep_routing=True,
         exact=settings.exact,
         trace=recorder,
     )
-    service = Service(engine, max_waiting=settings.max_waiting, closing=None if recorder is None else recorder.close)
+    service = Service(
+        engine,
+        max_waiting=settings.max_waiting,
+        patience=PATIENCE if budget is None else READING,
+        closing=None if recorder is None else recorder.close,
+    )
     service.start()
     return Served(name, service, tokenizer, model.config, settings.request_timeout)
 
