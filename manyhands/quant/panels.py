@@ -77,7 +77,11 @@ def _encode(w: Tensor, matrix: Matrix, importance_K: Tensor | None) -> tuple[Ten
         return _interleave(padded.bfloat16(), 2).view(torch.uint8).flatten(), None
     if importance_K is not None:
         importance_K = F.pad(importance_K.detach().cpu(), (0, matrix.depth - matrix.inputs))
-    q, scales_NG = quantize(padded, matrix, importance_K)
+    return lay_out(*quantize(padded, matrix, importance_K), matrix)
+
+
+def lay_out(q: Tensor, scales_NG: Tensor, matrix: Matrix) -> tuple[Tensor, Tensor]:
+    """Integers [P·16, Kp] int8 and scales [P·16, G], both by panels (`to_panels`), -> bytes of the two sections."""
     by_panel = scales_NG.view(matrix.panels, PANEL, -1).transpose(1, 2).contiguous().to(SCALES[matrix.format])
     if TRAITS[matrix.format].bits == 8:
         return _interleave(q, 4).view(torch.uint8).flatten(), by_panel.view(torch.uint8).flatten()
