@@ -5,10 +5,11 @@
 The model is `store_model.py`'s: fluent text, 64 experts a layer, 8 of them for a token, 2.9 GB in q4_0. Ours and
 llama.cpp's file lie on a file system of their own behind a loop device (read-ahead 128 KiB, Linux's usual), and each
 runs under the same cap of memory, page cache included, and the same limit of bytes read a second (`box.sh`; as root).
-Prompts are passages of the text; every run continues the same ones, greedily. Figures are of the decoding alone, from
-the first new token of all on: bytes read from the disk for a token as the kernel counts them (/proc/self/io), tokens per
-second, and the share of the disk's roofline, which is the limit over these bytes. Ours also runs in memory, without cap
-or limit, and texts are compared.
+Every run decodes the same passages of the text, token by token, each token being the text's own: a model this small
+soon repeats itself, and with it its experts. Figures are of the decoding alone, behind a prompt of 32 tokens: bytes read
+from the disk for a token as the kernel counts them (/proc/self/io), tokens per second, and the share of the disk's
+roofline, which is the limit over these bytes. Ours also runs in memory, without cap or limit; the logarithms of the
+tokens' probabilities are then the same float32 numbers.
 
 Peer: `--llama PYTHON`, an interpreter with llama-cpp-python and gguf (`install_peers.sh`).
 """
@@ -64,7 +65,7 @@ def main() -> None:
             for _ in range(a.rounds):
                 for policy in a.policies:
                     found = boxed(a, mount, [sys.executable], "ours", job | {"memory": a.memory * 10**6, "policy": policy})
-                    print(line(f"ours, {policy}", n, found, a.rate, inside["texts"]))
+                    print(line(f"ours, {policy}", n, found, a.rate, inside["logprobs"]))
                 if a.llama:
                     found = boxed(a, mount, [a.llama], "llama.cpp", job | {"model": str(models / "peer.gguf")})
                     print(line("llama.cpp, mmap", n, found, a.rate))
@@ -88,13 +89,13 @@ def made(a: argparse.Namespace, mount: Path) -> Path:
 
 
 def passages(a: argparse.Namespace, models: Path) -> list[list[int]]:
-    """Token ids of passages from all over the text, long enough to begin with."""
+    """Token ids of passages from all over the text: a prompt, and what follows it."""
     from manyhands.text import Tokenizer
 
-    tokenizer = Tokenizer.from_directory(models / "ours")
-    parts = [part for part in a.text.read_text().split("\n") if len(part) > 12 * PROMPT]
-    count = max(a.at_once)
-    return [tokenizer.encode(parts[i * len(parts) // count].strip())[:PROMPT] for i in range(count)]
+    tokenizer, length = Tokenizer.from_directory(models / "ours"), PROMPT + a.tokens
+    ids = [tokenizer.encode(part.strip()) for part in a.text.read_text().split("\n")]
+    parts, count = [part[:length] for part in ids if len(part) >= length], max(a.at_once)
+    return [parts[i * len(parts) // count] for i in range(count)]
 
 
 @contextmanager
@@ -140,7 +141,7 @@ def run(command: list[str], who: str, job: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def line(who: str, n: int, found: dict[str, Any], rate: int | None, texts: list[list[int]] | None = None) -> str:
+def line(who: str, n: int, found: dict[str, Any], rate: int | None, inside: list[list[float]] | None = None) -> str:
     """One row of the table."""
     tokens = found["tokens"]
     text = f"{who:17} {n:3} at once {tokens / found['seconds']:8.2f} tok/s"
@@ -152,9 +153,9 @@ def line(who: str, n: int, found: dict[str, Any], rate: int | None, texts: list[
         text += f", {found['hits']:5.1%} hits, counted {found['counted'] / max(1, found['read']):.4f} of these bytes"
     limit, peak, _ = found["box"]
     text += f", peak {peak / 1e6:.0f} MB ({peak / limit * ROOM:.1%} of the cap)"
-    if texts is not None:
-        same = sum(x == y for x, y in zip(found["texts"], texts, strict=True))
-        text += f", {same} of {n} texts as in memory"
+    if inside is not None:
+        same = sum(x == y for x, y in zip(found["logprobs"], inside, strict=True))
+        text += f", {same} of {n} texts with the numbers they have in memory"
     return text
 
 
@@ -165,6 +166,31 @@ def storage_bytes() -> int:
     return int(found[1])
 
 
+class Given:
+    """Constrains an answer to what is written."""
+
+    def __init__(self, ids: list[int], vocab_size: int) -> None:
+        import torch
+
+        self.ids, self.mask = ids, torch.zeros(vocab_size, dtype=torch.bool)
+
+    @property
+    def finished(self) -> bool:
+        """Never: the number of new tokens ends it."""
+        return False
+
+    def allowed(self) -> Any:
+        """The next token alone."""
+        self.mask.zero_()
+        if self.ids:
+            self.mask[self.ids[0]] = True
+        return self.mask
+
+    def accept(self, token_id: int) -> None:
+        """It came."""
+        del self.ids[0]
+
+
 def ours(job: dict[str, Any]) -> dict[str, Any]:
     """Decode with our engine; from disk where `memory` is given."""
     from manyhands import Engine, SamplingConfig, load
@@ -172,8 +198,11 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
     how = {} if job["memory"] is None else {"memory": job["memory"], "cache_policy": job["policy"]}
     model, tokenizer = load(job["model"], **how)
     engine = Engine(model, tokenizer, max_sequences=len(job["prompts"]))
-    sampling = SamplingConfig(temperature=0.0, max_new_tokens=job["tokens"], ignore_eos=True)
-    requests = [engine.add(prompt, sampling) for prompt in job["prompts"]]
+    sampling = SamplingConfig(temperature=0.0, max_new_tokens=job["tokens"], ignore_eos=True, logprobs=0)
+    vocab_size = model.config.vocab_size
+    requests = [
+        engine.add(ids[:PROMPT], sampling, constraint=Given(ids[PROMPT:], vocab_size)) for ids in job["prompts"]
+    ]
     while not all(request.token_ids for request in requests):
         engine.step()
     store = engine.runner.store if job["memory"] is not None else None
@@ -186,7 +215,7 @@ def ours(job: dict[str, Any]) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "read": storage_bytes() - before,
         "tokens": sum(len(r.token_ids) for r in requests) - made,
-        "texts": [list(r.token_ids) for r in requests],
+        "logprobs": [[p.logprob for p in engine.completion(r).logprobs or []] for r in requests],
     }
     if store is not None:
         reads = store.take()
@@ -200,17 +229,13 @@ def peer(job: dict[str, Any]) -> dict[str, Any]:
 
     prompts = job["prompts"]
     model = llama_cpp_peer.LlamaCpp(Path(job["model"]), (PROMPT + job["tokens"] + 2) * len(prompts), len(prompts))
-    tokens: list[int] = []
     for position in range(PROMPT):
-        tokens = model.feed_many([prompt[position] for prompt in prompts], position)
-    texts = [[token] for token in tokens]
+        model.feed_many([prompt[position] for prompt in prompts], position)
     before, started = storage_bytes(), time.perf_counter()
     for position in range(PROMPT, PROMPT + job["tokens"] - 1):
-        tokens = model.feed_many(tokens, position)
-        for text, token in zip(texts, tokens, strict=True):
-            text.append(token)
+        model.feed_many([prompt[position] for prompt in prompts], position)
     seconds, read = time.perf_counter() - started, storage_bytes() - before
-    return {"seconds": seconds, "read": read, "tokens": (job["tokens"] - 1) * len(prompts), "texts": texts}
+    return {"seconds": seconds, "read": read, "tokens": (job["tokens"] - 1) * len(prompts)}
 
 
 if __name__ == "__main__":
