@@ -5,9 +5,9 @@
 DIR holds NAME.route.csv and NAME-curve.csv of the BigMoeOnEdge project (github.com/Helldez/BigMoeOnEdge, commit
 2d4f2b1: docs/bench-data/2026-07-15-route-trace and 2026-07-20-cache-replay).
 
-`Soft` is that project's rule, written anew from its description, and only here: everything a layer wants is taken in
-first, and what is then too much is evicted, never what this layer wants. So it may exceed its budget while a layer
-runs, and cannot let a newcomer pass by. Our policies keep the budget at every moment.
+`Soft` is that project's rule, written after its `scripts/route-replay.py` (tie-breaks and seed too), and only here:
+everything a layer wants is taken in first, and what is then too much is evicted, never what this layer wants. So it may
+exceed its budget while a layer runs, and cannot let a newcomer pass by. Our policies keep the budget at every moment.
 """
 
 import argparse
