@@ -18,7 +18,7 @@ SCALES: dict[Format, torch.dtype] = {name: DTYPES[t.scale] for name, t in TRAITS
 """What a format's scales are stored as."""
 MXFP4 = (1, 2, 3, 4, 6, 8, 12)
 """Twice the absolute values of MXFP4: with the right one as its largest integer, q8_0 holds such a block exactly."""
-_CHUNK_VALUES = 1 << 22
+_CHUNK_VALUES = 1 << 17  # temporaries of half a megabyte stay in the caches
 
 
 @torch.no_grad()
