@@ -46,7 +46,7 @@ def layers(
     print(f"{len(config.sparse_layers)} of {config.num_hidden_layers} layers: {config.sparse_layers}")
 ''',
         ),
-        Edit("manyhands/cli/main.py", " layers,", after="convert, doctor, evaluate, generate,"),
+        Edit("manyhands/cli/main.py", "    layers,\n", after="    inspect,\n"),
         Edit(
             "manyhands/cli/main.py",
             'app.command("layers")(layers.layers)\n',
