@@ -103,7 +103,7 @@ def share(source: Source, memory: int, cache_bytes: int | None = None, baseline:
     cache_bytes = min(cache_bytes, rest - scratch_bytes(config, tokens) - K * slot)
     total = sum(record.num_experts or 0 for record in experts)
     slots = min((rest - cache_bytes - scratch_bytes(config, tokens)) // slot, total + E)
-    staged = E if slots >= 4 * E or slots >= total + E else max(K, min(E, slots // 4 // K * K))
+    staged = E if slots >= 2 * E or slots >= total + E else max(K, min(E, slots // 4 // K * K))
     tokens = tokens if staged >= E else min(tokens, staged // K)
     return Budget(
         memory, baseline, weights, cache_bytes, scratch_bytes(config, tokens), tokens,
