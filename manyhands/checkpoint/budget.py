@@ -96,7 +96,7 @@ def share(source: Source, memory: int, cache_bytes: int | None = None, baseline:
         context = config.max_position_embeddings * token_bytes(source)
         cache_bytes = max(least, min(context, rest // 4))
     tokens = MOST_TOKENS
-    while tokens > 1 and scratch_bytes(config, tokens) > max(FIXED, rest // 8):
+    while tokens > 1 and scratch_bytes(config, tokens) - FIXED > max(FIXED, rest // 8):
         tokens //= 2
     while tokens > 1 and rest - cache_bytes - scratch_bytes(config, tokens) < K * slot:
         tokens //= 2
