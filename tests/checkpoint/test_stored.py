@@ -79,6 +79,15 @@ def test_how_memory_is_shared_out(packed) -> None:
     assert middle.cache_bytes == 1 << 20
 
 
+def test_a_small_budget_still_runs_many_tokens_at_once(packed) -> None:
+    """Passes of one token would read the experts of a prompt or a batch again for each."""
+    source = open_source(packed["int8"])
+    plenty = share(source, 10**10, cache_bytes=1 << 20, baseline=10**8)
+    least = plenty.baseline + plenty.weights + plenty.cache_bytes + plenty.scratch
+    small = share(source, least + plenty.num_experts * plenty.slot_bytes, cache_bytes=1 << 20, baseline=10**8)
+    assert small.num_tokens == plenty.num_tokens > 100
+
+
 def _refused(source, memory):
     with pytest.raises(UserError) as refused:
         share(source, memory, baseline=10**8)
