@@ -84,7 +84,7 @@ def test_a_small_budget_still_runs_many_tokens_at_once(packed) -> None:
     source = open_source(packed["int8"])
     plenty = share(source, 10**10, cache_bytes=1 << 20, baseline=10**8)
     least = plenty.baseline + plenty.weights + plenty.cache_bytes + plenty.scratch
-    small = share(source, least + plenty.num_experts * plenty.slot_bytes, cache_bytes=1 << 20, baseline=10**8)
+    small = share(source, least + plenty.num_slots * plenty.slot_bytes, cache_bytes=1 << 20, baseline=10**8)
     assert small.num_tokens == plenty.num_tokens > 100
 
 
