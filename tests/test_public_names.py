@@ -200,6 +200,7 @@ FLAGS = {
         "json_output",
         "overwrite",
     },
+    "lab run": {"data", "every", "experiments", "json_output", "quick", "report", "seeds"},
     "trace show": {"trace", "verify", "json_output"},
     "trace import": {
         *("source", "target", "format", "layers", "num_experts", "num_experts_per_tok", "prompt_tokens", "json_output"),

@@ -15,6 +15,7 @@ from manyhands.cli import (
     evaluate,
     generate,
     inspect,
+    lab,
     models,
     plan,
     quantize,
@@ -50,6 +51,7 @@ app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)
+app.add_typer(lab.app, name="lab")
 app.add_typer(trace.app, name="trace")
 
 

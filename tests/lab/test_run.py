@@ -1,0 +1,87 @@
+"""Verdicts, exit codes, the table and the clock, with experiments made up here."""
+
+import time
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from manyhands.cli.main import app
+from manyhands.lab import run as lab_run
+from manyhands.lab.experiment import Arm, Criterion, Description, Figure, Outcome
+from manyhands.lab.job import Clock, Job
+from manyhands.lab.show import lines
+
+ABOUT = Description(
+    question="Is it so?", published="2×", source="somebody", different="smaller", claims=(1,), minutes=1
+)
+
+
+def outcome(*held: bool | None) -> Outcome:
+    criteria = tuple(Criterion(f"number {i}", "seen", each) for i, each in enumerate(held))
+    figures = (Figure("loss", "dense", (1.0, 2.0)), Figure("loss", "sparse", (0.5, 0.7), published="0.6"))
+    return Outcome((Arm("dense", 10, 10, 20.0), Arm("sparse", 100, 10, 20.0)), figures, criteria)
+
+
+@pytest.mark.parametrize(
+    ("held", "verdict", "passed"),
+    [
+        ((True, True), "reproduced", True),
+        ((True, False), "reproduced in part", False),
+        ((False,), "not reproduced", False),
+        ((True, None), "reproduced", True),
+        ((None,), "not judged", True),
+        ((), "not judged", True),
+    ],
+)
+def test_the_verdict_follows_from_the_criteria(held: tuple[bool | None, ...], verdict: str, passed: bool) -> None:
+    assert (outcome(*held).verdict, outcome(*held).passed) == (verdict, passed)
+
+
+@pytest.fixture
+def made_up(monkeypatch: pytest.MonkeyPatch) -> list[Outcome]:
+    wanted: list[Outcome] = []
+    monkeypatch.setattr(lab_run, "describe", lambda name: ABOUT)
+    monkeypatch.setattr(lab_run, "find", lambda name: lambda job: wanted[0])
+    monkeypatch.setattr("manyhands.lab.registry.describe", lambda name: ABOUT)
+    return wanted
+
+
+@pytest.mark.parametrize(("held", "code"), [(True, 0), (None, 0), (False, 4)])
+def test_exit_4_says_that_a_criterion_failed(made_up: list[Outcome], held: bool | None, code: int) -> None:
+    made_up.append(outcome(held))
+    found = CliRunner().invoke(app, ["lab", "run", "made-up"])
+    assert found.exit_code == code, found.output
+
+
+def test_the_lines_have_mean_range_and_what_was_published(made_up: list[Outcome]) -> None:
+    made_up.append(outcome(True, None))
+    text = "\n".join(lines(lab_run.run_experiment("made-up", seeds=2)))
+    assert "published: 2× (somebody)" in text
+    assert "0.600" in text and "0.500 – 0.700" in text and "1 of 1 criteria hold, 1 not judged; 2 seeds" in text
+
+
+def test_a_page_that_is_not_ours_stays(made_up: list[Outcome], tmp_path: Path) -> None:
+    made_up.append(outcome(True))
+    page = tmp_path / "mine.html"
+    page.write_text("mine")
+    found = CliRunner().invoke(app, ["lab", "run", "made-up", "--report", str(page)])
+    assert found.exit_code and "not made by this program" in str(found.exception) and page.read_text() == "mine"
+    page.unlink()
+    for _ in range(2):
+        assert not CliRunner().invoke(app, ["lab", "run", "made-up", "--report", str(page)]).exit_code
+    assert "Is it so?" in page.read_text()
+
+
+def test_the_clock_knows_waiting_from_computing(tmp_path: Path) -> None:
+    job = Job(False, (0,), tmp_path)
+    with job.clock() as waited:
+        time.sleep(0.05)
+    assert not waited.quiet and not job.quiet
+    assert Clock(seconds=2.0, computing=1.9).quiet
+
+
+def test_data_that_an_experiment_does_not_take(made_up: list[Outcome], tmp_path: Path) -> None:
+    made_up.append(outcome(True))
+    found = CliRunner().invoke(app, ["lab", "run", "made-up", "--data", str(tmp_path)])
+    assert found.exit_code and "takes none" in str(found.exception)
