@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from manyhands.errors import CheckpointError, ConfigError, DataError
+from manyhands.errors import DataError
+from manyhands.text.walk import Walk, bits_of, shuffled
 
 
 class PackedBatches:
@@ -40,74 +41,46 @@ class PackedBatches:
                 f"{len(tokens)} tokens are too few for one sequence: sequence_length = {sequence_length} "
                 f"needs {sequence_length + 1}; add text or shorten the sequence"
             )
-        if batch_size % world_size:
-            raise ConfigError(f"batch_size = {batch_size} is not divisible by the {world_size} processes")
-        assert 0 <= rank < world_size
-        self.tokens, self.sequence_length, self.batch_size, self.seed = tokens, sequence_length, batch_size, seed
-        self.sha256 = sha256
-        self._mine = slice(rank * (batch_size // world_size), (rank + 1) * (batch_size // world_size))
-        self._enter(epoch=0, index=0)
+        self.tokens, self.sequence_length, self.seed = tokens, sequence_length, seed
+        identity: dict[str, int | float | str] = {
+            **({} if sha256 is None else {"sha256": sha256}),
+            "sequence_length": sequence_length,
+            "batch_size": batch_size,
+            "num_tokens": len(tokens),
+            "seed": seed,
+        }
+        self.walk = Walk(self._cut, identity, batch_size, rank, world_size)
+
+    @property
+    def epoch(self) -> int:
+        """That of the next sequence, from 0."""
+        return self.walk.epoch
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> torch.Tensor:
-        rows: list[npt.NDArray[np.int64]] = []
-        missing = self.batch_size
-        while missing:
-            taken = self._starts[self.index : self.index + missing]
-            rows.append(taken)
-            missing -= len(taken)
-            self.index += len(taken)
-            if self.index == len(self._starts):
-                self._enter(self.epoch + 1, 0)
-        starts_B = np.concatenate(rows)[self._mine]
+        starts_B, _ = self.walk.take()
         ids_BS = self.tokens[starts_B[:, None] + np.arange(self.sequence_length + 1)]
         return torch.from_numpy(ids_BS.astype(np.int64))
 
-    def state_dict(self) -> dict[str, int | str]:
+    def state_dict(self) -> dict[str, int | float | str]:
         """The position, and what it is a position in."""
-        return {"epoch": self.epoch, "index": self.index, **self._identity()}
+        return self.walk.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go to a saved position. Raises `CheckpointError` if it is one in other data or other batches."""
-        for name, value in self._identity().items():
-            if state.get(name) != value and not (name == "sha256" and name not in state):  # older ones are without
-                raise CheckpointError(
-                    f"data position: saved with {name} = {state.get(name)}, this run has {value}; "
-                    "a run resumes only on the same data and batches"
-                )
-        epoch, index = state.get("epoch"), state.get("index")
-        if not isinstance(epoch, int) or not isinstance(index, int) or epoch < 0:
-            raise CheckpointError(f"data position: epoch = {epoch!r}, index = {index!r} is not a position")
-        starts = self._cut(epoch)
-        if not 0 <= index < len(starts):
-            raise CheckpointError(f"data position: index = {index} of {len(starts)} sequences is not a position")
-        self.epoch, self.index, self._starts = epoch, index, starts
-
-    def _identity(self) -> dict[str, int | str]:
-        return {
-            **({} if self.sha256 is None else {"sha256": self.sha256}),
-            "sequence_length": self.sequence_length,
-            "batch_size": self.batch_size,
-            "num_tokens": len(self.tokens),
-            "seed": self.seed,
-        }
-
-    def _enter(self, epoch: int, index: int) -> None:
-        self.epoch, self.index, self._starts = epoch, index, self._cut(epoch)
+        self.walk.load_state_dict(state)
 
     def _cut(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Where each sequence of `epoch` starts, in the order of that epoch.
+        return cut_tokens(len(self.tokens), self.sequence_length + 1, self.sequence_length, self.seed, epoch)
 
-        Sorting raw PCG64 output, because NumPy keeps bit generators equal between versions, but not `permutation`.
-        """
-        raw = np.random.PCG64(np.random.SeedSequence([self.seed % (1 << 64), epoch]))
-        last_offset = min(self.sequence_length - 1, len(self.tokens) - self.sequence_length - 1)
-        offset = int(raw.random_raw()) % (last_offset + 1)
-        num_sequences = (len(self.tokens) - 1 - offset) // self.sequence_length
-        order = np.argsort(raw.random_raw(num_sequences), kind="stable")
-        return offset + order.astype(np.int64) * self.sequence_length
+
+def cut_tokens(num_tokens: int, length: int, step: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
+    """Where each sequence of `epoch` starts, in the order of that epoch: every `step` tokens one of `length`."""
+    bits = bits_of(seed, epoch)
+    offset = int(bits.random_raw()) % (min(step - 1, num_tokens - length) + 1)
+    return offset + shuffled(bits, (num_tokens - length - offset) // step + 1) * step
 
 
 def evaluation_batches(
