@@ -188,9 +188,9 @@ class Decoder(nn.Module):
         self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
         self.reset_parameters()
 
-    def reset_parameters(self) -> None:
-        """Fresh weights, scaled as the config and the depth say: `init.fill` with torch's global generator."""
-        fill(self, None)
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Fresh weights, scaled as the config and the depth say: `init.fill`. None: torch's global generator."""
+        fill(self, generator)
 
     def sparse_layers(self) -> dict[int, MoELayer]:
         """The mixture-of-experts layers by layer number."""

@@ -16,11 +16,12 @@ from manyhands.moe.bank import ExpertBank
 
 if TYPE_CHECKING:
     from manyhands.models.decoder import Decoder
+    from manyhands.models.encoder_decoder import EncoderDecoder
 
 
-def init_weights(model: "Decoder", seed: int) -> None:
+def init_weights(model: "Decoder | EncoderDecoder", seed: int) -> None:
     """Fill every parameter and buffer in place. The same seed gives the same weights, whatever the global RNG."""
-    fill(model, torch.Generator(device=model.embed_tokens.weight.device).manual_seed(seed))
+    model.reset_parameters(torch.Generator(device=model.embed_tokens.weight.device).manual_seed(seed))
 
 
 @torch.no_grad()

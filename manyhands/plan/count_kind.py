@@ -32,8 +32,8 @@ def sequence_flops(config: EncoderDecoderConfig, tokens_in: int, tokens_out: int
     D, wide = config.hidden_size, config.num_attention_heads * config.head_dim
     routers = D * config.router.num_experts if config.router else 0
     encoder, decoder = _stack(config, decoder=False)[1], _stack(config, decoder=True)[1]
-    encoder -= routers * config.num_sparse_encoder_layers
-    decoder -= routers * config.num_sparse_decoder_layers
+    encoder -= routers * len(config.sparse_encoder_layers)
+    decoder -= routers * len(config.sparse_decoder_layers)
     weights = tokens_in * encoder + tokens_out * (decoder + D * config.vocab_size)
     seen_in = tokens_in * tokens_in * config.num_hidden_layers
     seen_out = (tokens_out * tokens_out // 2 + tokens_out * tokens_in) * config.num_decoder_layers
@@ -47,8 +47,8 @@ def feed_forward(D: int, F: int, gated: bool, bias: bool = False) -> int:
 
 
 def _encoder_decoder(s: EncoderDecoderConfig) -> Counts:
-    embedding = s.vocab_size * s.hidden_size
-    head = 0 if s.tie_word_embeddings else embedding
+    table = s.vocab_size * s.hidden_size
+    embedding, head = table * (1 if s.share_embeddings else 2), 0 if s.tie_word_embeddings else table
     parts, body = Counter({"embedding": embedding, "head": head}), 0
     for decoder in (False, True):
         stack, active = _stack(s, decoder=decoder)
@@ -71,9 +71,10 @@ def _encoder_decoder(s: EncoderDecoderConfig) -> Counts:
 
 def _stack(s: EncoderDecoderConfig, *, decoder: bool) -> tuple[Counter[str], int]:
     """(parts, active) of the encoder or the decoder."""
-    D, layers, sparse, extra = s.hidden_size, s.num_hidden_layers, s.num_sparse_encoder_layers, s.extra_encoder_networks
+    D, layers, extra = s.hidden_size, s.num_hidden_layers, s.extra_encoder_networks
+    sparse = len(s.sparse_encoder_layers)
     if decoder:
-        layers, sparse, extra = s.num_decoder_layers, s.num_sparse_decoder_layers, s.extra_decoder_networks
+        layers, sparse, extra = s.num_decoder_layers, len(s.sparse_decoder_layers), s.extra_decoder_networks
     E, K = (s.router.num_experts, s.router.num_experts_per_tok) if s.router else (0, 0)
     network = feed_forward(D, s.intermediate_size, ACTIVATIONS[s.hidden_act].gated)
     parts = Counter(

@@ -1,0 +1,183 @@
+"""The encoder-decoder: its sizes, its cache, its padding, its gradients, and what it refuses."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from manyhands.config import EncoderDecoderConfig, RouterConfig
+from manyhands.errors import ConfigError
+from manyhands.layers.relative_attention import buckets
+from manyhands.models import EncoderDecoder, init_weights
+from manyhands.moe import Mask
+from manyhands.plan.count_kind import count_any
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "head_dim": 8,
+    "num_attention_heads": 4,
+    "intermediate_size": 40,
+    "num_hidden_layers": 4,
+    "num_decoder_layers": 2,
+}
+TOP1 = RouterConfig(num_experts=5, num_experts_per_tok=1)
+SWITCH = EncoderDecoderConfig(**SIZES, router=TOP1, num_sparse_encoder_layers=2, num_sparse_decoder_layers=1)
+SEPARATE = SWITCH.model_copy(update={"tie_word_embeddings": False, "share_embeddings": False})
+T5_V1_1 = EncoderDecoderConfig(**SIZES, hidden_act="geglu_tanh", tie_word_embeddings=False)
+ST_MOE = EncoderDecoderConfig(
+    **SIZES,
+    hidden_act="geglu_tanh",
+    router=RouterConfig(num_experts=4, num_experts_per_tok=2),
+    num_sparse_encoder_layers=1,
+    num_sparse_decoder_layers=1,
+    extra_encoder_networks=1,
+    extra_decoder_networks=1,
+)
+EVERY = {"switch": SWITCH, "separate tables": SEPARATE, "t5 1.1": T5_V1_1, "st-moe": ST_MOE}
+every = pytest.mark.parametrize("config", EVERY.values(), ids=EVERY)
+
+
+def made(config: EncoderDecoderConfig, seed: int = 0) -> EncoderDecoder:
+    model = EncoderDecoder(config)
+    init_weights(model, seed)
+    return model.eval()
+
+
+def ids(*shape: int, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, 61, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def padded() -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [3, 17] of which the second has 6 positions of padding, and their mask."""
+    inputs, mask = ids(3, 17), torch.ones(3, 17, dtype=torch.bool)
+    inputs[1, 11:], mask[1, 11:] = 0, False
+    return inputs, mask
+
+
+@every
+def test_the_planner_counts_what_is_built(config: EncoderDecoderConfig) -> None:
+    counts = count_any(config)
+    assert counts.total == sum(p.numel() for p in EncoderDecoder(config).parameters())
+
+
+@every
+def test_step_by_step_is_the_whole(config: EncoderDecoderConfig) -> None:
+    model, (inputs, mask), outputs = made(config), padded(), ids(3, 9)
+    with torch.no_grad():
+        whole = model(inputs, outputs, mask)
+        cache = model.new_cache()
+        first = model(inputs, outputs[:, :4], mask, cache=cache)
+        twin = cache.fork()
+        rest = [model(None, outputs[:, t : t + 1], cache=cache) for t in range(4, 9)]
+        again = model(None, outputs[:, 4:], cache=twin)
+    stepped = torch.cat([first.logits, *(step.logits for step in rest)], 1)
+    torch.testing.assert_close(stepped, whole.logits, atol=2e-5, rtol=0)
+    torch.testing.assert_close(again.logits, whole.logits[:, 4:], atol=2e-5, rtol=0)
+    assert set(whole.routings) == set(config.sparse_layers) == set(first.routings)
+    assert set(rest[0].routings) == {layer for layer in config.sparse_layers if layer >= config.num_hidden_layers}
+
+
+@every
+def test_padding_changes_nothing_before_it_or_beside_it(config: EncoderDecoderConfig) -> None:
+    model, (inputs, mask), outputs = made(config), padded(), ids(3, 9)
+    with torch.no_grad():
+        together = model(inputs, outputs, mask).logits
+        alone = model(inputs[1:2, :11], outputs[1:2]).logits
+        half = torch.ones(3, 9, dtype=torch.bool)
+        half[1, 5:] = False
+        shorter = model(inputs, outputs, mask, half).logits
+    torch.testing.assert_close(together[1:2], alone, atol=2e-5, rtol=0)
+    torch.testing.assert_close(shorter[1, :5], together[1, :5], atol=2e-5, rtol=0)
+    assert bool(shorter.isfinite().all())
+
+
+@every
+def test_every_parameter_learns_and_recomputing_changes_no_gradient(config: EncoderDecoderConfig) -> None:
+    model, (inputs, mask), outputs = made(config).train(), padded(), ids(3, 9)
+    found = []
+    for recompute in (False, True):
+        model.zero_grad()
+        hidden = model.hidden(inputs, outputs, mask, recompute=recompute)
+        model.head(hidden.states).logsumexp(-1).mean().backward()
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in found[0].items():
+        again = found[1][name]
+        assert gradient is not None and again is not None and float(gradient.abs().sum()) > 0, name
+        torch.testing.assert_close(again, gradient)
+
+
+def test_bfloat16_is_near_float32() -> None:
+    model, (inputs, mask), outputs = made(SWITCH), padded(), ids(3, 9)
+    with torch.no_grad():
+        exact, rough = (model(inputs, outputs, mask, dtype=dtype) for dtype in (None, torch.bfloat16))
+    assert rough.logits.dtype == torch.bfloat16 and rough.routings[1].scores.dtype == torch.float32
+    assert float((rough.logits - exact.logits).abs().mean()) < 0.05 * float(exact.logits.abs().mean())
+
+
+def test_fresh_logits_have_the_scale_of_one_whatever_the_width() -> None:
+    for width in (32, 128):
+        for tied in (True, False):
+            model = made(T5_V1_1.model_copy(update={"hidden_size": width, "tie_word_embeddings": tied}))
+            with torch.no_grad():
+                logits = model(ids(4, 16), ids(4, 16)).logits
+            assert 0.7 < float(logits.std()) < 1.4
+
+
+def test_buckets_are_transformers() -> None:
+    relative = torch.arange(-300, 301)
+    reference = pytest.importorskip("transformers.models.t5.modeling_t5").T5Attention._relative_position_bucket
+    for both in (True, False):
+        for count, far in ((32, 128), (8, 20), (6, 7)):
+            ours = buckets(relative, count, far, bidirectional=both)
+            assert torch.equal(ours, reference(relative, both, count, far)), (both, count, far)
+
+
+def test_which_layers_are_sparse() -> None:
+    sizes = SIZES | {"num_hidden_layers": 12, "num_decoder_layers": 11, "router": TOP1}
+    found = EncoderDecoderConfig(**sizes, num_sparse_encoder_layers=5, num_sparse_decoder_layers=3)
+    assert found.sparse_encoder_layers == [1, 3, 5, 7, 9, 11] and found.sparse_decoder_layers == [1, 4, 7, 10]
+    assert found.sparse_layers == [1, 3, 5, 7, 9, 11, 13, 16, 19, 22]
+    every_one = EncoderDecoderConfig(**sizes, num_sparse_encoder_layers=7, num_sparse_decoder_layers=0)
+    assert every_one.sparse_layers == list(range(12))
+    assert list(EncoderDecoder(found).sparse_layers()) == found.sparse_layers
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_sparse_encoder_layers": 5}, "exceeds 4 layers"),
+        ({"router": None}, "go together"),
+        ({"extra_encoder_networks": 1}, "one follows each of the 2 sparse layers"),
+        ({"relative_attention_max_distance": 16}, "must exceed half"),
+        ({"share_embeddings": False}, "tie_word_embeddings needs share_embeddings"),
+        ({"relative_attention_num_buckets": 2}, "relative_attention_num_buckets"),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused(change: dict[str, Any], said: str) -> None:
+    values = dict(SWITCH) | change
+    with pytest.raises(ConfigError, match=said):
+        EncoderDecoderConfig(**values)
+
+
+def test_a_call_that_cannot_be_is_refused() -> None:
+    model, inputs, outputs = made(SWITCH), ids(2, 5), ids(2, 3)
+    cache = model.new_cache()
+    with pytest.raises(ConfigError, match="no input"):
+        model(None, outputs, cache=cache)
+    with pytest.raises(ConfigError, match="2 inputs and 1 rows"):
+        model(inputs, outputs[:1])
+    with pytest.raises(ConfigError, match=r"the mask is \[2, 3\]"):
+        model(inputs, outputs, torch.ones(2, 3))
+    with pytest.raises(ConfigError, match="no QK-Clip"):
+        model.hidden(inputs, outputs, clip_above=100.0)
+    with torch.no_grad():
+        model(inputs, outputs, cache=cache)
+    with pytest.raises(ConfigError, match="holds an input already"):
+        model(inputs, outputs, cache=cache)
+    with pytest.raises(ConfigError, match="2 encoded inputs, the decoder ids have 1 rows"):
+        model(None, outputs[:1], cache=cache)
+    with pytest.raises(ConfigError, match="attention_mask: the cache holds"):
+        model(None, outputs, torch.ones(2, 5), cache=cache)
+    with pytest.raises(ConfigError, match="no router in layer 0"):
+        model(inputs, outputs, edit={0: Mask((1,))})
