@@ -40,6 +40,14 @@ def sequence_flops(config: EncoderDecoderConfig, tokens_in: int, tokens_out: int
     return 2 * weights + 2 * 2 * wide * (seen_in + seen_out)
 
 
+def router_flops(config: EncoderDecoderConfig, tokens_in: int, tokens_out: int) -> int:
+    """Forward FLOPs of the routers of one pair of sequences: 2 · D · E in each sparse layer, for each token."""
+    if config.router is None:
+        return 0
+    through = tokens_in * config.num_sparse_encoder_layers + tokens_out * config.num_sparse_decoder_layers
+    return 2 * config.hidden_size * config.router.num_experts * through
+
+
 def feed_forward(D: int, F: int, gated: bool, bias: bool = False) -> int:
     """Parameters of one network."""
     matrices = Form(gated).matrices

@@ -1,7 +1,7 @@
 """`Sizes` of a catalogue's shape: decoders that none of our families reads, so attention and caches have figures."""
 
 from manyhands.catalog.shape import DecoderShape, Shape
-from manyhands.config import AnyModelConfig
+from manyhands.config import AnyModelConfig, EncoderDecoderConfig
 from manyhands.plan.sizes import Sizes
 
 
@@ -30,6 +30,8 @@ def shape_sizes(shape: Shape) -> Sizes | None:
 def left_out(shape: Shape | AnyModelConfig) -> tuple[str, ...]:
     """What the figures do not contain, for people."""
     if not isinstance(shape, DecoderShape):
+        if isinstance(shape, EncoderDecoderConfig):
+            return ("an encoder-decoder: parameters, memory, and the FLOPs of a pair of sequences",)
         return ("not a decoder: parameters and memory only",)
     if shape.mamba is not None:
         return ("the state-space layers' scan and state are left out: small beside their weights",)

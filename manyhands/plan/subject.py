@@ -6,7 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from manyhands.config import AnyModelConfig, ModelConfig, PackedConfig, parse, read_model_config
+from manyhands.config import (
+    AnyModelConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    PackedConfig,
+    parse,
+    read_model_config,
+)
 from manyhands.errors import ConfigError
 from manyhands.files import CONFIG, RUN
 from manyhands.plan.count import Counts, count_model
@@ -37,6 +44,8 @@ class Subject:
     """How its published or saved weights are held; None: not known."""
     file_bytes: int | None = None
     """Of the safetensors files in its directory, if it is one."""
+    pairs: EncoderDecoderConfig | None = None
+    """An encoder-decoder, whose FLOPs are those of a pair of sequences."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -94,7 +103,8 @@ def _any_kind(config: AnyModelConfig, name: str, origin: str) -> Subject:
 
     if isinstance(config, ModelConfig):
         return _ours(config, name, origin)
-    return Subject(name, origin, count_any(config), notes=left_out(config))
+    pairs = config if isinstance(config, EncoderDecoderConfig) else None
+    return Subject(name, origin, count_any(config), pairs=pairs, notes=left_out(config))
 
 
 def _config_file(path: Path, name: str) -> Subject:
@@ -187,6 +197,7 @@ def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:
             counts=count_shape(entry.shape),
             sizes=_released_for(shape, entry)[0] if shape is not None else None,
             native=_stored(entry),
+            pairs=entry.shape if isinstance(entry.shape, EncoderDecoderConfig) else None,
             notes=left_out(entry.shape),
         )
     return _undisclosed(entry, include_rumours)

@@ -64,7 +64,8 @@ def test_other_kinds_are_read_counted_and_written(
     (tmp_path / "small.json").write_text(json.dumps({"kind": name, **values}))
     subject = read_subject(str(tmp_path / "small.json"))
     assert subject.counts == count_any(config) and subject.config is None
-    assert subject.notes == ("not a decoder: parameters and memory only",)
+    assert "parameters" in subject.notes[0] and "memory" in subject.notes[0]
+    assert subject.pairs == (config if name == "encoder_decoder" else None)
 
 
 def test_t5_small_has_the_parameters_it_is_known_for() -> None:

@@ -6,6 +6,13 @@ COUNT = Formula("parameter count", "Σ over tensors of Π shape", "the configura
 ACTIVE = Formula("active parameters", "total - (E - K)/E·routed experts", "arXiv 2401.04088 §2.1")
 FORWARD = Formula("forward FLOPs", "2·N + Σ_layers 2·min(c, window)·H·(d_qk + d_v)", "arXiv 2001.08361 §2.1")
 LATENT = Formula("decoding FLOPs, latent cache", "2·N + Σ_layers 2·c·H·(2·R + r)", "arXiv 2405.04434 §2.1.2")
+PAIR = Formula(
+    "FLOPs of a pair",
+    "2·(S·encoder + T·(decoder + head)) + 4·H·d·(L_e·S² + L_d·(T²/2 + T·S)), S tokens in, T out, routers left out",
+    "2·weights per token; arXiv 2101.03961, table 9 prints totals, not its formula",
+)
+PAIR_ROUTERS = Formula("FLOPs of its routers", "2·D·E·(S·L_e + T·L_d), over the sparse layers", "the configuration")
+PAIR_TRAINING = Formula("training FLOPs of a pair", "3·(forward + routers)", "arXiv 2001.08361 §2.1")
 TRAINING = Formula("training FLOPs", "3·(2·N + attention at the mean context s/2)", "arXiv 2505.09343, table 2")
 PREFILL = Formula("prefill FLOPs", "s·(2·body + attention at s/2) + 2·head", "arXiv 2001.08361 §2.1")
 DISTINCT = Formula("distinct experts, uniform", "E·(1 - (1 - K/E)^T)", "expected coverage of T independent draws")

@@ -18,6 +18,10 @@ def build_sections(subject: Subject, ask: Ask) -> list[Section]:
     """Everything that can be said about `subject` with what `ask` gives."""
     sections = [model.parameters(subject)]
     if subject.sizes is None:
+        if subject.pairs is not None:
+            from manyhands.plan.report.pairs import pairs
+
+            sections.append(pairs(subject.pairs))
         sections.append(model.memory(subject, ask))
     else:
         sections += [model.compute(subject, ask), model.memory(subject, ask)]

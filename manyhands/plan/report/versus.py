@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import forward_flops, training_flops
+from manyhands.plan.count_kind import router_flops, sequence_flops
 from manyhands.plan.fit import shown_share
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import CONTEXTS, Ask, short
@@ -43,6 +44,8 @@ def build_versus(a: Side, b: Side) -> list[Section]:
             [f"{subject.name} is published in {subject.native.name}" for subject, _ in (a, b) if subject.native],
         ),
     ]
+    if a[0].pairs is not None and b[0].pairs is not None:
+        sections.append(_of_a_pair(a, b))
     if a[0].sizes is None or b[0].sizes is None:
         return sections
     return [*sections, *_by_context(a, b), *_on_machine(a, b)]
@@ -111,6 +114,22 @@ def _by_context(a: Side, b: Side) -> list[Section]:
             "reading", "Bytes read per decoded token", (a, b), sorted(reads, key=lambda row: row[0].split()[1]), [held]
         ),
     ]
+
+
+def _of_a_pair(a: Side, b: Side) -> Section:
+    from manyhands.plan.report.pairs import PUBLISHED
+
+    def forward(s: Subject, _: Ask) -> float | None:
+        return sequence_flops(s.pairs, *PUBLISHED) if s.pairs else None
+
+    def with_routers(s: Subject, _: Ask) -> float | None:
+        return sequence_flops(s.pairs, *PUBLISHED) + router_flops(s.pairs, *PUBLISHED) if s.pairs else None
+
+    rows: list[Row] = [
+        ("without routers", "FLOP", f.PAIR, forward),
+        ("with routers", "FLOP", f.PAIR_ROUTERS, with_routers),
+    ]
+    return _section("compute", "FLOPs per pair of sequences, {} in and {} out".format(*PUBLISHED), (a, b), rows)
 
 
 def _on_machine(a: Side, b: Side) -> list[Section]:
