@@ -58,6 +58,8 @@ class Figure:
     digits: int = 3
     published: str = ""
     """The same figure as it was published, if it was."""
+    beside: str = ""
+    """What it is to be compared with: its null, a formula."""
 
     @property
     def mean(self) -> float:

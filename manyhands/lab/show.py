@@ -38,31 +38,15 @@ def lines(result: Result) -> Iterator[str]:
 
 
 def figures(result: Result) -> Iterator[str]:
-    """The figures as a table: mean, range over seeds, what was published."""
-    found = result.outcome.figures
-    many, known = len(result.seeds) > 1, any(figure.published for figure in found)
-    head = [
-        "",
-        "figure",
-        "mean" if many else "",
-        *(["least – most"] if many else []),
-        *(["published"] if known else []),
-    ]
-    last = None
-    rows = []
-    for figure in found:
+    """The figures as a table: mean, range over seeds, what to compare with, what was published."""
+    rows, last = [], None
+    for figure in result.outcome.figures:
+        mean = f"{number(figure.mean, figure.digits)} {figure.unit}".rstrip()
         arm = figure.arm if figure.arm != last else ""
+        rows.append([arm, figure.name, mean, spread(figure), figure.beside, figure.published])
         last = figure.arm
-        rows.append(
-            [
-                arm,
-                figure.name,
-                f"{number(figure.mean, figure.digits)}{' ' + figure.unit if figure.unit else ''}",
-                *([spread(figure)] if many else []),
-                *([figure.published] if known else []),
-            ]
-        )
-    yield from table(head, rows, left=(0, 1))
+    head = ["", "", "mean" if len(result.seeds) > 1 else "", "least – most", "beside", "published"]
+    yield from table(head, rows, left=(0, 1, 4))
 
 
 def spread(figure: Figure) -> str:
