@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from manyhands import strict_json
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.kernels import run_experts
 from manyhands.moe import MoELayer
@@ -62,13 +63,13 @@ def measure(size: Size, delays: list[float], scratch: Path) -> list[Spread]:
     asked.mkdir()
     (asked / "size.json").write_text(json.dumps({"size": asdict(size), "delays": delays}))
     torch.multiprocessing.spawn(_rank, (str(asked),), nprocs=size.ranks)  # type: ignore[attr-defined,no-untyped-call]
-    return [Spread(**each) for each in json.loads((asked / "found.json").read_text())]
+    return [Spread(**each) for each in strict_json.loads((asked / "found.json").read_bytes())]
 
 
 def _rank(rank: int, folder: str) -> None:
     """What each process runs."""
     torch.set_num_threads(1)
-    asked: dict[str, Any] = json.loads(Path(folder, "size.json").read_text())
+    asked: dict[str, Any] = strict_json.loads(Path(folder, "size.json").read_bytes())
     size = Size(**asked["size"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size.ranks)
     try:
