@@ -4,14 +4,14 @@ B sequences, E experts, K experts per token, F expert width, D model width.
 """
 
 from manyhands.lab.decoding import Steps, arm, decode, model_config, packed_model
-from manyhands.lab.experiment import Criterion, Figure, Outcome
+from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.job import Job
 
-_MANY = 16
+_BATCHES = (1, 4, 16)
 
 
 def run(job: Job) -> Outcome:
-    """The three models in turn, at batch 1 and 16."""
+    """The three models in turn, at batch 1 to 16."""
     E, K, F = (16, 2, 32) if job.quick else (32, 2, 256)
     rounds, steps = (1, 3) if job.quick else (5, 24)
     configs = {
@@ -26,7 +26,7 @@ def run(job: Job) -> Outcome:
     best: dict[tuple[str, int], Steps] = {}
     for turn in range(rounds):
         for name, model in models.items():
-            for B in (1, _MANY):
+            for B in _BATCHES:
                 job.note(f"round {turn + 1} of {rounds}: {name}, batch {B}")
                 step = decode(model, B, steps, job)
                 if (name, B) not in best or step.seconds < best[name, B].seconds:
@@ -61,10 +61,17 @@ def run(job: Job) -> Outcome:
         ]
     figures = []
     for name in configs:
-        for B in (1, _MANY):
+        for B in _BATCHES:
             step = best[name, B]
             beside = "" if name == "mixture" else f"the mixture takes {ratio(name, B):.2f} times this"
             figures.append(Figure(f"a step of {B}", name, (1e3 * step.seconds,), "ms", 3, beside=beside))
             figures.append(Figure(f"tokens per second at batch {B}", name, (B / step.seconds,), digits=0))
     note = "On one device nothing is sent: a mixture adds the router, smaller matrices, and other experts each time."
-    return Outcome(arms, tuple(figures), tuple(criteria), notes=(note,))
+    chart = Chart(
+        "Tokens per second",
+        "sequences in a step",
+        "tokens per second",
+        tuple(Curve(name, _BATCHES, [B / best[name, B].seconds for B in _BATCHES]) for name in configs),
+        y_from_zero=True,
+    )
+    return Outcome(arms, tuple(figures), tuple(criteria), (chart,), notes=(note,))
