@@ -54,9 +54,11 @@ class BalanceConfig(Strict):
 
 
 class OptimConfig(Strict):
-    """MuonClip or AdamW. Muon's update is scaled to AdamW's RMS, so one learning rate serves both."""
+    """MuonClip, AdamW or Adafactor. Muon's update is scaled to AdamW's RMS, so one learning rate serves both."""
 
-    name: Literal["muon", "adamw"] = "muon"
+    name: Literal["muon", "adamw", "adafactor"] = "muon"
+    """adafactor (arXiv 1804.04235): what T5 and Switch were trained with. Its `lr` is relative to the size of a
+    parameter, 0.01 in T5, and falls as 1/√step once that is less."""
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 3e-3
     embed_lr_scale: Rate = 1.0
     """Multiplies `lr` for the embedding and the output head."""

@@ -6,10 +6,16 @@
     router             router matrices                                      `router_optim`    router_lr_scale yes
     embed              embedding and output head                            AdamW             embed_lr_scale  yes
     shared_expert_gate the gate of the shared experts                       AdamW             lr              yes
-    vector             norms, biases, every other vector                    AdamW             lr              no
+    vector             norms, biases, relative positions, other vectors     AdamW             lr              no
 
-With `name = "adamw"` the groups are the same and AdamW trains them all. Kimi K2 (arXiv 2507.20534) trains
-embeddings, head and norms with AdamW and does not say what trains the router: hence the option.
+With `name = "adamw"` or `"adafactor"` the groups are the same and one optimiser trains them all. Kimi K2 (arXiv
+2507.20534) trains embeddings, head and norms with AdamW and does not say what trains the router: hence the option.
+
+Adafactor (arXiv 1804.04235) is torch's, which does what T5 and Switch were trained with: no momentum, second moments
+factored into rows and columns (of each expert by itself), updates clipped to an RMS of 1, and steps relative to the RMS
+of the parameter (a stack of experts is one parameter there). `lr` is that relative step; torch takes min(lr, 1/√t), so
+0.01 is T5's 1/√max(t, 10⁴). What differs: T5 factors only matrices of at least 128 rows and columns, and adds 10⁻³⁰ to
+squared gradients, which torch bounds from below instead.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -24,8 +30,9 @@ from manyhands.parallel.ranks import Ranks, largest_of
 from manyhands.train.muon import Muon
 
 FUSED_DEVICES = {"cpu", "cuda"}
-MUON_STATE = ("momentum_buffer",)
-ADAMW_STATE = ("step", "exp_avg", "exp_avg_sq")
+ADAFACTOR_EPS = (1e-15, 1e-3)
+"""Least gradient (its square is T5's 1e-30) and least RMS of a parameter. With torch's own 1e-7 an expert whose squared
+gradients are smaller than that on average, as in any small model, would move the further the smaller they are."""
 
 
 class Optimizers:
@@ -58,7 +65,7 @@ class Optimizers:
             optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The state as `{parameter}.{momentum_buffer | exp_avg | exp_avg_sq | step}` → tensor; not copies.
+        """The state as `{parameter}.{momentum_buffer | exp_avg | row_var | … | step}` → tensor; not copies.
 
         Flat, so that it goes into a safetensors file. Rates and decays are not part of it: they are the config's.
         """
@@ -76,15 +83,14 @@ class Optimizers:
                 changed then.
         """
         slots = {
-            f"{name}.{key}": (optimizer, param, key)
+            f"{name}.{key}": (optimizer, param, key, shape)
             for optimizer, name, param in self._parameters()
-            for key in (MUON_STATE if isinstance(optimizer, Muon) else ADAMW_STATE)
+            for key, shape in _state_shapes(optimizer, param).items()
         }
         for entry, tensor in state.items():
             if entry not in slots:
                 raise CheckpointError(f"optimiser state {entry} has no place in this model with this optim section")
-            _, param, key = slots[entry]
-            expected = torch.Size() if key == "step" else param.shape
+            expected = slots[entry][-1]
             if tensor.shape != expected:
                 raise CheckpointError(
                     f"optimiser state {entry} has shape {list(tensor.shape)}; the model needs {list(expected)}"
@@ -96,7 +102,7 @@ class Optimizers:
         for optimizer in self.optimizers:
             optimizer.state.clear()
         for entry, tensor in state.items():
-            optimizer, param, key = slots[entry]
+            optimizer, param, key, _ = slots[entry]
             optimizer.state[param][key] = tensor.to(param.device, copy=True)
 
     def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, str, Tensor]]:
@@ -104,6 +110,19 @@ class Optimizers:
             for group in optimizer.param_groups:
                 for name, param in zip(group["param_names"], group["params"], strict=True):
                     yield optimizer, name, param
+
+
+def _state_shapes(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, torch.Size]:
+    """What an optimiser keeps for a parameter that it has trained."""
+    if isinstance(optimizer, Muon):
+        return {"momentum_buffer": param.shape}
+    if isinstance(optimizer, torch.optim.Adafactor):
+        if param.ndim < 2:
+            return {"step": torch.Size(), "variance": param.shape}
+        *stack, rows, columns = param.shape
+        row_var, col_var = torch.Size([*stack, rows, 1]), torch.Size([*stack, 1, columns])
+        return {"step": torch.Size(), "row_var": row_var, "col_var": col_var}
+    return {"step": torch.Size(), "exp_avg": param.shape, "exp_avg_sq": param.shape}
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
@@ -120,7 +139,7 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
     by_muon = {"hidden", "gate_up"} | ({"router"} if config.router_optim == "muon" else set())
     lr_scale = {"embed": config.embed_lr_scale, "router": config.router_lr_scale}
     muon: list[dict[str, Any]] = []
-    adamw: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
     for name, params in by_group.items():
         scale = lr_scale.get(name, 1.0)
         decay = 0.0 if name == "vector" else config.weight_decay
@@ -128,15 +147,19 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
         if config.name == "muon" and name in by_muon:
             muon.append(group | {"split": 2 if name == "gate_up" else 1})
         else:
-            adamw.append(group)
+            others.append(group)
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(
             Muon(muon, config.lr, momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps)
         )
-    if adamw:
-        fused = {param.device.type for group in adamw for _, param in group["params"]} <= FUSED_DEVICES
-        optimizers.append(torch.optim.AdamW(adamw, config.lr, config.betas, config.eps, fused=fused, foreach=not fused))
+    if others and config.name == "adafactor":
+        optimizers.append(torch.optim.Adafactor(others, config.lr, eps=ADAFACTOR_EPS))
+    elif others:
+        fused = {param.device.type for group in others for _, param in group["params"]} <= FUSED_DEVICES
+        optimizers.append(
+            torch.optim.AdamW(others, config.lr, config.betas, config.eps, fused=fused, foreach=not fused)
+        )
     return Optimizers(optimizers)
 
 
@@ -149,7 +172,8 @@ def group_of(name: str, param: Tensor) -> str:
         return "embed"
     if "shared_expert_gate" in parts:
         return "shared_expert_gate"
-    if param.ndim < 2 or parts[-1].endswith("bias"):  # the experts' biases are stacked: two dimensions, still vectors
+    # The experts' biases are stacked, and relative positions are a table: two dimensions, still no matrices.
+    if param.ndim < 2 or parts[-1].endswith("bias") or "relative_attention_bias" in parts:
         return "vector"
     return "gate_up" if parts[-1] == "gate_up_proj" else "hidden"
 

@@ -32,6 +32,7 @@ GROUPS = {
     "layers.1.mlp.shared_experts.up_proj.weight": ("hidden", (F, D)),
     "layers.1.mlp.shared_expert_gate.weight": ("shared_expert_gate", (1, D)),
     "layers.2.mlp.experts.up_proj": ("hidden", (E, F, D)),
+    "encoder.relative_attention_bias.weight": ("vector", (4, 2)),
 }
 
 
@@ -61,7 +62,7 @@ def named_groups(optimizers: Optimizers) -> dict[str, list[str]]:
     return {group["name"]: list(group["param_names"]) for group in optimizers.groups}
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
 @pytest.mark.parametrize("router_optim", ["muon", "adamw"])
 def test_every_parameter_is_in_the_right_group_once(name: str, router_optim: str) -> None:
     config = OptimConfig.model_validate({"name": name, "router_optim": router_optim})
@@ -111,7 +112,7 @@ def test_tied_head_is_trained_once() -> None:
     assert groups["embed"] == ["embed_tokens.weight"]
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
 def test_step_moves_every_parameter_and_zero_grad_drops_gradients(name: str) -> None:
     model = build_model()
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
@@ -123,7 +124,7 @@ def test_step_moves_every_parameter_and_zero_grad_drops_gradients(name: str) -> 
     assert all(p.grad is None for p in model.parameters())
 
 
-@pytest.mark.parametrize("name", ["muon", "adamw"])
+@pytest.mark.parametrize("name", ["muon", "adamw", "adafactor"])
 def test_restored_state_continues_bit_for_bit(name: str) -> None:
     config = OptimConfig.model_validate({"name": name})
     first, second = build_model(), build_model()
@@ -132,7 +133,10 @@ def test_restored_state_continues_bit_for_bit(name: str) -> None:
         gradients(first, seed)
         one.step()
     state: dict[str, Tensor] = {key: value.clone() for key, value in one.state_dict().items()}
-    assert set(state) >= {"embed_tokens.weight.step", "embed_tokens.weight.exp_avg_sq"}
+    kept = {"row_var", "col_var"} if name == "adafactor" else {"exp_avg", "exp_avg_sq"}
+    assert {entry for entry in state if entry.startswith("embed_tokens.")} == {
+        f"embed_tokens.weight.{key}" for key in kept | {"step"}
+    }
     assert ("layers.1.mlp.experts.gate_up_proj.momentum_buffer" in state) == (name == "muon")
     second.load_state_dict(first.state_dict())
     two.load_state_dict(state)
@@ -169,6 +173,11 @@ def test_load_refuses_what_does_not_fit_and_changes_nothing() -> None:
         with pytest.raises(CheckpointError, match=message):
             optimizers.load_state_dict(bad)
         assert all(value is good[key] for key, value in optimizers.state_dict().items())
+    factored = build_optimizers(model, OptimConfig(name="adafactor"))
+    factored.step()
+    bad = factored.state_dict() | {"layers.1.mlp.experts.up_proj.row_var": torch.zeros(E, 1, D)}
+    with pytest.raises(CheckpointError, match=r"up_proj\.row_var has"):
+        factored.load_state_dict(bad)
     with pytest.raises(CheckpointError, match="momentum_buffer has no place"):
         build_optimizers(model, OptimConfig(name="adamw")).load_state_dict(good)
 
@@ -180,3 +189,52 @@ def test_grad_norm_is_joint_and_tells_of_nan() -> None:
     assert params[0].grad[0] == 3.0
     params[1].grad[0] = float("nan")
     assert grad_norm(params).isnan()
+
+
+def adafactor(p: Tensor, grads: list[Tensor], lr: float, decay: float) -> Tensor:
+    """arXiv 1804.04235, algorithms 4 and 5, with T5's settings, in float64."""
+    row, column, whole = 0.0, 0.0, 0.0
+    for t, g in enumerate(grads, 1):
+        kept = 1 - t**-0.8
+        square = g.square()
+        if p.ndim > 1:
+            row = kept * row + (1 - kept) * square.mean(-1, keepdim=True)
+            column = kept * column + (1 - kept) * square.mean(-2, keepdim=True)
+            second = row * column / row.mean(-2, keepdim=True)
+        else:
+            second = whole = kept * whole + (1 - kept) * square
+        update = g / second.sqrt()
+        update /= update.square().mean().sqrt().clamp(min=1)
+        scale = p.square().mean().sqrt().clamp(min=1e-3)
+        p = p * (1 - lr * decay) - min(lr, t**-0.5) * scale * update
+    return p
+
+
+@pytest.mark.parametrize("path", ["norm.weight", "embed_tokens.weight", "layers.1.mlp.experts.down_proj"])
+def test_adafactor_is_the_papers(path: str) -> None:
+    model = build_model().double()
+    optimizers = build_optimizers(model, OptimConfig(name="adafactor", lr=0.8, weight_decay=0.25))
+    generator = torch.Generator().manual_seed(0)
+    param = model.get_parameter(path)
+    grads = [torch.randn(param.shape, generator=generator).double() * 10.0**-i for i in range(4)]
+    expected = adafactor(param.detach().clone(), grads, 0.8, 0.25 if param.ndim > 1 else 0.0)
+    for grad in grads:
+        optimizers.zero_grad()
+        param.grad = grad
+        optimizers.step()
+    torch.testing.assert_close(param.detach(), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_adafactor_moves_an_expert_alike_however_small_its_gradients_are() -> None:
+    """With torch's own least value for them, 1e-7, the one with the smaller gradients would move further."""
+    weight = nn.Parameter(torch.ones(3, 4, 5))
+    model = nn.Module()
+    model.experts = nn.Module()
+    model.experts.register_parameter("up_proj", weight)
+    optimizers = build_optimizers(model, OptimConfig(name="adafactor", lr=0.01, weight_decay=0.0))
+    grad = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+    weight.grad = torch.stack([grad, grad * 1e-6, torch.zeros(4, 5)])
+    optimizers.step()
+    moved = (weight.detach() - 1).abs()
+    torch.testing.assert_close(moved[0], moved[1], rtol=1e-3, atol=1e-6)
+    assert moved[0].max() > 5e-3 and not moved[2].any()
