@@ -78,6 +78,7 @@ def moe_layer(
     generator: torch.Generator,
     tested: Routing,
     slack: float,
+    sequence_length: int | None = None,
 ) -> tuple[Tensor, DenseRouting]:
     """[T, D] -> [T, D] and who went where; see `route` for the arguments."""
     router = prefix + "router."
@@ -97,6 +98,7 @@ def moe_layer(
         generator=generator,
         tested=tested,
         slack=slack,
+        sequence_length=sequence_length,
     )
     outputs_TED = every_expert(p, prefix + "experts.", x_TD, config.hidden_act)
     y = torch.einsum("te,ted->td", routing.weights * routing.kept, outputs_TED)
@@ -168,6 +170,7 @@ def decode(
                 generator=generators[m],
                 tested=tested[m][layer],
                 slack=slack,
+                sequence_length=S,
             )
             outputs.append(y)
             routings[m][layer] = routing

@@ -79,6 +79,7 @@ def route(
     generator: torch.Generator,
     tested: Routing,
     slack: float,
+    sequence_length: int | None = None,
 ) -> DenseRouting:
     """Route in float64. Random draws come from `generator` in the pipeline's order: jitter, noise, second expert.
 
@@ -113,9 +114,9 @@ def route(
         routing = _top_k(blank, used, weights.bias, config, training, generator, tested, rounding)
 
     factor = config.capacity_factor if training else config.eval_capacity_factor
-    if factor is None:
+    if factor is None and config.capacity_tokens is None:
         return routing
-    return _with_capacity(routing, config, factor, tested, rounding)
+    return _with_capacity(routing, config, factor, sequence_length, tested, rounding)
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -213,24 +214,41 @@ def _expert_choice(blank: DenseRouting, config: RouterConfig, tested: Routing, r
 
 
 def _with_capacity(
-    routing: DenseRouting, config: RouterConfig, factor: float, tested: Routing, rounding: Slack
+    routing: DenseRouting,
+    config: RouterConfig,
+    factor: float | None,
+    sequence_length: int | None,
+    tested: Routing,
+    rounding: Slack,
 ) -> DenseRouting:
-    """Serve the pairs in turn: all first choices before all second choices, or by weight; padding takes no room."""
+    """Group by group, serve the pairs in turn: all first choices before all second choices, or by weight; padding
+    takes no room."""
     T, E, K = len(routing.mask), config.num_experts, config.num_experts_per_tok
-    real = int(routing.mask.sum())
-    room = min(real, max(config.min_capacity, math.floor(factor * (real * K / E))))
     ids = tested.expert_ids  # best first; held against our own order by `judge_choice`
-    queue = [(k, t) for k in range(K) for t in range(T) if routing.mask[t] and ids[t, k] >= 0]
     weights = routing.weights.detach()
-    if config.drop_policy == "probability":
-        queue.sort(key=lambda pair: -float(weights[pair[1], ids[pair[1], pair[0]]]))
-    kept, taken = torch.zeros(T, E, dtype=torch.bool), [0] * E
-    for k, t in queue:
-        e = int(ids[t, k])
-        if routing.chosen[t, e] and taken[e] < room:
-            kept[t, e] = True
-            taken[e] += 1
+    kept = torch.zeros(T, E, dtype=torch.bool)
+    size = {"batch": T, "sequence": sequence_length or T, "group": config.capacity_group or T}[config.capacity_per]
+    for start in range(0, T, max(1, size)):
+        members = [t for t in range(start, min(start + size, T)) if routing.mask[t]]
+        room, taken = _room(len(members), config, factor), [0] * E
+        queue = [(k, t) for k in range(K) for t in members if ids[t, k] >= 0]
+        if config.drop_policy == "probability":
+            queue.sort(key=lambda pair: -float(weights[pair[1], ids[pair[1], pair[0]]]))
+        for k, t in queue:
+            e = int(ids[t, k])
+            if routing.chosen[t, e] and taken[e] < room:
+                kept[t, e] = True
+                taken[e] += 1
     verdict = judge_kept(kept, routing.weights, tested, config.drop_policy == "probability", rounding)
     return replace(
         routing, kept=verdict.chosen, flips=routing.flips + verdict.flips, wrong=routing.wrong + verdict.wrong
     )
+
+
+def _room(real: int, config: RouterConfig, factor: float | None) -> int:
+    """How many tokens an expert takes of a group of `real`."""
+    if config.capacity_tokens is not None:
+        return config.capacity_tokens
+    assert factor is not None
+    fair = real * config.num_experts_per_tok / config.num_experts
+    return min(real, max(config.min_capacity, math.floor(factor * fair)))

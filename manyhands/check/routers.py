@@ -27,8 +27,14 @@ ROUTERS: dict[str, RouterConfig] = {
         num_experts_per_tok=1, jitter=0.01, init="switch", capacity_factor=1.25, eval_capacity_factor=2.0
     ),
     "noisy top-2 (Shazeer)": RouterConfig(noisy=True, init="zeros"),
-    "random second, capacity (GShard)": RouterConfig(
-        random_second=True, routed_scaling_factor=1.5, capacity_factor=1.0, eval_capacity_factor=1.0, min_capacity=1
+    "random second, capacity by group (GShard)": RouterConfig(
+        random_second=True,
+        routed_scaling_factor=1.5,
+        capacity_factor=1.0,
+        eval_capacity_factor=1.0,
+        min_capacity=1,
+        capacity_per="group",
+        capacity_group=13,  # S = 11: groups begin within sequences, and the last is smaller
     ),
     "max of groups (DeepSeek-V2)": RouterConfig(
         num_experts=16,
@@ -57,6 +63,9 @@ ROUTERS: dict[str, RouterConfig] = {
     "one expert": RouterConfig(num_experts=1, num_experts_per_tok=1),
     "hash": RouterConfig(select="hash", num_experts_per_tok=1, routed_scaling_factor=0.5),
     "expert choice": RouterConfig(select="expert_choice", routed_scaling_factor=1.5),
+    "top-1, tokens per sequence (Switch in transformers)": RouterConfig(
+        num_experts_per_tok=1, init="switch", capacity_tokens=2, capacity_per="sequence"
+    ),
 }
 _MET = {router.score for router in ROUTERS.values()}
 ROUTERS |= {f"score {name}": RouterConfig.model_validate({"score": name}) for name in SCORES if name not in _MET}
@@ -110,9 +119,11 @@ class RouterCheck:
         x = self.x.clone().to(DTYPES[at.dtype]).requires_grad_()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            y, routing = layer(x, self.mask, self.ids)
+            batch = x.view(*self.shape, D), self.mask.view(self.shape), self.ids.view(self.shape)
+            y, routing = layer(*batch)
+            y = y.flatten(0, 1)
             torch.manual_seed(self.seed)
-            _, with_outputs = layer(x, self.mask, self.ids, keep_outputs=True)
+            _, with_outputs = layer(*batch, keep_outputs=True)
         parameters = dict(layer.named_parameters())
         tested = losses.tested_terms({0: with_outputs}, router, self.shape[0])
         tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
@@ -133,6 +144,7 @@ class RouterCheck:
             generator=torch.Generator().manual_seed(self.seed),
             tested=routing,
             slack=TOLERANCES[at.dtype].slack,
+            sequence_length=self.shape[1],
         )
         oracle_terms = losses.oracle_terms({0: oracle}, router, self.shape[0])
         rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
-from manyhands.config.numbers import Count
+from manyhands.config.numbers import Count, Size
 
 
 class RouterConfig(Strict):
@@ -47,6 +47,12 @@ class RouterConfig(Strict):
     """Room per expert while training, as a multiple of its fair share T·K/E. None: dropless."""
     eval_capacity_factor: Annotated[float, Field(gt=0.0, le=1e4)] | None = None
     """The same in evaluation. None: dropless in evaluation."""
+    capacity_tokens: Size | None = None
+    """Room per expert in tokens, in training and evaluation, in the place of the factors (Switch in transformers)."""
+    capacity_per: Literal["batch", "sequence", "group"] = "batch"
+    """Among which tokens an expert's room is shared: all of the batch, each sequence, or groups of `capacity_group`."""
+    capacity_group: Size | None = None
+    """Tokens per group, sequence after sequence; the last may be smaller (GShard; 1,024 in Mesh TensorFlow)."""
     min_capacity: Count = 4
     drop_policy: Literal["position", "probability"] = "position"
     """What an expert that is full keeps: the first tokens (first choices before second), or the most probable."""
@@ -54,7 +60,25 @@ class RouterConfig(Strict):
     @property
     def causal_safe(self) -> bool:
         """Whether a token's routing in evaluation is independent of the other tokens."""
-        return self.select != "expert_choice" and self.eval_capacity_factor is None
+        return self.select != "expert_choice" and not self.limited(training=False)
+
+    def limited(self, training: bool) -> bool:
+        """Whether an expert has room for only so many tokens, while training or in evaluation."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        return self.capacity_tokens is not None or factor is not None
+
+    @property
+    def prefix_causal(self) -> bool:
+        """Whether a token's routing in evaluation is independent of later tokens and of the other sequences.
+
+        So is a fixed room in each sequence, first come first served, with one expert per token. Still decoding must
+        count the earlier tokens: each by itself would find an empty expert. With two experts a later token's first
+        choice goes before an earlier one's second, and a factor gives a longer sequence more room.
+        """
+        if self.causal_safe:
+            return True
+        queued = self.drop_policy == "position" and self.num_experts_per_tok == 1 and self.select != "expert_choice"
+        return queued and self.capacity_per == "sequence" and self.capacity_tokens is not None
 
     @model_validator(mode="after")
     def _consistent(self) -> "RouterConfig":
@@ -80,8 +104,15 @@ class RouterConfig(Strict):
                     raise ValueError(f"{name} has no meaning with select = {self.select!r}; it goes with 'topk'")
             if self.n_group > 1:
                 raise ValueError(f"n_group has no meaning with select = {self.select!r}; it goes with 'topk'")
-        if self.select == "expert_choice" and (self.capacity_factor or self.eval_capacity_factor):
-            raise ValueError("select = 'expert_choice' is balanced by construction: leave the capacity factors out")
+        if self.select == "expert_choice" and (self.limited(True) or self.limited(False)):
+            raise ValueError("select = 'expert_choice' is balanced by construction: leave the capacity out")
+        if self.capacity_tokens is not None and (self.capacity_factor or self.eval_capacity_factor):
+            raise ValueError("capacity_tokens says the room; leave capacity_factor and eval_capacity_factor out")
+        if (self.capacity_per == "group") != (self.capacity_group is not None):
+            raise ValueError(
+                f"capacity_group = {self.capacity_group} with capacity_per = {self.capacity_per!r}: "
+                "groups of tokens have capacity_per = 'group' and a capacity_group"
+            )
         if self.select == "hash" and k != 1:
             raise ValueError(f"select = 'hash' sends a token to one expert: num_experts_per_tok = 1, not {k}")
         return self

@@ -16,10 +16,11 @@ def check_causal(config: ModelConfig) -> None:
     if moe.router.select == "expert_choice":
         why = "its experts choose tokens (select = 'expert_choice'), so a token's experts depend on the tokens after it"
     else:
+        field = "eval_capacity_factor" if moe.router.capacity_tokens is None else "capacity_tokens"
+        beside = "the tokens before it" if moe.router.prefix_causal else "the tokens beside it"
         why = (
-            f"its experts have a limited capacity in evaluation (eval_capacity_factor = "
-            f"{moe.router.eval_capacity_factor:g}), so a token may be dropped because of the tokens beside it; "
-            "set eval_capacity_factor to null"
+            f"its experts have a limited capacity in evaluation ({field} = {getattr(moe.router, field):g}), so a token "
+            f"may be dropped because of {beside}; set {field} to null"
         )
     raise UserError(f"this model cannot generate: {why}")
 

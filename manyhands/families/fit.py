@@ -161,7 +161,8 @@ def _rope(rope: RopeConfig) -> RopeConfig:
 def _moe(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
     router = moe.router
     changes: dict[str, Any] = {"init": "normal", "jitter": 0.0, "random_second": False, "capacity_factor": None}
-    changes |= {name: RouterConfig.model_fields[name].default for name in ("min_capacity", "drop_policy")}
+    of_capacity = ("min_capacity", "drop_policy", "capacity_per", "capacity_group")
+    changes |= {name: RouterConfig.model_fields[name].default for name in of_capacity}
     if router.n_group == 1:
         changes |= {"topk_group": 1, "group_score": "top2_sum"}
     if router.num_experts_per_tok == 1 and not router.norm_top1:

@@ -1,7 +1,7 @@
 """The mixture-of-experts layer: router, experts, shared experts. Drop-in for a feed-forward network."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
@@ -60,6 +60,8 @@ class MoELayer(nn.Module):
         """x [..., D]; `token_mask` [...] bool is false for padding; `token_ids` [...] is for hash routing; `edit` is a
         routing to follow, or a change of it (`manyhands.moe.edit`).
 
+        Of [..., S, D] each S tokens are a sequence, which matters to `capacity_per: sequence` alone.
+
         No loss and no statistic counts padding; its rows of y are computed like the rest and mean nothing.
 
         Returns y [..., D] in x's dtype and the `Routing` of the T flattened tokens; with `keep_outputs` it holds
@@ -68,11 +70,14 @@ class MoELayer(nn.Module):
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ConfigError(f"token_mask is {list(token_mask.shape)}, not {list(x.shape[:-1])} as x is")
         x_TD = x.reshape(-1, x.shape[-1])
+        more: dict[str, Any] = {} if edit is None else {"edit": edit}  # a router somebody wrote may know neither
+        if x.dim() > 2 and self.router.config.capacity_per == "sequence":
+            more["sequence_length"] = x.shape[-2]
         routing = self.router(
             x_TD,
             None if token_mask is None else token_mask.reshape(-1),
             None if token_ids is None else token_ids.reshape(-1),
-            *(() if edit is None else (edit,)),
+            **more,
         )
         if keep_outputs:
             outputs_TKD = self.experts.outputs(x_TD, routing)

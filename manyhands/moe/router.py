@@ -69,8 +69,10 @@ class Router(nn.Module):
         token_mask_T: Tensor | None = None,
         token_ids_T: Tensor | None = None,
         edit: Edit | None = None,
+        sequence_length: int | None = None,
     ) -> Routing:
-        """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing.
+        """Route tokens [T, D]. `token_mask_T` is false for padding; `token_ids_T` is needed by hash routing;
+        `sequence_length` says where sequences begin, for a capacity per sequence (None: all tokens are one).
 
         `edit` says who goes where in the router's place, or which experts are off; its weights carry gradient.
         """
@@ -112,9 +114,9 @@ class Router(nn.Module):
                 ids_TK = sample_second(ids_TK, weights_TK / config.routed_scaling_factor)
             kept_TK = ids_TK >= 0 if given_TK is None else (ids_TK >= 0) & given_TK
 
-        factor = config.capacity_factor if self.training else config.eval_capacity_factor
-        if factor is not None and getattr(edit, "kept", None) is None:
-            kept_TK = apply_capacity(ids_TK, weights_TK, kept_TK, token_mask_T, config, factor)
+        if config.limited(self.training) and getattr(edit, "kept", None) is None:
+            factor = config.capacity_factor if self.training else config.eval_capacity_factor
+            kept_TK = apply_capacity(ids_TK, weights_TK, kept_TK, token_mask_T, config, factor, sequence_length)
         return Routing(
             ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
         )

@@ -78,7 +78,7 @@ class StepTrace:
         return Recorder(
             next(path for name in names if not os.path.lexists(path := self._folder / name)),
             **routed(self._model.config),
-            recorded=("weights", "kept") if moe.router.capacity_factor else ("weights",),
+            recorded=("weights", "kept") if moe.router.limited(training=True) else ("weights",),
             limit=run.trace.max_bytes,
             every=run.trace.every,
             source=f"recorded by manyhands train {__version__}",

@@ -6,23 +6,35 @@ import torch
 from .make_routing import make_layer, make_router, route_logits, tokens
 
 
-def einsum_path(layer, x_TD: torch.Tensor, routing, groups: int, room: int) -> torch.Tensor:
-    """GShard Algorithm 1 with dispatch and combine tensors [G, S, E, C]: GSEC,GSM→EGCM, experts, and back."""
-    G, S, E = groups, x_TD.shape[0] // groups, routing.num_experts
-    combine = torch.zeros(G, S, E, room)
+def dispatch_and_combine(routing, size: int, room: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """GShard's tensors [G, S, E, C], filled by the queue of algorithm 1: all first choices, then all second ones.
+
+    The last group is filled up with tokens that go nowhere. `combine` carries the gradient of the weights.
+    """
+    T, K = routing.expert_ids.shape
+    G, E = -(-T // size), routing.num_experts
+    dispatch, combine = torch.zeros(G, size, E, room), torch.zeros(G, size, E, room)
     for g in range(G):
         used = [0] * E
-        for k in range(routing.expert_ids.shape[1]):  # first choices before second choices
-            for s in range(S):
-                e = int(routing.expert_ids[g * S + s, k])
-                if e >= 0 and used[e] < room:
-                    combine[g, s, e, used[e]] = routing.weights[g * S + s, k]
+        for k in range(K):
+            for s in range(min(size, T - g * size)):
+                e, real = int(routing.expert_ids[g * size + s, k]), bool(routing.token_mask[g * size + s])
+                if real and e >= 0 and used[e] < room:
+                    here = torch.zeros(G, size, E, room)
+                    here[g, s, e, used[e]] = 1.0
+                    dispatch, combine = dispatch + here, combine + here * routing.weights[g * size + s, k]
                     used[e] += 1
-    dispatch = (combine > 0).float()
-    sent = torch.einsum("gsec,gsm->egcm", dispatch, x_TD.view(G, S, -1))
+    return dispatch, combine
+
+
+def einsum_path(layer, x_TD: torch.Tensor, routing, size: int, room: int) -> torch.Tensor:
+    """GShard's algorithm 2: GSEC,GSM→EGCM, every expert over its C places of every group, and back."""
+    dispatch, combine = dispatch_and_combine(routing, size, room)
+    filled = torch.cat((x_TD, x_TD.new_zeros(len(dispatch) * size - len(x_TD), x_TD.shape[1])))
+    sent = torch.einsum("gsec,gsm->egcm", dispatch, filled.view(len(dispatch), size, -1))
     gate, up = torch.einsum("egcm,ehm->egch", sent, layer.experts.gate_up_proj).chunk(2, -1)
     done = torch.einsum("egch,emh->egcm", torch.nn.functional.silu(gate) * up, layer.experts.down_proj)
-    return torch.einsum("gsec,egcm->gsm", combine, done).reshape_as(x_TD)
+    return torch.einsum("gsec,egcm->gsm", combine, done).flatten(0, 1)[: len(x_TD)]
 
 
 @pytest.mark.parametrize("random_second", [False, True])
@@ -31,20 +43,36 @@ def test_with_room_for_all_nothing_drops_and_einsum_equals_gather(random_second:
     layer, x = make_layer(router={"num_experts": 4, "random_second": random_second}), tokens(24, 8)
     y, routing = layer(x)
     assert torch.equal(routing.kept, routing.expert_ids >= 0)
-    for groups in (1, 3):
-        torch.testing.assert_close(einsum_path(layer, x, routing, groups, room=24 // groups), y)
+    for size in (24, 8):
+        torch.testing.assert_close(einsum_path(layer, x, routing, size, room=size), y, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("factor", [0.5, 0.75, 1.0])
-def test_with_little_room_einsum_equals_gather(factor: float) -> None:
-    router = {"num_experts": 4, "capacity_factor": factor, "min_capacity": 1}
-    layer, x = make_layer(router=router), tokens(32, 8)
+@pytest.mark.parametrize(
+    ("fields", "size", "room"),
+    [
+        ({"capacity_factor": 0.5}, 33, 8),  # ⌊0.5 · 33·2/4⌋
+        ({"capacity_factor": 1.0, "capacity_per": "group", "capacity_group": 8}, 8, 4),
+        ({"capacity_factor": 0.75, "capacity_per": "sequence"}, 11, 4),
+        ({"capacity_tokens": 3, "capacity_per": "group", "capacity_group": 8, "random_second": True}, 8, 3),
+        ({"capacity_tokens": 5, "capacity_per": "sequence", "random_second": True}, 11, 5),
+        ({"capacity_tokens": 9}, 33, 9),
+    ],
+)
+def test_with_little_room_einsum_equals_gather(fields: dict[str, object], size: int, room: int) -> None:
+    """Outputs to 1e-6, gradients of everything too; T = 33 tokens, three sequences of 11, E = 4."""
+    torch.manual_seed(0)
+    layer = make_layer(router={"num_experts": 4, "min_capacity": 1, **fields})
+    x = tokens(3, 11, 8).requires_grad_()
+    probe = tokens(33, 8, seed=2)
     y, routing = layer(x)
-    room = int(factor * 32 * 2 / 4)
-    assert not routing.kept.all()
-    torch.testing.assert_close(einsum_path(layer, x, routing, 1, room), y)
-    kept_counts = torch.bincount(routing.expert_ids[routing.kept], minlength=4)
-    assert kept_counts.max() <= room
+    wanted = routing.expert_ids >= 0
+    assert not torch.equal(routing.kept, wanted), "pairs are dropped, or this compares nothing"
+    both = [einsum_path(layer, x.flatten(0, 1), routing, size, room), y.flatten(0, 1)]
+    torch.testing.assert_close(both[1], both[0], rtol=0, atol=1e-6)
+    parameters = (x, *layer.parameters())
+    expected, found = (torch.autograd.grad((y * probe).sum(), parameters, retain_graph=True) for y in both)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
 
 
 def test_first_choices_fill_before_second_choices() -> None:

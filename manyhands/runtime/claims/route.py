@@ -21,11 +21,12 @@ COVERED = Coverage(
         "group_score": tuple(GROUP_SCORES),
         # these act in training only, where the kernels do not route
         **dict.fromkeys(("noisy", "jitter", "random_second", "init", "capacity_factor")),
-        **dict.fromkeys(("min_capacity", "drop_policy")),  # these only with a capacity
+        # these only with a capacity
+        **dict.fromkeys(("min_capacity", "drop_policy", "capacity_per", "capacity_group")),
     },
     RouterConfig,
 )
-"""What the native kernels route; `eval_capacity_factor` they do not."""
+"""What the native kernels route; `eval_capacity_factor` and `capacity_tokens` they do not."""
 
 
 def router_of(router: nn.Module, width: int, added: tuple[torch.Tensor, torch.Tensor] | None = None) -> CRouter:
