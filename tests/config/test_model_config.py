@@ -14,7 +14,7 @@ def refusal(cls: Any, values: dict[str, Any]) -> str:
     with pytest.raises(ConfigError) as caught:
         parse(cls, values)
     message = str(caught.value)
-    assert "\n" not in message and len(message) < 300
+    assert "\n" not in message and len(message) < 600
     assert caught.value.exit_code == 2
     return message
 
