@@ -41,7 +41,7 @@ def test_unknown_field_far_from_all_lists_what_is_allowed() -> None:
         ({"select": "expert_choice", "bias": True}, "bias has no meaning with select = 'expert_choice'"),
         ({"select": "expert_choice", "noisy": True}, "noisy has no meaning"),
         ({"select": "expert_choice", "n_group": 2, "topk_group": 2}, "n_group has no meaning"),
-        ({"select": "expert_choice", "capacity_factor": 1.0}, "leave the capacity factors out"),
+        ({"select": "expert_choice", "capacity_factor": 1.0}, "leave the capacity out"),
         ({"select": "topkk"}, "select = 'topkk'"),
         ({"jitter": 1.0}, "jitter = 1.0"),
         ({"capacity_factor": 0.0}, "capacity_factor = 0.0"),
