@@ -23,7 +23,7 @@ ALL = {
     "rope": ROPE,
 }
 NOT_COMPUTED = {
-    "route": {"eval_capacity_factor"},
+    "route": {"eval_capacity_factor", "capacity_tokens"},
     "attention": set(),
     "mixture": set(),
     "model": {"kind"},
@@ -60,7 +60,7 @@ def test_every_value_of_a_choice_is_named(name: str) -> None:
         assert not coverage.covers(new)
 
 
-FREE = {"init", "drop_policy"}
+FREE = {"init", "drop_policy", "capacity_per"}
 """Choices that act where the fast path does not run."""
 
 
