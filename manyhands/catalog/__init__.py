@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from manyhands.catalog.entry import COMPARED, FACTS, Entry, Figure, Kind, Storage
-from manyhands.catalog.shape import DecoderShape, ExpertsShape, Shape
+from manyhands.catalog.entry import COMPARED, FACTS, Entry, Figure, Kind, Mixture, Storage
+from manyhands.catalog.shape import DecoderShape, Shape, TranslatorShape
 from manyhands.config import parse
 from manyhands.errors import ConfigError
 
@@ -22,11 +22,12 @@ __all__ = [
     "FACTS",
     "DecoderShape",
     "Entry",
-    "ExpertsShape",
     "Figure",
     "Kind",
+    "Mixture",
     "Shape",
     "Storage",
+    "TranslatorShape",
     "entries",
     "load",
     "names",

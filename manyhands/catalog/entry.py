@@ -4,7 +4,7 @@ The architecture is the family's own `config.json` fields, or a `Shape`; counts 
 written down. What is written down are figures: a number as it was printed, its kind, and its source.
 """
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from pydantic import Field, model_validator
 
@@ -14,9 +14,10 @@ from manyhands.config import Strict, suggest
 if TYPE_CHECKING:
     from manyhands.config import ModelConfig
 
-Kind = Literal["published", "computed", "assumed", "rumour", "undisclosed"]
-"""published: by those who made the system, or in its paper. computed: from published numbers, by the source named.
-assumed: by convention or inference. rumour: said by third parties and never confirmed. undisclosed: not said at all."""
+Kind = Literal["published", "reported", "computed", "assumed", "rumour", "undisclosed"]
+"""published: by those who made the system, or in its paper. reported: by third parties, of what its makers publish.
+computed: from published numbers, by the source named. assumed: by convention or inference. rumour: said by third
+parties and never confirmed. undisclosed: not said at all."""
 
 COMPARED = {
     "total": "parameters",
@@ -56,8 +57,10 @@ FACTS = {
     "accelerator_hour_price": "USD/hour",
     "price_input": "USD/million tokens",
     "price_output": "USD/million tokens",
+    "mmlu": "% right",
 }
-"""Quantities that are only quoted, and their units."""
+"""Quantities that are only quoted, and their units. `mmlu` (arXiv 2009.03300) says how good a model is, roughly; only
+figures from one table, measured by one party, may be held against each other."""
 _SCALE = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "Z": 1e21, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 Printed = Annotated[str, Field(pattern=r"^[~>]?\d[\d,]*(\.\d+)?(K|M|G|B|T|Z|Ki|Mi|Gi)?$")]
 
@@ -134,6 +137,15 @@ class Storage(Strict):
     source: str = Field(min_length=1)
 
 
+class Mixture(NamedTuple):
+    """One sparse layer."""
+
+    experts: int
+    shared: int
+    """Experts that every token visits beside those chosen for it."""
+    experts_per_token: int
+
+
 class Entry(Strict):
     """One system of the catalogue."""
 
@@ -170,6 +182,26 @@ class Entry(Strict):
         return read_config(self.config_fields, f"catalogue entry {self.id}")[1]
 
     @property
+    def mixture(self) -> Mixture | None:
+        """Its sparse layers; None if it is dense, or if its architecture is not disclosed."""
+        config, shape = self.config, self.shape
+        if config is not None and config.moe is not None:
+            router = config.moe.router
+            return Mixture(router.num_experts, config.moe.n_shared_experts, router.num_experts_per_tok)
+        layers: Any = getattr(shape, "moe", None) or shape
+        router = getattr(layers, "router", None) or layers
+        if not getattr(router, "num_experts", 0):
+            return None
+        wide = getattr(layers, "shared_intermediate_size", 0)
+        shared = getattr(layers, "n_shared_experts", 0) or (wide // layers.moe_intermediate_size if wide else 0)
+        return Mixture(router.num_experts, shared, router.num_experts_per_tok)
+
+    @property
+    def year(self) -> int:
+        """When it was released."""
+        return int(self.released[:4])
+
+    @property
     def published(self) -> tuple[Figure, ...]:
         """The figures that can be compared with what is computed."""
         return tuple(figure for figure in self.figures if figure.what in COMPARED)
@@ -182,7 +214,7 @@ class Entry(Strict):
 
     @property
     def prices(self) -> tuple[Figure, ...]:
-        """What its makers charge for a million tokens."""
+        """What its makers charge, or charged when the source was written, for a million tokens."""
         return tuple(figure for figure in self.figures if figure.what.startswith("price_"))
 
     @property

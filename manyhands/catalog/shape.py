@@ -102,16 +102,29 @@ class DecoderShape(Strict):
         return self.num_hidden_layers - (self.moe.layers if self.moe else 0)
 
 
-class ExpertsShape(Strict):
-    """The experts alone, where the paper's table counts little else (GShard)."""
+class TranslatorShape(Strict):
+    """An encoder-decoder with a vocabulary for each side, every second layer of both stacks sparse (GShard).
 
-    kind: Literal["experts"] = "experts"
+    Sinusoidal positions, so none are counted; the head is the target's embedding.
+    """
+
+    kind: Literal["translator"] = "translator"
+    num_encoder_layers: Size
+    num_decoder_layers: Size
     hidden_size: Size
-    moe_intermediate_size: Size
-    gated: bool = False
-    moe_layers: Size
+    intermediate_size: Size
+    """Width of a dense feed-forward network and of an expert; neither is gated."""
+    num_attention_heads: Size
+    head_dim: Size
+    source_vocab_size: Size
+    target_vocab_size: Size
     num_experts: Size
     num_experts_per_tok: Size
 
+    @property
+    def sparse_layers(self) -> int:
+        """Of both stacks."""
+        return self.num_encoder_layers // 2 + self.num_decoder_layers // 2
 
-Shape = DecoderShape | EncoderDecoderConfig | RecurrentConfig | ExpertsShape
+
+Shape = DecoderShape | EncoderDecoderConfig | RecurrentConfig | TranslatorShape

@@ -10,13 +10,14 @@ if TYPE_CHECKING:
 _LABELS = {
     "price_input": "price, 10^6 tokens in",
     "price_output": "price, 10^6 tokens out",
+    "mmlu": "MMLU",
     "top_k": "experts per token",
     "active_without_embedding": "active, without embedding",
     "body": "active, body only",
 }
 
 
-def sheet(entry: "Entry", counts: "Counts | None", mixture: tuple[int, int, int] | None, width: int = 80) -> list[str]:
+def sheet(entry: "Entry", counts: "Counts | None", width: int = 80) -> list[str]:
     """Its lines, at most `width` wide but for addresses, which stay whole."""
     from manyhands.format import show
     from manyhands.plan.published import compare
@@ -36,8 +37,8 @@ def sheet(entry: "Entry", counts: "Counts | None", mixture: tuple[int, int, int]
         rows = [("total", counts.total), ("active", counts.active)]
         rows += [("active, without embedding", counts.active_without_embedding), ("active, body only", counts.body)]
         lines += [f"  {label:<26}{show(value, 'parameters'):>9}   {value:,}" for label, value in rows]
-    if mixture is not None:
-        experts, shared, k = mixture
+    if entry.mixture is not None:
+        experts, shared, k = entry.mixture
         beside = f" and {shared} shared" if shared else ""
         lines += _wrap(f"experts of a sparse layer: {experts}{beside}, {k} per token", width)
     if entry.storage is not None:

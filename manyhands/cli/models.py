@@ -27,6 +27,10 @@ def models(
     sort: Annotated[
         Literal["name", "total", "active", "released"], typer.Option(help="Largest or newest first; name: A to Z.")
     ] = "name",
+    by: Annotated[
+        Literal["year"] | None,
+        typer.Option("--by", help="Count systems by year: sparse and dense, and experts per token of the sparse ones."),
+    ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Every published figure beside the computed one; exit code 4 if one is off.")
     ] = False,
@@ -41,7 +45,12 @@ def models(
 
     if name is not None and (sparse or dense or sort != "name"):
         raise ConfigError("--sparse, --dense and --sort are about the table: leave them out, or leave NAME out")
+    if by is not None and (name is not None or check or sort != "name"):
+        raise ConfigError("--by year counts the systems of the table: leave NAME, --sort and --check out")
     chosen = _chosen(sparse, dense) if name is None else [load(name)]
+    if by is not None:
+        _by_year(chosen, json_output)
+        return
     if check:
         _check({entry.id for entry in chosen}, json_output)
         return
@@ -71,7 +80,27 @@ def _one(entry: "Entry", counts: "Counts | None", json_output: bool) -> None:
     from manyhands.cli.model_sheet import sheet
 
     width = min(shutil.get_terminal_size((80, 24)).columns, 120)
-    print("\n".join(sheet(entry, counts, _mixture(entry), max(width, 40))))
+    print("\n".join(sheet(entry, counts, max(width, 40))))
+
+
+def _by_year(chosen: "list[Entry]", json_output: bool) -> None:
+    from manyhands.catalog.survey import by_year
+
+    years = by_year(chosen)
+    if json_output:
+        import json
+        from dataclasses import asdict
+
+        print(json.dumps([asdict(year) | {"systems": year.systems} for year in years]))
+        return
+    columns = ("year", ">systems", ">sparse", ">dense", ">not disclosed", "experts per token: sparse systems")
+    lines = []
+    for year in years:
+        visited = ", ".join(f"{k}: {count}" for k, count in year.experts_per_token.items())
+        numbers = (year.systems, year.sparse, year.dense, year.not_disclosed)
+        lines.append((str(year.year), *map(str, numbers), visited))
+    _print(columns, lines)
+    print("\nOf the systems in this catalogue, which is a choice; those that share an architecture count each.")
 
 
 def _chosen(sparse: bool, dense: bool) -> "list[Entry]":
@@ -122,24 +151,12 @@ def _quoted(entry: "Entry", what: str) -> str:
 
 def _experts(entry: "Entry") -> str:
     """`256 + 1, top 8`: in one layer, shared ones after the plus."""
-    described = _mixture(entry)
+    described = entry.mixture
     if described is None:
         quoted, top = (_quoted(entry, what) for what in ("experts", "top_k"))
         return f"{quoted}, top {top}" if top else quoted
     experts, shared, k = described
     return f"{experts}{f' + {shared}' if shared else ''}, top {k}"
-
-
-def _mixture(entry: "Entry") -> tuple[int, int, int] | None:
-    """(experts, shared ones, experts per token) of one sparse layer."""
-    config, shape = entry.config, entry.shape
-    if config is not None and config.moe is not None:
-        return config.moe.router.num_experts, config.moe.n_shared_experts, config.moe.router.num_experts_per_tok
-    mixture: Any = getattr(shape, "moe", None) or getattr(shape, "router", None) or shape
-    if not getattr(mixture, "num_experts", 0):
-        return None
-    shared = getattr(mixture, "shared_intermediate_size", 0)
-    return mixture.num_experts, shared // mixture.moe_intermediate_size if shared else 0, mixture.num_experts_per_tok
 
 
 def _described(entry: "Entry", counts: "Counts | None") -> dict[str, Any]:
@@ -148,9 +165,8 @@ def _described(entry: "Entry", counts: "Counts | None") -> dict[str, Any]:
     values = entry.model_dump(mode="json", exclude={"shape", "config_fields"}, exclude_none=True)
     for figure, dumped in zip(entry.figures, values["figures"], strict=True):
         dumped |= {"value": figure.value, "unit": figure.unit}
-    mixture = _mixture(entry)
-    if mixture is not None:
-        values["mixture"] = dict(zip(("experts", "shared", "experts_per_token"), mixture, strict=True))
+    if entry.mixture is not None:
+        values["mixture"] = entry.mixture._asdict()
     if counts is not None:
         values["computed"] = asdict(counts)
     return values

@@ -8,10 +8,10 @@ from collections import Counter
 from manyhands.catalog.shape import (
     AttentionShape,
     DecoderShape,
-    ExpertsShape,
     MambaShape,
     MoEShape,
     Shape,
+    TranslatorShape,
 )
 from manyhands.config import EncoderDecoderConfig, RecurrentConfig
 from manyhands.plan.count import Counts
@@ -23,8 +23,8 @@ def count_shape(shape: Shape) -> Counts:
     match shape:
         case DecoderShape():
             return _decoder(shape)
-        case ExpertsShape():
-            return _experts(shape)
+        case TranslatorShape():
+            return _translator(shape)
         case _:
             return count_any(shape)
 
@@ -39,8 +39,8 @@ def experts_in_model(shape: Shape) -> int:
             return shape.router.num_experts * sparse if shape.router else 0
         case RecurrentConfig():
             return shape.num_experts
-        case ExpertsShape():
-            return shape.num_experts * shape.moe_layers
+        case TranslatorShape():
+            return shape.num_experts * shape.sparse_layers
 
 
 def _decoder(s: DecoderShape) -> Counts:
@@ -105,8 +105,28 @@ def _mamba(m: MambaShape, D: int) -> int:
     return project_in + convolution + to_parameters + time_step + transition + skip + project_out + norms
 
 
-def _experts(s: ExpertsShape) -> Counts:
-    layer = s.moe_layers * feed_forward(s.hidden_size, s.moe_intermediate_size, s.gated)
-    total, active = layer * s.num_experts, layer * s.num_experts_per_tok
-    parts, idle = {"routed experts": total}, {"routed experts": total - active}
-    return Counts(total, active, active, active, embedding=0, by_component=parts, idle=idle)
+def _translator(s: TranslatorShape) -> Counts:
+    D, layers = s.hidden_size, s.num_encoder_layers + s.num_decoder_layers
+    expert = feed_forward(D, s.intermediate_size, gated=False)
+    source, target = s.source_vocab_size * D, s.target_vocab_size * D
+    # a decoder's layer has two attentions and three norms; after each stack there is one more
+    parts = {
+        "embedding": source + target,
+        "attention": (layers + s.num_decoder_layers) * 4 * D * s.num_attention_heads * s.head_dim,
+        "router": s.sparse_layers * D * s.num_experts,
+        "routed experts": s.sparse_layers * s.num_experts * expert,
+        "dense feed-forward": (layers - s.sparse_layers) * expert,
+        "norms": 2 * D * (2 * layers + s.num_decoder_layers + 2),
+    }
+    idle = {"routed experts": s.sparse_layers * (s.num_experts - s.num_experts_per_tok) * expert}
+    total = sum(parts.values())
+    body = total - idle["routed experts"] - source - target
+    return Counts(
+        total=total,
+        active=body + source + target,
+        active_without_embedding=body + target,
+        body=body,
+        embedding=source + target,
+        by_component=parts,
+        idle=idle,
+    )

@@ -24,7 +24,7 @@ from manyhands.plan.stored_dtype import native_storage
 from manyhands.strict_json import read_object
 
 if TYPE_CHECKING:
-    from manyhands.catalog import Entry
+    from manyhands.catalog import Entry, Figure
 
 _LIMIT = 1 << 20
 
@@ -46,6 +46,8 @@ class Subject:
     """Of the safetensors files in its directory, if it is one."""
     pairs: EncoderDecoderConfig | None = None
     """An encoder-decoder, whose FLOPs are those of a pair of sequences."""
+    prices: "tuple[Figure, ...]" = ()
+    """What its makers charge, where the catalogue has it."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -63,7 +65,7 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
         return _config_file(path, path.parent.name if path.name == CONFIG and path.parent.name else path.stem)
     if path.suffix not in (".yaml", ".yml") and model.lower() in names():
         _no_overrides(model, overrides)
-        return _from_catalogue(load(model), include_rumours)
+        return of_catalogue(load(model), include_rumours=include_rumours)
 
     from manyhands.config.load import described_model, load_preset, load_run, preset_names  # YAML costs 15 ms
 
@@ -181,11 +183,21 @@ def read_json(path: Path) -> dict[str, Any]:
     return read_object(path, _LIMIT, ConfigError)
 
 
-def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:
+def of_catalogue(entry: "Entry", *, include_rumours: bool = False) -> Subject:
+    """One system of the catalogue. Raises `ConfigError` where its architecture is not public."""
     if (config := entry.config) is not None:
         origin = f"catalogue entry {entry.id}"
         sizes, notes = _released_for(sizes_of(config), entry)
-        return Subject(entry.name, origin, count_model(config), config, sizes, _stored(entry), notes=notes)
+        return Subject(
+            name=entry.name,
+            origin=origin,
+            counts=count_model(config),
+            config=config,
+            sizes=sizes,
+            native=_stored(entry),
+            prices=entry.prices,
+            notes=notes,
+        )
     if entry.shape is not None:
         from manyhands.plan.count_shape import count_shape
         from manyhands.plan.shape_sizes import left_out, shape_sizes
@@ -198,6 +210,7 @@ def _from_catalogue(entry: "Entry", include_rumours: bool) -> Subject:
             sizes=_released_for(shape, entry)[0] if shape is not None else None,
             native=_stored(entry),
             pairs=entry.shape if isinstance(entry.shape, EncoderDecoderConfig) else None,
+            prices=entry.prices,
             notes=left_out(entry.shape),
         )
     return _undisclosed(entry, include_rumours)
@@ -239,6 +252,8 @@ def _undisclosed(entry: "Entry", include_rumours: bool) -> Subject:
     else:
         hint = ""
     if "total" not in rumours or not include_rumours:
+        if entry.prices:
+            hint += f"; its price: {_charged(entry.prices)}"
         raise ConfigError(
             f"{entry.id}: the architecture of {entry.name} is not public, so there is nothing to compute{hint}"
         )
@@ -248,6 +263,15 @@ def _undisclosed(entry: "Entry", include_rumours: bool) -> Subject:
     counts = Counts(total, active, active, active, 0, {"routed experts": total}, idle)
     sources = "; ".join(f"{what} {figure.printed}: {figure.source}" for what, figure in rumours.items())
     return Subject(entry.name, f"catalogue entry {entry.id}", counts, notes=(f"RUMOUR, never confirmed: {sources}",))
+
+
+def _charged(prices: "Sequence[Figure]") -> str:
+    """`0.50 USD/million tokens in, 2.50 out (reported)`."""
+    ways = [f"{price.printed} {price.unit} {_WAY[price.what]}" for price in prices]
+    return f"{', '.join(ways)} ({prices[0].kind}; `manyhands models` has the source)"
+
+
+_WAY = {"price_input": "in", "price_output": "out"}
 
 
 def _no_overrides(model: str, overrides: Sequence[str]) -> None:

@@ -71,6 +71,19 @@ def test_experts_in_the_whole_model() -> None:
     assert counts == {"switch-c": 61_440, "gshard-2048e-36l": 36_864, "dbrx": 640, "qwen2.5-72b": 0}
 
 
+def test_gshard_with_everything_beside_its_experts() -> None:
+    """36 layers, 18 and 18: the paper's widths, written out (arXiv 2006.16668, appendix A.2)."""
+    counts = counts_of(load("gshard-2048e-36l"))
+    assert counts is not None
+    network, attention = 2 * 1024 * 8192, 4 * 1024 * 16 * 128
+    embeddings, norms = (64_000 + 32_000) * 1024, (18 * 2 + 18 * 3 + 2) * 2 * 1024
+    beside = 18 * network + (18 + 2 * 18) * attention + 18 * 1024 * 2048 + norms
+    assert counts.total == 18 * 2048 * network + beside + embeddings
+    assert counts.body == 18 * 2 * network + beside
+    assert counts.active_without_embedding == counts.body + 32_000 * 1024
+    assert counts.embedding == embeddings
+
+
 def _decoder(s: DecoderShape, **more: Any) -> dict[str, Any]:
     a = s.attention
     return {

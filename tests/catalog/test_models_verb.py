@@ -119,9 +119,22 @@ def test_one_system_with_every_source(name: str) -> None:
 
 def test_prices_and_what_is_not_disclosed() -> None:
     said = " ".join(run("Composer-2").stdout.split())
-    assert "price, 10^6 tokens in: 0.50 USD/million tokens (published) https://learnaiforge.com" in said
+    assert "price, 10^6 tokens in: 0.50 USD/million tokens (reported) https://learnaiforge.com" in said
     assert "price, 10^6 tokens out: 2.50 USD/million tokens" in said and "made from kimi-k2.5" in said
     assert "total: not disclosed" in said
+
+
+def test_systems_by_year() -> None:
+    """Counts of the whole table, however it is divided."""
+    years = {row["year"]: row for row in json.loads(run("--by", "year", "--json").stdout)}
+    assert sum(row["systems"] for row in years.values()) == len(names())
+    sparse = [line.split()[0] for line in run("--sparse").stdout.splitlines()[1:]]
+    assert sum(row["sparse"] for row in years.values()) == len(sparse)
+    assert years[2020]["experts_per_token"] == {"2": 6} and years[1991]["dense"] == 1
+    printed = run("--by", "year", "--sparse").stdout
+    assert "1991" not in printed and "2: 6" in printed
+    for other in (["deepseek-v3"], ["--check"], ["--sort", "total"]):
+        assert "--by year" in str(run("--by", "year", *other).exception)
 
 
 def test_one_system_as_json_is_its_row() -> None:

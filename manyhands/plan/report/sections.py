@@ -26,6 +26,10 @@ def build_sections(subject: Subject, ask: Ask) -> list[Section]:
     else:
         sections += [model.compute(subject, ask), model.memory(subject, ask)]
         sections += [model.cache(subject, ask), model.reading(subject, ask)]
+    if subject.prices:
+        from manyhands.plan.report.charged import charged
+
+        sections.append(charged(subject))
     if ask.machine is not None and subject.sizes is not None:
         sections += _on_machine(subject, ask, ask.machine)
     if ask.memory is not None:

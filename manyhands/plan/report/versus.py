@@ -48,7 +48,9 @@ def build_versus(a: Side, b: Side) -> list[Section]:
         sections.append(_of_a_pair(a, b))
     if a[0].sizes is None or b[0].sizes is None:
         return sections
-    return [*sections, *_by_context(a, b), *_on_machine(a, b)]
+    from manyhands.plan.report.turns import turns
+
+    return [*sections, *_by_context(a, b), turns(a, b), *_on_machine(a, b)]
 
 
 Measure = Callable[[Subject, Ask], float | None]
