@@ -99,7 +99,7 @@ FLAGS = {
         ),
         *("cache_policy", "pin"),
     },
-    "models": {"name", "sparse", "dense", "sort", "check", "json_output"},
+    "models": {"name", "sparse", "dense", "sort", "by", "check", "json_output"},
     "simulate": {
         *("trace", "policies", "budgets", "disk", "memory_rate", "sequences", "tokens", "record_bytes", "pin"),
         *("plot", "json_output"),

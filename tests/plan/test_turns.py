@@ -40,7 +40,7 @@ def test_two_models_say_where_the_cheaper_one_changes() -> None:
 
 def test_prices_are_quoted_with_their_source() -> None:
     told = " ".join(run("deepseek-v3").split())
-    assert "What its makers charge" in told and "0.27 USD" in told and "https://api-docs.deepseek.com" in told
+    assert "What its makers charge" in told and "0.27 USD" in told and "deepseek.com/quick_start/pricing" in told
     section = json.loads(run("deepseek-v3", "--json"))["sections"]["charged"]
     assert [figure["value"] for figure in section["figures"]] == [0.27, 1.10]
     assert "What its makers charge" not in run("mixtral-8x7b")
