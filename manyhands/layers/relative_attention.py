@@ -50,29 +50,31 @@ class RelativeBias(nn.Module):
             self.weight.normal_(0.0, std, generator=generator)
 
     def forward(self, num_queries: int, length: int, real_BL: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """[B or 1, H, S, L]: what the last S of L positions add to their logits.
+        """[B or 1, H, S, L]: what the last S of L positions add to their logits, −∞ where they may not look.
 
-        The lowest number of `dtype`, not −∞, where one may not look, so that a row that may look nowhere stays finite.
         `real_BL` is false for padding, None where there is none.
         """
         keys = torch.arange(length, device=self.weight.device)
         relative_SL = keys[None] - keys[length - num_queries :, None]
         index_SL = buckets(relative_SL, len(self.weight), self.max_distance, bidirectional=self.bidirectional)
         bias_HSL = F.embedding(index_SL, self.weight).permute(2, 0, 1).to(dtype)
-        hidden = None if self.bidirectional else (relative_SL > 0)[None, None]
-        padding = hide_padding(real_BL)
-        if padding is not None:
-            hidden = padding if hidden is None else hidden | padding
-        bias_BHSL = bias_HSL[None]
-        return bias_BHSL if hidden is None else bias_BHSL.masked_fill(hidden, torch.finfo(dtype).min)
+        hidden = None if real_BL is None else ~real_BL[:, None, None]
+        if not self.bidirectional:
+            later_SL = relative_SL > 0
+            hidden = later_SL if hidden is None else hidden | later_SL
+        return bias_HSL[None] if hidden is None else hide(bias_HSL[None], hidden)
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
 
-def hide_padding(real_BL: Tensor | None) -> Tensor | None:
-    """[B, 1, 1, L] bool: the keys that are padding; None where there is none."""
-    return None if real_BL is None else ~real_BL[:, None, None]
+def hide(bias: Tensor, hidden: Tensor) -> Tensor:
+    """`bias` with −∞ for the keys that are `hidden`; a query that would see none of them sees all.
+
+    Such a query is padding, or its whole row is, and means nothing, but must be finite: the lowest number in the place
+    of −∞ would give it wrong gradients, since the logarithm of how many keys there are is lost beside it.
+    """
+    return bias.masked_fill(hidden & ~hidden.all(-1, keepdim=True), float("-inf"))
 
 
 class RelativeAttention(nn.Module):

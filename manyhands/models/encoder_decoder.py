@@ -24,7 +24,7 @@ from manyhands.layers.cache import EncoderDecoderCache, LayerCache
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
-from manyhands.layers.relative_attention import RelativeAttention, RelativeBias, hide_padding
+from manyhands.layers.relative_attention import RelativeAttention, RelativeBias, hide
 from manyhands.models.decoder import Hidden, Output
 from manyhands.models.init_encoder_decoder import fill
 from manyhands.moe import MoELayer, Routing
@@ -127,9 +127,10 @@ class Stack(nn.Module):
     ) -> tuple[Tensor, dict[int, Routing]]:
         """x [B, S, D] through all layers and the norm, and the routings by layer number."""
         bias = self.relative_attention_bias(x.shape[1], length, real_BL, x.dtype)
-        hidden, memory_bias = hide_padding(memory_mask), None
-        if hidden is not None:
-            memory_bias = torch.zeros_like(hidden, dtype=x.dtype).masked_fill(hidden, torch.finfo(x.dtype).min)
+        memory_bias = None
+        if memory_mask is not None:
+            hidden = ~memory_mask[:, None, None]
+            memory_bias = hide(torch.zeros_like(hidden, dtype=x.dtype), hidden)
         mask_BS = torch.ones_like(ids_BS, dtype=torch.bool) if real_BS is None else real_BS
         routings: dict[int, Routing] = {}
         for i, block in enumerate(self.layers):

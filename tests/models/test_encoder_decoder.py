@@ -9,7 +9,7 @@ from manyhands.config import EncoderDecoderConfig, RouterConfig
 from manyhands.errors import ConfigError
 from manyhands.layers.relative_attention import buckets
 from manyhands.models import EncoderDecoder, init_weights
-from manyhands.moe import Mask
+from manyhands.moe import Mask, Router
 from manyhands.plan.count_kind import count_any
 
 SIZES: dict[str, Any] = {
@@ -181,3 +181,22 @@ def test_a_call_that_cannot_be_is_refused() -> None:
         model(None, outputs, torch.ones(2, 5), cache=cache)
     with pytest.raises(ConfigError, match="no router in layer 0"):
         model(inputs, outputs, edit={0: Mask((1,))})
+
+
+@every
+def test_an_input_of_padding_alone_has_right_gradients(config: EncoderDecoderConfig) -> None:
+    """float32's against float64's, where whole rows of keys are hidden."""
+    inputs, mask = padded()
+    mask[2], gradients = False, []
+    for dtype in (torch.float32, torch.float64):
+        model = made(config)
+        for part in model.modules():
+            if not isinstance(part, Router):
+                part.to(dtype)
+        hidden = model.hidden(inputs, ids(3, 9), mask)
+        model.head(hidden.states)[..., ::2].sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, exact in gradients[1].items():
+        found = gradients[0][name]
+        assert found is not None and exact is not None
+        assert float((found - exact).abs().max()) < 1e-4 * float(exact.abs().max()), name
