@@ -34,6 +34,15 @@ def open_store(
     """
     if missing := BACKENDS["native"].missing():
         raise UserError(f"experts on disk need the native kernels, which are not here: {missing}")
+    make = partial(policy, cache_policy, counts=counts)
+    store = Store(expert_layers(source), make, budget.num_slots, budget.num_staged, num_tokens=budget.num_tokens)
+    if warning := budget.warning():
+        _log.warning("%s: %s", source.directory, warning)
+    return store
+
+
+def expert_layers(source: Source) -> list[StoredLayer]:
+    """Where each layer's experts lie."""
     layers = []
     for record in source.records.values():
         if record.num_experts is not None:
@@ -41,11 +50,7 @@ def open_store(
             number = int(record.module.split(".")[1])
             path = source.files.directory / stored.file
             layers.append(StoredLayer(number, path, stored.start, record.num_experts, record.layout))
-    make = partial(policy, cache_policy, counts=counts)
-    store = Store(layers, make, budget.num_slots, budget.num_staged, num_tokens=budget.num_tokens)
-    if warning := budget.warning():
-        _log.warning("%s: %s", source.directory, warning)
-    return store
+    return layers
 
 
 def hold_stored(model: nn.Module, source: Source, store: Store, implementation: str) -> None:

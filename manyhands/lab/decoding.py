@@ -48,11 +48,16 @@ def packed_model(config: ModelConfig, directory: Path, seed: int) -> Model:
     torch.manual_seed(seed)
     plain, target = (directory / f"{name}-{len(list(directory.iterdir()))}" for name in ("plain", "int8"))
     save(Decoder(config), plain, family="manyhands")
-    int8 = Packing(format="int8")
-    quantize(open_checkpoint(plain), target, PackedConfig(experts=int8, linear=int8), measure=False)
-    model = load_model(target)
+    model = load_model(pack(plain, target))
     assert isinstance(model, Model)
     return model
+
+
+def pack(source: Path, target: Path) -> Path:
+    """A copy of a checkpoint, or of a run's newest, in int8."""
+    int8 = Packing(format="int8")
+    quantize(open_checkpoint(source), target, PackedConfig(experts=int8, linear=int8), measure=False)
+    return target
 
 
 @dataclass(frozen=True, slots=True)

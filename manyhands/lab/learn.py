@@ -53,8 +53,8 @@ class Learned:
     """Loss of each step's batch, nats per answer."""
 
 
-def learn(job: Job, run: RunConfig, batches: Iterator[Asked], name: str) -> Learned:
-    """Train a fresh model of `run` on what `batches` ask, with a clock running.
+def learn(job: Job, run: RunConfig, batches: Iterator[Asked], name: str, model: Decoder | None = None) -> Learned:
+    """Train a fresh model of `run` on what `batches` ask, with a clock running; or `model`, which is changed.
 
     Of `run` count model, balance, optim, schedule, `train.seed` and `train.max_steps`. A step is as in `train_step`,
     but without micro-batches, guard and bias controller, so a router's `bias` stays 0.
@@ -63,8 +63,9 @@ def learn(job: Job, run: RunConfig, batches: Iterator[Asked], name: str) -> Lear
     if not job.quick:
         keep_freed_memory()
     torch.manual_seed(run.train.seed)
-    model = Decoder(run.model)
-    init_weights(model, run.train.seed)
+    if model is None:
+        model = Decoder(run.model)
+        init_weights(model, run.train.seed)
     model.train()
     optimizers, steps = build_optimizers(model, run.optim), run.train.max_steps
     losses, seconds, began = list[float](), list[float](), time.perf_counter()
