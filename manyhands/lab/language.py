@@ -16,17 +16,20 @@ import atexit
 import shutil
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.model import load_model
 from manyhands.config import DataConfig, ModelConfig, RunConfig
 from manyhands.config.load import dump_run, parse_run
 from manyhands.files import JOURNAL, RUN, write_atomic
+from manyhands.generate.evaluate import evaluate
 from manyhands.lab.curves import Progress
 from manyhands.lab.experiment import Arm
 from manyhands.lab.job import Job
@@ -34,6 +37,7 @@ from manyhands.models import Decoder
 from manyhands.plan.compute import mean_attention_flops
 from manyhands.plan.count import count_model
 from manyhands.plan.sizes import sizes_of
+from manyhands.text import evaluation_batches
 from manyhands.trace.journal import LAST_STEPS, Record, last_steps, of_layer, read_journal
 from manyhands.train.data import prepare_data
 from manyhands.train.loop import train
@@ -63,7 +67,7 @@ model:
   intermediate_size: 64
   max_position_embeddings: 64
   attention: {num_attention_heads: 2, head_dim: 16, qk_norm: head}
-balance: {aux_loss_coef: 0.01, bias_update_rate: 0.01}
+balance: {aux_loss_coef: 0.01, bias_update_rate: 0.05}
 optim: {lr: 0.01, embed_lr_scale: 3, weight_decay: 0.0, ns_steps: 3}
 schedule: {warmup_steps: 10, decay_fraction: 0.0}
 train: {sequence_length: 64, batch_size: 16, save_seconds: 0}
@@ -139,9 +143,14 @@ class Trained:
         """The trained model, in evaluation mode."""
         return load_model(find(self.directory)).eval()
 
-    def valid_ids(self) -> Any:
-        """The validation text: ids [N], read-only."""
-        return prepare_data(self.directory / "data", self.run, lambda text: None).valid.ids
+    def valid_batches(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+        """The validation text, or its first `most` batches: ids [B, S + 1] and a target mask [B, S]."""
+        ids = prepare_data(self.directory / "data", self.run, lambda text: None).valid.ids
+        return evaluation_batches(ids, self.run.train.sequence_length, self.run.train.batch_size, most)
+
+    def loss_of(self, model: Decoder) -> float:
+        """Nats per token of `model`, this one changed for instance, on the whole validation text."""
+        return evaluate(model, self.valid_batches()).loss
 
 
 def regime(job: Job, steps: int, quick_steps: int, *settings: str) -> RunConfig:

@@ -6,12 +6,10 @@ import pytest
 
 from manyhands.config import RunConfig
 from manyhands.config.load import parse_run
-from manyhands.generate.evaluate import evaluate
 from manyhands.lab.curves import smoothed
 from manyhands.lab.job import Job
 from manyhands.lab.language import REGIME, arm, changed, match_dense, regime, train_arm, with_experts
 from manyhands.plan.count import count_model
-from manyhands.text import evaluation_batches
 
 from ..small_runs import write_text
 
@@ -39,8 +37,9 @@ def test_an_arm_is_a_run_of_the_trainer(tmp_path: Path) -> None:
     assert len(lab.clocks) == 1 and lab.clocks[0].seconds > found.training.seconds[-1] > 0
     assert smoothed(found.training, 6).losses == pytest.approx([found.train_loss])
 
-    ids = found.valid_ids()
-    assert evaluate(found.load(), evaluation_batches(ids, 32, 4)).loss == pytest.approx(found.valid_loss, abs=1e-6)
+    assert found.loss_of(found.load()) == pytest.approx(found.valid_loss, abs=1e-6)
+    [(ids, mask)] = found.valid_batches(most=1)
+    assert list(ids.shape) == [4, 33] and bool(mask.all())
 
     again = train_arm(lab, changed(sparse, "balance.aux_loss_coef=0"), "again")
     assert again.run.balance.aux_loss_coef == 0 and again.training.losses[0] == found.training.losses[0]

@@ -1,0 +1,112 @@
+"""Two learning curves, of a dense and of a sparse model of equal active FLOPs, and their ratio at every loss."""
+
+from collections.abc import Sequence
+
+from manyhands.lab.curves import Ratio, ratios, smoothed
+from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
+from manyhands.lab.figures import figures, loss_chart
+from manyhands.lab.job import Job
+from manyhands.lab.language import Trained, arm, changed, match_dense, regime, train_arm, with_experts
+
+_WINDOW = 40
+"""Steps over which training losses are averaged."""
+_SHOWN = ("validation loss", "validation", "training loss, last 50 steps", "MaxVio, worst layer", "time of a step")
+_PARTS = (0.2, 0.4, 0.6, 0.8, 1.0)
+"""Where in the dense run the ratio is printed."""
+
+
+def run(job: Job) -> Outcome:
+    """Train both with each seed, take the ratios."""
+    base = regime(job, 1000, 40, f"train.eval_every={10 if job.quick else 50}")
+    E, K, F = (16, 2, 32) if job.quick else (64, 2, 64)
+    sparse_run = with_experts(base, E, K, F)
+    dense_run = match_dense(sparse_run)
+    trained: dict[str, list[Trained]] = {"dense": [], "sparse": []}
+    for seed in job.seeds:
+        for name, run in (("dense", dense_run), ("sparse", sparse_run)):
+            trained[name].append(train_arm(job, changed(run, f"train.seed={seed}"), f"{name}-{seed}"))
+    arms = (
+        arm(dense_run, "dense", f"feed-forward width {dense_run.model.intermediate_size}"),
+        arm(sparse_run, "sparse", f"{E} experts of width {F}, top-{K}"),
+    )
+    pairs = list(zip(trained["dense"], trained["sparse"], strict=True))
+    found = [ratios(dense.validation, sparse.validation) for dense, sparse in pairs]
+    if not all(found):
+        none = Criterion("the sparse model reaches the dense one's losses", "it reached none of them", False)
+        return Outcome(arms, figures(trained, _SHOWN), (none,))
+    return Outcome(
+        arms,
+        figures(trained, _SHOWN) + _ratio_figures(job, pairs, found),
+        _criteria(job, pairs, found),
+        (
+            loss_chart(trained, "Validation loss", "Equal active FLOPs, the same batches."),
+            Chart(
+                "How many times sooner",
+                "loss of the dense model, nats/token",
+                "ratio",
+                tuple(
+                    Curve(name, [-r.loss for r in one], [getattr(r, field) for r in one], faint=number > 0)
+                    for number, one in enumerate(found)
+                    for name, field in (("by steps", "by_steps"), ("by clock", "by_clock"))
+                ),
+                "Losses have a minus, so that better is to the right. The ratio has no single value: it grows with the "
+                "quality that is asked for.",
+            ),
+        ),
+        notes=_notes(job, pairs),
+    )
+
+
+def at(found: Sequence[Ratio], step: float) -> Ratio:
+    """The last ratio at or before this step of the dense run; the first if all are later."""
+    return [ratio for ratio in found if ratio.slow_step <= step or ratio is found[0]][-1]
+
+
+def _ratio_figures(job: Job, pairs: Sequence[tuple[Trained, Trained]], found: list[list[Ratio]]) -> tuple[Figure, ...]:
+    steps = pairs[0][0].run.train.max_steps
+    shown = []
+    for part in _PARTS:
+        there = [at(one, part * steps) for one in found]
+        where = f"at the dense loss of step {round(part * steps)}"
+        shown.append(Figure(f"{where}: by steps", "ratio", tuple(r.by_steps for r in there), "×", 2))
+        shown.append(Figure(f"{where}: by clock", "ratio", tuple(r.by_clock for r in there), "×", 2))
+    last = [at(_by_training(pair), steps) for pair in pairs]
+    shown.append(
+        Figure(f"by steps, on training losses (mean of {_WINDOW})", "ratio", tuple(r.by_steps for r in last), "×", 2)
+    )
+    return tuple(shown)
+
+
+def _by_training(pair: tuple[Trained, Trained]) -> list[Ratio]:
+    window = min(_WINDOW, pair[0].run.train.max_steps // 4)
+    return ratios(smoothed(pair[0].training, window), smoothed(pair[1].training, window))
+
+
+def _criteria(job: Job, pairs: Sequence[tuple[Trained, Trained]], found: list[list[Ratio]]) -> tuple[Criterion, ...]:
+    steps = pairs[0][0].run.train.max_steps
+    last = [at(one, steps) for one in found]
+    by_steps, by_clock = min(r.by_steps for r in last), min(r.by_clock for r in last)
+    half = min(at(one, steps / 2).by_steps for one in found)
+    if job.quick:
+        falls = [arm.validation.losses[0] - arm.validation.losses[-1] for pair in pairs for arm in pair]
+        return (
+            Criterion("both learn", f"by {min(falls):.2f} nats at least", min(falls) > 0.2),
+            Criterion("the sparse model is there sooner: too small here to judge", f"{by_steps:.2f}×", None),
+        )
+    where = "at the last loss of the dense model"
+    return (
+        Criterion(f"at least 1.7 times sooner by steps, {where}", f"{by_steps:.2f}×", by_steps >= 1.7),
+        Criterion(f"more than 1.3 times by clock, {where}", f"{by_clock:.2f}×", by_clock > 1.3 if job.quiet else None),
+        Criterion("still growing: larger than at half of the steps", f"{half:.2f} → {by_steps:.2f}×", by_steps > half),
+    )
+
+
+def _notes(job: Job, pairs: Sequence[tuple[Trained, Trained]]) -> tuple[str, ...]:
+    dense = pairs[0][0]
+    tokens = dense.run.train.max_steps * dense.run.train.batch_size * dense.run.train.sequence_length
+    parameters = arm(dense.run, "").parameters or 1
+    return (
+        f"The dense model saw {tokens / parameters:.0f} tokens per parameter: the nearer it is to all it can learn, "
+        "the larger the ratio. scripts/time_to_quality.py takes it further.",
+        "Quality is the loss on text that neither model trained on.",
+    )
