@@ -13,6 +13,7 @@ E experts, K experts per token, F expert width.
 """
 
 import atexit
+import math
 import shutil
 import sysconfig
 import tempfile
@@ -229,7 +230,7 @@ def read_arm(directory: Path, run: RunConfig, skipped: int) -> Trained:
         steps,
         Progress([r["step"] for r in steps], [r["elapsed"] for r in steps], [r["loss"] for r in steps]),
         Progress(at, [elapsed[step] for step in at], [record["valid_loss"] for record in evaluations]),
-        evaluations[-1]["valid_bits_per_byte"],
+        evaluations[-1]["valid_bits_per_byte"] if evaluations else math.nan,
         skipped,
     )
 
