@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli import lab_claims
 from manyhands.errors import UserError
 from manyhands.terminal import shown
 
@@ -20,6 +21,7 @@ app = typer.Typer(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.command("claims")(lab_claims.claims)
 _FAILED = 4
 """Exit code where a stated criterion did not hold, as of `check`."""
 

@@ -76,6 +76,11 @@ def compare(entry: Entry) -> Iterator[Comparison]:
             yield _comparison(entry.id, figure, figure.value, values(figure.what))
 
 
+def computed_figure(entry: Entry, what: str) -> float:
+    """What follows from the architecture of `entry` for one of `catalog.COMPARED`; the entry must have one."""
+    return _Computed(entry)(what)
+
+
 def _comparison(name: str, figure: Figure, published: float, computed: float) -> Comparison:
     difference, slack = computed - published, 1e-9 * published
     verdict: Verdict

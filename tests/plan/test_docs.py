@@ -33,7 +33,7 @@ def test_the_pages_commands_run(command: str) -> None:
 
 
 def test_the_quoted_figures() -> None:
-    """The table of figures often quoted: each of the planner's is printed by the planner."""
+    """What is often quoted, and what the planner prints in its place."""
     for command, figures in (
         ("mixtral-8x7b --format int4", ("46.70 B", "12.88 B", "26.27 GB")),
         (
