@@ -10,10 +10,11 @@ _PROGRAM = "manyhands"
 _ORDER = ("true", "caveat", "false", "unverifiable")
 LOST = "list missing in the document"
 _INTRODUCTION = """\
-Both are good. This page goes through what they claim, in our own words and with their line numbers, and says of each claim what is so, on what ground, and which command shows it. Figures are computed from published
-architectures each time: `manyhands lab claims --check` holds them against the documents, and `manyhands lab claims`
-prints this page on a terminal (`--document A`, `--only balance`). Where a claim is about learning or time, an
-experiment of [the lab](lab.md) decides it on an ordinary machine, and that page has its figures."""
+Both are good. This page goes through what they claim, in our own words and with their line numbers, and says of each
+claim what is so, on what ground, and which command shows it. Figures are computed from published architectures each
+time: `manyhands lab claims --check` holds them against the documents, and `manyhands lab claims` prints this page on a
+terminal (`--document A`, `--only balance`). Where a claim is about learning or time, an experiment of [the lab](lab.md)
+decides it on an ordinary machine, and that page has its figures."""
 
 
 def lines(chosen: Sequence[tuple[Group, Sequence[Claim]]], width: int) -> Iterator[str]:
