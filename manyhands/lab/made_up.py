@@ -62,12 +62,18 @@ def walk_table() -> Tensor:
 
 
 def walks(size: int, length: int, seed: int) -> Iterator[Asked]:
-    """Random walks of `length` edges, never the same ones again: after each edge it is asked where the walk is now."""
+    """Random walks of `length` edges, never the same ones again: after each edge it is asked where the walk is now.
+
+    All begin at corner 0, and with a symbol that says so: without it, a model with rotary positions cannot tell an edge
+    taken once from the same edge taken twice.
+    """
     draw, table = torch.Generator().manual_seed(seed), walk_table()
-    everywhere = torch.ones(size, length, dtype=torch.bool)
+    start = torch.full((size, 1), CORNERS)
+    mask = torch.ones(size, length + 1, dtype=torch.bool)
+    mask[:, 0] = False
     while True:
         edges = torch.randint(0, CORNERS, (size, length), generator=draw)
-        at = [edges[:, 0]]
-        for step in range(1, length):
+        at = [torch.zeros(size, dtype=torch.int64)]
+        for step in range(length):
             at.append(table[at[-1], edges[:, step]])
-        yield Asked(edges, torch.stack(at, 1), everywhere)
+        yield Asked(torch.cat([start, edges], 1), torch.stack(at, 1), mask)

@@ -34,7 +34,8 @@ def test_walks_follow_the_edges_of_a_group_that_does_not_commute() -> None:
     assert torch.equal(table[table[:, :, None], everything], table[everything[:, None, None], table[None]])
     assert not torch.equal(table, table.t())
     asked = next(walks(16, 5, seed=0))
-    for edges, corners in zip(asked.ids.tolist(), asked.targets.tolist(), strict=True):
+    assert asked.ids[:, 0].tolist() == [CORNERS] * 16 and not asked.mask[:, 0].any() and asked.mask[:, 1:].all()
+    for edges, corners in zip(asked.ids[:, 1:].tolist(), asked.targets[:, 1:].tolist(), strict=True):
         at = 0
         for edge, corner in zip(edges, corners, strict=True):
             at = int(table[at, edge])

@@ -1,0 +1,16 @@
+"""Several arms, each trained with every seed of the job."""
+
+from collections.abc import Mapping
+
+from manyhands.config import RunConfig
+from manyhands.lab.job import Job
+from manyhands.lab.language import Trained, changed, train_arm
+
+
+def train_arms(job: Job, runs: Mapping[str, RunConfig]) -> dict[str, list[Trained]]:
+    """By name, one `Trained` per seed; seed by seed, so that a run cut short has compared something."""
+    trained: dict[str, list[Trained]] = {name: [] for name in runs}
+    for seed in job.seeds:
+        for name, run in runs.items():
+            trained[name].append(train_arm(job, changed(run, f"train.seed={seed}"), f"{name}, seed {seed}"))
+    return trained
