@@ -43,6 +43,7 @@ from manyhands.trace.journal import LAST_STEPS, Record, last_steps, of_layer, re
 from manyhands.train.data import prepare_data
 from manyhands.train.loop import train
 from manyhands.train.memory import keep_freed_memory
+from manyhands.train.task import Task
 
 REGIME = """
 data: {valid_fraction: 0.02}
@@ -201,10 +202,11 @@ def arm(run: RunConfig, name: str, note: str = "") -> Arm:
     return Arm(name, counts.total, counts.active_without_embedding, flops, note)
 
 
-def train_arm(job: Job, run: RunConfig, name: str) -> Trained:
+def train_arm(job: Job, run: RunConfig, name: str, task: Task | None = None) -> Trained:
     """Train `run` in the job's scratch directory under `name`, with a clock running.
 
-    The text is prepared once per process. Raises what `train` raises, `UserError` for a name that was used before.
+    The text is prepared once per process. `task` None: language modelling. Raises what `train` raises, `UserError` for
+    a name that was used before.
     """
     job.note(f"{name}: {run.train.max_steps} steps")
     if not job.quick:
@@ -213,7 +215,7 @@ def train_arm(job: Job, run: RunConfig, name: str) -> Trained:
     shutil.copytree(_corpus(run.data, run.model.vocab_size), directory / "data")
     write_atomic(directory / RUN, dump_run(run))  # which makes the directory a run with its text prepared
     with job.clock():
-        summary = train(directory, run, quiet=True)
+        summary = train(directory, run, quiet=True, task=task)
     return read_arm(directory, run, summary.skipped)
 
 

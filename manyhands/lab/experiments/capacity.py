@@ -52,7 +52,7 @@ def run(job: Job) -> Outcome:
     basis = parse_run(_RUN, "capacity", _SMALL if job.quick else ())
     facts = Facts(1000 if job.quick else 4000, seed=123)
     readers = _arms(basis, SYMBOLS + 1, KEY + VALUE, 120 if job.quick else 800)
-    walkers = _arms(basis, CORNERS + 1, 1 + _EDGES, 20 if job.quick else 1500)
+    walkers = _arms(changed(basis, "optim.lr=0.003"), CORNERS + 1, 1 + _EDGES, 20 if job.quick else 1000)
     deeper = changed(walkers[_DENSE], f"model.num_hidden_layers={2 * basis.model.num_hidden_layers}")
     memory = {name: [_read(job, each, facts, name, seed) for seed in job.seeds] for name, each in readers.items()}
     computing = {
