@@ -8,25 +8,19 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from manyhands.files import TOKENIZER
 from manyhands.generate.evaluate import evaluate
 from manyhands.inspect.ablate import ablate
-from manyhands.inspect.information import information
 from manyhands.inspect.resample import Figure as Measured
-from manyhands.inspect.resample import Resampler, over_all
-from manyhands.inspect.texts import Sequences
-from manyhands.inspect.watch import observe
+from manyhands.inspect.resample import Resampler
+from manyhands.inspect.specialise import syntax, vocabulary
 from manyhands.lab.arms import train_arms
 from manyhands.lab.experiment import Criterion, Figure, Outcome
 from manyhands.lab.figures import figures, loss_chart, mean
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, arm, regime, with_experts
-from manyhands.lab.token_class import CLASSES, token_classes
+from manyhands.lab.reading import CLASSES, look, watch
 from manyhands.models import Decoder
-from manyhands.text import Tokenizer
 
 _ROUTED, _SHARED = "all routed", "one of them shared"
 _SHOWN = ("validation loss", "validation", "MaxVio, worst layer")
@@ -41,7 +35,7 @@ class _Seen:
     without_shared: float
     """Rise of the loss with a layer's shared expert off, nats per token; 0 if it has none."""
     without_busiest: float
-    """The same with the layer's busiest routed expert off."""
+    """The same with the layer's busiest routed expert off: its tokens go to their next choices."""
 
 
 def run(job: Job) -> Outcome:
@@ -61,46 +55,37 @@ def run(job: Job) -> Outcome:
         (loss_chart(trained, "Validation loss", "One line per seed."),),
         notes=(
             "Information is about a token's first routed expert, mean over layers, beyond what the same experts dealt "
-            f"to other tokens have. Classes of tokens: {', '.join(CLASSES)}.",
+            f"to other tokens have; on code and prose that were not trained on. Classes of code: {', '.join(CLASSES)}.",
         ),
     )
 
 
 def _look(job: Job, trained: Trained, seed: int) -> _Seen:
-    job.note(f"{trained.directory.name}: what its experts know")
-    model, S = trained.load(), trained.run.train.sequence_length
-    texts = 32 if job.quick else 256
-    ids_BS1 = torch.from_numpy(np.asarray(trained.valid_ids()[: texts * S + 1], np.int64)).unfold(0, S + 1, S)
-    tokens = ids_BS1[:, :-1].flatten().numpy()
-    row = np.repeat(np.arange(len(ids_BS1)), S)
-    seen = observe(model, Sequences(tokens, row, row, np.zeros_like(row), ("text",), None, None), seed=seed)
-    classes = np.asarray(token_classes(Tokenizer.from_file(trained.directory / "data" / TOKENIZER)))[tokens]
+    model, read = look(replace(job, data=None), trained, seed)
+    seen = watch(model, read, seed)
     sampled = Resampler(seen, draws=2, seed=seed)
-    E = seen.num_experts
-    of_class, of_id = (
-        _mean([
-            sampled.figure(information(labels, E), [ids[:, 0] for ids in seen.variants(i)], over_all, excess=True)
-            for i in range(len(seen.layers))
-        ])
-        for labels in (classes, tokens)
-    )  # fmt: skip
-    few = ids_BS1[: len(ids_BS1) // 2]
+    layers = range(len(seen.layers))
+    [(ids_BS1, _)] = trained.valid_batches(1)
     busiest = [(n, int(np.bincount(seen.expert_ids[:, i].ravel()).argmax())) for i, n in enumerate(seen.layers)]
-    off = ablate(model, few, experts=busiest, batch_size=32, draws=2).experts
-    return _Seen(of_class, of_id, _without_shared(model, few), fmean(each.increase for each in off))
+    off = ablate(model, ids_BS1, experts=busiest, batch_size=len(ids_BS1), draws=2).experts
+    return _Seen(
+        of_class=_mean([syntax(seen, i, sampled)["bits"] for i in layers]),
+        of_id=_mean([vocabulary(seen, i, sampled)["bits"] for i in layers]),
+        without_shared=_without_shared(model, trained),
+        without_busiest=fmean(each.increase for each in off),
+    )
 
 
 def _mean(layers: Sequence[Measured]) -> Measured:
     return Measured(fmean(layer.value for layer in layers), random=fmean(layer.random for layer in layers))
 
 
-def _without_shared(model: Decoder, ids_BS1: Tensor) -> float:
+def _without_shared(model: Decoder, trained: Trained) -> float:
     """Mean over layers of the rise of the loss when that layer's shared expert says nothing."""
-    batch = [(ids_BS1, torch.ones_like(ids_BS1[:, 1:], dtype=torch.bool))]
-    whole, rises = evaluate(model, batch).loss, []
+    whole, rises = evaluate(model, trained.valid_batches(1)).loss, []
     for mlp in model.sparse_layers().values():
         shared, mlp.shared_experts = mlp.shared_experts, None
-        rises.append(evaluate(model, batch).loss - whole)
+        rises.append(evaluate(model, trained.valid_batches(1)).loss - whole)
         mlp.shared_experts = shared
     return fmean(rises)
 
