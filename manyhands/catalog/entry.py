@@ -57,10 +57,12 @@ FACTS = {
     "accelerator_hour_price": "USD/hour",
     "price_input": "USD/million tokens",
     "price_output": "USD/million tokens",
+    "price_blended": "USD/million tokens",
     "mmlu": "% right",
 }
-"""Quantities that are only quoted, and their units. `mmlu` (arXiv 2009.03300) says how good a model is, roughly; only
-figures from one table, measured by one party, may be held against each other."""
+"""Quantities that are only quoted, and their units. `price_blended`: three tokens in for one out. `mmlu` (arXiv
+2009.03300) says how good a model is, roughly; only figures of one table, measured by one party, may be held against
+each other."""
 _SCALE = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12, "Z": 1e21, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 Printed = Annotated[str, Field(pattern=r"^[~>]?\d[\d,]*(\.\d+)?(K|M|G|B|T|Z|Ki|Mi|Gi)?$")]
 
@@ -214,7 +216,7 @@ class Entry(Strict):
 
     @property
     def prices(self) -> tuple[Figure, ...]:
-        """What its makers charge, or charged when the source was written, for a million tokens."""
+        """What was charged for a million tokens when the source was written."""
         return tuple(figure for figure in self.figures if figure.what.startswith("price_"))
 
     @property

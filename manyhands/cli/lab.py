@@ -46,6 +46,7 @@ def _list(
     for name, about in found.items():
         print(f"{name.ljust(width)}  {about.minutes:>4g} min  {about.question}")
     print("\nmanyhands lab run NAME runs one; --quick takes seconds and shows the direction only.")
+    print("manyhands lab claims says what is claimed, and what is so.")
 
 
 @app.command("run")

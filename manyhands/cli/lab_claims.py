@@ -49,8 +49,10 @@ def claims(
         print(f"\n{tally(groups)}; {len(found)} figures, {len(found) - len(off)} as their claims need them")
     else:
         import shutil
+        import sys
 
-        print(*lines(groups, max(40, min(shutil.get_terminal_size((100, 24)).columns, 110))), sep="\n")
+        width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 110))
+        print(*lines(groups, width, bold=sys.stdout.isatty()), sep="\n")
     if check and off:
         claim, finding = off[0]
         raise CheckFailed(f"{len(off)} figures are off, the first: claim {claim.id}, {finding.figure.label}")

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 _LABELS = {
     "price_input": "price, 10^6 tokens in",
     "price_output": "price, 10^6 tokens out",
+    "price_blended": "price, 10^6 tokens, 3 in to 1 out",
     "mmlu": "MMLU",
     "top_k": "experts per token",
     "active_without_embedding": "active, without embedding",

@@ -17,13 +17,14 @@ terminal (`--document A`, `--only balance`). Where a claim is about learning or 
 decides it on an ordinary machine, and that page has its figures."""
 
 
-def lines(chosen: Sequence[tuple[Group, Sequence[Claim]]], width: int) -> Iterator[str]:
-    """Every claim with its verdict, what is said, what is so, and what shows it."""
+def lines(chosen: Sequence[tuple[Group, Sequence[Claim]]], width: int, *, bold: bool = False) -> Iterator[str]:
+    """Every claim with its verdict, what is said, what is so, and what shows it. `bold`: titles and verdicts are."""
+    on, off = ("\033[1m", "\033[0m") if bold else ("", "")
     for group, claims in chosen:
-        yield group.title
+        yield f"{on}{group.title}{off}"
         for claim in claims:
             yield ""
-            yield f"{claim.id:>3}  {claim.verdict}  ({lines_of(claim.where) or 'in neither'}){_lost(claim)}"
+            yield f"{on}{claim.id:>3}  {claim.verdict}{off}  ({lines_of(claim.where) or 'in neither'}){_lost(claim)}"
             for text in _told(claim, answer(claim, findings(claim))):
                 yield from _wrapped(text, width)
             for command in shown_by(claim):
@@ -116,8 +117,10 @@ def _entry(claim: Claim) -> list[str]:
     said, told = _told(claim, so)
     lines = [f"**{claim.id}. {claim.verdict}** ({lines_of(claim.where) or 'in neither'}){_lost(claim)} — {said}"]
     lines += ["", told]
-    if commands := shown_by(claim):
-        lines += ["", " · ".join(f"`{command}`" for command in commands)]
+    if shown_by(claim):
+        linked = [f"`{_PROGRAM} {command}`" for command in claim.commands]
+        linked += [f"[`{_PROGRAM} lab run {name}`](lab.md#{name})" for name in claim.experiments]
+        lines += ["", " · ".join(linked)]
     return lines
 
 

@@ -47,7 +47,7 @@ class Subject:
     pairs: EncoderDecoderConfig | None = None
     """An encoder-decoder, whose FLOPs are those of a pair of sequences."""
     prices: "tuple[Figure, ...]" = ()
-    """What its makers charge, where the catalogue has it."""
+    """What is charged for it, where the catalogue has it."""
     notes: tuple[str, ...] = field(default=())
 
 
@@ -271,7 +271,7 @@ def _charged(prices: "Sequence[Figure]") -> str:
     return f"{', '.join(ways)} ({prices[0].kind}; `manyhands models` has the source)"
 
 
-_WAY = {"price_input": "in", "price_output": "out"}
+_WAY = {"price_input": "in", "price_output": "out", "price_blended": "three in to one out"}
 
 
 def _no_overrides(model: str, overrides: Sequence[str]) -> None:

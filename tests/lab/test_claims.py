@@ -1,6 +1,7 @@
 """What the two introductions claim: every figure is computed, every command exists, and the page is what is printed."""
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -79,6 +80,11 @@ def test_what_is_computed_is_printed(command: str, monkeypatch: pytest.MonkeyPat
 def test_experiments_answer_claims_that_are_there() -> None:
     ids = {claim.id for claim in CLAIMS}
     assert all(set(describe(name).claims) <= ids for name in names())
+
+
+def test_every_experiment_has_a_place_to_read_about_it() -> None:
+    headings = re.findall(r"^### (.+)$", (PAGE.parent / "lab.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert set(headings) >= EXPERIMENTS
 
 
 def test_the_page_is_what_is_printed() -> None:

@@ -1,9 +1,13 @@
-"""The section that quotes what a model's makers charge: the catalogue's figures, not an estimate."""
+"""The section that quotes what is charged for a model: the catalogue's figures, not an estimate."""
 
 from manyhands.plan.report.figure import Figure, Section
 from manyhands.plan.subject import Subject
 
-LABELS = {"price_input": "10^6 tokens in", "price_output": "10^6 tokens out"}
+LABELS = {
+    "price_input": "10^6 tokens in",
+    "price_output": "10^6 tokens out",
+    "price_blended": "10^6 tokens, three in to one out",
+}
 
 
 def charged(subject: Subject) -> Section:
@@ -14,4 +18,4 @@ def charged(subject: Subject) -> Section:
         figures.append(Figure(label, price.value, "USD", note=price.explanation or ""))
         if (note := f"{price.kind}: {price.source}") not in notes:
             notes.append(note)
-    return Section("charged", "What its makers charge", figures, notes=notes)
+    return Section("charged", "What is charged for it", figures, notes=notes)
