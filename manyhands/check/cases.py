@@ -96,12 +96,15 @@ def _arrange(router: Router, case: str, along: Tensor, generator: torch.Generato
         w[torch.arange(E), torch.arange(E) % min(2, D)] = 2.0
     if case == "one_expert":
         w[E - K :] += PUSH * along / D
+        w[: E - K] -= PUSH * along / D if c.select == "positive" else 0.0  # they would be above 0
     if case == "empty":
         size = E // c.n_group
         none = size if c.topk_group < c.n_group else max(1, min(E // 4, E - K))
         w[:none] -= PUSH * along / D
     if router.noise_weight is not None:
         router.noise_weight.mul_(0.3).sub_(PUSH * along / D if steered else 0.0)
+    if router.l1_steps is not None:
+        router.l1_steps.fill_(3.0)
     if (bias := router.e_score_correction_bias) is not None:
         spread = {"tied": 0.0, "one_expert": 0.01, "empty": 0.01}.get(case, 0.1)
         bias.copy_(torch.randn(E, generator=generator) * spread - 1.0)

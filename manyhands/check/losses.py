@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from manyhands.check import oracle_balance
-from manyhands.check.oracle_routing import DenseRouting
+from manyhands.check.oracle_dense import DenseRouting
 from manyhands.config import BalanceConfig, RouterConfig
-from manyhands.moe import Routing
+from manyhands.moe import Router, Routing
 from manyhands.moe.objective import balance_terms
 
 COEFFICIENTS = [name for name in BalanceConfig.model_fields if name.endswith("_coef")]
@@ -42,13 +42,15 @@ def earlier_counts(num_experts: int) -> Tensor:
     return torch.arange(num_experts) * 3 + 1
 
 
-def tested_terms(routings: Mapping[int, Routing], router: RouterConfig, num_sequences: int) -> Terms:
+def tested_terms(
+    routings: Mapping[int, Routing], routers: Mapping[int, Router], router: RouterConfig, num_sequences: int
+) -> Terms:
     """All terms as `moe` computes them."""
 
     def one(layer: int, config: BalanceConfig) -> dict[str, Tensor]:
         routing = routings[layer]
         step = routing.expert_counts() + earlier_counts(router.num_experts)
-        return balance_terms(routing, config, num_sequences, step)
+        return balance_terms(routing, config, num_sequences, step, routers[layer])
 
     return _collect(routings, one)
 
@@ -65,8 +67,8 @@ def oracle_terms(routings: Mapping[int, DenseRouting], router: RouterConfig, num
 
 def meaningless(router: RouterConfig) -> set[str]:
     """Losses that are about something this router does not do, and are not compared."""
-    # no token chooses K experts
-    return {"sequence_loss"} if router.select == "expert_choice" else set()
+    none_chosen = {"sequence_loss"} if router.most_experts_per_tok > router.num_experts_per_tok else set[str]()
+    return none_chosen | (set() if router.select == "positive" else {"l1"})  # no token chooses K experts; ReMoE's own
 
 
 def values(terms: Terms, name: str, prefix: str) -> dict[str, Tensor | None]:

@@ -22,7 +22,7 @@ from manyhands.check.compare import (
     parts,
 )
 from manyhands.check.oracle import decode, float64_copy
-from manyhands.check.oracle_routing import DenseRouting
+from manyhands.check.oracle_dense import DenseRouting
 from manyhands.check.report import Row, Situation
 from manyhands.check.subject import Subject, dense_kept, dense_weights, gradients, train
 from manyhands.config import BalanceConfig, ModelConfig, OptimConfig, RouterConfig, RunConfig, TrainConfig
@@ -115,8 +115,15 @@ class ModelCheck:
             exact(at, "expert counts", trained.counts, counts),
             exact(at, "dropped pairs", trained.dropped, dropped),
         ]
-        if self.router.bias:
+        if self.router.bias and self.balance.bias_update == "sign":
             rows.append(_bias_row(at, trained.bias, p, counts, self.balance.bias_update_rate))
+        elif self.router.bias:
+            rows.append(self._quantile_row(at, trained.bias, oracle.routings))
+        if self.router.select == "positive":
+            every = [routing for micro in oracle.routings for routing in micro.values()]
+            steps = {name: t for name, t in trained.bias.items() if name.endswith("l1_steps")}
+            right = {n: torch.tensor(oracle_balance.l1_steps_after(float(p[n]), every, self.router)) for n in steps}
+            rows.append(exact(at, "L1 steps after step", steps, right))
         rows += routing_rows(at, trained.routings, oracle.routings, "layers.{layer}.mlp.router.")
         return rows, (trained.routings, oracle.routings)
 
@@ -135,6 +142,18 @@ class ModelCheck:
                     found.setdefault(name, []).append(value)
         return {name: torch.stack(values).mean() for name, values in found.items()}
 
+    def _quantile_row(
+        self, at: Situation, tested: dict[str, Tensor], routings: Sequence[dict[int, DenseRouting]]
+    ) -> Row:
+        """The bias after the step, a mean of order statistics: as near as the scores it is made of."""
+        assert self.router is not None
+        name = "layers.{}.mlp.router.e_score_correction_bias"
+        right = {
+            name.format(n): torch.stack([oracle_balance.quantile_bias(r[n], self.router) for r in routings]).mean(0)
+            for n in routings[0]
+        }
+        return close(at, "bias after step", {n: tested[n] for n in right}, right)
+
     def _forward(self, at: Situation) -> tuple[list[Row], Routings]:
         """Logits, the masked loss and its gradients through `keep_outputs`, and every balance loss by itself."""
         ids, mask, dtype = self.batch[:, :-1], self.mask, DTYPES[at.dtype]
@@ -150,7 +169,8 @@ class ModelCheck:
         tested_terms: losses.Terms = {}
         tested_gradients: dict[str, Named] = {}
         if self.router is not None:
-            tested_terms = losses.tested_terms(hidden.routings, self.router, B)
+            tested_routers = {n: layer.router for n, layer in model.sparse_layers().items()}
+            tested_terms = losses.tested_terms(hidden.routings, tested_routers, self.router, B)
             tested_gradients = {n: losses.gradients(tested_terms, n, routers) for n in tested_terms}
         task.backward()  # type: ignore[no-untyped-call]
 
@@ -298,6 +318,8 @@ def _bias_row(
     rounded: dict[str, Tensor] = {}
     oracle: dict[str, Tensor] = {}
     for name, b in tested.items():
+        if not name.endswith("e_score_correction_bias"):
+            continue
         layer = name.removesuffix("router.e_score_correction_bias")
         oracle[name] = oracle_balance.bias_after_step(before[name], counts[layer + "expert_counts"], rate)
         last_place = 2.0**-22 * oracle[name].abs().clamp(min=rate)

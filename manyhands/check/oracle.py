@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.check.oracle_attention import Params, attention, rms_norm
-from manyhands.check.oracle_routing import DenseRouting, RouterWeights, route
+from manyhands.check.oracle_dense import DenseRouting, RouterWeights
+from manyhands.check.oracle_routing import route
 from manyhands.config import ModelConfig, MoEConfig
 from manyhands.moe import Routing
 
@@ -87,6 +88,7 @@ def moe_layer(
         p.get(router + "e_score_correction_bias"),
         p.get(router + "noise_weight"),
         p.get(router + "bias"),
+        p.get(router + "l1_steps"),
     )
     routing = route(
         x_TD,

@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from manyhands.check.oracle_routing import DenseRouting, best
+from manyhands.check.oracle_dense import DenseRouting, best
 from manyhands.check.verdict import one_hot
 from manyhands.config import BalanceConfig, RouterConfig
 
@@ -35,6 +35,15 @@ def terms(
         found["orthogonality"] = orthogonality(r)
     if config.variance_coef:
         found["variance"] = -_mean(((r.scores - _mean(r.scores, r.mask)) ** 2).mean(1), r.mask)
+    assert r.router is not None
+    if config.simbal_coef:
+        gram = torch.einsum("ed,fd->ef", r.router.weight, r.router.weight)
+        apart = [gram[e, f] - float(e == f) for e in range(len(gram)) for f in range(len(gram))]
+        found["simbal"] = torch.stack(apart).abs().sum()
+    if config.l1_coef and r.router.l1_steps is not None:
+        fair = int(r.mask.sum()) * router.num_experts_per_tok / router.num_experts
+        busy = r.counts().double() / max(fair, 1e-9)
+        found["l1"] = 1.2 ** float(r.router.l1_steps) * (busy * _mean(r.scores, r.mask)).sum()
     return found
 
 
@@ -53,7 +62,7 @@ def cv_squared(values_E: Tensor) -> Tensor:
 def f_times_p(r: DenseRouting, counts_E: Tensor, mask_T: Tensor) -> Tensor:
     """E·Σ f·P over the tokens of `mask_T`: f the share of the pairs, P the mean score, scores summing to 1."""
     f = counts_E.double() / max(int(counts_E.sum()), 1)
-    p = _mean(r.scores / r.scores.sum(1, keepdim=True), mask_T)
+    p = _mean(r.scores / (r.scores.sum(1, keepdim=True) + 1e-20), mask_T)
     return len(f) * (f * p).sum()
 
 
@@ -98,3 +107,23 @@ def bias_after_step(bias_E: Tensor, counts_E: Tensor, rate: float) -> Tensor:
     total, E = int(counts_E.sum()), len(counts_E)
     signs = [(total > E * int(c)) - (total < E * int(c)) for c in counts_E]
     return bias_E.double() + rate * (torch.tensor(signs, dtype=torch.float64) - sum(signs) / E)
+
+
+def quantile_bias(r: DenseRouting, config: RouterConfig) -> Tensor:
+    """[E]: what Megatron's quantile balancing makes of one micro-batch, by whole sorts, token by token."""
+    assert r.router is not None and r.router.bias is not None
+    choice = (r.logits if config.bias_on == "logit" else r.scores).detach()[r.mask]
+    T, E = choice.shape
+    k = config.num_experts_per_tok
+    if not T or k == E:
+        return r.router.bias
+    prices = [sorted((row + r.router.bias).tolist(), reverse=True)[k] for row in choice]
+    over = choice - torch.tensor(prices, dtype=torch.float64)[:, None]
+    return torch.tensor([-sorted(column.tolist(), reverse=True)[T * k // E] for column in over.T], dtype=torch.float64)
+
+
+def l1_steps_after(steps: float, routings: list[DenseRouting], config: RouterConfig) -> float:
+    """ReMoE's coefficient, as a power of 1.2, after a step of these routings of every layer."""
+    active = sum(int(r.counts().sum()) for r in routings)
+    wanted = sum(int(r.mask.sum()) for r in routings) * config.num_experts_per_tok
+    return steps + (active > wanted) - (active < wanted)

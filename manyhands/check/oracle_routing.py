@@ -8,64 +8,16 @@ T tokens, K experts per token, E experts, G groups.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from manyhands.check.oracle_dense import NEVER, DenseRouting, RouterWeights, best, weigh
+from manyhands.check.oracle_select import every_positive, logits_slack, shared_out, two_sampled
 from manyhands.check.verdict import Slack, judge_choice, judge_kept, one_hot
 from manyhands.config import RouterConfig
 from manyhands.moe import Routing
-
-NEVER = float("-inf")
-
-
-@dataclass(frozen=True, slots=True)
-class RouterWeights:
-    """Float64 copies of one router's state."""
-
-    weight: Tensor
-    """[E, D]"""
-    bias: Tensor | None
-    """[E], for selection only."""
-    noise_weight: Tensor | None
-    logit_bias: Tensor | None = None
-    """[E], added to the logits."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenseRouting:
-    """Who goes where, as matrices [T, E]."""
-
-    logits: Tensor
-    scores: Tensor
-    chosen: Tensor
-    """bool: picked, whether or not there was room."""
-    kept: Tensor
-    """bool: picked and computed."""
-    weights: Tensor
-    """float64: combination weight of every chosen pair, 0 elsewhere. Carries gradient."""
-    mask: Tensor
-    """[T] bool: real tokens."""
-    tested_scores: Tensor
-    """The scores under test, without gradient: a loss that selects by itself does so from these, since
-    rounding may decide."""
-    noisy_logits: Tensor | None = None
-    noise_std: Tensor | None = None
-    flips: int = 0
-    """Tokens whose experts differ from ours by no more than rounding; theirs were taken."""
-    wrong: int = 0
-    """Tokens whose experts differ by more than that; ours were kept."""
-    outputs: Tensor | None = None
-    """[T, E, D]: every expert's output for every token."""
-
-    def counts(self) -> Tensor:
-        """[E] int64: real tokens that picked each expert."""
-        return (self.chosen & self.mask[:, None]).sum(0)
-
-    def dropped(self) -> Tensor:
-        """[] int64: picked pairs of real tokens that found no room."""
-        return (self.chosen & ~self.kept & self.mask[:, None]).sum()
 
 
 def route(
@@ -99,8 +51,9 @@ def route(
     used = scores if noisy is None else _score(noisy, config)
     theirs = tested.scores if tested.noisy_logits is None else _score(tested.noisy_logits.double(), config)
     rounding = Slack.between(used, theirs.double(), slack, weights.bias)
+    of_logits = logits_slack(logits, tested.logits, slack, weights.bias)
     none = torch.zeros_like(scores, dtype=torch.bool)
-    blank = DenseRouting(logits, scores, none, none, scores, mask_T, tested.scores.double(), noisy, std)
+    blank = DenseRouting(logits, scores, none, none, scores, mask_T, tested.scores.double(), noisy, std, router=weights)
 
     if config.select == "hash":
         table = [[(int(i) * 2654435761 % 2**32) * config.num_experts // 2**32] for i in ids_T]
@@ -110,8 +63,15 @@ def route(
         routing = replace(blank, chosen=chosen, kept=chosen, weights=weights_TE.double(), wrong=verdict.wrong)
     elif config.select == "expert_choice":
         routing = _expert_choice(blank, config, tested, rounding)
+    elif config.select == "positive":
+        routing = every_positive(blank, config, tested, of_logits)
+    elif config.select == "sparsemixer":
+        routing = two_sampled(blank, config, training, generator, tested, of_logits)
+    elif config.select in ("base", "sinkhorn") and training:
+        routing = shared_out(blank, config, tested, of_logits)
     else:
-        routing = _top_k(blank, used, weights.bias, config, training, generator, tested, rounding)
+        near = of_logits if config.bias_on == "logit" else rounding
+        routing = _top_k(blank, used, weights.bias, config, training, generator, tested, near)
 
     factor = config.capacity_factor if training else config.eval_capacity_factor
     if factor is None and config.capacity_tokens is None:
@@ -127,17 +87,13 @@ def _softmax(logits: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": _softmax,
     "sigmoid": lambda logits: 1.0 / (1.0 + (-logits).exp()),
+    "relu": lambda logits: logits * (logits > 0),
 }
 """Every `RouterConfig.score`, once more."""
 
 
 def _score(logits: Tensor, config: RouterConfig) -> Tensor:
     return SCORES[config.score](logits)
-
-
-def best(values: Tensor, k: int) -> Tensor:
-    """Column numbers of the k largest in each row, best first, ties to the lower number."""
-    return values.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
 def within_groups(choice: Tensor, config: RouterConfig) -> Tensor:
@@ -168,7 +124,8 @@ def _top_k(
     def select(choice: Tensor) -> Tensor:
         return one_hot(best(within_groups(choice, config) if config.n_group > 1 else choice, K), E)
 
-    choice = used.detach() if bias is None else used.detach() + bias
+    basis = blank.logits if config.bias_on == "logit" else used
+    choice = basis.detach() if bias is None else basis.detach() + bias
     own = select(choice)
     theirs = tested.expert_ids
     if config.random_second and training:  # an unsampled second is -1 and does not say who it was
@@ -177,10 +134,7 @@ def _top_k(
     verdict = judge_choice(own, choice, theirs, select, rounding)
     chosen, flips, wrong = verdict.chosen, verdict.flips, verdict.wrong
 
-    weights = torch.where(chosen, used, 0.0)
-    if config.norm_topk_prob and (K > 1 or config.norm_top1):
-        weights = weights / weights.sum(-1, keepdim=True)
-    weights = weights * config.routed_scaling_factor
+    weights = weigh(chosen, used, config)
     if config.random_second and training:
         draw = torch.rand(len(used), generator=generator).double()
         lesser = chosen & ~one_hot(best(torch.where(chosen, choice, NEVER), 1), E)

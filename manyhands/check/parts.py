@@ -17,8 +17,9 @@ from manyhands.check.compare import TOLERANCES, Tolerance, close, exact
 from manyhands.check.model import DTYPES, routing_rows
 from manyhands.check.oracle import activation, float64_copy
 from manyhands.check.oracle_attention import rms_norm
+from manyhands.check.oracle_dense import RouterWeights
 from manyhands.check.oracle_records import unpacked
-from manyhands.check.oracle_routing import RouterWeights, route
+from manyhands.check.oracle_routing import route
 from manyhands.check.report import Row, Situation
 from manyhands.check.routers import ROUTERS
 from manyhands.config.packing import FORMATS, TRAITS, Format

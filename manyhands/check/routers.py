@@ -15,6 +15,7 @@ from manyhands.check.report import Row, Situation
 from manyhands.check.subject import gradients
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.moe import LoadCounter, MoELayer
+from manyhands.moe.assign import ASSIGNMENTS
 from manyhands.moe.router import SCORES
 
 RouterRows = tuple[list[Row], Routings]
@@ -66,6 +67,13 @@ ROUTERS: dict[str, RouterConfig] = {
     "top-1, tokens per sequence (Switch in transformers)": RouterConfig(
         num_experts_per_tok=1, init="switch", capacity_tokens=2, capacity_per="sequence"
     ),
+    "ReLU (ReMoE)": RouterConfig(
+        select="positive", score="relu", num_experts_per_tok=3, norm_topk_prob=False, routed_scaling_factor=1.5
+    ),
+    "sigmoid, bias on the logits (quantile balancing)": RouterConfig(score="sigmoid", bias=True, bias_on="logit"),
+    "balanced assignment (BASE)": RouterConfig(select="base", score="sigmoid", num_experts_per_tok=1),
+    "Sinkhorn": RouterConfig(select="sinkhorn", norm_topk_prob=False),
+    "SparseMixer (Phi-3.5-MoE)": RouterConfig(select="sparsemixer", norm_topk_prob=False, mixer_epsilon=0.3),
 }
 _MET = {router.score for router in ROUTERS.values()}
 ROUTERS |= {f"score {name}": RouterConfig.model_validate({"score": name}) for name in SCORES if name not in _MET}
@@ -108,6 +116,7 @@ class RouterCheck:
         r = self.config.router
         self.layer.experts.implementation = backend
         differs = r.noisy or r.jitter or r.random_second or r.capacity_factor != r.eval_capacity_factor
+        differs = differs or r.select in (*ASSIGNMENTS, "sparsemixer")
         size = "" if self.shape == (B, S) else f", {len(self.x)} tokens"
         for mode in ("train", "eval") if differs else ("train",):
             yield self._compare(Situation(self.name, self.case, backend, dtype, mode + size))
@@ -125,7 +134,7 @@ class RouterCheck:
             torch.manual_seed(self.seed)
             _, with_outputs = layer(*batch, keep_outputs=True)
         parameters = dict(layer.named_parameters())
-        tested = losses.tested_terms({0: with_outputs}, router, self.shape[0])
+        tested = losses.tested_terms({0: with_outputs}, {0: layer.router}, router, self.shape[0])
         tested_gradients = {name: losses.gradients(tested, name, parameters) for name in tested}
         (y * self.probe.to(y.dtype) * self.mask[:, None]).sum().backward()  # type: ignore[no-untyped-call]
         counter = LoadCounter.empty(router.num_experts)

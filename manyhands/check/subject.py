@@ -55,7 +55,7 @@ class Trained:
     counts: dict[str, Tensor] = field(default_factory=dict)
     dropped: dict[str, Tensor] = field(default_factory=dict)
     bias: dict[str, Tensor] = field(default_factory=dict)
-    """The correction biases after the step."""
+    """The buffers after the step: correction biases, and what else no gradient moves."""
     halted: str = ""
 
 

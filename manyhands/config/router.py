@@ -7,13 +7,24 @@ from pydantic import Field, model_validator
 from manyhands.config.base import Strict
 from manyhands.config.numbers import Count, Size
 
+UNLIMITED = {
+    "expert_choice": "is balanced by construction",
+    "base": "is balanced by construction",
+    "sinkhorn": "is balanced by construction",
+    "positive": "gives tokens different numbers of experts",
+}
+"""Selections that know no capacity, and why."""
+
 
 class RouterConfig(Strict):
     """A router as data: `score → select → weigh`. Every published router is one value of this class.
 
-    score    `softmax` over all experts, or `sigmoid` per expert (DeepSeek-V3).
+    score    `softmax` over all experts, `sigmoid` per expert (DeepSeek-V3), or `relu` (ReMoE).
     select   top-k of score (+ bias), optionally within groups; `expert_choice` lets experts pick tokens
-             (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426).
+             (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426). `positive` takes
+             every expert whose score is above 0 (ReMoE, arXiv 2412.14711), `sparsemixer` samples near the best
+             (arXiv 2409.12136). `base` (arXiv 2103.16716) and `sinkhorn` (Megatron) share the tokens out evenly while
+             training, and are top-k in evaluation.
     weigh    the unbiased scores of the chosen experts, divided by their sum if `norm_topk_prob`, times
              `routed_scaling_factor`. With one expert per token the raw gate is kept (Switch, arXiv 2101.03961):
              divided by itself it would be 1 and the router would get no gradient; `norm_top1` divides all the same.
@@ -21,8 +32,9 @@ class RouterConfig(Strict):
 
     num_experts: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 8
     num_experts_per_tok: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 2
-    select: Literal["topk", "expert_choice", "hash"] = "topk"
-    score: Literal["softmax", "sigmoid"] = "softmax"
+    """With select = 'positive': how many a token shall have on average."""
+    select: Literal["topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer"] = "topk"
+    score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     norm_topk_prob: bool = True
     norm_top1: bool = False
     """With num_experts_per_tok = 1, give weight 1 instead of the gate: what transformers' renormalising routers do."""
@@ -31,6 +43,8 @@ class RouterConfig(Strict):
     routed_scaling_factor: Annotated[float, Field(gt=0.0, le=1e3)] = 1.0
     bias: bool = False
     """Keep `e_score_correction_bias`, added to the scores for selection only (arXiv 2408.15664)."""
+    bias_on: Literal["score", "logit"] = "score"
+    """What that bias is added to, and the best of: V3's scores, or the logits (Megatron's quantile balancing)."""
     n_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
     topk_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
     group_score: Literal["top2_sum", "max"] = "top2_sum"
@@ -39,6 +53,8 @@ class RouterConfig(Strict):
     """Shazeer's noisy top-k (arXiv 1701.06538): learned Gaussian noise on the logits while training."""
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Switch: multiply a copy of the router's input by U(1-jitter, 1+jitter) while training."""
+    mixer_epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """SparseMixer: experts take part whose logit lies within 2·epsilon, relatively, of the best (Phi-3.5-MoE: 0.01)."""
     random_second: bool = False
     """GShard (arXiv 2006.16668): keep the second expert with probability min(1, 2·weight) while training."""
     init: Literal["normal", "zeros", "switch"] = "normal"
@@ -80,6 +96,11 @@ class RouterConfig(Strict):
         queued = self.drop_policy == "position" and self.num_experts_per_tok == 1 and self.select != "expert_choice"
         return queued and self.capacity_per == "sequence" and self.capacity_tokens is not None
 
+    @property
+    def most_experts_per_tok(self) -> int:
+        """Columns of a routing's `expert_ids`: K, or E where a token may have any number of experts."""
+        return self.num_experts if self.select in ("expert_choice", "positive") else self.num_experts_per_tok
+
     @model_validator(mode="after")
     def _consistent(self) -> "RouterConfig":
         k, e = self.num_experts_per_tok, self.num_experts
@@ -104,8 +125,6 @@ class RouterConfig(Strict):
                     raise ValueError(f"{name} has no meaning with select = {self.select!r}; it goes with 'topk'")
             if self.n_group > 1:
                 raise ValueError(f"n_group has no meaning with select = {self.select!r}; it goes with 'topk'")
-        if self.select == "expert_choice" and (self.limited(True) or self.limited(False)):
-            raise ValueError("select = 'expert_choice' is balanced by construction: leave the capacity out")
         if self.capacity_tokens is not None and (self.capacity_factor or self.eval_capacity_factor):
             raise ValueError("capacity_tokens says the room; leave capacity_factor and eval_capacity_factor out")
         if (self.capacity_per == "group") != (self.capacity_group is not None):
@@ -115,4 +134,24 @@ class RouterConfig(Strict):
             )
         if self.select == "hash" and k != 1:
             raise ValueError(f"select = 'hash' sends a token to one expert: num_experts_per_tok = 1, not {k}")
+        return self
+
+    @model_validator(mode="after")
+    def _published(self) -> "RouterConfig":
+        """What goes together in the routers that are more than the best K scores."""
+        k = self.num_experts_per_tok
+        if (self.score == "relu") != (self.select == "positive"):
+            raise ValueError(
+                f"score = {self.score!r} with select = {self.select!r}: 'relu' and 'positive' (ReMoE) go together"
+            )
+        if self.bias_on == "logit" and (not self.bias or self.n_group > 1 or self.noisy):
+            raise ValueError("bias_on = 'logit' needs bias = true, and does not go with n_group or noisy")
+        if self.select in UNLIMITED and (self.limited(True) or self.limited(False)):
+            raise ValueError(f"select = {self.select!r} {UNLIMITED[self.select]}: leave the capacity out")
+        if self.select == "sparsemixer" and (k != 2 or self.score != "softmax"):
+            raise ValueError("select = 'sparsemixer' is for num_experts_per_tok = 2 and score = 'softmax'")
+        if self.select in ("sparsemixer", "positive") and self.norm_topk_prob:
+            raise ValueError(f"select = {self.select!r} does not renormalise its weights: norm_topk_prob = false")
+        if self.select == "base" and k != 1:
+            raise ValueError(f"select = 'base' assigns each token to one expert: num_experts_per_tok = 1, not {k}")
         return self

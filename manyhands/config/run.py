@@ -42,6 +42,9 @@ class BalanceConfig(Strict):
     """Over which tokens f is counted: the micro-batch, each sequence, or the whole optimiser step so far."""
     bias_update_rate: Rate = 0.001
     """γ of the loss-free bias (arXiv 2408.15664); only where the router has a bias."""
+    bias_update: Literal["sign", "quantile"] = "sign"
+    """How that bias moves: by γ towards balance, or to where each expert would have had its share of the step's tokens
+    (quantile balancing, Megatron), which has no rate."""
     z_loss_coef: Rate = 0.0
     importance_coef: Rate = 0.0
     load_coef: Rate = 0.0
@@ -51,6 +54,10 @@ class BalanceConfig(Strict):
     orthogonality_coef: Rate = 0.0
     variance_coef: Rate = 0.0
     """The two terms of arXiv 2505.22323."""
+    simbal_coef: Rate = 0.0
+    """‖W·Wᵀ − I‖₁ of the router's weights (SimBal, arXiv 2506.14038; 0.1 there)."""
+    l1_coef: Rate = 1e-8
+    """λ₀ of ReMoE's penalty, which rises and falls by a factor of 1.2 a step; only with select = 'positive'."""
 
 
 class OptimConfig(Strict):

@@ -23,7 +23,7 @@ class KeptRouting:
         assert config.moe is not None
         router = config.moe.router
         self.layers, self.num_experts = list(config.sparse_layers), router.num_experts
-        self._shape = BLOCK_SIZE, len(self.layers), router.num_experts_per_tok
+        self._shape = BLOCK_SIZE, len(self.layers), router.most_experts_per_tok
         self._most, self._least = most, most if at_once else 0
         self._kind = np.uint8 if router.num_experts < 256 else np.uint16  # the largest number: no expert
         self.release()
@@ -78,4 +78,4 @@ def routing_bytes_per_token(config: ModelConfig) -> int:
     if config.moe is None:
         return 0
     router = config.moe.router
-    return len(config.sparse_layers) * router.num_experts_per_tok * ((1 if router.num_experts < 256 else 2) + 4)
+    return len(config.sparse_layers) * router.most_experts_per_tok * ((1 if router.num_experts < 256 else 2) + 4)

@@ -48,5 +48,5 @@ MANYHANDS = Family(
     write=write,
     pieces=_pieces,
     nearest=False,
-    saved_float32=(".router.weight", ".router.bias", ".router.noise_weight", "e_score_correction_bias"),
+    saved_float32=(".router.weight", ".router.bias", ".router.noise_weight", "e_score_correction_bias", ".l1_steps"),
 )

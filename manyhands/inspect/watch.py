@@ -48,8 +48,7 @@ def observe(
     layers, config = model.sparse_layers(), model.config.moe.router
     if config.select != "topk":
         random_routers = 0
-    T, L, K = len(read.token_ids), len(layers), config.num_experts_per_tok
-    K = config.num_experts if config.select == "expert_choice" else K
+    T, L, K = len(read.token_ids), len(layers), config.most_experts_per_tok
     ids_TLK = np.full((T, L, K), -1, np.int32)
     early_TLK = np.full((T, L, K), -1, np.int32) if config.select == "topk" else None
     random_RTLK = np.full((random_routers, T, L, K), -1, np.int32) if random_routers else None

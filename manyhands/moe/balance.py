@@ -17,6 +17,8 @@ from torch import Tensor
 
 from manyhands.moe.routing import Routing, count_experts, top_k_stable
 
+L1_RATIO = 1.2  # ReMoE, section 3.4: the penalty is found by steps of a fifth
+
 
 def pool_layers(routings: Iterable[Routing]) -> Routing:
     """Several layers' routings as one of L·T tokens: for losses that average over layers before they multiply.
@@ -137,9 +139,59 @@ def orthogonality_loss(routing: Routing) -> Tensor:
     return masked_mean((projection_TKK * both_TKK).sum((1, 2)), routing.token_mask)
 
 
+def l1_loss(routing: Routing, k: int) -> Tensor:
+    """ReMoE (arXiv 2412.14711, section 3.4): Σ_e f_e · mean_t score_te, f_e the tokens of e over its fair share T·k/E.
+
+    At even load it is the mean of a token's summed scores, the L1 norm of its gates; busy experts pay more.
+    """
+    mask_T = routing.token_mask
+    fair = mask_T.sum().clamp(min=1) * (k / routing.num_experts)
+    return masked_mean((routing.scores * (routing.expert_counts() / fair)).sum(1), mask_T)
+
+
+def l1_factor(steps: Tensor) -> Tensor:
+    """What the penalty's coefficient has become of λ₀: 1.2 to the power of the steps up less those down."""
+    return L1_RATIO**steps
+
+
+def update_l1_(steps: Iterable[Tensor], pairs: int, tokens: int, k: int) -> None:
+    """ReMoE's controller: one step up where tokens had more than k experts on average, over all layers, or down.
+
+    `pairs` and `tokens` are those of all layers in the optimiser step. In place; every layer's is the same.
+    """
+    sign = (pairs > tokens * k) - (pairs < tokens * k)
+    for steps_ in steps:
+        steps_ += sign
+
+
+def simbal_loss(weight_ED: Tensor) -> Tensor:
+    """SimBal (arXiv 2506.14038): ‖W·Wᵀ − I‖₁, the sum of absolute values. 0 where the experts' rows are orthonormal.
+
+    Tokens alike are then routed alike: an orthogonal router keeps their angles. It promises no balance.
+    """
+    identity_EE = torch.eye(len(weight_ED), dtype=weight_ED.dtype, device=weight_ED.device)
+    return (weight_ED @ weight_ED.T - identity_EE).abs().sum()
+
+
 def _normalised(scores_TE: Tensor) -> Tensor:
     """Scores that sum to 1 per token: softmax already does, sigmoid is divided by its sum."""
     return scores_TE / (scores_TE.sum(-1, keepdim=True) + 1e-20)
+
+
+@torch.no_grad()
+def quantile_bias(choice_TE: Tensor, bias_E: Tensor, token_mask_T: Tensor, k: int) -> Tensor:
+    """[E]: the bias with which each expert would have had its share of these tokens (quantile balancing, Megatron).
+
+    With β = −bias: α_t is the (k+1)-th best of a token's choice − β, its price of entry; β_e becomes the (q+1)-th
+    largest of choice_te − α_t, q = ⌊T·k/E⌋, so that q tokens are willing to pay more. The bias stays where every token
+    goes to every expert, or without tokens. `choice_TE` is what experts are chosen by, without bias.
+    """
+    choice_TE = choice_TE[token_mask_T]
+    T, E = choice_TE.shape
+    if not T or k == E:
+        return bias_E.clone()
+    price_T1 = (choice_TE + bias_E).topk(k + 1, dim=1).values[:, -1:]
+    return -(choice_TE - price_T1).topk(T * k // E + 1, dim=0).values[-1]
 
 
 @torch.no_grad()

@@ -9,16 +9,23 @@ import torch
 from torch import Tensor
 
 from manyhands.config import BalanceConfig
+from manyhands.errors import ConfigError
 from manyhands.moe import balance
+from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
 
 
 def balance_terms(
-    routing: Routing, config: BalanceConfig, num_sequences: int, step_counts_E: Tensor | None = None
+    routing: Routing,
+    config: BalanceConfig,
+    num_sequences: int,
+    step_counts_E: Tensor | None = None,
+    router: Router | None = None,
 ) -> dict[str, Tensor]:
     """One layer's terms with a non-zero coefficient, by the name of their coefficient, unweighted.
 
-    `step_counts_E` are the pairs per expert of the optimiser step so far, for `aux_scope = "global"`.
+    `step_counts_E` are the pairs per expert of the optimiser step so far, for `aux_scope = "global"`; `router` made the
+    routing, for the terms that are about its weights (SimBal) or its state (ReMoE). Raises `ConfigError` without it.
     """
     terms: dict[str, Tensor] = {}
     if config.aux_loss_coef:
@@ -39,6 +46,12 @@ def balance_terms(
         terms["orthogonality"] = balance.orthogonality_loss(routing)
     if config.variance_coef:
         terms["variance"] = balance.variance_loss(routing)
+    if config.simbal_coef:
+        if router is None:
+            raise ConfigError("balance.simbal_coef is about the router's weights: pass the routers")
+        terms["simbal"] = balance.simbal_loss(router.weight)
+    if config.l1_coef and router is not None and router.l1_steps is not None:
+        terms["l1"] = balance.l1_loss(routing, router.config.num_experts_per_tok) * balance.l1_factor(router.l1_steps)
     return terms
 
 
@@ -47,15 +60,22 @@ def balance_objective(
     config: BalanceConfig,
     num_sequences: int,
     step_counts: Mapping[int, Tensor] | None = None,
+    routers: Mapping[int, Router] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Σ coefficient · mean over layers of each term, and the means themselves (detached) for the journal.
 
-    Zero when there is no sparse layer.
+    Zero when there is no sparse layer. `routers` made the routings: see `balance_terms`.
     """
     if not routings:
         return torch.zeros(()), {}
     per_layer = [
-        balance_terms(routing, config, num_sequences, None if step_counts is None else step_counts[layer])
+        balance_terms(
+            routing,
+            config,
+            num_sequences,
+            None if step_counts is None else step_counts[layer],
+            None if routers is None else routers[layer],
+        )
         for layer, routing in routings.items()
     ]
     means = {name: torch.stack([terms[name] for terms in per_layer]).mean() for name in per_layer[0]}

@@ -15,9 +15,12 @@ from torch import Tensor, nn
 from manyhands.config import RouterConfig, suggest
 from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
+from manyhands.moe.assign import ASSIGNMENTS
 from manyhands.moe.capacity import apply_capacity
 from manyhands.moe.edit import Edit, Force, Replay, check_edit, masked, reroute
 from manyhands.moe.routing import Routing, top_k_stable
+from manyhands.moe.select import expert_choice, hash_experts, limit_to_groups, positive, sample_second
+from manyhands.moe.sparsemixer import sparsemixer
 
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
 SWITCH_SCALE = 0.1  # Fedus et al. 2021, table 3: a tenth of the usual variance keeps a sparse model stable
@@ -27,12 +30,13 @@ class Router(nn.Module):
     """Chooses K of E experts for every token. Returns a `Routing`; keeps no state but its parameters.
 
     `e_score_correction_bias` [E] (when `config.bias`) steers selection only and is moved by the balance
-    controller, never by a gradient. `.to(bfloat16)` leaves everything in here float32. Fresh weights follow
-    `config.init`; see `reset_parameters`.
+    controller, never by a gradient; so is `l1_steps` [], how often ReMoE's penalty was raised more than lowered.
+    `.to(bfloat16)` leaves everything in here float32. Fresh weights follow `config.init`; see `reset_parameters`.
     """
 
     weight: nn.Parameter
     e_score_correction_bias: Tensor | None
+    l1_steps: Tensor | None
 
     def __init__(self, config: RouterConfig, hidden_size: int) -> None:
         super().__init__()
@@ -43,6 +47,8 @@ class Router(nn.Module):
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
+        steps = torch.zeros((), dtype=torch.float32) if config.select == "positive" else None
+        self.register_buffer("l1_steps", steps)
         self.reset_parameters()
 
     def reset_parameters(self, std: float = INITIALIZER_RANGE, generator: torch.Generator | None = None) -> None:
@@ -59,7 +65,7 @@ class Router(nn.Module):
                 nn.init.trunc_normal_(self.weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
             else:
                 self.weight.normal_(0.0, std, generator=generator)
-            for zero in (self.bias, self.noise_weight, self.e_score_correction_bias):
+            for zero in (self.bias, self.noise_weight, self.e_score_correction_bias, self.l1_steps):
                 if zero is not None:
                     zero.zero_()
 
@@ -104,8 +110,18 @@ class Router(nn.Module):
         elif config.select == "expert_choice":
             ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
             weights_TK = scores_TE * config.routed_scaling_factor
+        elif config.select == "positive":
+            ids_TK, weights_TK = positive(scores_TE)
+            weights_TK, kept_TK = weights_TK * config.routed_scaling_factor, ids_TK >= 0
+        elif config.select == "sparsemixer":
+            ids_TK, weights_TK = sparsemixer(logits_TE, config.mixer_epsilon, self.training)
+            weights_TK, kept_TK = weights_TK * config.routed_scaling_factor, torch.ones_like(ids_TK, dtype=torch.bool)
+        elif self.training and config.select in ASSIGNMENTS:
+            ids_TK = ASSIGNMENTS[config.select](logits_TE, token_mask_T, K)
+            weights_TK, kept_TK = weigh(scores_TE, ids_TK, config), torch.ones_like(ids_TK, dtype=torch.bool)
         else:
-            ids_TK, given_TK = self.select(used_scores_TE, *(() if off_E is None else (off_E,))), None
+            choice_TE = logits_TE if config.bias_on == "logit" else used_scores_TE
+            ids_TK, given_TK = self.select(choice_TE, *(() if off_E is None else (off_E,))), None
             if edit is None:
                 weights_TK = weigh(used_scores_TE, ids_TK, config)
             else:
@@ -127,7 +143,8 @@ class Router(nn.Module):
     def select(self, scores_TE: Tensor, off_E: Tensor | None = None) -> Tensor:
         """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it.
 
-        Never one that is off: a sigmoid's 0 and a bias could be more than another's score.
+        With `bias_on = "logit"` it is given logits in the scores' place. Never one that is off: a sigmoid's 0 and a
+        bias could be more than another's score.
         """
         config = self.config
         choice_TE = scores_TE.detach()
@@ -168,6 +185,7 @@ def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
+    "relu": lambda logits_TE: logits_TE.relu(),
 }
 """Every `RouterConfig.score`. The oracle has a table of its own, `check/oracle_routing.py`."""
 
@@ -179,62 +197,9 @@ def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
     return SCORES[config.score](logits_TE)
 
 
-def limit_to_groups(choice_TE: Tensor, config: RouterConfig) -> Tensor:
-    """Scores with every expert outside the `topk_group` best groups at −inf.
-
-    V3 scores a group by the sum of its two best experts, V2 by its best. Zero instead of −inf would let a
-    forbidden expert win whenever the allowed ones have negative biased scores.
-    """
-    T, E = choice_TE.shape
-    groups_TGe = choice_TE.view(T, config.n_group, E // config.n_group)
-    if config.group_score == "max":
-        score_TG = groups_TGe.amax(-1)
-    else:
-        two_TG2 = groups_TGe.topk(min(2, groups_TGe.shape[-1]), dim=-1).values
-        alone_TG2 = (two_TG2 == float("-inf")) & (two_TG2[..., :1] != float("-inf"))  # the other one is off
-        score_TG = two_TG2.masked_fill(alone_TG2, 0.0).sum(-1)
-    best = top_k_stable(score_TG, config.topk_group)
-    allowed_TG = torch.zeros_like(score_TG, dtype=torch.bool).scatter_(1, best, True)
-    return groups_TGe.masked_fill(~allowed_TG[..., None], float("-inf")).view(T, E)
-
-
 def weigh(scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
     """[T, K] float32: the unbiased scores of the chosen experts, renormalised if asked, scaled."""
     weights_TK = scores_TE.gather(1, ids_TK)
     if config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_top1):
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * config.routed_scaling_factor
-
-
-def sample_second(ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    """GShard: the second expert is used with probability min(1, 2·weight), else its id becomes -1.
-
-    The first expert's weight stays as it was renormalised: nothing is redistributed.
-    """
-    used = 2.0 * weights_TK[:, 1].detach() > torch.rand_like(weights_TK[:, 1])
-    return torch.stack((ids_TK[:, 0], torch.where(used, ids_TK[:, 1], -1)), dim=1)
-
-
-def expert_choice(scores_TE: Tensor, token_mask_T: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Each expert takes its T·k/E best tokens (arXiv 2202.09368). Not causal: a token competes with later ones.
-
-    Returns ids [T, E] (e where expert e took token t, else -1) and the same as kept [T, E].
-    """
-    E = scores_TE.shape[1]
-    real = int(token_mask_T.sum())
-    per_expert = min(real, max(1, real * k // E)) if real else 0
-    masked_ET = scores_TE.detach().masked_fill(~token_mask_T[:, None], float("-inf")).t().contiguous()
-    taken_EC = top_k_stable(masked_ET, per_expert)
-    kept_ET = torch.zeros_like(masked_ET, dtype=torch.bool).scatter_(1, taken_EC, True)
-    kept_TE = kept_ET.t().contiguous()
-    return torch.where(kept_TE, torch.arange(E, device=scores_TE.device), -1), kept_TE
-
-
-def hash_experts(token_ids_T: Tensor | None, num_experts: int) -> Tensor:
-    """[T, 1]: a fixed pseudo-random expert per token id (arXiv 2106.04426). Nothing is learned.
-
-    A multiplicative hash (Knuth), so that neighbouring ids, which a BPE orders by frequency, are spread.
-    """
-    if token_ids_T is None:
-        raise ConfigError("select = 'hash' routes by token id: pass token_ids to the layer")
-    return ((token_ids_T * 2654435761 % (1 << 32)) * num_experts >> 32)[:, None]

@@ -20,7 +20,7 @@ COMPONENTS = (
     "norms",
 )
 """The parts of a decoder, in the order in which they are shown."""
-BUFFERS = ("router.e_score_correction_bias",)
+BUFFERS = ("router.e_score_correction_bias", "router.l1_steps")
 """Endings of the tensors that no gradient trains: saved with the model, not counted as parameters."""
 
 

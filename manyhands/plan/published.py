@@ -13,7 +13,7 @@ from manyhands.catalog.entry import split_printed
 from manyhands.config import EncoderDecoderConfig, ModelConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.plan.compute import training_flops
-from manyhands.plan.count import Counts, count_model
+from manyhands.plan.count import BUFFERS, Counts, count_model
 from manyhands.plan.count_kind import sequence_flops
 from manyhands.plan.count_shape import count_shape, experts_in_model
 from manyhands.plan.shape_sizes import shape_sizes
@@ -192,4 +192,4 @@ def block_scales(config: ModelConfig, block: int = 128) -> int:
 
 
 def _parameters(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    return {name: s for name, s in tensor_shapes(config).items() if not name.endswith("e_score_correction_bias")}
+    return {name: s for name, s in tensor_shapes(config).items() if not name.endswith(BUFFERS)}

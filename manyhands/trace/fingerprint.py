@@ -21,8 +21,8 @@ def routed(config: ModelConfig) -> dict[str, Any]:
     if config.moe is None or not config.sparse_layers:
         raise UserError("a trace records which expert each token goes to, and this model has no sparse layer")
     router = config.moe.router
-    K = router.num_experts if router.select == "expert_choice" else router.num_experts_per_tok
-    return {"layers": config.sparse_layers, "num_experts": router.num_experts, "num_experts_per_tok": K}
+    places = {"num_experts": router.num_experts, "num_experts_per_tok": router.most_experts_per_tok}
+    return {"layers": config.sparse_layers, **places}
 
 
 def fingerprint(model: Decoder) -> str | None:

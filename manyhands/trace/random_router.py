@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.moe import Router
-from manyhands.moe.router import limit_to_groups, linear_float32
+from manyhands.moe.router import linear_float32
+from manyhands.moe.select import limit_to_groups
 
 _FIT_STEPS = 200
 Key = TypeVar("Key")

@@ -14,7 +14,7 @@ from manyhands.config import RunConfig
 from manyhands.errors import DataError, TrainingHalted
 from manyhands.models import Decoder
 from manyhands.moe import LoadCounter, Routing, balance_objective
-from manyhands.moe.balance import update_bias
+from manyhands.moe.control import Control
 from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
 from manyhands.train.guard import SpikeGuard, first_non_finite
 from manyhands.train.optim import Optimizers, grad_norm, sum_gradients
@@ -62,11 +62,13 @@ def train_step(
     task, ranks = task or LanguageModelling(), ranks or Alone()
     optimizers.zero_grad()
     moe, device = model.config.moe, model.embed_tokens.weight.device
+    layers = model.sparse_layers()
     num_experts = 0 if moe is None else moe.router.num_experts
     counters = {layer: LoadCounter.empty(num_experts, device) for layer in model.config.sparse_layers}
     use_clip = run.optim.name == "muon" and model.config.attention.qk_norm == "none"
     clip_above = run.optim.qk_clip if use_clip else None
     how = Forward(dtype, run.train.recompute, clip_above, keep_outputs=run.balance.orthogonality_coef > 0)
+    control, routers = Control(layers, run.balance), {n: layer.router for n, layer in layers.items()}
     largest: dict[int, Tensor] = {}
     loss_sum, terms_sum = 0.0, dict[str, float]()
 
@@ -79,11 +81,12 @@ def train_step(
         loss = task.loss(model, micro, how)
         if seen is not None:
             seen(micro, loss.routings)
-        for layer, routing in loss.routings.items():
-            counters[layer].add(routing)  # once per forward, outside anything that recomputes
-        step_counts = {layer: ranks.sum(counter.counts) for layer, counter in counters.items()}
-        balance, terms = balance_objective(loss.routings, run.balance, count.sequences, step_counts)
         of_targets, of_sequences = count.targets / whole.targets, count.sequences / whole.sequences
+        for layer, routing in loss.routings.items():  # once per forward, outside anything that recomputes
+            counters[layer].add(routing)
+            control.observe(layer, routing, of_sequences)
+        step_counts = {layer: ranks.sum(counter.counts) for layer, counter in counters.items()}
+        balance, terms = balance_objective(loss.routings, run.balance, count.sequences, step_counts, routers)
         (loss.mean * of_targets + balance * of_sequences).backward()  # type: ignore[no-untyped-call]
         loss_sum += float(loss.mean.detach()) * of_targets
         for name, value in terms.items():
@@ -105,10 +108,7 @@ def train_step(
             torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.grad_clip, norm)
         optimizers.set_lr(lr)
         optimizers.step()
-        for layer, moe_layer in model.sparse_layers().items():
-            bias_E = moe_layer.router.e_score_correction_bias
-            if bias_E is not None and moe_layer.router.weight.requires_grad:  # a frozen router chooses as it did
-                update_bias(bias_E, counters[layer].counts, run.balance.bias_update_rate)
+        control.step(counters, ranks)
         for layer, largest_H in largest.items():
             assert clip_above is not None
             attention = model.get_submodule(f"layers.{layer}.self_attn")

@@ -2,7 +2,7 @@
 
 import torch
 
-from manyhands.check.oracle_routing import best
+from manyhands.check.oracle_dense import best
 from manyhands.check.verdict import Slack, judge_choice, one_hot
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import RouterConfig
-from manyhands.moe.router import limit_to_groups
+from manyhands.moe.select import limit_to_groups
 
 from .make_routing import logit, route_logits, tokens
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import BalanceConfig
+from manyhands.errors import ConfigError
 from manyhands.moe import balance, balance_objective
 
 from .make_routing import make_layer, route_logits, tokens
@@ -43,11 +44,19 @@ def test_each_coefficient_is_its_own_term(coef: str, function) -> None:
 
 def test_every_coefficient_has_a_term() -> None:
     """A coefficient without a term would be silently ignored."""
-    layer = make_layer(router={"num_experts": 4, "noisy": True})
-    routing = layer(tokens(6, 8), keep_outputs=True)[1]
     names = [name.removesuffix("_coef") for name in BalanceConfig.model_fields if name.endswith("_coef")]
-    _, terms = balance_objective({0: routing}, BalanceConfig(**{f"{name}_coef": 1.0 for name in names}), 1)
-    assert sorted(terms) == sorted(names)
+    every, found = BalanceConfig(**{f"{name}_coef": 1.0 for name in names}), set()
+    for router in ({"noisy": True}, {"select": "positive", "score": "relu", "norm_topk_prob": False}):
+        layer = make_layer(router={"num_experts": 4, **router})
+        routing = layer(tokens(6, 8), keep_outputs=True)[1]
+        _, terms = balance_objective({0: routing}, every, 1, routers={0: layer.router})
+        found |= terms.keys()
+    assert found == set(names)
+
+
+def test_a_term_about_weights_needs_the_router() -> None:
+    with pytest.raises(ConfigError, match="simbal_coef"):
+        balance_objective({0: route_logits(tokens(6, 4))}, BalanceConfig(simbal_coef=0.1), 1)
 
 
 def test_scopes() -> None:

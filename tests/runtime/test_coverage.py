@@ -23,7 +23,7 @@ ALL = {
     "rope": ROPE,
 }
 NOT_COMPUTED = {
-    "route": {"eval_capacity_factor", "capacity_tokens"},
+    "route": {"eval_capacity_factor", "capacity_tokens", "bias_on", "mixer_epsilon"},
     "attention": set(),
     "mixture": set(),
     "model": {"kind"},
