@@ -34,9 +34,17 @@ def every_positive(blank: DenseRouting, config: RouterConfig, tested: Routing, r
     ordered = (in_turn[:, :-1] - in_turn[:, 1:] >= -2.0 * rounding.per_token[:, None]).all(1)
     right = fine.all(1) & ordered & (theirs.sum(1) == (tested.expert_ids >= 0).sum(1))
     chosen = torch.where(right[:, None], theirs, own)
-    weights = torch.where(chosen, blank.scores, 0.0) * config.routed_scaling_factor
+    scores = torch.where(chosen, blank.logits, 0.0)  # on the side of 0 that was taken
     flips = int((right & (own != theirs).any(1)).sum())
-    return replace(blank, chosen=chosen, kept=chosen, weights=weights, flips=flips, wrong=int((~right).sum()))
+    return replace(
+        blank,
+        scores=scores,
+        chosen=chosen,
+        kept=chosen,
+        weights=scores * config.routed_scaling_factor,
+        flips=flips,
+        wrong=int((~right).sum()),
+    )
 
 
 def shared_out(blank: DenseRouting, config: RouterConfig, tested: Routing, rounding: Slack) -> DenseRouting:

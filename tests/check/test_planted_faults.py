@@ -1,4 +1,4 @@
-"""Eight faults planted in the real code. The check must see each of them and name where it is."""
+"""Faults planted in the real code. The check must see each of them and name where it is."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -10,7 +10,9 @@ import torch.nn.functional as F
 import manyhands.check.losses
 import manyhands.moe.balance
 import manyhands.moe.router
+import manyhands.moe.select
 from manyhands.check import CheckReport, run_check
+from manyhands.check.routers import RouterCheck
 from manyhands.moe import Experts, LoadCounter, Router
 from tests.check.configs import BALANCE, DEEPSEEK, MIXTRAL
 
@@ -178,3 +180,24 @@ def test_a_loss_that_the_model_lacks_is_not_silent(monkeypatch):
 def test_a_coefficient_that_nobody_computes_is_not_silent(monkeypatch):
     monkeypatch.setattr(manyhands.check.losses, "COEFFICIENTS", [*manyhands.check.losses.COEFFICIENTS, "novel_coef"])
     assert _failing(_check(MIXTRAL)) == {"novel value": {"novel"}}
+
+
+@pytest.mark.parametrize(
+    ("name", "router", "fault"),
+    [
+        ("manyhands.moe.router.positive", "ReLU (ReMoE)", "nearly positive"),
+        ("manyhands.moe.assign.sinkhorn_offsets", "Sinkhorn", "no offsets"),
+        ("manyhands.moe.assign.assign", "balanced assignment (BASE)", "in turn"),
+        ("manyhands.moe.sparsemixer.HEUN", "SparseMixer (Phi-3.5-MoE)", "a half"),
+    ],
+)
+def test_faults_of_other_routers(monkeypatch, name, router, fault):
+    faults = {
+        "nearly positive": lambda scores_TE: manyhands.moe.select.positive(scores_TE - 0.05),
+        "no offsets": lambda logits_TE: torch.zeros(logits_TE.shape[1]),
+        "in turn": lambda values_TE, room: torch.arange(len(values_TE)).numpy() % values_TE.shape[1],
+        "a half": 0.5,
+    }
+    monkeypatch.setattr(name, faults[fault])
+    rows = [row for rows, _ in RouterCheck(router, "random", 0).rows("eager", "float32") for row in rows]
+    assert {row.quantity for row in rows if not row.ok} & {"expert choice", "router weights"}

@@ -60,6 +60,23 @@ def test_other_routers_in_a_model(router):
     _assert_green(run_check(config, BalanceConfig(), routers=False, decoding=False, backends=["grouped_mm"]))
 
 
+@pytest.mark.parametrize(
+    "router",
+    [
+        RouterConfig(select="positive", score="relu", norm_topk_prob=False),
+        RouterConfig(bias=True, bias_on="logit", score="sigmoid"),
+        RouterConfig(select="sparsemixer", norm_topk_prob=False, mixer_epsilon=0.3),
+        RouterConfig(select="base", num_experts_per_tok=1),
+    ],
+    ids=["remoe", "quantile", "sparsemixer", "base"],
+)
+def test_routers_with_a_state_or_a_draw_in_the_step(router):
+    config = ModelConfig(num_hidden_layers=2, moe=MoEConfig(router=router))
+    balance = BalanceConfig(bias_update="quantile", simbal_coef=0.1, l1_coef=0.1)
+    how = {"backends": ["eager"], "dtypes": ["float32"], "cases": ["random"]}
+    _assert_green(run_check(config, balance, routers=False, decoding=False, **how))
+
+
 @pytest.mark.skipif(not native.available(), reason="no native kernels")
 def test_it_says_how_the_model_generates():
     """A shrunk model must be one that the fast paths take where they take the model itself."""

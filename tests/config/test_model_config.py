@@ -26,7 +26,9 @@ def test_unknown_field_suggests_the_nearest() -> None:
 
 def test_unknown_field_far_from_all_lists_what_is_allowed() -> None:
     message = refusal(RouterConfig, {"zzz": 1})
-    assert message.startswith("unknown field 'zzz'; allowed: bias, capacity_factor, ") and "topk_group" in message
+    assert (
+        message.startswith("unknown field 'zzz'; allowed: bias, bias_on, capacity_factor, ") and "topk_group" in message
+    )
 
 
 @pytest.mark.parametrize(
