@@ -18,6 +18,8 @@ from manyhands.plan.fit import usable
 from manyhands.plan.machine import machine_named
 from manyhands.plan.price import utilisation
 from manyhands.plan.published import computed_figure
+from manyhands.plan.report import Ask, Figure
+from manyhands.plan.report.scale import parallel
 from manyhands.plan.roof import decode_bound
 from manyhands.plan.sizes import Sizes
 from manyhands.plan.storage import BF16, Storage, storage_named, weight_bytes
@@ -157,6 +159,16 @@ def tokens_per_second(name: str, machine: str, batch: int, context: int) -> floa
     return bound.tokens_per_second
 
 
+def exchange(name: str, machine: str, devices: int) -> float:
+    """Time of sending tokens to experts and back, in times of the experts' own arithmetic: one layer, on paper."""
+    subject, chosen = _subject(name), machine_named(machine)
+    table = parallel(subject, Ask(storage=_held(name), devices=devices), chosen).table
+    assert table is not None
+    there, back, arithmetic = (cell.value for cell in table.rows[0][3:6] if isinstance(cell, Figure))
+    assert there is not None and back is not None and arithmetic is not None
+    return (there + back) / arithmetic
+
+
 def memory(machine: str) -> float:
     """Bytes that can be used on `machine`."""
     return usable(machine_named(machine))
@@ -236,7 +248,7 @@ QUANTITIES: dict[str, Callable[..., float]] = {
     for function in (
         *(total, active, multiplied, component, experts, shared_experts, experts_per_token, experts_in_model),
         *(sparse_layers, flops, decoding_flops, training_flops, sequence_flops, weights, read, cache, touched),
-        *(cheaper_up_to_batch, cheaper_up_to_context, tokens_per_second, memory, devices, published),
+        *(cheaper_up_to_batch, cheaper_up_to_context, tokens_per_second, exchange, memory, devices, published),
         *(model_flops_utilisation, days_between, sparse_decoders, sparse_decoders_visiting_up_to, released),
         *(sparse_released, described_routers, routers_without_renormalising, sigmoid_routers),
     )
