@@ -30,8 +30,21 @@ def sections(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, typ
     yield path, config
     for name, field in config.model_fields.items():
         for inner in [field.annotation, *get_args(field.annotation)]:
+            inner = getattr(inner, "__origin__", inner) if hasattr(inner, "__metadata__") else inner
             if inspect.isclass(inner) and issubclass(inner, BaseModel):
                 yield from sections(inner, f"{path}.{name}" if path else name)
+
+
+def heading(path: str, config: type[BaseModel]) -> str:
+    """Of a section; a model of another kind than a decoder says so in the file."""
+    kind = config.model_fields["kind"].default if path == "model" else "decoder"
+    return (
+        f"## `{path}` with `kind: {kind}`"
+        if kind != "decoder"
+        else f"## `{path}`"
+        if path
+        else "## The top of the file"
+    )
 
 
 def documents(config: type[BaseModel]) -> dict[str, str]:
@@ -52,7 +65,8 @@ def allowed(annotation: Any, metadata: list[Any]) -> str:
     if get_origin(annotation) is Literal:
         return ", ".join(f"`{value}`" for value in inside)
     if get_origin(annotation) in (Union, UnionType):
-        return " or ".join("null" if part is type(None) else allowed(part, []) for part in inside)
+        every = dict.fromkeys("null" if part is type(None) else allowed(part, []) for part in inside)
+        return " or ".join(every)
     if hasattr(annotation, "__metadata__"):  # of one part of a union
         nested = [m for m in annotation.__metadata__ for m in (m.metadata if isinstance(m, FieldInfo) else [m])]
         return allowed(annotation.__origin__, nested)
@@ -77,10 +91,13 @@ def default(field: FieldInfo) -> str:
 
 def page() -> str:
     """The whole text."""
-    parts = [HEAD]
+    parts, seen = [HEAD], set()
     for path, config in sections(RunConfig):
+        if config in seen:  # the router of another kind of model
+            continue
+        seen.add(config)
         told = documents(config)
-        lines = [f"## `{path}`" if path else "## The top of the file", ""]
+        lines = [heading(path, config), ""]
         lines += [inspect.cleandoc(config.__doc__ or "").split("\n\n")[0].replace("\n", " "), ""]
         lines += ["| field | default | may be | |", "|---|---|---|---|"]
         for name, field in config.model_fields.items():

@@ -179,9 +179,10 @@ class Entry(Strict):
         """The model, where one of our families reads it. `same_as` is followed."""
         if self.config_fields is None:
             return None
+        from manyhands.config.decoder import as_decoder
         from manyhands.families import read_config
 
-        return read_config(self.config_fields, f"catalogue entry {self.id}")[1]
+        return as_decoder(read_config(self.config_fields, f"catalogue entry {self.id}")[1], "a catalogue entry")
 
     @property
     def mixture(self) -> Mixture | None:

@@ -97,7 +97,7 @@ def _records(source: Source, report: CheckReport) -> Iterator[Row]:
 def _whole(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     loaded = from_source(source)
     with torch.device("meta"):
-        model = Decoder(source.config)
+        model = Decoder(source.decoder("check"))
         hold_records(model, source.records, "auto")
     state = {name: t.clone() for name, t in loaded.state_dict().items()}
     model.load_state_dict(state, assign=True)
@@ -108,7 +108,7 @@ def _whole(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[lis
 def _sliced(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[list[Row], Routings]]:
     state, said = own_read.slices(source)
     with torch.device("meta"):
-        model = Decoder(shrink(source.config))
+        model = Decoder(shrink(source.decoder("check")))
     dtype = own_read.stored_dtype(source)
     kept = {name for name in state if ".router." in name}
     model.load_state_dict({n: t if n in kept else t.to(dtype) for n, t in state.items()}, assign=True)

@@ -95,7 +95,8 @@ def slices(source: Source) -> tuple[dict[str, Tensor], str]:
 
     The first rows and columns of every tensor, of the first layers and the last, and of experts evenly spaced.
     """
-    config, small = source.config, shrink(source.config)
+    config = source.decoder("reading its own weights in part")
+    small = shrink(config)
     shapes, wanted = tensor_shapes(config), tensor_shapes(small)
     same_kind = [
         n

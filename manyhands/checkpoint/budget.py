@@ -72,7 +72,10 @@ def share(source: Source, memory: int, cache_bytes: int | None = None, baseline:
     `baseline` None: what this process has now. Raises `UserError` for a model whose experts are not packed, and where
     it is too little, naming the least that runs.
     """
-    config, experts = source.config, [r for r in source.records.values() if r.num_experts is not None]
+    config, experts = (
+        source.decoder("a memory budget"),
+        [r for r in source.records.values() if r.num_experts is not None],
+    )
     if not experts or config.moe is None:
         raise UserError(
             f"{source.directory}: memory bounds a model whose experts are packed: `manyhands quantize "
@@ -113,7 +116,7 @@ def share(source: Source, memory: int, cache_bytes: int | None = None, baseline:
 
 def token_bytes(source: Source) -> int:
     """What a token takes in the cache, with its routing."""
-    config = source.config
+    config = source.decoder("a memory budget")
     assert config.moe is not None
     a = config.attention
     values = a.kv_lora_rank + a.qk_rope_head_dim if a.kind == "mla" else 2 * a.kv_heads * a.head_dim

@@ -16,7 +16,7 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.find import open_checkpoint
-from manyhands.checkpoint.model import from_source, load_model
+from manyhands.checkpoint.model import EncoderDecoderModel, LoadedModel, from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
@@ -25,10 +25,12 @@ from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.target import claim
 from manyhands.checkpoint.tensors import DTYPES, Header
+from manyhands.config.kinds import longest_sequence
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
 from manyhands.families import Family, Piece, family_named, nearest
 from manyhands.files import CONFIG
+from manyhands.models import Output
 from manyhands.version import __version__
 
 SAMPLE_TOKENS = 48
@@ -206,14 +208,21 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
     return fates
 
 
+def _run(model: LoadedModel, ids: Tensor) -> Output:
+    """An encoder-decoder is given the ids on both sides."""
+    if isinstance(model, EncoderDecoderModel):
+        return model(ids, ids, dtype=torch.float32)
+    return model(ids, dtype=torch.float32)
+
+
 @torch.no_grad()
 def _agreement(plan: Conversion, directory: Path) -> dict[str, Any]:
     """Both models on the same sample tokens, in float32: logits and experts."""
     config = plan.source.config
-    length = min(SAMPLE_TOKENS, config.max_position_embeddings)
+    length = min(SAMPLE_TOKENS, longest_sequence(config) or SAMPLE_TOKENS)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    before = from_source(plan.source, decode=True)(ids, dtype=torch.float32)
-    after = load_model(directory, verified=True, decode=True)(ids, dtype=torch.float32)
+    before = _run(from_source(plan.source, decode=True), ids)
+    after = _run(load_model(directory, verified=True, decode=True), ids)
     difference = float((before.logits - after.logits).abs().max())
     pairs = [(r.expert_ids, after.routings[layer].expert_ids) for layer, r in before.routings.items()]
     same = sum(int((a == b).sum()) for a, b in pairs)

@@ -13,10 +13,10 @@ manifest.json       in what manyhands wrote: SHA-256 of every file, verified on 
 import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.budget import Budget, share
@@ -32,26 +32,26 @@ from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.source import Source, open_source
 from manyhands.checkpoint.stored import hold_stored, open_store, read_tensor
 from manyhands.checkpoint.unpacked import Unpacked
-from manyhands.config import ModelConfig
+from manyhands.config import BuiltConfig, EncoderDecoderConfig, ModelConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import CONFIG, TOKENIZER, cannot_write
-from manyhands.models import Decoder
+from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
 from manyhands.moe import Router
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer, instead
 
 
-class Model(Decoder):
-    """A decoder that knows which files it came from, and can write itself back. It keeps none of them open."""
+class Loaded(nn.Module):
+    """What a model of any kind has that knows which files it came from, and can write itself back. It keeps none of
+    them open."""
 
-    def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
-        super().__init__(config, experts_implementation)
-        self.origin: Origin | None = None
-        self.tokenizer: Tokenizer | None = None
-        self.budget: Budget | None = None
-        """How memory was shared out, of a model whose experts are on disk."""
+    origin: Origin | None = None
+    tokenizer: Tokenizer | None = None
+    budget: Budget | None = None
+    """How memory was shared out, of a model whose experts are on disk."""
 
     @property
     def family(self) -> str:
@@ -65,7 +65,7 @@ class Model(Decoder):
         found = {} if self.origin is None else self.origin.records
         return {name: record for name, record in found.items() if name in held}
 
-    def train(self, mode: bool = True) -> "Model":
+    def train(self, mode: bool = True) -> Self:
         """Raises `UserError` for packed weights, which have no gradient."""
         if mode and (self.records or self.budget is not None):
             raise UserError(
@@ -86,6 +86,7 @@ class Model(Decoder):
         """Write a directory that transformers loads; see the function `save`. Its own family, unless told another."""
         if family is None and self.family != "manyhands":
             family = self.family
+        assert isinstance(self, LoadedModel)
         save(
             self,
             path,
@@ -95,6 +96,45 @@ class Model(Decoder):
             max_shard_size=max_shard_size,
             overwrite=overwrite,
         )
+
+
+class Model(Loaded, Decoder):
+    """A decoder from files."""
+
+
+class RecurrentModel(Loaded, Recurrent):
+    """A recurrent model from files."""
+
+
+class EncoderDecoderModel(Loaded, EncoderDecoder):
+    """An encoder-decoder from files."""
+
+
+LoadedModel = Model | EncoderDecoderModel | RecurrentModel
+"""What `load` gives: the class follows the kind of model that the files hold."""
+
+
+def only_decoder(model: LoadedModel, what: str) -> Model:
+    """`model`, for what is done with decoders alone: `what` (chat, say). Raises `ConfigError` for another kind."""
+    as_decoder(model.config, what)
+    assert isinstance(model, Model)
+    return model
+
+
+def only_language_model(model: LoadedModel, what: str) -> Model | RecurrentModel:
+    """`model`, for what needs one that continues text. Raises `ConfigError` for another kind."""
+    if isinstance(model, EncoderDecoderModel):
+        raise ConfigError(f"kind = {model.config.kind!r}: {what} is for models that predict every next token of a text")
+    return model
+
+
+def _empty(config: BuiltConfig, implementation: str) -> LoadedModel:
+    """On the meta device if one is set."""
+    if isinstance(config, ModelConfig):
+        return Model(config, implementation)
+    if isinstance(config, EncoderDecoderConfig):
+        return EncoderDecoderModel(config, implementation)
+    return RecurrentModel(config, implementation)
 
 
 def load(
@@ -109,7 +149,7 @@ def load(
     cache_policy: str = "lfu",
     pin: Sequence[Sequence[int]] | None = None,
     cache_bytes: int | None = None,
-) -> tuple[Model, Tokenizer]:
+) -> tuple[LoadedModel, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
     A path becomes a verified directory (`find`), that an opened checkpoint whose every tensor has its place in the
@@ -149,7 +189,7 @@ def load_model(
     cache_policy: str = "lfu",
     pin: Sequence[Sequence[int]] | None = None,
     cache_bytes: int | None = None,
-) -> Model:
+) -> LoadedModel:
     """The model of a checkpoint directory, in evaluation mode; `model.train()` to go on training it.
 
     On the CPU a tensor that is stored as it is used stays the file itself, mapped into memory and private to this
@@ -179,7 +219,7 @@ def load_model(
 
 
 def save(
-    model: Decoder,
+    model: AnyModel,
     path: str | Path,
     tokenizer: Tokenizer | None = None,
     *,
@@ -197,10 +237,10 @@ def save(
     Raises `UserError` for a target that may not be written, `ConfigError` naming the field that the family cannot
     express, `StorageError` if the disk refuses.
     """
-    if isinstance(model, Model) and model.budget is not None:
+    if isinstance(model, LoadedModel) and model.budget is not None:
         raise UserError("its experts are on disk: load it without memory to save it, or copy its directory")
-    origin = model.origin if isinstance(model, Model) else None
-    records = model.records if isinstance(model, Model) else {}
+    origin = model.origin if isinstance(model, LoadedModel) else None
+    records = model.records if isinstance(model, LoadedModel) else {}
     sources = [] if origin is None else [origin.path]
     if records and family in (None, "manyhands") and dtype is None:
         assert origin is not None and origin.packed is not None
@@ -208,7 +248,7 @@ def save(
         with building(path, overwrite=overwrite, sources=sources) as partial:
             write_packed(
                 partial,
-                model.config,
+                as_decoder(model.config, "packing"),
                 origin.packed,
                 lambda name: state[name].dtype,
                 lambda name: state[name].cpu(),
@@ -235,7 +275,7 @@ def save(
         )
 
 
-def save_model(directory: str | Path, model: Decoder, tokenizer_path: str | Path | None = None) -> None:
+def save_model(directory: str | Path, model: AnyModel, tokenizer_path: str | Path | None = None) -> None:
     """Write our own format into an existing directory; use it inside `building`, which makes it a checkpoint.
 
     Raises `StorageError` if the disk refuses.
@@ -248,7 +288,7 @@ def save_model(directory: str | Path, model: Decoder, tokenizer_path: str | Path
         raise cannot_write(directory, error) from error
 
 
-def read_config(path: str | Path) -> ModelConfig:
+def read_config(path: str | Path) -> BuiltConfig:
     """The model that a checkpoint directory holds, from its `config.json` and its tensors' headers."""
     return open_source(path).config
 
@@ -260,7 +300,7 @@ def from_source(
     implementation: str = "auto",
     decode: bool = False,
     on_disk: "OnDisk | None" = None,
-) -> Model:
+) -> LoadedModel:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
     device = torch.device(device)
     if on_disk is not None:
@@ -270,7 +310,7 @@ def from_source(
     check_room(source, dtype, device, decode)
     try:
         with torch.device("meta"):
-            model = Model(source.config, implementation)
+            model = _empty(source.config, implementation)
             records = {} if decode else source.records
             hold_records(model, records, implementation)
     except RuntimeError as error:  # sizes that are fine one by one, with a product over 2⁶³
@@ -310,7 +350,7 @@ def _from_disk(source: Source, implementation: str, how: OnDisk) -> Model:
     budget = share(source, how.memory, how.cache_bytes)
     store = open_store(source, budget, how.cache_policy, how.pin)
     with torch.device("meta"):
-        model = Model(source.config, implementation)
+        model = Model(source.decoder("a memory budget"), implementation)
         linear = {name: record for name, record in source.records.items() if record.num_experts is None}
         hold_records(model, linear, implementation)
     hold_stored(model, source, store, implementation)

@@ -16,7 +16,7 @@ from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE, write_shards
 from manyhands.checkpoint.sidecars import token_ids, write_beside
 from manyhands.checkpoint.source import Source, reopen
 from manyhands.checkpoint.tensors import DTYPES, NAMES, Header
-from manyhands.config import ModelConfig
+from manyhands.config import BuiltConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.families import Family, Piece, export_config, text_fields
 from manyhands.families.base import Json
@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _NOT_CARRIED = {"quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map"}
 
 
-def target_pieces(family: Family, config: ModelConfig) -> dict[str, list[Piece]]:
+def target_pieces(family: Family, config: BuiltConfig) -> dict[str, list[Piece]]:
     """The family's tensor names, in the order of the model, each with the pieces of ours that it holds."""
     found: dict[str, list[Piece]] = {}
     for piece in family.pieces(config):
@@ -37,7 +37,7 @@ def target_pieces(family: Family, config: ModelConfig) -> dict[str, list[Piece]]
 
 
 def target_headers(
-    family: Family, config: ModelConfig, dtype_of: Callable[[str, str], torch.dtype]
+    family: Family, config: BuiltConfig, dtype_of: Callable[[str, str], torch.dtype]
 ) -> dict[str, Header]:
     """Dtype and shape of every tensor of the family's file. `dtype_of(theirs, ours)` decides the dtype."""
     shapes = tensor_shapes(config)
@@ -67,7 +67,7 @@ def dtype_rule(family: Family, model_dtype: torch.dtype, origin: Origin | None) 
 
 
 def target_config(
-    family: Family, config: ModelConfig, dtype: torch.dtype, origin: Origin | None, tokenizer: Tokenizer | None
+    family: Family, config: BuiltConfig, dtype: torch.dtype, origin: Origin | None, tokenizer: Tokenizer | None
 ) -> Json:
     """`config.json`: the family's fields, over the harmless ones of the model's origin."""
     fields = export_config(family, config)
@@ -99,7 +99,7 @@ def _kept_fields(family: Family, carried: Json) -> Json:
 def write_directory(
     directory: Path,
     family: Family,
-    config: ModelConfig,
+    config: BuiltConfig,
     ours: Mapping[str, Tensor],
     *,
     origin: Origin | None = None,

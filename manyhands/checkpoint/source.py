@@ -20,7 +20,8 @@ from manyhands.checkpoint.quantized import logical_tensors
 from manyhands.checkpoint.safetensors.files import TensorFiles
 from manyhands.checkpoint.tensors import DTYPES, Logical, TensorSource, headers_of
 from manyhands.checkpoint.unpacked import packed_tensors
-from manyhands.config import ModelConfig, PackedConfig
+from manyhands.config import BuiltConfig, ModelConfig, PackedConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import Family, Piece, UnknownField, read_config, text_fields
@@ -41,7 +42,7 @@ class Source:
     family: Family
     values: Json
     """`config.json` as it stands."""
-    config: ModelConfig
+    config: BuiltConfig
     files: TensorSource
     open_files: Callable[[], TensorSource]
     """What opened `files`."""
@@ -66,6 +67,10 @@ class Source:
     def path(self) -> Path:
         """What was opened: a directory, or a file."""
         return self.file or self.directory
+
+    def decoder(self, what: str) -> ModelConfig:
+        """Its description, for `what` is done with decoders alone (packing). Raises `ConfigError` for another kind."""
+        return as_decoder(self.config, what)
 
     @property
     def origin(self) -> Origin:
@@ -147,7 +152,7 @@ def source_of(
     elif packed is None:
         logical = logical_tensors(headers_of(files), quantization, str(path))
     else:
-        records = read_records(files, config, packed)
+        records = read_records(files, as_decoder(config, "packing"), packed)
         logical = packed_tensors(headers_of(files), records, str(files.name))
     float32 = family.saved_float32 if ours else ()
     pieces = match(files, family.pieces(config), tensor_shapes(config), logical, float32)
@@ -170,7 +175,7 @@ def source_of(
     )
 
 
-def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tuple[Family, ModelConfig]:
+def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tuple[Family, BuiltConfig]:
     """The family and the model that a `config.json` describes."""
     try:
         return read_config(values, str(path), ignore_fields)
@@ -187,7 +192,7 @@ def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tupl
 def left_over(
     files: TensorSource,
     family: Family,
-    config: ModelConfig,
+    config: BuiltConfig,
     text: Json,
     logical: Mapping[str, Logical],
     pieces: Mapping[str, list[Piece]],

@@ -23,14 +23,15 @@ def rank(
     from rich.console import Console
     from rich.progress import Progress
 
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.evaluate import trained_length
     from manyhands.inspect.ablate import ablate
     from manyhands.inspect.watch import check_inspectable
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, read_documents
 
-    model, tokenizer = load(subject, ignore_fields=ignore)
+    loaded, tokenizer = load(subject, ignore_fields=ignore)
+    model = only_decoder(loaded, "inspect")
     check_inspectable(model)
     ids = encode_documents(read_documents(data, text_field), tokenizer)[:max_tokens]
     S = min(length or trained_length(subject) or 512, model.config.max_position_embeddings)

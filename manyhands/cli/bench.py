@@ -32,7 +32,7 @@ def bench(
     import torch
 
     from manyhands.checkpoint.find import open_checkpoint
-    from manyhands.checkpoint.model import from_source
+    from manyhands.checkpoint.model import from_source, only_decoder
     from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConfig
     from manyhands.errors import ConfigError
     from manyhands.generate.speed import Speed, measure_speed, read_per_token, warm_up
@@ -53,7 +53,7 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        decoder = from_source(open_checkpoint(model, ignore_field or ()))
+        decoder = only_decoder(from_source(open_checkpoint(model, ignore_field or ())), "bench")
     room = decoder.config.max_position_embeddings
     if new is None:
         new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))

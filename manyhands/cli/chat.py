@@ -83,10 +83,11 @@ def chat(
     stay = on_disk(memory, cache_policy, pin)
     other = None if template is None else _read(template)
 
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate import Conversation
 
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
+    model = only_decoder(loaded, "chat")
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)
     if tokenizer.chat_template is None:

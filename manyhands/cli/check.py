@@ -73,6 +73,7 @@ def _describe(
     model: str, overrides: list[str], ignore_fields: list[str]
 ) -> "tuple[ModelConfig, BalanceConfig, Source | None]":
     from manyhands.config import BalanceConfig
+    from manyhands.config.decoder import as_decoder
     from manyhands.config.load import described_model, load_preset, load_run, preset_names
 
     path = Path(model)
@@ -82,7 +83,7 @@ def _describe(
         from manyhands.checkpoint.find import open_checkpoint
 
         source = open_checkpoint(path, ignore_fields)
-        return source.config, BalanceConfig(), source
+        return source.decoder("check"), BalanceConfig(), source
     if ignore_fields:
         raise ConfigError(f"{model} is not a checkpoint: --ignore-field {ignore_fields[0]} is for its config.json")
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -93,4 +94,4 @@ def _describe(
         raise ConfigError(
             f"{model!r} is neither a preset ({', '.join(preset_names())}), nor a run file, nor a checkpoint directory"
         )
-    return described_model(run, model), run.balance, None
+    return as_decoder(described_model(run, model), "check"), run.balance, None

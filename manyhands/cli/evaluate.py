@@ -112,16 +112,19 @@ def _measure_text(
 
     import numpy as np
 
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_language_model
+    from manyhands.config.kinds import longest_sequence
     from manyhands.generate.evaluate import evaluate as measure
     from manyhands.generate.evaluate import trained_length
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, evaluation_batches
 
     sequence_length, batch_size, max_batches = sizes
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
+    model = only_language_model(loaded, "eval")
     ids = encode_documents(documents, tokenizer)
-    length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, model.config.max_position_embeddings)
+    longest = longest_sequence(model.config) or EVAL_LENGTH
+    length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, longest)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
     front = tokenizer.front_ids

@@ -111,11 +111,12 @@ def generate(
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
         prompt = [sys.stdin.read()]
 
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_decoder
     from manyhands.engine.engine import Engine
     from manyhands.terminal import shown
 
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
+    model = only_decoder(loaded, "generate")
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)

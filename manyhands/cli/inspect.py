@@ -153,7 +153,7 @@ def _tokenizer(path: Path, sha256: str | None) -> "Tokenizer":
 def _of_model(
     subject: str, against: str | None, checkpoints: bool, asked: _Asked
 ) -> "tuple[Observed, Tokenizer, Observed | None, list[tuple[str, Observed]]]":
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_decoder
     from manyhands.checkpoint.runs import RunDirectory
     from manyhands.generate.evaluate import trained_length
     from manyhands.inspect.texts import read_sequences
@@ -165,7 +165,8 @@ def _of_model(
             f"--checkpoints: {subject} is not a run with two checkpoints or more; train with train.save_every and "
             "train.keep_checkpoints"
         )
-    model, tokenizer = load(subject, ignore_fields=asked.ignore)
+    loaded, tokenizer = load(subject, ignore_fields=asked.ignore)
+    model = only_decoder(loaded, "inspect")
     check_inspectable(model)
     front = tuple(tokenizer.front_ids)
     room = model.config.max_position_embeddings - len(front)

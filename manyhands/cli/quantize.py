@@ -139,7 +139,7 @@ def _sample(
             documents = read_documents(["stdlib"])
         except DataError:  # a Python without its sources
             return None
-    S = min(SEQUENCE, source.config.max_position_embeddings)
+    S = min(SEQUENCE, source.decoder("packing").max_position_embeddings)
     ids = _encode(documents, tokenizer, (max_batches or (4 if calibrate else 1)) * BATCH * S + 1)
     least = 2 if calibrate else 1  # rows: some to calibrate with, and others to measure on
     if len(ids) <= least:

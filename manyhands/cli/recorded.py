@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from manyhands.terminal import shown
 
 if TYPE_CHECKING:
-    from manyhands.models import Decoder
+    from manyhands.models import AnyModel
     from manyhands.text import Tokenizer
     from manyhands.trace.recorder import Recorder
 
@@ -24,7 +24,7 @@ def check_trace(trace: Path | None) -> None:
 
 @contextmanager
 def recording(
-    model: "Decoder", tokenizer: "Tokenizer", trace: Path | None, limit: int | None, verb: str
+    model: "AnyModel", tokenizer: "Tokenizer", trace: Path | None, limit: int | None, verb: str
 ) -> "Iterator[Recorder | None]":
     """A recorder for as long as the model runs, if a trace is asked for; says on stderr what became of it."""
     if trace is None:

@@ -36,10 +36,11 @@ def answer_tasks(
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from manyhands.checkpoint.model import load
+    from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.harness import language_model, run_tasks
 
-    model, tokenizer = load(checkpoint, ignore_fields=ignore_fields)
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields)
+    model = only_decoder(loaded, "--tasks")
     if how["chat"] and tokenizer.chat_template is None:
         raise UserError("--apply-chat-template: the model has no chat template")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()

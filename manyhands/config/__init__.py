@@ -4,6 +4,7 @@ from manyhands.config.attention import AttentionConfig, RopeConfig
 from manyhands.config.base import Strict, parse, suggest
 from manyhands.config.decoder import ModelConfig
 from manyhands.config.encoder_decoder import EncoderDecoderConfig
+from manyhands.config.kinds import BuiltConfig
 from manyhands.config.model import AnyModelConfig, read_model_config
 from manyhands.config.moe import MoEConfig
 from manyhands.config.packing import PackedConfig, Packing
@@ -25,6 +26,7 @@ __all__ = [
     "AnyModelConfig",
     "AttentionConfig",
     "BalanceConfig",
+    "BuiltConfig",
     "DataConfig",
     "EncoderDecoderConfig",
     "GuardConfig",

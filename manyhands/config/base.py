@@ -10,7 +10,7 @@ import reprlib
 import types
 import typing
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import ErrorDetails
@@ -72,9 +72,9 @@ def _config_error(cls: type[Strict], error: ValidationError, where: str) -> Conf
 
 
 def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
-    path = ".".join(str(part) for part in problem["loc"])
+    parts, parent = _walk(cls, problem["loc"])
+    path = ".".join(parts)
     if problem["type"] == "extra_forbidden":
-        parent = _class_at(cls, problem["loc"][:-1])
         names = sorted(parent.model_fields) if parent else []
         return f"unknown field {path!r}; " + suggest(str(problem["loc"][-1]), names)
     message = problem["msg"].removeprefix("Value error, ")
@@ -103,23 +103,34 @@ def suggest(name: str, allowed: list[str]) -> str:
     return "allowed: " + ", ".join(allowed)
 
 
-def _class_at(cls: type[Strict], loc: tuple[int | str, ...]) -> type[Strict] | None:
-    for part in loc:
-        field = cls.model_fields.get(str(part))
-        if field is None:
-            return None
-        found = _strict_class(field.annotation)
-        if found is None:
-            return None
-        cls = found
-    return cls
+def _walk(cls: type[Strict], loc: tuple[int | str, ...]) -> tuple[list[str], type[Strict] | None]:
+    """The names of the fields on the way to `loc`, and the class that has the last; None where that is no class's.
+
+    Where a field may be of several classes pydantic says in one more part of `loc` by which kind it read it.
+    """
+    names: list[str] = []
+    here: type[Strict] | None = cls
+    kinds: dict[str, type[Strict]] = {}
+    for number, part in enumerate(loc):
+        if part in kinds:
+            here, kinds = kinds[str(part)], {}
+            continue
+        names.append(str(part))
+        if number == len(loc) - 1 or here is None:
+            continue
+        field = here.model_fields.get(str(part))
+        classes = [] if field is None else _strict_classes(field.annotation)
+        here = classes[0] if classes else None
+        if len(classes) > 1:
+            kinds = {str(c.model_fields["kind"].default): c for c in classes if "kind" in c.model_fields}
+    return names, here
 
 
-def _strict_class(annotation: Any) -> type[Strict] | None:
+def _strict_classes(annotation: Any) -> list[type[Strict]]:
     if isinstance(annotation, type) and issubclass(annotation, Strict):
-        return annotation
+        return [annotation]
+    if typing.get_origin(annotation) is Annotated:
+        return _strict_classes(typing.get_args(annotation)[0])
     if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        for arg in typing.get_args(annotation):
-            if (found := _strict_class(arg)) is not None:
-                return found
-    return None
+        return [found for arg in typing.get_args(annotation) for found in _strict_classes(arg)]
+    return []

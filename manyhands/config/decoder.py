@@ -1,4 +1,4 @@
-"""A decoder-only language model: the kind that manyhands builds."""
+"""A decoder-only language model."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,7 +6,7 @@ from pydantic import Field, field_validator, model_validator
 
 from manyhands.config.activation import Activation
 from manyhands.config.attention import AttentionConfig, RopeConfig
-from manyhands.config.model import DECODER, AnyModelConfig, not_built, register
+from manyhands.config.model import BUILT, DECODER, AnyModelConfig, not_built, register
 from manyhands.config.moe import MoEConfig
 from manyhands.config.numbers import Layers, Multiplier, Size
 from manyhands.errors import ConfigError
@@ -91,8 +91,10 @@ class ModelConfig(AnyModelConfig):
         return self
 
 
-def as_decoder(config: AnyModelConfig) -> ModelConfig:
-    """`config`, if it describes a decoder. Raises `ConfigError` for another kind."""
+def as_decoder(config: AnyModelConfig, what: str = "this class") -> ModelConfig:
+    """`config`, if it describes a decoder. Raises `ConfigError` for another kind, saying that `what` is not for it."""
     if isinstance(config, ModelConfig):
         return config
+    if config.kind in BUILT:
+        raise ConfigError(f"kind = {config.kind!r}: {what} is for decoders only")
     raise ConfigError(f"kind = {config.kind!r}: {not_built(config.kind)}")

@@ -83,6 +83,9 @@ def differences(before: "RunConfig", after: "RunConfig") -> dict[str, tuple[Any,
             if old != new:
                 found[section] = (old, new)
             continue
+        if type(old) is not type(new):  # a model of another kind
+            found[f"{section}.kind"] = (before.model.kind, after.model.kind)
+            continue
         for name in type(old).model_fields:
             if getattr(old, name) != getattr(new, name):
                 found[f"{section}.{name}"] = (getattr(old, name), getattr(new, name))

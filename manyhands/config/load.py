@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from manyhands.config.base import parse, suggest
-from manyhands.config.decoder import ModelConfig
+from manyhands.config.kinds import BuiltConfig
 from manyhands.config.run import RunConfig
 from manyhands.config.strict_yaml import read_yaml
 from manyhands.errors import ConfigError
@@ -49,7 +49,7 @@ def parse_run(text: str, where: str, overrides: Sequence[str] = ()) -> RunConfig
     return parse(RunConfig, values, where)
 
 
-def described_model(run: RunConfig, where: str) -> ModelConfig:
+def described_model(run: RunConfig, where: str) -> BuiltConfig:
     """The model of a run file. Raises `ConfigError` if the file leaves that to the checkpoint it starts from."""
     if not run.describes_model:
         raise ConfigError(f"{where}: its model is that of start = {run.start!r}: name that in its place")

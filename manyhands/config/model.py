@@ -1,7 +1,7 @@
 """A model of any kind: `kind` says which class describes it, and a description without one is a decoder's.
 
 A new kind is a class that inherits `AnyModelConfig` and is registered, in a file of its own like `decoder.py`;
-`manyhands/config/__init__.py` imports those that ship. Only decoders are built so far.
+`manyhands/config/__init__.py` imports those that ship. The kinds that are built are in `kinds.py` too.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,9 @@ from manyhands.config.base import Strict, parse, short_repr
 from manyhands.errors import ConfigError
 
 DECODER = "decoder"
-"""The kind of a file that names none, and the one that is built, trained and run."""
+"""The kind of a file that names none."""
+BUILT = (DECODER, "encoder_decoder", "recurrent")
+"""The kinds that are built, trained, saved and loaded (`models/build.py`); the others are described and counted."""
 
 
 class AnyModelConfig(Strict):
@@ -42,7 +44,7 @@ def read_model_config(values: Mapping[str, Any], where: str = "") -> AnyModelCon
 def not_built(kind: Any) -> str:
     """Why a model of this kind cannot be built, trained or run."""
     if isinstance(kind, str) and kind in KINDS:
-        return f"manyhands does not build this kind yet; it builds {DECODER!r}"
+        return f"manyhands does not build this kind yet; it builds {', '.join(BUILT)}"
     return _unknown(kind).partition(": ")[2]
 
 

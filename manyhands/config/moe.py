@@ -9,6 +9,9 @@ from manyhands.config.base import Strict
 from manyhands.config.numbers import Count, Size
 from manyhands.config.router import RouterConfig
 
+PLACES = ("first_k_dense_replace", "decoder_sparse_step", "mlp_only_layers")
+"""The fields of `MoEConfig` that say which layers of a decoder are sparse. Other kinds of models say it themselves."""
+
 
 class MoEConfig(Strict):
     """The sparse layers: which layers they are, their router, their experts, and the shared experts."""

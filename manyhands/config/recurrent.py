@@ -1,37 +1,67 @@
-"""A recurrent model with one mixture between LSTM layers (Shazeer et al. 2017, arXiv 1701.06538).
+"""A recurrent language model with mixtures between its LSTM layers (Shazeer et al. 2017, arXiv 1701.06538)."""
 
-Described and counted; manyhands does not build this kind yet.
-"""
+from typing import Annotated, Literal
 
-from typing import Literal
+from pydantic import Field, model_validator
 
-from pydantic import model_validator
-
-from manyhands.config.activation import Activation
+from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.config.model import AnyModelConfig, register
-from manyhands.config.numbers import Layers, Size
+from manyhands.config.moe import PLACES, MoEConfig
+from manyhands.config.numbers import Count, Layers, Size
+from manyhands.config.router import RouterConfig
+
+_PAPERS_MOE = MoEConfig(
+    router=RouterConfig(num_experts=32, num_experts_per_tok=4, noisy=True, init="zeros"),
+    moe_intermediate_size=1024,
+    hidden_act="relu",
+)
+"""Section 4 of the paper: MoE-32."""
 
 
 @register
 class RecurrentConfig(AnyModelConfig):
-    """LSTM layers as wide as the model and a hierarchical mixture; embedding and softmax are not described."""
+    """Embedding, LSTM layers as wide as the model, a mixture behind some of them, softmax. Defaults are the paper's."""
 
     kind: Literal["recurrent"] = "recurrent"
-    hidden_size: Size
-    num_hidden_layers: Layers
+    vocab_size: Annotated[int, Field(strict=True, ge=0, le=1 << 24)] = 4096
+    """0: neither embedding nor softmax is described. Such a model is counted, and not built."""
+    hidden_size: Size = 512
+    num_hidden_layers: Layers = 2
     """LSTM layers."""
-    num_experts: Size
-    num_experts_per_tok: Size
-    moe_intermediate_size: Size
-    hidden_act: Activation = "relu"
-    n_group: Size
-    """The first level of the hierarchy chooses among this many groups of experts."""
-    topk_group: Size
+    lstm_bias: bool = True
+    moe: MoEConfig | None = _PAPERS_MOE
+    moe_after: Annotated[tuple[Count, ...], Field(max_length=4096)] = (0,)
+    """The LSTM layers, from 0, that a mixture of experts follows."""
+    sigmoid_output: bool = True
+    """The mixture's output goes through a sigmoid."""
+    dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Of the output of the embedding, every LSTM layer and every mixture while training, before the layer's input is
+    added to it."""
+    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = INITIALIZER_RANGE
+    """Standard deviation of the embedding, the head and the experts. The LSTM layers' weights are uniform, to
+    1/√hidden_size on either side."""
+    tie_word_embeddings: bool = False
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether a mixture of experts follows LSTM layer `layer` (from 0)."""
+        return self.moe is not None and layer in self.moe_after
+
+    @property
+    def sparse_layers(self) -> list[int]:
+        """The numbers of the LSTM layers that a mixture follows, from 0."""
+        return [layer for layer in range(self.num_hidden_layers) if self.is_sparse(layer)]
 
     @model_validator(mode="after")
     def _consistent(self) -> "RecurrentConfig":
-        if self.num_experts % self.n_group:
-            raise ValueError(f"n_group = {self.n_group} does not divide num_experts = {self.num_experts}")
-        if self.topk_group > self.n_group:
-            raise ValueError(f"topk_group = {self.topk_group} exceeds n_group = {self.n_group}")
+        if self.moe is None:
+            return self
+        if not self.moe_after:
+            raise ValueError("moe is set but moe_after names no layer that it follows")
+        if beyond := [layer for layer in self.moe_after if layer >= self.num_hidden_layers]:
+            raise ValueError(f"moe_after names LSTM layer {beyond[0]} of {self.num_hidden_layers} (from 0)")
+        if len(set(self.moe_after)) < len(self.moe_after):
+            raise ValueError(f"moe_after = {self.moe_after} names a layer twice")
+        for name in PLACES:
+            if getattr(self.moe, name) != MoEConfig.model_fields[name].default:
+                raise ValueError(f"moe.{name} places the mixtures of a decoder; a recurrent model has moe_after")
         return self

@@ -24,16 +24,21 @@ class RouterConfig(Strict):
              (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426). `positive` takes
              every expert whose score is above 0 (ReMoE, arXiv 2412.14711), `sparsemixer` samples near the best
              (arXiv 2409.12136). `base` (arXiv 2103.16716) and `sinkhorn` (Megatron) share the tokens out evenly while
-             training, and are top-k in evaluation.
+             training, and are top-k in evaluation. `hierarchical` chooses `topk_group` of `n_group` groups by a gate of
+             their own, then as many experts in each by a second gate: a weight is the product of the two (Shazeer et
+             al. 2017, arXiv 1701.06538, appendix B).
     weigh    the unbiased scores of the chosen experts, divided by their sum if `norm_topk_prob`, times
              `routed_scaling_factor`. With one expert per token the raw gate is kept (Switch, arXiv 2101.03961):
              divided by itself it would be 1 and the router would get no gradient; `norm_top1` divides all the same.
     """
 
-    num_experts: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 8
+    num_experts: Annotated[int, Field(strict=True, ge=1, le=1 << 17)] = 8
+    """At most 65,536; with `select: hierarchical` 131,072."""
     num_experts_per_tok: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 2
     """With select = 'positive': how many a token shall have on average."""
-    select: Literal["topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer"] = "topk"
+    select: Literal["topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer", "hierarchical"] = (
+        "topk"
+    )
     score: Literal["softmax", "sigmoid", "relu"] = "softmax"
     norm_topk_prob: bool = True
     norm_top1: bool = False
@@ -104,6 +109,8 @@ class RouterConfig(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "RouterConfig":
         k, e = self.num_experts_per_tok, self.num_experts
+        if e > 1 << 16 and self.select != "hierarchical":
+            raise ValueError(f"num_experts = {e} exceeds {1 << 16}, the most without select = 'hierarchical'")
         if k > e:
             raise ValueError(f"num_experts_per_tok = {k} exceeds num_experts = {e}")
         if e % self.n_group:
@@ -119,7 +126,9 @@ class RouterConfig(Strict):
             raise ValueError(f"random_second needs num_experts_per_tok = 2, not {k}")
         if self.norm_top1 and (k != 1 or not self.norm_topk_prob):
             raise ValueError("norm_top1 goes with num_experts_per_tok = 1 and norm_topk_prob")
-        if self.select != "topk":
+        if self.select == "hierarchical":
+            self._check_hierarchy()
+        elif self.select != "topk":
             for name in ("bias", "noisy", "random_second"):
                 if getattr(self, name):
                     raise ValueError(f"{name} has no meaning with select = {self.select!r}; it goes with 'topk'")
@@ -155,3 +164,23 @@ class RouterConfig(Strict):
         if self.select == "base" and k != 1:
             raise ValueError(f"select = 'base' assigns each token to one expert: num_experts_per_tok = 1, not {k}")
         return self
+
+    def _check_hierarchy(self) -> None:
+        k, groups = self.num_experts_per_tok, self.topk_group
+        if self.n_group < 2 or self.n_group == self.num_experts:
+            raise ValueError(f"select = 'hierarchical' needs 2 to num_experts / 2 groups: n_group is {self.n_group}")
+        if k % groups:
+            raise ValueError(
+                f"select = 'hierarchical': topk_group = {groups} does not divide num_experts_per_tok = {k}"
+            )
+        for name in ("score", "norm_topk_prob", "norm_top1", "logit_bias", "bias", "random_second", "group_score"):
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"select = 'hierarchical' is two softmaxes over what was chosen: leave {name} out")
+
+    def idle_gate_weights(self, hidden_size: int) -> int:
+        """Weights of the router that do not decide about a token: of a hierarchy's second level only those of its own
+        groups do."""
+        if self.select != "hierarchical":
+            return 0
+        rows = self.num_experts - self.num_experts // self.n_group * self.topk_group
+        return rows * hidden_size * (2 if self.noisy else 1)

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from manyhands.config.base import Strict
 from manyhands.config.decoder import ModelConfig
 from manyhands.config.history import SAME, Change, settings_at
+from manyhands.config.kinds import ByKind, longest_sequence
 from manyhands.config.numbers import Count, Rate, Size
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -156,7 +157,8 @@ class RunConfig(Strict):
     it matches. The others are frozen."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
-    model: ModelConfig = ModelConfig()
+    model: ByKind = ModelConfig()
+    """A decoder, unless `kind` says otherwise."""
     balance: BalanceConfig = BalanceConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
@@ -173,10 +175,11 @@ class RunConfig(Strict):
             raise ValueError(
                 f"train.micro_batch_size = {micro} does not divide train.batch_size = {self.train.batch_size}"
             )
-        if self.describes_model and self.train.sequence_length > self.model.max_position_embeddings:
+        longest = longest_sequence(self.model)
+        if self.describes_model and longest is not None and self.train.sequence_length > longest:
             raise ValueError(
                 f"train.sequence_length = {self.train.sequence_length} exceeds "
-                f"model.max_position_embeddings = {self.model.max_position_embeddings}"
+                f"model.max_position_embeddings = {longest}"
             )
         if self.tokenizer.pre is not None and self.data.tokenizer is not None:
             raise ValueError(

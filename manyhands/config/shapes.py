@@ -1,4 +1,4 @@
-"""The tensors of a model, from its description alone: every name in the decoder's `state_dict`, with its shape.
+"""The tensors of a model, from its description alone: every name in its `state_dict`, with its shape.
 
 V vocabulary, D width, L layers, E experts, F expert width, H heads, G key/value heads, d head width.
 """
@@ -8,13 +8,22 @@ from collections.abc import Iterator
 from manyhands.config.activation import GATED
 from manyhands.config.attention import AttentionConfig
 from manyhands.config.decoder import ModelConfig
+from manyhands.config.encoder_decoder import EncoderDecoderConfig
+from manyhands.config.kinds import BuiltConfig
 from manyhands.config.moe import MoEConfig
+from manyhands.config.recurrent import RecurrentConfig
 
 Shape = tuple[int, ...]
 
 
-def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+def tensor_shapes(config: BuiltConfig) -> dict[str, Shape]:
     """Parameters and buffers by name. Equal to the built model's, name by name (a test holds that)."""
+    if isinstance(config, EncoderDecoderConfig):
+        return encoder_decoder_shapes(config)
+    return _decoder(config) if isinstance(config, ModelConfig) else _recurrent(config)
+
+
+def _decoder(config: ModelConfig) -> dict[str, Shape]:
     D, V = config.hidden_size, config.vocab_size
     shapes: dict[str, Shape] = {"embed_tokens.weight": (V, D)}
     for layer in range(config.num_hidden_layers):
@@ -22,6 +31,20 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
             shapes[f"layers.{layer}.{name}"] = shape
     shapes["norm.weight"] = (D,)
     if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def _recurrent(config: RecurrentConfig) -> dict[str, Shape]:
+    D, V = config.hidden_size, config.vocab_size
+    shapes: dict[str, Shape] = {"embed_tokens.weight": (V, D)} if V else {}
+    for layer in range(config.num_hidden_layers):
+        lstm = {"weight_ih": (4 * D, D), "weight_hh": (4 * D, D)} | ({"bias": (4 * D,)} if config.lstm_bias else {})
+        shapes |= {f"layers.{layer}.lstm.{name}": shape for name, shape in lstm.items()}
+        if config.is_sparse(layer):
+            assert config.moe is not None
+            shapes |= {f"layers.{layer}.mlp.{name}": shape for name, shape in _moe(config.moe, D)}
+    if V and not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
     return shapes
 
@@ -96,6 +119,10 @@ def _moe(moe: MoEConfig, D: int) -> Iterator[tuple[str, Shape]]:
         yield "router.bias", (E,)
     if router.noisy:
         yield "router.noise_weight", (E, D)
+    if router.select == "hierarchical":
+        yield "router.group_weight", (router.n_group, D)
+        if router.noisy:
+            yield "router.group_noise_weight", (router.n_group, D)
     if router.bias:
         yield "router.e_score_correction_bias", (E,)
     if router.select == "positive":
@@ -112,3 +139,45 @@ def _moe(moe: MoEConfig, D: int) -> Iterator[tuple[str, Shape]]:
             yield f"shared_experts.{name}", shape
     if moe.shared_expert_gate:
         yield "shared_expert_gate.weight", (1, D)
+
+
+def encoder_decoder_shapes(config: EncoderDecoderConfig) -> dict[str, Shape]:
+    """`tensor_shapes` of an encoder-decoder."""
+    D, V = config.hidden_size, config.vocab_size
+    shapes: dict[str, Shape] = {"embed_tokens.weight": (V, D)}
+    for name, layers, sparse, extra in (
+        ("encoder", config.num_hidden_layers, config.sparse_encoder_layers, config.extra_encoder_networks),
+        ("decoder", config.num_decoder_layers, config.sparse_decoder_layers, config.extra_decoder_networks),
+    ):
+        if name == "decoder" and not config.share_embeddings:
+            shapes["decoder.embed_tokens.weight"] = (V, D)
+        table = config.relative_attention_num_buckets, config.num_attention_heads
+        shapes[f"{name}.relative_attention_bias.weight"] = table
+        of_sparse, of_dense = (
+            dict(_stack_layer(config, name == "decoder", kind, bool(extra))) for kind in (True, False)
+        )
+        members = set(sparse)
+        for layer in range(layers):
+            for tail, shape in (of_sparse if layer in members else of_dense).items():
+                shapes[f"{name}.layers.{layer}.{tail}"] = shape
+        shapes[f"{name}.norm.weight"] = (D,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (V, D)
+    return shapes
+
+
+def _stack_layer(config: EncoderDecoderConfig, decoder: bool, sparse: bool, extra: bool) -> Iterator[tuple[str, Shape]]:
+    D, wide = config.hidden_size, config.num_attention_heads * config.head_dim
+    attention = {"q": (wide, D), "k": (wide, D), "v": (wide, D), "o": (D, wide)}
+    yield "input_layernorm.weight", (D,)
+    yield from ((f"self_attn.{name}_proj.weight", shape) for name, shape in attention.items())
+    if decoder:
+        yield "cross_attention_layernorm.weight", (D,)
+        yield from ((f"cross_attn.{name}_proj.weight", shape) for name, shape in attention.items())
+    yield "post_attention_layernorm.weight", (D,)
+    dense = list(_feed_forward(D, config.intermediate_size, config.hidden_act))
+    mlp = _moe(config.moe, D) if sparse and config.moe is not None else dense
+    yield from ((f"mlp.{name}", shape) for name, shape in mlp)
+    if sparse and extra:
+        yield "extra_layernorm.weight", (D,)
+        yield from ((f"extra_mlp.{name}", shape) for name, shape in dense)

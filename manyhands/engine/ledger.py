@@ -13,8 +13,8 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from manyhands.models import Decoder
-from manyhands.moe import ExpertBank, MoELayer, Routing
+from manyhands.models import AnyModel
+from manyhands.moe import ExpertBank, Routing
 from manyhands.store.store import Reads
 
 Counts = npt.NDArray[np.int64]
@@ -59,10 +59,9 @@ class Ledger:
         return {"experts": experts, "stall_ms": 1000 * self.stalled, "steps": self.steps, "batch_mean": mean}
 
 
-def bytes_of_experts(model: Decoder) -> dict[int, int]:
+def bytes_of_experts(model: AnyModel) -> dict[int, int]:
     """By sparse layer, what one expert takes."""
-    layers = enumerate(model.layers)
-    return {at: _bytes(layer.mlp.experts) for at, layer in layers if isinstance(layer.mlp, MoELayer)}
+    return {at: _bytes(mlp.experts) for at, mlp in model.sparse_layers().items()}
 
 
 def step(

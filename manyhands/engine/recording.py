@@ -15,7 +15,7 @@ from manyhands.engine.ledger import bytes_of_experts
 from manyhands.engine.request import Request
 from manyhands.engine.runner import Routed
 from manyhands.errors import StorageError
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.text import Tokenizer
 from manyhands.trace.fingerprint import fingerprint, routed, tokenizer_sha256
 from manyhands.trace.part import Array, Phase
@@ -77,7 +77,7 @@ def _spread(values: Any, counts: Sequence[int]) -> Array:
 
 
 def recorder_for(
-    model: Decoder, tokenizer: Tokenizer | None, path: str | Path, source: str, limit: int | None = None
+    model: AnyModel, tokenizer: Tokenizer | None, path: str | Path, source: str, limit: int | None = None
 ) -> Recorder:
     """A recorder of a model's routing in `path`. Raises `UserError` for a model without a sparse layer, and what
     `Recorder` does."""

@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from manyhands.config.decoder import as_decoder
 from manyhands.config.packing import TRAITS
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
@@ -89,6 +90,7 @@ class Runner:
     def __init__(self, model: Decoder, exact: bool = False) -> None:
         """`exact`: every row has the same bits however many run beside it, as rows of a model with int8 or int4 weights
         always do."""
+        as_decoder(model.config, "the engine")
         self.model, self._asked = model, exact
         self.device = model.embed_tokens.weight.device
         self._modules = list(model.modules())

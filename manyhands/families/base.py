@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from manyhands.config import ModelConfig
+from manyhands.config import BuiltConfig, ModelConfig
+from manyhands.config.model import DECODER
 from manyhands.config.shapes import tensor_shapes
 
 Index = tuple[int | slice, ...]
@@ -38,11 +39,13 @@ class Family:
     """The class that transformers (or the publisher's code) loads it with."""
     published: str
     """Models in this format, for people."""
-    read: Callable[[Any], ModelConfig]
+    read: Callable[[Any], BuiltConfig]
     """Takes a `Fields`. Raises `ConfigError` for what it does not know."""
-    write: Callable[[ModelConfig], Json]
+    write: Callable[[Any], Json]
     """The same configuration as `config.json` fields; `export_config` checks that reading them gives it back."""
-    pieces: Callable[[ModelConfig], Iterable[Piece]]
+    pieces: Callable[[Any], Iterable[Piece]]
+    kinds: tuple[str, ...] = (DECODER,)
+    """The kinds of models that its files describe; `write` and `pieces` take no other."""
     dense: bool = False
     """Its models have no experts."""
     nearest: bool = True

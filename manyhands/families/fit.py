@@ -4,14 +4,14 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, suggest
+from manyhands.config import AttentionConfig, BuiltConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, suggest
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json
 from manyhands.families.fields import MISSING, Fields
 from manyhands.families.registry import FAMILIES, family_named
 
 
-def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple[Family, ModelConfig]:
+def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple[Family, BuiltConfig]:
     """The family and the model that a parsed `config.json` describes; `where` begins the message of an error.
 
     `ignored` names fields that nobody knows and that are read past all the same (`rope_scaling.boost` for one inside).
@@ -45,8 +45,10 @@ def text_fields(family: Family, values: Json, where: str = "config.json") -> Jso
     return inner
 
 
-def export_config(family: Family, config: ModelConfig) -> Json:
+def export_config(family: Family, config: BuiltConfig) -> Json:
     """`config` as the family's `config.json`. Raises `ConfigError` naming what the family cannot say."""
+    if config.kind not in family.kinds:
+        raise ConfigError(f"this model is of kind = {config.kind!r}, which {family.model_type} does not describe")
     if (config.moe is None) != family.dense and family.model_type != "manyhands":
         kind = "dense" if config.moe is None else "a mixture of experts"
         raise ConfigError(f"this model is {kind}, which {family.model_type} is not")
@@ -63,7 +65,7 @@ def export_config(family: Family, config: ModelConfig) -> Json:
     return {**outer, "tie_word_embeddings": config.tie_word_embeddings, family.text_field: fields}
 
 
-def misfit(family: Family, config: ModelConfig) -> str | None:
+def misfit(family: Family, config: BuiltConfig) -> str | None:
     """Why the family cannot hold the model; None if it can."""
     try:
         export_config(family, config)
@@ -72,12 +74,14 @@ def misfit(family: Family, config: ModelConfig) -> str | None:
     return None
 
 
-def nearest(config: ModelConfig) -> Family:
-    """The first family that holds the model exactly.
+def nearest(config: BuiltConfig) -> Family:
+    """The first family that holds the model exactly; our own for a kind of model that no published family describes.
 
     Raises `ConfigError` with the nearest and why not, every family that one other value would make fit, and those that
     two would.
     """
+    if not any(config.kind in family.kinds for family in FAMILIES.values() if family.nearest):
+        return FAMILIES["manyhands"]
     problems = {name: misfit(family, config) for name, family in FAMILIES.items() if family.nearest}
     for name, problem in problems.items():
         if problem is None:
@@ -91,7 +95,7 @@ def nearest(config: ModelConfig) -> Family:
     raise ConfigError(f"no family holds this model exactly; the nearest: {problems[best]}{way}")
 
 
-def _changes(problem: str, config: ModelConfig) -> list[str]:
+def _changes(problem: str, config: BuiltConfig) -> list[str]:
     """Every `field=value` that keeps a model from a family, by the message of `misfit`, without those that follow."""
     found = dict(re.findall(r"([\w.]+) = [^;]*? here, ([^;]*) there", problem))
     if "moe.n_shared_experts" in found:  # their width follows from their number
@@ -105,7 +109,7 @@ def _changes(problem: str, config: ModelConfig) -> list[str]:
     return [f"{name}={value.lower()}" for name, value in found.items()]
 
 
-def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
+def differ(ours: BuiltConfig, theirs: BuiltConfig) -> list[str]:
     """`field = here, there in the family`, for every field that differs."""
     found: list[str] = []
 
@@ -120,8 +124,12 @@ def differ(ours: ModelConfig, theirs: ModelConfig) -> list[str]:
     return found
 
 
-def canonical(config: ModelConfig) -> ModelConfig:
+def canonical(config: BuiltConfig) -> BuiltConfig:
     """The same function written one way: what only training uses, and what has no effect, is at its default."""
+    return _decoder(config) if isinstance(config, ModelConfig) else config
+
+
+def _decoder(config: ModelConfig) -> ModelConfig:
     a = config.attention
     changes: dict[str, Any] = {}
     defaults = AttentionConfig()

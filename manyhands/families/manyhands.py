@@ -2,7 +2,9 @@
 
 from typing import Any, Literal
 
-from manyhands.config import ModelConfig, PackedConfig, Strict, parse
+from manyhands.config import BuiltConfig, PackedConfig, Strict, parse
+from manyhands.config.kinds import ByKind
+from manyhands.config.model import BUILT
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json, Piece
@@ -14,18 +16,18 @@ class Description(Strict):
 
     model_type: Literal["manyhands"] = "manyhands"
     version: Literal[1] = 1
-    model: ModelConfig
+    model: ByKind
     packed: PackedConfig | None = None
     """Of a quantised model: what lies in packed records instead of tensors."""
 
 
-def read(f: Fields) -> ModelConfig:
+def read(f: Fields) -> BuiltConfig:
     if f.ignored:
         raise ConfigError(f"{f.where}: every field of manyhands' own files is known: none can be ignored")
     return parse(Description, f.values, f.where).model
 
 
-def write(config: ModelConfig) -> Json:
+def write(config: BuiltConfig) -> Json:
     fields: dict[str, Any] = Description(model=config).model_dump(mode="json", exclude={"packed"})
     return fields
 
@@ -36,7 +38,7 @@ def packed_section(values: Json) -> PackedConfig | None:
     return None if section is None else parse(PackedConfig, section, "packed")
 
 
-def _pieces(config: ModelConfig) -> list[Piece]:
+def _pieces(config: BuiltConfig) -> list[Piece]:
     return [Piece(name, name) for name in tensor_shapes(config)]
 
 
@@ -47,6 +49,11 @@ MANYHANDS = Family(
     read=read,
     write=write,
     pieces=_pieces,
+    kinds=BUILT,
     nearest=False,
-    saved_float32=(".router.weight", ".router.bias", ".router.noise_weight", "e_score_correction_bias", ".l1_steps"),
+    saved_float32=(
+        *(f".router.{name}" for name in ("weight", "bias", "noise_weight", "group_weight", "group_noise_weight")),
+        "e_score_correction_bias",
+        ".l1_steps",
+    ),
 )

@@ -11,12 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from manyhands.config.kinds import longest_sequence
 from manyhands.config.load import load_run
+from manyhands.engine.mode import evaluating
 from manyhands.engine.runner import Runner
 from manyhands.errors import DataError
 from manyhands.files import RUN
 from manyhands.layers.cross_entropy import cross_entropy
-from manyhands.models import Decoder
+from manyhands.models import Decoder, Hidden, LanguageModel
 from manyhands.moe import LoadCounter, LoadSummary, Routing
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
@@ -40,7 +42,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: Decoder,
+    model: LanguageModel,
     batches: Iterable[tuple[Tensor, Tensor]],
     num_bytes: int | None = None,
     dtype: torch.dtype | None = None,
@@ -65,15 +67,15 @@ def evaluate(
     E = config.moe.router.num_experts if config.moe else 0
     load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens, texts, runner = 0, 0, Runner(model)
+    tokens, texts, score = 0, 0, _scorer(model)
     for number, (ids_BS1, mask_BS) in enumerate(batches):
-        _check(ids_BS1, config.vocab_size, config.max_position_embeddings)
+        _check(ids_BS1, config.vocab_size, longest_sequence(config))
         scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
         count, full = int(scored_BS.sum()), bool(mask_BS.all())
         if not count:
             continue
         ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
-        hidden = runner.score(ids_BS1[:, :-1], None if full else mask_BS, dtype)
+        hidden = score(ids_BS1[:, :-1], None if full else mask_BS, dtype)
         states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
         loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
         nats += loss.double() * count
@@ -95,6 +97,18 @@ def evaluate(
         tokens=tokens,
         load={layer: counter.summary() for layer, counter in load.items()},
     )
+
+
+def _scorer(model: LanguageModel) -> Callable[[Tensor, Tensor | None, torch.dtype | None], Hidden]:
+    """What runs it on ids and their mask in a dtype, in evaluation."""
+    if isinstance(model, Decoder):
+        return Runner(model).score
+
+    def score(ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None) -> Hidden:
+        with evaluating(list(model.modules())):
+            return model.hidden(ids_BS, mask_BS, dtype=dtype)
+
+    return score
 
 
 def _record(
@@ -119,9 +133,9 @@ def trained_length(checkpoint: str | Path) -> int | None:
     return None
 
 
-def _check(ids_BS1: Tensor, vocab_size: int, limit: int) -> None:
+def _check(ids_BS1: Tensor, vocab_size: int, limit: int | None) -> None:
     low, high, S = int(ids_BS1.min()), int(ids_BS1.max()), ids_BS1.shape[1] - 1
     if low < 0 or high >= vocab_size:
         raise DataError(f"the text holds token id {low if low < 0 else high}; the model has vocab_size = {vocab_size}")
-    if limit < S:
+    if limit is not None and limit < S:
         raise DataError(f"sequences of {S} tokens are longer than max_position_embeddings = {limit}")

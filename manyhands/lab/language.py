@@ -26,7 +26,7 @@ from pathlib import Path
 from torch import Tensor
 
 from manyhands.checkpoint.find import find
-from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.model import load_model, only_decoder
 from manyhands.config import DataConfig, ModelConfig, RunConfig
 from manyhands.config.load import dump_run, parse_run
 from manyhands.files import JOURNAL, RUN, write_atomic
@@ -143,7 +143,7 @@ class Trained:
 
     def load(self) -> Decoder:
         """The trained model, in evaluation mode."""
-        return load_model(find(self.directory)).eval()
+        return only_decoder(load_model(find(self.directory)), "this experiment").eval()
 
     def valid_batches(self, most: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The validation text, or its first `most` batches: ids [B, S + 1] and a target mask [B, S]."""
@@ -198,7 +198,10 @@ def _dense(run: RunConfig, width: int) -> RunConfig:
 def arm(run: RunConfig, name: str, note: str = "") -> Arm:
     """Its sizes: parameters, active ones without the input embedding, FLOPs of a forward pass per token."""
     counts = count_model(run.model)
-    flops = 2 * counts.active_without_embedding + mean_attention_flops(sizes_of(run.model), run.train.sequence_length)
+    attention = 0.0
+    if isinstance(run.model, ModelConfig):
+        attention = mean_attention_flops(sizes_of(run.model), run.train.sequence_length)
+    flops = 2 * counts.active_without_embedding + attention
     return Arm(name, counts.total, counts.active_without_embedding, flops, note)
 
 

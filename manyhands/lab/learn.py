@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from manyhands.config import RunConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.lab.curves import Progress
 from manyhands.lab.job import Job
 from manyhands.layers.cross_entropy import linear_cross_entropy
@@ -64,7 +65,7 @@ def learn(job: Job, run: RunConfig, batches: Iterator[Asked], name: str, model: 
         keep_freed_memory()
     torch.manual_seed(run.train.seed)
     if model is None:
-        model = Decoder(run.model)
+        model = Decoder(as_decoder(run.model, "this experiment"))
         init_weights(model, run.train.seed)
     model.train()
     optimizers, steps = build_optimizers(model, run.optim), run.train.max_steps

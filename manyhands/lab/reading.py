@@ -17,7 +17,7 @@ from pydoc_data import topics
 
 import numpy as np
 
-from manyhands.checkpoint.model import load
+from manyhands.checkpoint.model import load, only_decoder
 from manyhands.inspect.conllu import Tagged, align
 from manyhands.inspect.observed import Observed
 from manyhands.inspect.texts import Sequences, read_sequences, spans
@@ -63,7 +63,8 @@ def trained_mixture(job: Job, seed: int, *, checkpoints: bool = False) -> Traine
 
 def look(job: Job, trained: Trained, seed: int) -> tuple[Decoder, Sequences]:
     """The model, and what it is to read: Python and prose, or `--data`."""
-    model, tokenizer = load(trained.directory)
+    loaded, tokenizer = load(trained.directory)
+    model = only_decoder(loaded, "this experiment")
     assert tokenizer is not None
     job.note(f"seed {seed}: reading")
     length, tokens = (64, 3000) if job.quick else (128, 40_000)

@@ -17,7 +17,7 @@ from manyhands.config import ModelConfig
 from manyhands.config.decoder import as_decoder
 from manyhands.errors import ConfigError
 from manyhands.layers.attention import Attention, Caches, Positions, causal_mask, start_of
-from manyhands.layers.cache import Cache, ContiguousLayer, LatentLayer
+from manyhands.layers.cache import AnyCache, Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
@@ -38,7 +38,7 @@ class Hidden:
     """One `Routing` per sparse layer, by layer number."""
     max_logits: dict[int, Tensor]
     """[H] per layer, when asked for: the largest attention logits (QK-Clip)."""
-    cache: Cache | None
+    cache: AnyCache | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class Output:
     logits: Tensor
     """[B, S, V]"""
     routings: dict[int, Routing]
-    cache: Cache | None
+    cache: AnyCache | None
 
 
 pytree.register_dataclass(Hidden)

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from manyhands.moe.hierarchy import hierarchical_load
 from manyhands.moe.routing import Routing, count_experts, top_k_stable
 
 L1_RATIO = 1.2  # ReMoE, section 3.4: the penalty is found by steps of a fifth
@@ -54,16 +55,30 @@ def smooth_load(routing: Routing) -> Tensor:
     """[E]: expected number of tokens per expert if each expert's own noise were drawn again (Shazeer, appendix A).
 
     P(x, i) = Φ((logit_i − threshold_i) / σ_i), the threshold being the k-th highest noisy logit among the others.
-    Without noise (evaluation), or with K = E where there is no (K+1)-th value, it is the plain count.
+    Without noise (evaluation), or with K = E where there is no (K+1)-th value, it is the plain count. That of a
+    hierarchical gate is appendix B's.
     """
-    K, E = routing.expert_ids.shape[1], routing.num_experts
-    if routing.noisy_logits is None or routing.noise_std is None or K == E:
+    K, logits, noisy, std = routing.expert_ids.shape[1], routing.logits, routing.noisy_logits, routing.noise_std
+    if routing.groups is not None:
+        (T, P), G = routing.groups.expert_ids.shape, routing.groups.num_experts
+        noisy, std = (None if t is None else t.view(T, G, -1) for t in (noisy, std))
+        chances = _chances(logits.view(T, G, -1), noisy, std, K // P)
+        return hierarchical_load(routing, chances, smooth_load(routing.groups))
+    chances = _chances(logits, noisy, std, K)
+    if chances is None:
         return routing.expert_counts().float()
-    top_TK1 = routing.noisy_logits.topk(K + 1, dim=-1).values
-    threshold_in, threshold_out = top_TK1[:, K, None], top_TK1[:, K - 1, None]
-    threshold_TE = torch.where(routing.noisy_logits > threshold_in, threshold_in, threshold_out)
-    probability_TE: Tensor = torch.special.ndtr((routing.logits - threshold_TE) / routing.noise_std)
-    return (probability_TE * routing.token_mask[:, None]).sum(0)
+    return (chances * routing.token_mask[:, None]).sum(0)
+
+
+def _chances(logits: Tensor, noisy: Tensor | None, std: Tensor | None, k: int) -> Tensor | None:
+    """[..., E]: the probability that each would be among the k highest if its own noise were drawn again."""
+    if noisy is None or std is None or k == logits.shape[-1]:
+        return None
+    top = noisy.topk(k + 1, dim=-1).values
+    threshold_in, threshold_out = top[..., k, None], top[..., k - 1, None]
+    threshold = torch.where(noisy > threshold_in, threshold_in, threshold_out)
+    chances: Tensor = torch.special.ndtr((logits - threshold) / std)
+    return chances
 
 
 def load_loss(routing: Routing) -> Tensor:

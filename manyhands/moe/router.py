@@ -18,6 +18,7 @@ from manyhands.errors import ConfigError
 from manyhands.moe.assign import ASSIGNMENTS
 from manyhands.moe.capacity import apply_capacity
 from manyhands.moe.edit import Edit, Force, Replay, check_edit, masked, reroute
+from manyhands.moe.hierarchy import choose_groups, choose_within, joint_scores
 from manyhands.moe.routing import Routing, top_k_stable
 from manyhands.moe.select import expert_choice, hash_experts, limit_to_groups, positive, sample_second
 from manyhands.moe.sparsemixer import sparsemixer
@@ -45,6 +46,10 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(E, dtype=torch.float32)) if config.logit_bias else None
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
+        G = config.n_group if config.select == "hierarchical" else 0
+        self.group_weight = nn.Parameter(torch.empty(G, hidden_size, dtype=torch.float32)) if G else None
+        noisy = G and config.noisy
+        self.group_noise_weight = nn.Parameter(torch.empty(G, hidden_size, dtype=torch.float32)) if noisy else None
         bias = torch.zeros(E, dtype=torch.float32) if config.bias else None
         self.register_buffer("e_score_correction_bias", bias)
         steps = torch.zeros((), dtype=torch.float32) if config.select == "positive" else None
@@ -58,14 +63,18 @@ class Router(nn.Module):
         σ = √(0.1 / hidden_size), cut at 2σ (Fedus et al. 2021).
         """
         with torch.no_grad():
-            if self.config.init == "zeros":
-                self.weight.zero_()
-            elif self.config.init == "switch":
-                sigma = math.sqrt(SWITCH_SCALE / self.weight.shape[1])
-                nn.init.trunc_normal_(self.weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
-            else:
-                self.weight.normal_(0.0, std, generator=generator)
-            for zero in (self.bias, self.noise_weight, self.e_score_correction_bias, self.l1_steps):
+            for weight in (self.weight, self.group_weight):
+                if weight is None:
+                    continue
+                if self.config.init == "zeros":
+                    weight.zero_()
+                elif self.config.init == "switch":
+                    sigma = math.sqrt(SWITCH_SCALE / weight.shape[1])
+                    nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+                else:
+                    weight.normal_(0.0, std, generator=generator)
+            biases = self.bias, self.e_score_correction_bias, self.l1_steps
+            for zero in (*biases, self.noise_weight, self.group_noise_weight):
                 if zero is not None:
                     zero.zero_()
 
@@ -98,7 +107,8 @@ class Router(nn.Module):
         if off_E is not None:
             logits_TE = logits_TE.masked_fill(off_E, float("-inf"))
 
-        noisy_TE, std_TE = self._noise(x_TD, logits_TE)
+        groups = self._groups(x_TD, token_mask_T)
+        noisy_TE, std_TE = self._noise(x_TD, logits_TE, self.noise_weight)
         used_TE = logits_TE if noisy_TE is None else noisy_TE
         used_scores_TE = score(used_TE, config)
         scores_TE = used_scores_TE if noisy_TE is None else score(logits_TE, config)
@@ -110,6 +120,10 @@ class Router(nn.Module):
         elif config.select == "expert_choice":
             ids_TK, kept_TK = expert_choice(scores_TE, token_mask_T, K)
             weights_TK = scores_TE * config.routed_scaling_factor
+        elif groups is not None:
+            scores_TE = joint_scores(groups, logits_TE)
+            ids_TK, weights_TK = choose_within(groups, used_TE, config)
+            kept_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         elif config.select == "positive":
             ids_TK, weights_TK = positive(scores_TE)
             weights_TK, kept_TK = weights_TK * config.routed_scaling_factor, ids_TK >= 0
@@ -134,7 +148,15 @@ class Router(nn.Module):
             factor = config.capacity_factor if self.training else config.eval_capacity_factor
             kept_TK = apply_capacity(ids_TK, weights_TK, kept_TK, token_mask_T, config, factor, sequence_length)
         return Routing(
-            ids_TK, weights_TK, scores_TE, logits_TE, kept_TK, token_mask_T, noisy_logits=noisy_TE, noise_std=std_TE
+            ids_TK,
+            weights_TK,
+            scores_TE,
+            logits_TE,
+            kept_TK,
+            token_mask_T,
+            noisy_logits=noisy_TE,
+            noise_std=std_TE,
+            groups=groups,
         )
 
     if TYPE_CHECKING:
@@ -156,11 +178,20 @@ class Router(nn.Module):
             choice_TE = limit_to_groups(choice_TE, config)
         return top_k_stable(choice_TE, config.num_experts_per_tok)
 
-    def _noise(self, x_TD: Tensor, logits_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Shazeer's H = logits + N(0,1)·(softplus(x·W_noise) + ε), while training only."""
-        if self.noise_weight is None or not self.training:
+    def _groups(self, x_TD: Tensor, token_mask_T: Tensor) -> Routing | None:
+        """The first level of a hierarchical gate."""
+        if self.group_weight is None:
+            return None
+        logits_TG = linear_float32(x_TD, self.group_weight)
+        return choose_groups(
+            logits_TG, *self._noise(x_TD, logits_TG, self.group_noise_weight), token_mask_T, self.config
+        )
+
+    def _noise(self, x_TD: Tensor, logits_TE: Tensor, weight_ED: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Shazeer's H = logits + N(0,1)·(softplus(x·W_noise) + ε) and the noise's deviation, while training only."""
+        if weight_ED is None or not self.training:
             return None, None
-        std_TE = F.softplus(linear_float32(x_TD, self.noise_weight)) + NOISE_EPSILON
+        std_TE = F.softplus(linear_float32(x_TD, weight_ED)) + NOISE_EPSILON
         return logits_TE + torch.randn_like(logits_TE) * std_TE, std_TE
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":

@@ -38,6 +38,9 @@ class Routing:
     expert_outputs: Tensor | None = None
     """[T, K, D]: what each chosen expert said, unweighted; only when asked for (orthogonality loss)."""
 
+    groups: "Routing | None" = None
+    """The first level of a hierarchical gate (`moe/hierarchy.py`): a routing whose experts are the groups."""
+
     @property
     def num_experts(self) -> int:
         """E."""
@@ -49,19 +52,31 @@ class Routing:
 
     def rows(self, tokens: slice | Tensor) -> "Routing":
         """The routing of some of the tokens: views for a slice, a copy for indices or a mask."""
-        parts: list[Any] = [None if part is None else part[tokens] for part in self._parts()]
-        return Routing(*parts)
+        return Routing(*(_rows(part, tokens) for part in self._parts()))
 
     @staticmethod
     def cat(routings: Sequence["Routing"]) -> "Routing":
         """The tokens of several, one after the other. What only some of them hold is left out."""
         every = zip(*(routing._parts() for routing in routings), strict=True)
-        parts: list[Any] = [None if any(t is None for t in part) else torch.cat(part) for part in every]
-        return Routing(*parts)
+        return Routing(*map(_together, every))
 
     def _parts(self) -> list[Any]:
-        """Every field, in the order of the constructor: each is a tensor whose first dimension is T, or None."""
+        """Every field, in the order of the constructor: each is a tensor whose first dimension is T, a routing of the
+        same tokens, or None."""
         return [getattr(self, name) for name in _NAMES]
+
+
+def _rows(part: Any, tokens: slice | Tensor) -> Any:
+    if part is None:
+        return None
+    return part.rows(tokens) if isinstance(part, Routing) else part[tokens]
+
+
+def _together(parts: Sequence[Any]) -> Any:
+    """One field of several routings as one; None where any lacks it."""
+    if any(part is None for part in parts):
+        return None
+    return Routing.cat(parts) if isinstance(parts[0], Routing) else torch.cat(list(parts))
 
 
 _NAMES = tuple(field.name for field in fields(Routing))

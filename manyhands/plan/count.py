@@ -6,20 +6,21 @@ E experts, K experts per token, V vocabulary, D width.
 from dataclasses import dataclass, field
 from math import prod
 
-from manyhands.config import ModelConfig
+from manyhands.config import BuiltConfig
 from manyhands.config.shapes import tensor_shapes
 
 COMPONENTS = (
     "embedding",
     "head",
     "attention",
+    "recurrent",
     "router",
     "routed experts",
     "shared experts",
     "dense feed-forward",
     "norms",
 )
-"""The parts of a decoder, in the order in which they are shown."""
+"""The parts of a model, in the order in which they are shown."""
 BUFFERS = ("router.e_score_correction_bias", "router.l1_steps")
 """Endings of the tensors that no gradient trains: saved with the model, not counted as parameters."""
 
@@ -45,7 +46,7 @@ class Counts:
     """Numbers that are saved with the model and are no parameters: V3's e_score_correction_bias. In no other count."""
 
 
-def count_model(config: ModelConfig) -> Counts:
+def count_model(config: BuiltConfig) -> Counts:
     """Count every tensor of `config`. Equal, to the last parameter, to the model that is built from it."""
     components = dict.fromkeys(COMPONENTS, 0)
     buffers = 0
@@ -55,19 +56,22 @@ def count_model(config: ModelConfig) -> Counts:
         else:
             components[component(name)] += prod(shape)
     total, embedding = sum(components.values()), components["embedding"]
-    idle = 0
+    idle = {}
     if config.moe is not None:
-        router = config.moe.router
-        idle = components["routed experts"] // router.num_experts * (router.num_experts - router.num_experts_per_tok)
-    body = total - idle - embedding - components["head"]
+        router, layers = config.moe.router, len(config.sparse_layers)
+        each = components["routed experts"] // router.num_experts
+        idle["routed experts"] = each * (router.num_experts - router.num_experts_per_tok)
+        idle["router"] = router.idle_gate_weights(config.hidden_size) * layers
+    active = total - sum(idle.values())
+    body = active - embedding - components["head"]
     return Counts(
         total=total,
-        active=total - idle,
+        active=active,
         active_without_embedding=body + (components["head"] or embedding),
         body=body,
         embedding=embedding,
         by_component={name: count for name, count in components.items() if count},
-        idle={"routed experts": idle} if idle else {},
+        idle={name: count for name, count in idle.items() if count},
         buffers=buffers,
     )
 
@@ -86,6 +90,7 @@ def component(name: str) -> str:
 
 _PARTS = (
     (".self_attn.", "attention"),
+    (".lstm.", "recurrent"),
     (".mlp.router.", "router"),
     (".mlp.experts.", "routed experts"),
     (".mlp.shared_expert", "shared experts"),

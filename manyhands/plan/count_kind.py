@@ -14,12 +14,10 @@ from manyhands.plan.count import Counts, count_model
 def count_any(config: AnyModelConfig) -> Counts:
     """Count every parameter of `config`. Raises `ConfigError` for a kind that is not counted."""
     match config:
-        case ModelConfig():
+        case ModelConfig() | RecurrentConfig():
             return count_model(config)
         case EncoderDecoderConfig():
             return _encoder_decoder(config)
-        case RecurrentConfig():
-            return _recurrent(config)
     raise ConfigError(f"kind = {config.kind!r}: manyhands does not count this kind yet")
 
 
@@ -95,15 +93,3 @@ def _stack(s: EncoderDecoderConfig, *, decoder: bool) -> tuple[Counter[str], int
         }
     )
     return parts, sum(parts.values()) - sparse * (E - K) * network
-
-
-def _recurrent(s: RecurrentConfig) -> Counts:
-    """Gates and noise at both levels; a token evaluates the first and its groups' part of the second."""
-    D, expert = s.hidden_size, feed_forward(s.hidden_size, s.moe_intermediate_size, ACTIVATIONS[s.hidden_act].gated)
-    recurrent = s.num_hidden_layers * 4 * 2 * D * D
-    gates = 2 * D * (s.n_group + s.num_experts)
-    gates_used = 2 * D * (s.n_group + s.topk_group * s.num_experts // s.n_group)
-    body = recurrent + s.num_experts_per_tok * expert + gates_used
-    parts = {"recurrent": recurrent, "router": gates, "routed experts": s.num_experts * expert}
-    idle = {"router": gates - gates_used, "routed experts": (s.num_experts - s.num_experts_per_tok) * expert}
-    return Counts(sum(parts.values()), body, body, body, embedding=0, by_component=parts, idle=idle)

@@ -38,7 +38,7 @@ def experts_in_model(shape: Shape) -> int:
             sparse = shape.num_sparse_encoder_layers + shape.num_sparse_decoder_layers
             return shape.router.num_experts * sparse if shape.router else 0
         case RecurrentConfig():
-            return shape.num_experts
+            return shape.moe.router.num_experts * len(shape.sparse_layers) if shape.moe else 0
         case TranslatorShape():
             return shape.num_experts * shape.sparse_layers
 

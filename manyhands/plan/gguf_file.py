@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from manyhands.config import ModelConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.families import read_config
 from manyhands.families.gguf import config_fields, pieces, read_series
 from manyhands.plan.count import BUFFERS, COMPONENTS, component
@@ -32,7 +33,8 @@ def read_gguf(path: Path) -> GgufSubject:
     """From the headers alone. Raises `CheckpointError` or `ConfigError` naming what is wrong."""
     header, parts = read_series(path)
     arch, values = config_fields(header)
-    family, config = read_config(values, str(path))
+    family, found = read_config(values, str(path))
+    config = as_decoder(found, "GGUF")
     meant = {piece.theirs: piece.ours for piece in pieces(config, arch)}
     sizes = dict.fromkeys(COMPONENTS, 0)
     for name, info in header.tensors.items():

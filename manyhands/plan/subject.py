@@ -70,9 +70,9 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
     from manyhands.config.load import described_model, load_preset, load_run, preset_names  # YAML costs 15 ms
 
     if path.suffix in (".yaml", ".yml"):
-        return _ours(described_model(load_run(path, overrides), model), path.stem, f"run file {path}")
+        return _any_kind(described_model(load_run(path, overrides), model), path.stem, f"run file {path}")
     if model in preset_names():
-        return _ours(load_preset(model, overrides).model, model, f"preset {model}")
+        return _any_kind(load_preset(model, overrides).model, model, f"preset {model}")
     near = difflib.get_close_matches(model.lower(), [*names(), *preset_names()], n=3, cutoff=0.5)
     hint = f"the nearest names: {', '.join(near)}" if near else "`manyhands models` lists the catalogue"
     raise ConfigError(f"{model!r} is no file, no directory, no preset and not in the catalogue; {hint}")
@@ -86,7 +86,7 @@ def _directory(path: Path, overrides: Sequence[str]) -> Subject:
         _no_overrides(str(path), overrides)
         return _config_file(path / CONFIG, name)
     if (path / RUN).is_file():
-        return _ours(load_run(path / RUN, overrides).model, name, f"run {path}")
+        return _any_kind(load_run(path / RUN, overrides).model, name, f"run {path}")
     from manyhands.families.gguf import gguf_in
 
     if (file := gguf_in(path)) is not None:
@@ -131,6 +131,10 @@ def _config_file(path: Path, name: str) -> Subject:
         origin = str(path)
         outer = {name: value for name, value in values.items() if value is not None}
         fields = nested | outer if isinstance(nested, dict) else values
+    if not isinstance(config, ModelConfig):
+        found = _any_kind(config, name, str(path))
+        stored = storage_of_files(path.parent, found.counts, packed=False) if model_type == "manyhands" else None
+        return replace(found, native=stored or found.native, file_bytes=_file_bytes(path))
     counts = count_model(config)
     storage, note = native_storage(fields if model_type != "manyhands" else {"dtype": "float32"})
     if model_type == "manyhands":
@@ -143,9 +147,14 @@ def _config_file(path: Path, name: str) -> Subject:
         config=config,
         sizes=replace(sizes_of(config), chunked=chunked(values)),
         native=storage,
-        file_bytes=sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None,
+        file_bytes=_file_bytes(path),
         notes=(*notes, *([note] if note else [])),
     )
+
+
+def _file_bytes(path: Path) -> int | None:
+    """Of the weights beside this `config.json`."""
+    return sum(file.stat().st_size for file in path.parent.glob("*.safetensors")) or None
 
 
 def _gguf(path: Path, overrides: Sequence[str]) -> Subject:

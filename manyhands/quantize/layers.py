@@ -42,8 +42,8 @@ class Quantizer:
     """Gives the packed checkpoint's tensors in the order in which they are written."""
 
     def __init__(self, source: Source, packed: PackedConfig, sample: Sample, progress: Progress | None) -> None:
-        self.source, self.config, self.sample, self.progress = source, source.config, sample, progress
-        self.records = {record.name: record for record in records_of(source.config, packed)}
+        self.source, self.config, self.sample, self.progress = source, source.decoder("packing"), sample, progress
+        self.records = {record.name: record for record in records_of(self.config, packed)}
         self.shapes = tensor_shapes(source.config)
         self.figures = Figures()
         self.ids_BS, self.targets_T = sample.ids[:, :-1], sample.measured[:, 1:].flatten()

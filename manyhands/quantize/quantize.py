@@ -52,9 +52,10 @@ def quantize(
     are not in its vocabulary and for a calibration that memory has no room for, `CheckpointError` for a damaged one or
     for weights that are not finite, `StorageError` if the disk refuses.
     """
+    config = source.decoder("packing")
     if source.packed is not None:
         raise UserError(f"{source.path} is packed already; rounding twice costs more: start from the original")
-    if source.config.moe is None:
+    if config.moe is None:
         packed = packed.model_copy(update={"experts": None})
     tokenizer, unread = tokenizer_of(source.path)
     sample = random_ids(source) if sample is None else sample
@@ -69,7 +70,7 @@ def quantize(
     with building(target_path, overwrite=overwrite, sources=[source.path]) as partial:
         write_packed(
             partial,
-            source.config,
+            config,
             packed,
             work.dtype_of,
             work.value,
@@ -93,6 +94,6 @@ def quantize(
 
 def random_ids(source: Source) -> Sample:
     """For a model without a tokenizer: routing can be compared, perplexity cannot."""
-    S = min(128, source.config.max_position_embeddings)
+    S = min(128, source.decoder("packing").max_position_embeddings)
     generator = torch.Generator().manual_seed(0)
     return Sample(torch.randint(0, source.config.vocab_size, (4, S + 1), generator=generator), None)

@@ -58,7 +58,7 @@ def layer_bytes(source: Source, packed: PackedConfig, sample: Sample) -> int:
         stored[at] = stored.get(at, 0) + numbers * stored_dtype(source, name).itemsize
         one = numbers // shape[0] if len(shape) == 3 else numbers
         widest[at] = max(widest.get(at, 0), one if len(shape) > 1 else 0)
-    for record in records_of(source.config, packed):
+    for record in records_of(source.decoder("packing"), packed):
         at = layer(record.module) if record.num_experts is not None else layer(next(iter(record.sections)))
         written[at] = written.get(at, 0) + record.layout.record_bytes * (record.num_experts or 1)
     states = STATES * sample.ids.numel() * source.config.hidden_size

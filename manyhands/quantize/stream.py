@@ -36,7 +36,7 @@ class StreamQuantizer:
 
     def __init__(self, source: Source, packed: PackedConfig, progress: Progress | None) -> None:
         self.source, self.progress = source, progress
-        self.records = {record.name: record for record in records_of(source.config, packed)}
+        self.records = {record.name: record for record in records_of(source.decoder("packing"), packed)}
         self.shapes = tensor_shapes(source.config)
         self.figures = Figures()
         self._packed_count = 0

@@ -11,7 +11,7 @@ from typing import Any
 
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.gguf.files import is_gguf
-from manyhands.checkpoint.model import load
+from manyhands.checkpoint.model import load, only_decoder
 from manyhands.checkpoint.source import open_source
 from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.caches import bytes_per_token
@@ -79,7 +79,8 @@ def _load(name: str, directory: Path, settings: Settings, on_disk: bool) -> Serv
     if on_disk:
         how = {"memory": settings.memory, "cache_policy": settings.cache_policy, "pin": settings.pin}
         how["cache_bytes"] = settings.kv_bytes
-    model, tokenizer = load(directory, ignore_fields=settings.ignore_fields, **how)
+    loaded, tokenizer = load(directory, ignore_fields=settings.ignore_fields, **how)
+    model = only_decoder(loaded, "serve")
     recorder = None if settings.trace is None else _recorder(name, model, tokenizer, settings, settings.trace)
     budget = model.budget
     kv_bytes = settings.kv_bytes if budget is None else budget.cache_bytes

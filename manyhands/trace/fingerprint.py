@@ -5,15 +5,15 @@ import json
 from typing import Any
 
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
-from manyhands.checkpoint.model import Model
-from manyhands.config import ModelConfig
+from manyhands.checkpoint.model import LoadedModel
+from manyhands.config import BuiltConfig
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.files import CONFIG, TOKENIZER
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.text import Tokenizer
 
 
-def routed(config: ModelConfig) -> dict[str, Any]:
+def routed(config: BuiltConfig) -> dict[str, Any]:
     """Fields of `Recorder`: the sparse layers, E, and K places per token. Where experts choose, a token may have all E.
 
     Raises `UserError` for a model without a sparse layer.
@@ -25,13 +25,13 @@ def routed(config: ModelConfig) -> dict[str, Any]:
     return {"layers": config.sparse_layers, **places}
 
 
-def fingerprint(model: Decoder) -> str | None:
+def fingerprint(model: AnyModel) -> str | None:
     """SHA-256 that names the files a model came from; None for one that came from none, or whose files have gone.
 
     Where a manifest lists them: of the hashes of its config and weights, so of every byte. Else of `config.json` and
     the names, dtypes and shapes of its tensors: another training of the same model has the same.
     """
-    origin = model.origin if isinstance(model, Model) else None
+    origin = model.origin if isinstance(model, LoadedModel) else None
     if origin is None:
         return None
     try:

@@ -10,7 +10,7 @@ import torch
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
 from manyhands.generate.evaluate import Evaluation
-from manyhands.models import Decoder
+from manyhands.models import AnyModel, LanguageModel
 from manyhands.text import evaluation_batches
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer, read_journal
 from manyhands.trace.random_router import RandomRouter, recorded_inputs
@@ -43,8 +43,9 @@ class Summary:
     seconds: float
     tokens_per_s: float
     valid_loss: float
-    """Nats per token."""
+    """Nats per target."""
     valid_bits_per_byte: float
+    """NaN where the task's targets are not a whole text."""
     valid_perplexity: float
     compressors: dict[str, float]
     balance: dict[int, LayerBalance]
@@ -63,7 +64,9 @@ class Summary:
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
             + (f", updates skipped as spikes: {self.skipped}" if self.skipped else ""),
             f"validation: {self.valid_bits_per_byte:.3f} bits per byte, perplexity {self.valid_perplexity:.2f}"
-            f"  (on the same text: {others})",
+            f"  (on the same text: {others})"
+            if math.isfinite(self.valid_bits_per_byte)
+            else f"validation: loss {self.valid_loss:.4f}, perplexity {self.valid_perplexity:.2f}",
         ]
         for layer, b in self.balance.items():
             dropped = f", dropped {b.dropped:.1%}" if b.dropped else ""
@@ -78,7 +81,7 @@ class Summary:
 
 
 def finish(
-    directory: RunDirectory, run: RunConfig, data: RunData, model: Decoder, evaluation: Evaluation, dtype: torch.dtype
+    directory: RunDirectory, run: RunConfig, data: RunData, model: AnyModel, evaluation: Evaluation, dtype: torch.dtype
 ) -> Summary:
     """Write `report.html` and return the summary. Needs the journal of the finished run."""
     records = read_journal(directory.journal_file)
@@ -104,7 +107,9 @@ def finish(
         budget=_budget(records, last["step"]),
         warnings=tuple(_warnings(run, evaluation, balance)),
     )
-    shares, random = token_shares(model, data, run, dtype) if run.model.sparse_layers else (None, None)
+    shares, random = None, None
+    if run.model.sparse_layers and isinstance(model, LanguageModel):
+        shares, random = token_shares(model, data, run, dtype)
     decode = _decoder(data)
     write_report(report, records, run, shares, decode, {"compressors": data.compressors}, random)
     return summary
@@ -162,7 +167,7 @@ def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
 
 @torch.no_grad()
 def token_shares(
-    model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype
+    model: LanguageModel, data: RunData, run: RunConfig, dtype: torch.dtype
 ) -> tuple[TokenShare, TokenShare | None]:
     """Which tokens each expert takes, on the beginning of the validation text; and of a router with random weights.
 

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from manyhands.config import RunConfig
-from manyhands.models import Decoder, init_weights
+from manyhands.models import AnyModel, build, init_weights
 from manyhands.parallel.ranks import Ranks
 from manyhands.train.data import RunData
 from manyhands.train.guard import SpikeGuard
@@ -17,7 +17,7 @@ from manyhands.train.trainable import freeze
 
 def fresh_state(run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: Start | None) -> TrainState:
     """The state at step 0, with the weights of `start` if there is one. Raises `CheckpointError` if it is damaged."""
-    model = Decoder(run.model, run.train.experts_implementation)
+    model = build(run.model, run.train.experts_implementation)
     seed_noise(model, run.train.seed)
     model.to(pick_device(run.train.device))
     init_weights(model, run.train.seed)
@@ -30,7 +30,7 @@ def fresh_state(run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: 
     return TrainState(model, optimizers, batches, SpikeGuard(run.guard), Progress(max_steps=run.train.max_steps))
 
 
-def seed_noise(model: Decoder, seed: int) -> None:
+def seed_noise(model: AnyModel, seed: int) -> None:
     """The global generator as it always was when a run began: after torch's own filling of linear layers.
 
     `init_weights` must follow, for nothing drawn here is kept. Through it seeded runs with noise while training

@@ -16,9 +16,8 @@ from manyhands.config.history import go_on, repeat, settings_at
 from manyhands.config.load import dump_run, load_run
 from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
-from manyhands.generate.evaluate import Evaluation, evaluate
+from manyhands.generate.evaluate import Evaluation
 from manyhands.parallel.ranks import Alone, Ranks, largest_of
-from manyhands.text import evaluation_batches
 from manyhands.trace.journal import Journal
 from manyhands.train.budget import with_plan
 from manyhands.train.course import Course
@@ -118,10 +117,8 @@ class Trainer:
             self.save()
 
     def validate(self) -> Evaluation:
-        """Validation loss on the whole validation text, whatever the task; recorded and shown."""
-        train, data = self.course.run.train, self.data
-        batches = evaluation_batches(data.valid.ids, train.sequence_length, train.batch_size)
-        result = evaluate(self.state.model, batches, num_bytes=data.valid.info.num_bytes, dtype=self.dtype)
+        """The task's validation; recorded and shown."""
+        result = self.task.validate(self.state.model, self.data, self.course.run, self.dtype)
         record = self.journal.write(
             "eval",
             step=self.state.progress.step,

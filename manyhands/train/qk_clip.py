@@ -6,7 +6,13 @@ Letters: H query heads, G key/value heads, D model width. Source: Kimi K2, arXiv
 import torch
 from torch import Tensor, nn
 
+from manyhands.config import BuiltConfig, ModelConfig
 from manyhands.config.attention import AttentionConfig
+
+
+def clips(config: BuiltConfig) -> bool:
+    """Whether there is anything to clip: not in another kind of model than a decoder, and not behind a QK-norm."""
+    return isinstance(config, ModelConfig) and config.attention.qk_norm == "none"
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels import check_name
-from manyhands.models import Decoder
+from manyhands.models import build
 from manyhands.text.tokenizer import MIN_VOCAB_SIZE
 from manyhands.train.optim import build_optimizers
 from manyhands.train.state import count_parameters, count_trained, pick_device
@@ -33,7 +33,7 @@ def check_ready(run: RunConfig) -> None:
     if run.data.tokenizer is not None and not os.path.exists(os.path.expanduser(run.data.tokenizer)):
         raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
     with torch.device("meta"):
-        model = Decoder(run.model, run.train.experts_implementation)
+        model = build(run.model, run.train.experts_implementation)
     freeze(model, run.trainable)
     build_optimizers(model, run.optim)
     _check_memory(count_parameters(model)[0], count_trained(model), run.train.device)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.errors import StorageError
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.moe import Routing
 from manyhands.trace.fingerprint import routed
 from manyhands.trace.part import Phase
@@ -31,7 +31,7 @@ TRACES = "traces"
 class StepTrace:
     """Of one session: `traces/step-000123` is the one whose first recorded step was 123. Nothing is there before it."""
 
-    def __init__(self, folder: Path, model: Decoder, tokenizer: Path | None, note: Callable[[str], None]) -> None:
+    def __init__(self, folder: Path, model: AnyModel, tokenizer: Path | None, note: Callable[[str], None]) -> None:
         """`note` is told when the disk refuses: that ends the trace, and not the run."""
         self.recorder: Recorder | None = None
         self._folder, self._model, self._tokenizer, self._note = folder, model, tokenizer, note

@@ -10,11 +10,11 @@ from manyhands.checkpoint.find import open_checkpoint
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest
 from manyhands.checkpoint.model import load_model
 from manyhands.checkpoint.sidecars import read_tokenizer
-from manyhands.config import ModelConfig, RunConfig, Strict, parse
+from manyhands.config import BuiltConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
 from manyhands.families.gguf import is_gguf, read_series
 from manyhands.files import CONFIG
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer
 
@@ -29,7 +29,7 @@ class Start:
     """As `RunConfig.start` has it."""
     path: Path
     """A directory, or a GGUF file."""
-    config: ModelConfig
+    config: BuiltConfig
 
     @classmethod
     def open(cls, source: str) -> "Start":
@@ -48,7 +48,7 @@ class Start:
             raise ConfigError(f"start = {self.source!r} has no tokenizer: say data.tokenizer=FILE")
         return read_tokenizer(self.path)
 
-    def load_into(self, model: Decoder) -> None:
+    def load_into(self, model: AnyModel) -> None:
         """Give `model` its weights, in float32."""
         weights = load_model(self.path, dtype=torch.float32).state_dict()
         model.load_state_dict(weights)
@@ -64,7 +64,7 @@ class Start:
         return {"source": self.source, "directory": str(self.path.resolve()), "sha256": of_model}
 
 
-def with_model(run: RunConfig, config: ModelConfig) -> RunConfig:
+def with_model(run: RunConfig, config: BuiltConfig) -> RunConfig:
     """`run` with the model that it starts from. Raises `ConfigError` naming a field that says otherwise."""
     if "model" in run.model_fields_set:
         _same(run.model, config, "model", run.start)

@@ -12,7 +12,7 @@ from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.errors import CheckpointError
 from manyhands.files import STATE, WEIGHTS
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
 from manyhands.train.task import Batches
@@ -40,7 +40,7 @@ class Progress:
 class TrainState:
     """Everything that changes while training."""
 
-    model: Decoder
+    model: AnyModel
     optimizers: Optimizers
     batches: Batches
     guard: SpikeGuard
@@ -90,12 +90,12 @@ class TrainState:
         self.progress = progress
 
 
-def count_trained(model: Decoder) -> int:
+def count_trained(model: AnyModel) -> int:
     """Parameters that are trained."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-def count_parameters(model: Decoder) -> tuple[int, int]:
+def count_parameters(model: AnyModel) -> tuple[int, int]:
     """(all, active per token): an expert counts as active if a token visits it; the embedding counts as stored."""
     total = sum(p.numel() for p in model.parameters())
     idle = 0
@@ -103,6 +103,7 @@ def count_parameters(model: Decoder) -> tuple[int, int]:
         router = moe.router.config
         experts = sum(p.numel() for p in moe.experts.parameters())
         idle += experts * (router.num_experts - router.num_experts_per_tok) // router.num_experts
+        idle += router.idle_gate_weights(model.config.hidden_size)
     return total, total - idle
 
 

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.errors import DataError, TrainingHalted
-from manyhands.models import Decoder
+from manyhands.models import AnyModel, Decoder
 from manyhands.moe import LoadCounter, Routing, balance_objective
 from manyhands.moe.control import Control
 from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
 from manyhands.train.guard import SpikeGuard, first_non_finite
 from manyhands.train.optim import Optimizers, grad_norm, sum_gradients
-from manyhands.train.qk_clip import qk_clip_
+from manyhands.train.qk_clip import clips, qk_clip_
 from manyhands.train.task import Count, Forward, LanguageModelling, Task
 
 
@@ -40,7 +40,7 @@ class StepResult:
 
 
 def train_step(
-    model: Decoder,
+    model: AnyModel,
     optimizers: Optimizers,
     guard: SpikeGuard,
     batch: Any,
@@ -59,26 +59,26 @@ def train_step(
     Raises `TrainingHalted`, with every weight as it was, if the loss or a gradient is not finite; `DataError` if there
     is no target in the whole batch.
     """
-    task, ranks = task or LanguageModelling(), ranks or Alone()
+    learnt: Task = LanguageModelling() if task is None else task
+    ranks = ranks or Alone()
     optimizers.zero_grad()
     moe, device = model.config.moe, model.embed_tokens.weight.device
     layers = model.sparse_layers()
     num_experts = 0 if moe is None else moe.router.num_experts
     counters = {layer: LoadCounter.empty(num_experts, device) for layer in model.config.sparse_layers}
-    use_clip = run.optim.name == "muon" and model.config.attention.qk_norm == "none"
-    clip_above = run.optim.qk_clip if use_clip else None
+    clip_above = run.optim.qk_clip if run.optim.name == "muon" and clips(model.config) else None
     how = Forward(dtype, run.train.recompute, clip_above, keep_outputs=run.balance.orthogonality_coef > 0)
     control, routers = Control(layers, run.balance), {n: layer.router for n, layer in layers.items()}
     largest: dict[int, Tensor] = {}
     loss_sum, terms_sum = 0.0, dict[str, float]()
 
-    micros = task.split(batch, run.train.micro_batch_size)
-    whole = _total(map(task.count, micros), ranks)
+    micros = learnt.split(batch, run.train.micro_batch_size)
+    whole = _total(map(learnt.count, micros), ranks)
     if not whole.targets:
         raise DataError(f"step {step}: none of its {whole.tokens} tokens is a target: there is nothing to learn from")
     for micro in micros:
-        count = task.count(micro)
-        loss = task.loss(model, micro, how)
+        count = learnt.count(micro)
+        loss = learnt.loss(model, micro, how)
         if seen is not None:
             seen(micro, loss.routings)
         of_targets, of_sequences = count.targets / whole.targets, count.sequences / whole.sequences
@@ -110,7 +110,7 @@ def train_step(
         optimizers.step()
         control.step(counters, ranks)
         for layer, largest_H in largest.items():
-            assert clip_above is not None
+            assert clip_above is not None and isinstance(model, Decoder)
             attention = model.get_submodule(f"layers.{layer}.self_attn")
             qk_clip_(attention, ranks.max(largest_H), clip_above, model.config.attention)
     return StepResult(loss_sum, terms_sum, float(norm), skipped, counters, whole)
@@ -122,7 +122,7 @@ def _total(counts: Iterable[Count], ranks: Ranks) -> Count:
     return Count(*map(int, sum_of([float(sum(column)) for column in columns], ranks)))
 
 
-def _culprit(model: Decoder, loss: float) -> str:
+def _culprit(model: AnyModel, loss: float) -> str:
     """The first weight, then the loss, then the first gradient that is NaN or Inf."""
     named = list(model.named_parameters())
     if weight := first_non_finite(named):

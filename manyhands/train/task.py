@@ -16,11 +16,12 @@ from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.files import TRAIN_TOKENS
+from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.layers.cross_entropy import linear_cross_entropy
-from manyhands.models import Decoder
+from manyhands.models import LanguageModel
 from manyhands.moe import Routing
 from manyhands.parallel.ranks import Ranks
-from manyhands.text import PackedBatches
+from manyhands.text import PackedBatches, evaluation_batches
 
 if TYPE_CHECKING:
     from manyhands.train.data import RunData
@@ -85,11 +86,14 @@ class Task(Protocol):
     def count(self, micro: Any) -> Count:
         """How much is in it."""
 
-    def loss(self, model: Decoder, micro: Any, how: Forward) -> Loss:
-        """Run the model on it, on the device where the model is."""
+    def loss(self, model: Any, micro: Any, how: Forward) -> Loss:
+        """Run the model, of a kind that can learn this, on it, on the device where the model is."""
 
     def figures(self, loss: float, data: "RunData") -> dict[str, float]:
         """What a step's journal record says of its loss, beside the loss itself."""
+
+    def validate(self, model: Any, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
+        """How well the model does on what it was not trained on."""
 
 
 class LanguageModelling:
@@ -110,7 +114,7 @@ class LanguageModelling:
         tokens = micro[:, 1:].numel()
         return Count(len(micro), tokens, tokens)
 
-    def loss(self, model: Decoder, micro: Tensor, how: Forward) -> Loss:
+    def loss(self, model: LanguageModel, micro: Tensor, how: Forward) -> Loss:
         """Cross entropy, nats per token."""
         return next_token_loss(model, micro, torch.ones_like(micro[:, 1:], dtype=torch.bool), how)
 
@@ -119,8 +123,13 @@ class LanguageModelling:
         info = data.train.info
         return {"bits_per_byte": loss / math.log(2) * info.num_tokens / info.num_bytes}
 
+    def validate(self, model: LanguageModel, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
+        """The loss on the whole validation text."""
+        batches = evaluation_batches(data.valid.ids, run.train.sequence_length, run.train.batch_size)
+        return evaluate(model, batches, num_bytes=data.valid.info.num_bytes, dtype=dtype)
 
-def next_token_loss(model: Decoder, ids_BS1: Tensor, targets_BS: Tensor, how: Forward) -> Loss:
+
+def next_token_loss(model: LanguageModel, ids_BS1: Tensor, targets_BS: Tensor, how: Forward) -> Loss:
     """Cross entropy of the next token, mean over where `targets_BS` is true."""
     ids_BS1 = ids_BS1.to(model.embed_tokens.weight.device)
     hidden = model.hidden(

@@ -9,10 +9,11 @@ import pytest
 import manyhands as mh
 from manyhands.catalog import entries
 from manyhands.config import AnyModelConfig, EncoderDecoderConfig, RecurrentConfig, read_model_config
+from manyhands.config.decoder import as_decoder
 from manyhands.config.load import dump_run, load_preset, parse_run
 from manyhands.config.model import KINDS, register
 from manyhands.errors import ConfigError
-from manyhands.families import FAMILIES, read_config
+from manyhands.families import FAMILIES, export_config, read_config
 from manyhands.plan.count_kind import count_any
 from manyhands.plan.subject import read_subject
 
@@ -25,14 +26,12 @@ T5_SMALL = {
     "intermediate_size": 2048,
     "num_attention_heads": 8,
 }
+HIERARCHY = {"num_experts": 8, "num_experts_per_tok": 2, "select": "hierarchical", "n_group": 4, "topk_group": 2}
 RECURRENT = {
+    "vocab_size": 50,
     "hidden_size": 16,
     "num_hidden_layers": 2,
-    "num_experts": 8,
-    "num_experts_per_tok": 2,
-    "n_group": 4,
-    "topk_group": 2,
-    "moe_intermediate_size": 32,
+    "moe": {"router": HIERARCHY, "moe_intermediate_size": 32, "hidden_act": "relu"},
 }
 
 
@@ -87,12 +86,38 @@ def test_an_unknown_kind_says_what_there_is(kind: Any) -> None:
         parse_run(json.dumps({"model": {"kind": kind}}), "run.yaml")
 
 
-def test_what_is_not_built_is_refused_where_it_would_be_trained_or_loaded() -> None:
-    words = "model.kind = 'recurrent': manyhands does not build this kind yet; it builds 'decoder'"
+def test_what_is_not_built_is_refused_where_it_would_be_trained_or_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = "model.kind = 'toy': manyhands does not build this kind yet; it builds decoder, "
+    monkeypatch.setitem(KINDS, "toy", AnyModelConfig)
     with pytest.raises(ConfigError, match=f"^run.yaml: {words}"):
-        parse_run(json.dumps({"model": {"kind": "recurrent", **RECURRENT}}), "run.yaml")
+        parse_run(json.dumps({"model": {"kind": "toy"}}), "run.yaml")
     with pytest.raises(ConfigError, match=f"^config.json: {words}"):
-        read_config({"model_type": "manyhands", "version": 1, "model": {"kind": "recurrent"}}, "config.json")
+        read_config({"model_type": "manyhands", "version": 1, "model": {"kind": "toy"}}, "config.json")
+
+
+def test_a_run_takes_any_kind_that_is_built() -> None:
+    run = parse_run(json.dumps({"model": {"kind": "recurrent", **RECURRENT}}), "run.yaml", ["model.dropout=0.1"])
+    assert run.model == RecurrentConfig(**RECURRENT, dropout=0.1) and run.model.sparse_layers == [0]
+    assert parse_run(dump_run(run), "run.yaml") == run and "kind: recurrent" in dump_run(run)
+    assert parse_run("", "run.yaml", ["model.kind=recurrent"]).model == RecurrentConfig()
+    with pytest.raises(ConfigError, match=r"^run: model = .*: moe_after names LSTM layer 7 of 2"):
+        parse_run(json.dumps({"model": {"kind": "recurrent", **RECURRENT, "moe_after": [7]}}), "run")
+    wrong = {"kind": "recurrent", **RECURRENT, "moe": {"router": {**HIERARCHY, "topk_group": 3}}}
+    with pytest.raises(
+        ConfigError, match=r"^run: model\.moe\.router = .*topk_group = 3 does not divide num_experts_per"
+    ):
+        parse_run(json.dumps({"model": wrong}), "run")
+    with pytest.raises(ConfigError, match=r"^run: unknown field 'model.hiden_size'; did you mean 'hidden_size'"):
+        parse_run(json.dumps({"model": {"kind": "recurrent", "hiden_size": 7}}), "run")
+    with pytest.raises(ConfigError, match=r"^run: model.hidden_size = 'x': input should be a valid integer"):
+        parse_run(json.dumps({"model": {"kind": "recurrent", "hidden_size": "x"}}), "run")
+
+
+def test_only_decoders_refuses_in_one_line() -> None:
+    with pytest.raises(ConfigError, match=r"^kind = 'recurrent': packing is for decoders only$"):
+        as_decoder(RecurrentConfig(), "packing")
+    with pytest.raises(ConfigError, match=r"^this model is of kind = 'recurrent', which mixtral does not describe$"):
+        export_config(FAMILIES["mixtral"], RecurrentConfig())
 
 
 def test_a_third_kind_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +133,7 @@ def test_a_third_kind_is_one_class(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match=r"^x\.json: unknown field 'widht'; did you mean 'width'"):
         read_model_config({"kind": "toy", "widht": 4}, "x.json")
     with pytest.raises(
-        ConfigError, match=r"^kind = 'toy': manyhands does not build this kind yet; it builds 'decoder'$"
+        ConfigError, match=r"^kind = 'toy': manyhands does not build this kind yet; it builds decoder, "
     ):
         mh.Decoder(config)
     with pytest.raises(ConfigError, match=r"^kind = 'toy': manyhands does not count this kind yet$"):

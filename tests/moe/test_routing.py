@@ -86,22 +86,32 @@ def full(T: int, seed: int) -> Routing:
     """Every field set, each different in every token."""
     routing = route_logits(tokens(T, 4, seed=seed).tolist(), num_experts_per_tok=2)
     extra = {name: tokens(T, 4, seed=seed + 1) for name in ("noisy_logits", "noise_std")}
-    return replace(routing, **extra, expert_outputs=tokens(T, 6, seed=seed + 2).view(T, 2, 3))
+    groups = route_logits(tokens(T, 2, seed=seed + 3).tolist(), num_experts_per_tok=1)
+    return replace(routing, **extra, expert_outputs=tokens(T, 6, seed=seed + 2).view(T, 2, 3), groups=groups)
+
+
+def tensors(routing: Routing) -> dict[str, torch.Tensor]:
+    """Every field, and those of the first level of a hierarchy."""
+    found = {field.name: getattr(routing, field.name) for field in fields(Routing)}
+    groups = found.pop("groups")
+    above = {} if groups is None else {f"groups.{n}": t for n, t in tensors(groups).items()}
+    return {name: t for name, t in (found | above).items() if t is not None}
 
 
 def test_rows_slice_every_field() -> None:
     routing = full(7, seed=0)
     for tokens_of in (slice(2, 5), slice(6, None, 7), torch.tensor([4, 0]), torch.arange(7) > 3):
-        some = routing.rows(tokens_of)
-        for field in fields(Routing):
-            assert torch.equal(getattr(some, field.name), getattr(routing, field.name)[tokens_of]), field.name
+        some = tensors(routing.rows(tokens_of))
+        assert len(some) == len(fields(Routing)) - 1 + 6  # the first level has neither noise nor outputs
+        for name, whole in tensors(routing).items():
+            assert torch.equal(some[name], whole[tokens_of]), name
     assert replace(routing, noise_std=None).rows(slice(2)).noise_std is None
 
 
 def test_cat_undoes_rows_and_leaves_out_what_is_missing() -> None:
     routing = full(7, seed=0)
     again = Routing.cat([routing.rows(slice(0, 3)), routing.rows(slice(3, 3)), routing.rows(slice(3, 7))])
-    for field in fields(Routing):
-        assert torch.equal(getattr(again, field.name), getattr(routing, field.name)), field.name
+    for name, whole in tensors(routing).items():
+        assert torch.equal(tensors(again)[name], whole), name
     both = Routing.cat([routing, replace(routing, noise_std=None)])
     assert both.noise_std is None and both.noisy_logits.shape == (14, 4)

@@ -328,13 +328,13 @@ def test_a_run_saves_by_time_keeps_few_and_computes_the_same(text: Path, tmp_pat
 def test_time_is_that_of_steps_and_validation_is_told_apart(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock, real_evaluate = steps_of_a_second(monkeypatch), loop.evaluate
+    clock, real_evaluate = steps_of_a_second(monkeypatch), task.evaluate
 
     def ten_seconds(*args: Any, **kwargs: Any) -> Any:
         clock[0] += 10.0
         return real_evaluate(*args, **kwargs)
 
-    monkeypatch.setattr(loop, "evaluate", ten_seconds)
+    monkeypatch.setattr(task, "evaluate", ten_seconds)
     summary = loop.train(tmp_path / "run", small_run(text, "train.max_steps=4", "train.eval_every=1"), quiet=True)
     assert summary.seconds == 4 and summary.tokens_per_s == 32 * 4
     end = read_journal(tmp_path / "run" / "journal.jsonl")[-1]

@@ -113,10 +113,10 @@ def export(
 
 def _plan(source: Source, to: str | None) -> Plan:
     if to is not None:
-        return written_as(source.config, to)
+        return written_as(source.decoder("GGUF"), to)
     if source.family.model_type in ARCHS:
-        return written_as(source.config, source.family.model_type)
-    return first_fit(source.config)
+        return written_as(source.decoder("GGUF"), source.family.model_type)
+    return first_fit(source.decoder("GGUF"))
 
 
 def said(receipt: dict[str, Any]) -> str:
@@ -197,7 +197,7 @@ def _values(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
     last = ("", torch.empty(0))
     for name, written in plan.tensors.items():
         if written.how == "factors":
-            yield name, torch.tensor(factors(source.config))
+            yield name, torch.tensor(factors(source.decoder("GGUF")))
             continue
         if last[0] != written.ours:  # kept: gate and up lie in one
             last = ("", torch.empty(0))
@@ -206,7 +206,7 @@ def _values(source: Source, plan: Plan) -> Iterator[tuple[str, Tensor]]:
 
 
 def _arranged(tensor: Tensor, written: Written, source: Source) -> Tensor:
-    a = source.config.attention
+    a = source.decoder("GGUF").attention
     if written.how == "pairs":
         heads = a.kv_heads if ".k_proj." in written.ours else a.num_attention_heads
         halves = tensor.view(heads, 2, -1, *tensor.shape[1:])

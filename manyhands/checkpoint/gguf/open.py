@@ -10,6 +10,7 @@ from manyhands.checkpoint.gguf.files import GgufFiles
 from manyhands.checkpoint.gguf.logical import logical_tensors
 from manyhands.checkpoint.match import match
 from manyhands.checkpoint.source import Source, left_over
+from manyhands.config.decoder import as_decoder
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families import read_config
@@ -32,7 +33,8 @@ def open_gguf(path: str | Path, ignore_fields: Collection[str] = ()) -> Source:
         if type(token := files.header.metadata.get(key)) is int:
             values[name] = token
     try:
-        family, config = read_config(values, str(path))
+        family, found = read_config(values, str(path))
+        config = as_decoder(found, "GGUF")
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
     # Its tensors are named as GGUF names them; whoever saves the model asks for the family by its name.

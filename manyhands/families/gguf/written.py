@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from manyhands.config import ModelConfig, RopeConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.config.shapes import Shape, tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.families.base import Index
@@ -195,7 +196,7 @@ def _check(plan: Plan, config: ModelConfig) -> None:
         _, found = read_config(values | {"initializer_range": config.initializer_range}, "gguf")
     except CheckpointError as error:
         raise ConfigError(f"this model does not fit {plan.arch.name}: {error}") from None
-    if differences := differ(_rounded(canonical(wanted)), _rounded(canonical(found))):
+    if differences := differ(*(_rounded(as_decoder(canonical(c))) for c in (wanted, found))):
         raise ConfigError(f"this model does not fit {plan.arch.name} in llama.cpp: {'; '.join(differences)}")
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from manyhands.checkpoint.find import open_checkpoint
-from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.model import load_model, only_decoder
 from manyhands.checkpoint.stored import expert_layers, hold_stored
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
@@ -107,7 +107,7 @@ def _decode(packed: Path, share: float, sequences: Sequence[Sequence[int]]) -> _
     """Each sequence token by token, the store going on from one to the next."""
     if missing := BACKENDS["native"].missing():
         raise UserError(f"experts on disk need the native kernels, which are not here: {missing}")
-    source, model = open_checkpoint(packed), load_model(packed)
+    source, model = open_checkpoint(packed), only_decoder(load_model(packed), "this experiment")
     layers = expert_layers(source)
     E = layers[0].num_experts
     kept = max(1, round(share * E * len(layers)))

@@ -9,7 +9,7 @@ from pydoc_data import topics
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.model import load
+from manyhands.checkpoint.model import load, only_decoder
 from manyhands.config import RunConfig
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.job import Job
@@ -47,7 +47,8 @@ def run(job: Job) -> Outcome:
         for name, each in runs.items():
             trained = train_arm(job, changed(each, f"train.seed={seed}"), f"{name}-{seed}")
             for size in sizes:
-                model, tokenizer = load(trained.directory)
+                loaded, tokenizer = load(trained.directory)
+                model = only_decoder(loaded, "this experiment")
                 assert tokenizer is not None
                 ids = _prose(tokenizer, each.train.sequence_length, seed)
                 tuned = _tune(job, each, model, ids, size, seed, f"{name}, {size} examples")

@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import fmean
 
 from manyhands.config import RunConfig
+from manyhands.config.decoder import as_decoder
 from manyhands.lab.arms import train_arms
 from manyhands.lab.experiment import Arm, Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.figures import figures, loss_chart, mean
@@ -49,7 +50,7 @@ def run(job: Job) -> Outcome:
 def _wide(run: RunConfig, D: int, head: int) -> RunConfig:
     """The dense run at another width; heads keep theirs, feed-forward networks grow alike."""
     attention = f"{{num_attention_heads: {D // head}, head_dim: {head}, qk_norm: head}}"
-    width = round(run.model.intermediate_size * D / run.model.hidden_size)
+    width = round(as_decoder(run.model).intermediate_size * D / run.model.hidden_size)
     return changed(run, f"model.hidden_size={D}", f"model.intermediate_size={width}", f"model.attention={attention}")
 
 

@@ -8,7 +8,8 @@ from math import isnan
 from typing import Any
 
 from manyhands.checkpoint import RunDirectory
-from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.model import load_model, only_decoder
+from manyhands.config.decoder import as_decoder
 from manyhands.inspect.compare import saturation
 from manyhands.inspect.findings import measure
 from manyhands.inspect.observed import Observed
@@ -64,11 +65,11 @@ def run(job: Job) -> Outcome:
 
 def _over_training(trained: Trained, read: Sequences, last: Observed, seed: int) -> Curve:
     """Agreement of each checkpoint's routing, and of the untrained model's, with the last."""
-    fresh = Decoder(trained.run.model).eval()
+    fresh = Decoder(as_decoder(trained.run.model)).eval()
     init_weights(fresh, seed)
     runs = [(0, watch(fresh, read, seed, 0))]
     for step, path in RunDirectory(trained.directory).checkpoints()[:-1]:
-        runs.append((step, watch(load_model(path), read, seed, 0)))
+        runs.append((step, watch(only_decoder(load_model(path), "this experiment"), read, seed, 0)))
     runs.append((trained.run.train.max_steps, last))
     rows = saturation([(f"step {step}", seen) for step, seen in runs], Resampler(last, 2, seed=seed))
     shares = [sum(figure.value for figure in row["layers"]) / len(row["layers"]) for row in rows]

@@ -20,7 +20,7 @@ from manyhands.lab.job import Job
 from manyhands.lab.language import arm, changed, regime, train_arm, with_experts
 from manyhands.lab.rounded_router import round_routers
 from manyhands.lab.steady import spikes
-from manyhands.models import Decoder
+from manyhands.models import LanguageModel
 from manyhands.trace.journal import read_journal
 from manyhands.train.task import Forward, LanguageModelling, Loss
 
@@ -40,7 +40,7 @@ class _Watched(LanguageModelling):
     sums: list[float] = field(default_factory=list)
     """Mean |log Σ exp(logits)| over tokens and layers."""
 
-    def loss(self, model: Decoder, micro: Tensor, how: Forward) -> Loss:
+    def loss(self, model: LanguageModel, micro: Tensor, how: Forward) -> Loss:
         if self.rounded:
             round_routers(model)
         loss = LanguageModelling.loss(self, model, micro, how)

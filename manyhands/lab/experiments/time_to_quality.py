@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
+from manyhands.config.decoder import as_decoder
 from manyhands.lab.curves import Ratio, ratios, smoothed
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.figures import by_arm, figures, loss_chart
@@ -27,7 +28,7 @@ def run(job: Job) -> Outcome:
         for name, run in (("dense", dense_run), ("sparse", sparse_run)):
             trained[name].append(train_arm(job, changed(run, f"train.seed={seed}"), f"{name}-{seed}"))
     arms = (
-        arm(dense_run, "dense", f"feed-forward width {dense_run.model.intermediate_size}"),
+        arm(dense_run, "dense", f"feed-forward width {as_decoder(dense_run.model).intermediate_size}"),
         arm(sparse_run, "sparse", f"{E} experts of width {F}, top-{K}"),
     )
     pairs = list(zip(trained["dense"], trained["sparse"], strict=True))

@@ -5,8 +5,13 @@ from manyhands.layers.cache.encoder_decoder import EncoderDecoderCache
 from manyhands.layers.cache.latent import LatentLayer
 from manyhands.layers.cache.layer import LayerCache
 from manyhands.layers.cache.paged import BlockTable, PagedCache, Pool
+from manyhands.layers.cache.recurrent import RecurrentCache
+
+AnyCache = Cache | EncoderDecoderCache | RecurrentCache
+"""What a model of some kind continues from."""
 
 __all__ = [
+    "AnyCache",
     "BlockTable",
     "Cache",
     "ContiguousLayer",
@@ -15,4 +20,5 @@ __all__ = [
     "LayerCache",
     "PagedCache",
     "Pool",
+    "RecurrentCache",
 ]
