@@ -9,7 +9,7 @@ from torch import Tensor
 
 from manyhands.config import RouterConfig
 from manyhands.errors import ConfigError
-from manyhands.models import Decoder
+from manyhands.models import AnyModel
 from manyhands.moe import Router, Routing
 from manyhands.moe.edit import Edit
 from manyhands.moe.router import score, weigh
@@ -53,7 +53,7 @@ class RoundedRouter(Router):
         return Routing(ids_TK, weights_TK.float(), scores_TE.float(), logits_TE.float(), kept_TK, token_mask_T)
 
 
-def round_routers(model: Decoder) -> None:
+def round_routers(model: AnyModel) -> None:
     """Every router of `model` computes in bfloat16 from here on. Twice is once."""
     for mlp in model.sparse_layers().values():
         if not isinstance(mlp.router, RoundedRouter):
