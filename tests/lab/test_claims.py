@@ -77,9 +77,13 @@ def test_what_is_computed_is_printed(command: str, monkeypatch: pytest.MonkeyPat
     assert result.exit_code == 0 and result.stdout, result.exception
 
 
-def test_experiments_answer_claims_that_are_there() -> None:
-    ids = {claim.id for claim in CLAIMS}
-    assert all(set(describe(name).claims) <= ids for name in names())
+def test_every_experiment_that_is_named_is_there() -> None:
+    assert EXPERIMENTS == set(names())
+
+
+@pytest.mark.parametrize("name", names())
+def test_an_experiment_answers_the_claims_that_name_it(name: str) -> None:
+    assert set(describe(name).claims) == {claim.id for claim in CLAIMS if name in claim.experiments}
 
 
 def test_every_experiment_has_a_place_to_read_about_it() -> None:
