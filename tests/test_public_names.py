@@ -200,7 +200,7 @@ FLAGS = {
         "json_output",
         "overwrite",
     },
-    "lab claims": {"check", "document", "only", "markdown", "json_output"},
+    "lab claims": {"check", "document", "only", "brief", "markdown", "json_output"},
     "lab run": {"data", "every", "experiments", "json_output", "quick", "report", "seeds"},
     "trace show": {"trace", "verify", "json_output"},
     "trace import": {

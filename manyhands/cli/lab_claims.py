@@ -18,6 +18,7 @@ def claims(
     only: Annotated[
         str | None, typer.Option(metavar="WORD", help="Only claims with this word, or the one of this number.")
     ] = None,
+    brief: Annotated[bool, typer.Option("--brief", help="One line per claim.")] = False,
     markdown: Annotated[bool, typer.Option("--markdown", help="Print docs/claims.md.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -26,14 +27,16 @@ def claims(
     Figures are computed from the catalogue's architectures each time. Nothing is loaded or trained.
     """
     from manyhands.lab.claims import chosen, described, findings
-    from manyhands.lab.claims_show import check_lines, lines, tally
+    from manyhands.lab.claims_show import brief_lines, check_lines, lines, tally
     from manyhands.lab.claims_show import markdown as page
 
     if markdown:
-        if check or document or only or json_output:
+        if check or document or only or brief or json_output:
             raise UserError("--markdown prints the whole page: leave the other options out")
         print(page(), end="")
         return
+    if brief and (check or json_output):
+        raise UserError("--brief is about the text: leave --check and --json out, or leave --brief out")
     groups = chosen(document, only)
     found = [(claim, finding) for _, claims in groups for claim in claims for finding in findings(claim)]
     off = [(claim, finding) for claim, finding in found if not finding.holds]
@@ -52,7 +55,8 @@ def claims(
         import sys
 
         width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 110))
-        print(*lines(groups, width, bold=sys.stdout.isatty()), sep="\n")
+        told = (brief_lines if brief else lines)(groups, width, bold=sys.stdout.isatty())
+        print(*told, sep="\n")
     if check and off:
         claim, finding = off[0]
         raise CheckFailed(f"{len(off)} figures are off, the first: claim {claim.id}, {finding.figure.label}")

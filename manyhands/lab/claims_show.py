@@ -33,6 +33,19 @@ def lines(chosen: Sequence[tuple[Group, Sequence[Claim]]], width: int, *, bold: 
     yield tally(chosen)
 
 
+def brief_lines(chosen: Sequence[tuple[Group, Sequence[Claim]]], width: int, *, bold: bool = False) -> Iterator[str]:
+    """One line per claim: its number, the verdict, and what is said, as far as it fits."""
+    on, off = ("\033[1m", "\033[0m") if bold else ("", "")
+    verdict = max(map(len, _ORDER))
+    for group, claims in chosen:
+        yield f"{on}{group.title}{off}"
+        for claim in claims:
+            line = f"{claim.id:>3}  {claim.verdict:<{verdict}}  {claim.says}"
+            yield line if len(line) <= width else line[: width - 1].rstrip() + "…"
+        yield ""
+    yield tally(chosen)
+
+
 def check_lines(found: Sequence[tuple[Claim, Finding]]) -> Iterator[str]:
     """Every figure: computed, as a document prints it, how far apart, and whether the verdict follows."""
     head = ("claim", "figure", "computed", "document", "difference", "")

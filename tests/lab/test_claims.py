@@ -183,6 +183,14 @@ def test_lines_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_one_line_per_claim(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    lines = run("--brief").stdout.splitlines()
+    assert len(lines) == 80 + 2 * len(read_claims().group) + 1 and all(len(line) <= 60 for line in lines)
+    assert "69  false         Switch-C has 1.57 trillion parameters" in "\n".join(lines)
+    assert "leave --brief out" in str(run("--brief", "--check").exception)
+
+
 def test_markdown_alone() -> None:
     assert "--markdown prints the whole page" in str(run("--markdown", "--check").exception)
 
