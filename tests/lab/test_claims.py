@@ -78,7 +78,7 @@ def test_what_is_computed_is_printed(command: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_every_experiment_that_is_named_is_there() -> None:
-    assert EXPERIMENTS == set(names())
+    assert set(names()) == EXPERIMENTS
 
 
 @pytest.mark.parametrize("name", names())
