@@ -1,8 +1,9 @@
 """Several arms, each trained with every seed of the job."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from manyhands.config import RunConfig
+from manyhands.lab.experiment import Figure
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, changed, train_arm
 
@@ -14,3 +15,9 @@ def train_arms(job: Job, runs: Mapping[str, RunConfig]) -> dict[str, list[Traine
         for name, run in runs.items():
             trained[name].append(train_arm(job, changed(run, f"train.seed={seed}"), f"{name}, seed {seed}"))
     return trained
+
+
+def by_arm(figures: Iterable[Figure], names: Iterable[str]) -> tuple[Figure, ...]:
+    """The figures of one arm together, arms in the order of `names`; what is of none of them comes last."""
+    place = {name: i for i, name in enumerate(names)}
+    return tuple(sorted(figures, key=lambda figure: place.get(figure.arm, len(place))))

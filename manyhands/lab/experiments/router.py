@@ -5,7 +5,7 @@ E experts, F their width.
 
 from collections.abc import Mapping, Sequence
 
-from manyhands.lab.arms import train_arms
+from manyhands.lab.arms import by_arm, train_arms
 from manyhands.lab.experiment import Criterion, Figure, Outcome
 from manyhands.lab.figures import figures, loss_chart, mean
 from manyhands.lab.job import Job
@@ -30,7 +30,7 @@ def run(job: Job) -> Outcome:
     trained = train_arms(job, runs)
     return Outcome(
         tuple(arm(of, name, _note(name)) for name, of in runs.items()),
-        figures(trained, _SHOWN) + _gains(trained),
+        by_arm(figures(trained, _SHOWN) + _gains(trained), runs),
         _criteria(job, trained),
         (loss_chart(trained, "Validation loss", "The same weights at the start but the router's, the same batches."),),
         notes=(

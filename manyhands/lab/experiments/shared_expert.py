@@ -14,7 +14,7 @@ from manyhands.inspect.ablate import ablate
 from manyhands.inspect.resample import Figure as Measured
 from manyhands.inspect.resample import Resampler
 from manyhands.inspect.specialise import syntax, vocabulary
-from manyhands.lab.arms import train_arms
+from manyhands.lab.arms import by_arm, train_arms
 from manyhands.lab.experiment import Criterion, Figure, Outcome
 from manyhands.lab.figures import figures, loss_chart, mean
 from manyhands.lab.job import Job
@@ -50,7 +50,7 @@ def run(job: Job) -> Outcome:
     seen = {name: [_look(job, one, number) for number, one in enumerate(each)] for name, each in trained.items()}
     return Outcome(
         tuple(arm(of, name) for name, of in runs.items()),
-        figures(trained, _SHOWN) + _shown(seen),
+        by_arm(figures(trained, _SHOWN) + _shown(seen), runs),
         _criteria(job, trained, seen),
         (loss_chart(trained, "Validation loss", "One line per seed."),),
         notes=(

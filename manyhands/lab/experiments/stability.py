@@ -24,7 +24,7 @@ from manyhands.models import LanguageModel
 from manyhands.trace.journal import read_journal
 from manyhands.train.task import Forward, LanguageModelling, Loss
 
-_BASE, _INIT, _ROUNDED, _Z = "as it should be", "init × 1", "router in bfloat16", "z-loss 0.001"
+_BASE, _INIT, _ROUNDED, _Z = "as it should be", "init × 1", "router in bfloat16", "with a z-loss"
 _FAST = "rate × 4"
 _RATE = 0.004
 
@@ -112,7 +112,9 @@ def _init(run: RunConfig, variance: float) -> RunConfig:
 
 
 def _described(run: RunConfig, name: str) -> Arm:
-    return arm(run, name, "init × 0.1, router in float32, no z-loss" if name == _BASE else "")
+    z = run.balance.z_loss_coef
+    note = "init × 0.1, router in float32, no z-loss" if name == _BASE else f"coefficient {z:g}" if z else ""
+    return arm(run, name, note)
 
 
 def _train(job: Job, run: RunConfig, name: str, rounded: bool) -> _Run:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from statistics import stdev
 
-from manyhands.lab.arms import train_arms
+from manyhands.lab.arms import by_arm, train_arms
 from manyhands.lab.experiment import Criterion, Figure, Outcome
 from manyhands.lab.figures import figures, loss_chart, mean
 from manyhands.lab.job import Job
@@ -28,7 +28,7 @@ def run(job: Job) -> Outcome:
     trained = train_arms(job, runs)
     return Outcome(
         tuple(arm(of, name) for name, of in runs.items()),
-        figures(trained, _SHOWN) + _spread(trained),
+        by_arm(figures(trained, _SHOWN) + _spread(trained), runs),
         _criteria(job, trained),
         (
             loss_chart(
