@@ -27,6 +27,7 @@ import torch
 import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from tests.families import encoder_decoders
 from tests.families.loading import peak_over_size, random_checkpoint
 from tests.families.other_references import ALL, make_any
 from tests.families.parity import measure
@@ -37,18 +38,19 @@ HEAD = ("family", "prefill", "decode", "routing", "gradient", "router loss", "ro
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all, unless given: {'; '.join(ALL)}")
+    every = [*ALL, *encoder_decoders.CASES]
+    parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all, unless given: {'; '.join(every)}")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-loading", action="store_true", help="leave out the memory of loading")
     arguments = parser.parse_args()
-    if unknown := set(arguments.cases) - set(ALL):
+    if unknown := set(arguments.cases) - set(every):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     versions = {"transformers": transformers.__version__, "torch": torch.__version__, "date": date.today().isoformat()}
     if not arguments.json:
         print(", ".join(f"{name} {value}" for name, value in versions.items()))
         print(line(HEAD), line(("---",) * len(HEAD)), sep="\n", flush=True)
     rows = []
-    for case in arguments.cases or ALL:
+    for case in arguments.cases or every:
         rows.append(row(case, loading=not arguments.no_loading))
         if not arguments.json:
             print(line(shown(rows[-1])), flush=True)
@@ -60,6 +62,10 @@ def row(case: str, loading: bool) -> dict[str, Any]:
     """The worse of plain and hostile, and the memory of loading."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
+        if case in encoder_decoders.CASES:
+            made = encoder_decoders.make(case, path / "small")
+            found = asdict(encoder_decoders.measure(case, made, path))
+            return found | (_loading(path / "small", path / "big", "bfloat16") if loading else {})
         references = {hostile: make_any(case, path / f"{hostile}" / "small", hostile) for hostile in (False, True)}
         both = [asdict(measure(case, made, path / f"{hostile}", hostile)) for hostile, made in references.items()]
         worst = {name: max(b[name] for b in both) for name in ("prefill", "decode", "gradient")}
@@ -67,12 +73,14 @@ def row(case: str, loading: bool) -> dict[str, Any]:
         worst |= {"router_loss": max(losses, default=None), "routing": min(b["routing"] for b in both)}
         worst |= {"family": case, "round_trip": all(b["round_trip"] for b in both)}
         if loading:
-            small = references[False].directory
-            random_checkpoint(small, path / "big")
             other = "float32" if references[False].unquantised else "bfloat16"
-            worst["loading"] = peak_over_size(small, path / "big")
-            worst["converting"] = peak_over_size(small, path / "big", other)
+            worst |= _loading(references[False].directory, path / "big", other)
         return worst
+
+
+def _loading(small: Path, big: Path, other: str) -> dict[str, float]:
+    random_checkpoint(small, big)
+    return {"loading": peak_over_size(small, big), "converting": peak_over_size(small, big, other)}
 
 
 def shown(row: dict[str, Any]) -> tuple[str, ...]:

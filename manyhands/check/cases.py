@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import RouterConfig
+from manyhands.layers.relative_attention import RelativeAttention
 from manyhands.moe import Router
 
 CASES = ("random", "tied", "one_expert", "empty", "padding")
@@ -73,10 +74,14 @@ def fill(module: nn.Module, case: str, generator: torch.Generator) -> None:
             p.add_(SHARED * along if case in ("one_expert", "empty") else 0.0)
         else:
             p.mul_(p.shape[-1] ** -0.5)
+    for part in module.modules():
+        if isinstance(part, RelativeAttention):  # which divides by nothing
+            part.q_proj.weight.mul_(part.head_dim**-0.5)
     if "embed_tokens.weight" in parameters and "lm_head.weight" not in parameters:
         # A tied head: keep the logits small, and free of the direction that all embeddings share.
-        final = parameters["norm.weight"]
-        final.mul_(width**-0.5 * (1.0 - 2.0 * (torch.arange(len(final)) % 2)))
+        stacks = "decoder.norm.weight" in parameters  # whose model scales the states itself
+        final = parameters["decoder.norm.weight" if stacks else "norm.weight"]
+        final.mul_((1.0 if stacks else width**-0.5) * (1.0 - 2.0 * (torch.arange(len(final)) % 2)))
     for router in module.modules():
         if isinstance(router, Router):
             _arrange(router, case, along, generator)

@@ -64,10 +64,13 @@ def parts(named: Named, dtype: str, activation: str) -> dict[str, Tensor | None]
     return dict(named) if activation in KINKED and dtype == "bfloat16" else by_expert(named)
 
 
-def gradient_row(situation: Situation, tested: Named, oracle: Named, activation: str) -> Row:
-    """The row of all gradients. For the same reason a kink in bfloat16 has three times the tolerance."""
+def gradient_row(situation: Situation, tested: Named, oracle: Named, activation: str, depth: float = 1.0) -> Row:
+    """The row of all gradients. For the same reason a kink in bfloat16 has three times the tolerance.
+
+    `depth` multiplies the tolerance: the square root of how much longer the way is than through a few layers.
+    """
     dtype = situation.dtype
-    widen = 3.0 if activation in KINKED and dtype == "bfloat16" else 1.0
+    widen = depth * (3.0 if activation in KINKED and dtype == "bfloat16" else 1.0)
     return close(
         situation, "gradients", parts(tested, dtype, activation), parts(oracle, dtype, activation), widen=widen
     )

@@ -87,7 +87,7 @@ class ModelCheck:
             tested=trained.routings,
             slack=TOLERANCES[at.dtype].slack,
         )
-        task = _cross_entropy(oracle.logits, self.batch[:, 1:], self.mask)
+        task = cross_entropy(oracle.logits, self.batch[:, 1:], self.mask)
         terms = self._terms(oracle.routings)
         total = task
         for name, term in terms.items():
@@ -185,7 +185,7 @@ class ModelCheck:
             tested=[hidden.routings],
             slack=TOLERANCES[at.dtype].slack,
         )
-        oracle_task = _cross_entropy(oracle.logits, self.batch[:, 1:], mask)
+        oracle_task = cross_entropy(oracle.logits, self.batch[:, 1:], mask)
         with torch.no_grad():  # by its own routing: that of `keep_outputs` may have been rounded otherwise
             expected_logits = decode(
                 model.config,
@@ -224,7 +224,8 @@ class ModelCheck:
         return rows, ([hidden.routings], oracle.routings)
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+    """Mean of −ln softmax(logits [B, S, V])[target] over the real ones."""
     real = logits[mask]
     return (real.exp().sum(-1).log() - real.gather(1, targets[mask][:, None])[:, 0]).mean()
 
@@ -238,12 +239,13 @@ def loss_rows(
     prefix: str,
     activation: str,
     router: RouterConfig,
+    depth: float = 1.0,
 ) -> list[Row]:
     """A row for the value of each balance loss and one for its gradient; one that either side lacks fails.
 
     Some gradients are zero but for rounding (f·P of tied experts); all are measured against the z-loss's, which never
     is. Orthogonality squares inner products that nearly cancel: rounding counts √D times as much, twice. ReLU's scores
-    have a kink, and their shares a divisor that may be as small as the rounding.
+    have a kink, and their shares a divisor that may be as small as the rounding. `depth` is that of `gradient_row`.
     """
     expected = {name: losses.gradients(oracle, name, parameters) for name in oracle}
     scale = largest_norm(at.dtype, expected["z_loss"])
@@ -270,6 +272,7 @@ def loss_rows(
         widen = 3.0 if name == "orthogonality" and at.dtype == "bfloat16" else 1.0
         widen = 10.0 if name == "orthogonality" and kinked else widen
         widen = 6.0 * widen if router.score == "relu" and at.dtype == "bfloat16" else widen
+        widen *= depth
         mine, right = losses.values(tested, name, prefix), losses.values(oracle, name, prefix)
         rows.append(close(at, f"{name} value", mine, right, at_least=1e-3, widen=widen))
         if name == "orthogonality" and kinked:  # one entry that rounds across the kink may be all of it

@@ -12,6 +12,7 @@ from torch import Tensor
 from manyhands.check import own_read
 from manyhands.check.compare import close, exact
 from manyhands.check.decoding import DecodingCheck
+from manyhands.check.encoder_decoder import EncoderDecoderCheck
 from manyhands.check.model import DTYPES, Routings
 from manyhands.check.oracle import activation
 from manyhands.check.oracle_records import tensors
@@ -21,9 +22,10 @@ from manyhands.check.shrink import shrink
 from manyhands.checkpoint.model import from_source
 from manyhands.checkpoint.packed import hold_records
 from manyhands.checkpoint.source import Source
+from manyhands.config import EncoderDecoderConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.kernels import ExpertWeights, run_experts
-from manyhands.models import Decoder
+from manyhands.models import Decoder, EncoderDecoder
 from manyhands.moe import Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear
@@ -41,11 +43,27 @@ def own_rows(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[l
         report.read.append(f"config.json without {', '.join(source.ignored)}, as asked")
     yield [_finite(source, report)], ([], [])
     yield list(_records(source, report)), ([], [])
+    if isinstance(source.config, EncoderDecoderConfig):
+        yield from _encoder_decoder(source, source.config, report, seed)
+        return
     if own_read.values(source) <= WHOLE_VALUES:
         yield from _whole(source, report, seed)
         return
     yield from _sliced(source, report, seed)
     yield list(_experts(source, report, seed)), ([], [])
+
+
+def _encoder_decoder(
+    source: Source, config: EncoderDecoderConfig, report: CheckReport, seed: int
+) -> Iterator[tuple[list[Row], Routings]]:
+    """A small one whole, in float32: trained with and, where its experts are never full, decoding."""
+    if own_read.values(source) > WHOLE_VALUES:
+        report.skipped.append("what these weights give: of an encoder-decoder only a small one is taken whole")
+        return
+    model = EncoderDecoder(config)
+    model.load_state_dict(from_source(source, torch.float32).state_dict())
+    report.read.append("all of its weights, with both stacks")
+    yield from EncoderDecoderCheck(config, "padding", seed, model).rows("auto", "float32")
 
 
 def _finite(source: Source, report: CheckReport) -> Row:

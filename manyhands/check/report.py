@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from manyhands.config import ModelConfig
+from manyhands.config import BuiltConfig
 from manyhands.errors import CheckFailed
 
 SCHEMA = "manyhands.check/1"
@@ -61,7 +61,7 @@ class Row:
 class CheckReport:
     """All rows, and what was checked."""
 
-    config: ModelConfig
+    config: BuiltConfig
     """The model that was checked, after shrinking."""
     shrunk: bool
     rows: list[Row] = field(default_factory=list)

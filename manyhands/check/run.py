@@ -10,15 +10,17 @@ from manyhands.check.attentions import ATTENTIONS, AttentionCheck
 from manyhands.check.cases import CASES, possible
 from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
+from manyhands.check.encoder_decoder import EncoderDecoderCheck
 from manyhands.check.model import DTYPES, ModelCheck, Routings
 from manyhands.check.own import own_rows
 from manyhands.check.parts import part_jobs
 from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
+from manyhands.check.shrink_encoder_decoder import shrink_encoder_decoder
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.checkpoint.source import Source
-from manyhands.config import BalanceConfig, ModelConfig, suggest
+from manyhands.config import BalanceConfig, EncoderDecoderConfig, ModelConfig, suggest
 from manyhands.config.activation import GATED
 from manyhands.engine.mode import one_thread
 from manyhands.errors import ConfigError
@@ -29,7 +31,7 @@ Job = tuple[str, str, str, Callable[[], Iterator[tuple[list[Row], Routings]]]]
 
 
 def run_check(
-    config: ModelConfig,
+    config: ModelConfig | EncoderDecoderConfig,
     balance: BalanceConfig,
     *,
     seed: int = 0,
@@ -51,16 +53,19 @@ def run_check(
     dtype; a failed comparison is in the report, not raised.
     """
     started = time.perf_counter()
-    small = shrink(config)
+    small = shrink_encoder_decoder(config) if isinstance(config, EncoderDecoderConfig) else shrink(config)
     report = CheckReport(small, shrunk=small != config)
     everything = backends is None and dtypes is None and decoding and routers
     backends, dtypes = _names(backends, dtypes)
     jobs: list[Job] = []
     if source is not None:
         jobs.append(("own weights", "checkpoint", "–", lambda: own_rows(source, report, seed)))
-    jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
-    if decoding:
-        jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
+    if isinstance(small, EncoderDecoderConfig):
+        jobs += list(_encoder_decoder_jobs(report, small, seed, backends, dtypes, cases))
+    else:
+        jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
+        if decoding:
+            jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
     if routers:
         jobs += _router_jobs(report, seed, backends, dtypes)
         jobs += layer_jobs(seed, backends, dtypes)
@@ -121,14 +126,41 @@ def _model_jobs(
             report.skipped.append(f"case {case}: this router cannot come into it")
             continue
         check = ModelCheck(config, balance, case, seed)
-        for backend in backends:
-            for dtype in dtypes:
-                if config.moe is not None and not _runs(
-                    backend, dtype, config.hidden_size, config.moe.moe_intermediate_size, config.moe.hidden_act
-                ):
-                    report.skipped.append(f"{backend} in {dtype}: {NEEDS.get(backend, 'does not take these sizes')}")
-                    continue
-                yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+        for backend, dtype in _ways(report, config, backends, dtypes):
+            yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+
+
+def _encoder_decoder_jobs(
+    report: CheckReport,
+    config: EncoderDecoderConfig,
+    seed: int,
+    backends: list[str],
+    dtypes: list[str],
+    cases: Sequence[str],
+) -> Iterator[Job]:
+    for case in cases:
+        if not possible(case, config.router):
+            report.skipped.append(f"case {case}: this router cannot come into it")
+            continue
+        check = EncoderDecoderCheck(config, case, seed)
+        if not check.decodes:
+            report.skipped.append(f"decoding to a cache: {NOT_ALIKE}")
+        for backend, dtype in _ways(report, config, backends, dtypes):
+            yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+
+
+def _ways(
+    report: CheckReport, config: ModelConfig | EncoderDecoderConfig, backends: list[str], dtypes: list[str]
+) -> Iterator[tuple[str, str]]:
+    """Backends and dtypes that take the sizes of its experts."""
+    moe = config.moe
+    for backend in backends:
+        for dtype in dtypes:
+            sizes = None if moe is None else (config.hidden_size, moe.moe_intermediate_size, moe.hidden_act)
+            if sizes is not None and not _runs(backend, dtype, *sizes):
+                report.skipped.append(f"{backend} in {dtype}: {NEEDS.get(backend, 'does not take these sizes')}")
+                continue
+            yield backend, dtype
 
 
 def _router_jobs(report: CheckReport, seed: int, backends: list[str], dtypes: list[str]) -> list[Job]:
@@ -186,6 +218,7 @@ def _only(rows: Iterable[Row]) -> Iterator[tuple[list[Row], Routings]]:
     yield list(rows), ([], [])
 
 
+NOT_ALIKE = "a token may find an expert full, which depends on how many tokens one call brings"
 NEEDS = {"grouped_mm": "needs rows of whole multiples of 16 bytes"}
 
 

@@ -65,7 +65,7 @@ def _heads(a: AttentionConfig) -> tuple[int, int]:
 
 def _moe(moe: MoEConfig) -> MoEConfig:
     update = {
-        "router": _router(moe.router),
+        "router": shrink_router(moe.router),
         "moe_intermediate_size": min(moe.moe_intermediate_size, 32),
         "n_shared_experts": min(moe.n_shared_experts, 2),
         "shared_expert_intermediate_size": moe.shared_expert_intermediate_size and min(moe.shared_width, 48),
@@ -75,7 +75,8 @@ def _moe(moe: MoEConfig) -> MoEConfig:
     return MoEConfig.model_validate(moe.model_copy(update=update).model_dump())
 
 
-def _router(r: RouterConfig) -> RouterConfig:
+def shrink_router(r: RouterConfig) -> RouterConfig:
+    """At most 16 experts, in as many groups as there are up to 4."""
     if r.num_experts <= MAX_EXPERTS:
         return r
     groups = min(r.n_group, MAX_GROUPS)

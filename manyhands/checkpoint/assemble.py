@@ -59,6 +59,8 @@ def stored_dtype(source: Source, name: str) -> torch.dtype:
 def is_whole(source: Source, name: str) -> bool:
     """Whether one of our tensors lies in the files as it is: then it is mapped, and takes no memory of its own."""
     first, *others = source.pieces[name]
+    if first.otherwise == first.theirs:  # another of ours may be that one
+        return False
     return not others and not first.transpose and not first.ours_index and source.logical[first.theirs].decode is None
 
 

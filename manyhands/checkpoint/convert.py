@@ -58,9 +58,9 @@ class Conversion:
         self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
         self.tokenizer, self.unread = tokenizer_of(source.path if tokenizer is None else Path(tokenizer))
         self.config = target_config(family, config, self.dtype, origin, self.tokenizer)
-        self.headers = target_headers(family, config, dtype_rule(family, self.dtype, origin))
-        self.pieces = target_pieces(family, config)
         self.extras = () if drop_extras else source.kept
+        self.pieces = target_pieces(family, config, self.extras if family is source.family else ())
+        self.headers = target_headers(config, self.pieces, dtype_rule(family, self.dtype, origin))
         if self.extras and family is not source.family:
             raise CheckpointError(
                 f"{source.files.where(self.extras[0])} would be left over: {family.model_type} has no place for what "

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 from manyhands.checkpoint.tensors import FLOATS, Header, Logical, TensorSource
 from manyhands.config.shapes import Shape
@@ -25,6 +26,9 @@ def match(
     found: dict[str, list[Piece]] = {name: [] for name in shapes}
     covered = dict.fromkeys(logical, 0)
     for piece in pieces:
+        instead = piece.otherwise if piece.theirs not in logical and piece.otherwise in logical else None
+        if instead is not None:
+            piece = replace(piece, theirs=instead)
         stored = logical.get(piece.theirs)
         if stored is None:
             raise CheckpointError(f"{files.name}: tensor {piece.theirs!r} is missing, which {said} calls for")
@@ -42,7 +46,7 @@ def match(
             right = list(ours if not piece.transpose else (*ours[:-2], ours[-1], ours[-2]))
             raise CheckpointError(f"{where} has shape {shape}; {said} says {right}{part}")
         found[piece.ours].append(piece)
-        covered[piece.theirs] += math.prod(ours)
+        covered[piece.theirs] += 0 if instead else math.prod(ours)  # others may be read from there as well
     for name, of_one in found.items():
         whole = sum(math.prod(indexed_shape(shapes[name], piece.ours_index) or ()) for piece in of_one)
         assert whole == math.prod(shapes[name]), f"the family's pieces do not make up {name}"

@@ -29,7 +29,7 @@ from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.sidecars import read_tokenizer
-from manyhands.checkpoint.source import Source, open_source
+from manyhands.checkpoint.source import Source, open_source, stored_twice
 from manyhands.checkpoint.stored import hold_stored, open_store, read_tensor
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import BuiltConfig, EncoderDecoderConfig, ModelConfig
@@ -369,15 +369,16 @@ def _from_disk(source: Source, implementation: str, how: OnDisk) -> Model:
 
 
 def _check_tied(source: Source) -> None:
-    """A head stored beside an embedding that it is tied to must be that embedding."""
+    """A tensor that is stored twice, such as a head beside the embedding it is tied to, must be the same both times."""
+    twice = stored_twice(source.family, source.config)
     for name in source.dropped:
-        if name.endswith("lm_head.weight"):
-            embedding = source.pieces["embed_tokens.weight"][0].theirs
-            same = source.logical[name].header == source.logical[embedding].header
-            if not same or not _equal_bits(source.value(name), source.value(embedding)):
+        if (other := twice.get(name)) is not None:
+            same = source.logical[name].header == source.logical[other].header
+            if not same or not _equal_bits(source.value(name), source.value(other)):
+                said = "tie_word_embeddings = true" if name.endswith("lm_head.weight") else "that they are one table"
                 raise CheckpointError(
-                    f"{source.files.where(source.logical[name].parts[0])} differs from {embedding!r}, though {CONFIG} "
-                    "says tie_word_embeddings = true; it is false, or one of the two is wrong"
+                    f"{source.files.where(source.logical[name].parts[0])} differs from {other!r}, though {CONFIG} "
+                    f"says {said}; it is false, or one of the two is wrong"
                 )
             source.release(name)
 

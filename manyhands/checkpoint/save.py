@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,24 @@ _log = logging.getLogger(__name__)
 _NOT_CARRIED = {"quantization_config", "transformers_version", "torch_dtype", "dtype", "_name_or_path", "auto_map"}
 
 
-def target_pieces(family: Family, config: BuiltConfig) -> dict[str, list[Piece]]:
-    """The family's tensor names, in the order of the model, each with the pieces of ours that it holds."""
+def target_pieces(family: Family, config: BuiltConfig, kept: Collection[str] = ()) -> dict[str, list[Piece]]:
+    """The family's tensor names, in the order of the model, each with the pieces of ours that it holds.
+
+    `kept` are names that the files have anyway, from where the model came from.
+    """
     found: dict[str, list[Piece]] = {}
     for piece in family.pieces(config):
         found.setdefault(piece.theirs, []).append(piece)
-    return found
+    return found | {name: found[other] for name, other in family.besides(config).items() if name not in kept}
 
 
 def target_headers(
-    family: Family, config: BuiltConfig, dtype_of: Callable[[str, str], torch.dtype]
+    config: BuiltConfig, targets: Mapping[str, list[Piece]], dtype_of: Callable[[str, str], torch.dtype]
 ) -> dict[str, Header]:
     """Dtype and shape of every tensor of the family's file. `dtype_of(theirs, ours)` decides the dtype."""
     shapes = tensor_shapes(config)
     headers = {}
-    for theirs, pieces in target_pieces(family, config).items():
+    for theirs, pieces in targets.items():
         dtype = dtype_of(theirs, pieces[0].ours)
         headers[theirs] = header_of(shapes, pieces, NAMES[dtype])
     return headers
@@ -59,7 +62,7 @@ def dtype_rule(family: Family, model_dtype: torch.dtype, origin: Origin | None) 
 
     def as_stored(theirs: str, ours: str) -> torch.dtype:
         assert origin is not None
-        stored = origin.dtypes[theirs]
+        stored = origin.dtypes.get(theirs, "")
         return DTYPES[stored] if stored in DTYPES else rule(theirs, ours)
 
     same = origin is not None and origin.family is family and NAMES[model_dtype] == origin.main_dtype
@@ -76,6 +79,7 @@ def target_config(
     name = str(dtype).removeprefix("torch.")
     if origin is None or origin.family.model_type == "manyhands":
         ids: Json = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
+        ids |= family.token_ids
         return {**fields, **ids, **token_ids(tokenizer, {}), "dtype": name}
     carried = {
         key: value
@@ -83,7 +87,7 @@ def target_config(
         if (key in HARMLESS | TRAINING_ONLY or key in family.kept_fields) and key not in _NOT_CARRIED
     }
     if origin.family is not family:
-        carried = {key: value for key, value in carried.items() if key.endswith("_token_id")}
+        carried = {**family.token_ids, **{key: value for key, value in carried.items() if key.endswith("_token_id")}}
     if family.text_field is None:
         return {**carried, **fields, **_kept_fields(family, carried), "dtype": name}
     inner = {**carried, **fields[family.text_field], **_kept_fields(family, carried), "dtype": name}
@@ -114,10 +118,11 @@ def write_directory(
     """
     model_dtype = ours["embed_tokens.weight"].dtype if dtype is None else dtype
     values: dict[str, Any] = target_config(family, config, model_dtype, origin, tokenizer)
-    headers = target_headers(family, config, dtype_rule(family, model_dtype, origin))
-    pieces = target_pieces(family, config)
+    kept = origin.kept if origin is not None and origin.family is family else ()
+    pieces = target_pieces(family, config, kept)
+    headers = target_headers(config, pieces, dtype_rule(family, model_dtype, origin))
     source: Source | None = None
-    if origin is not None and origin.family is family and origin.kept:
+    if origin is not None and kept:
         source = reopen(origin)
         headers |= {name: source.logical[name].header for name in source.kept}
 

@@ -189,6 +189,13 @@ def _described(values: Json, path: Path, ignore_fields: Collection[str]) -> tupl
         raise CheckpointError(f"{path}: too deeply nested") from None
 
 
+def stored_twice(family: Family, config: BuiltConfig) -> dict[str, str]:
+    """Tensors that may lie in the files once more than the model has them: the name, and the other one's."""
+    embedding = next(piece.theirs for piece in family.pieces(config) if piece.ours == "embed_tokens.weight")
+    tied = dict.fromkeys(_TIED, embedding) if config.tie_word_embeddings else {}
+    return tied | dict(family.copies)
+
+
 def left_over(
     files: TensorSource,
     family: Family,
@@ -200,7 +207,7 @@ def left_over(
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The tensors that the model is not made of: those that a round trip keeps, and those that are recomputed."""
     used = {piece.theirs for of_one in pieces.values() for piece in of_one}
-    prefixes = family.kept(text)
+    prefixes, twice = family.kept(text), stored_twice(family, config)
     kept: list[str] = []
     dropped: list[str] = []
     for name in logical:
@@ -208,7 +215,7 @@ def left_over(
             continue
         if prefixes and name.startswith(prefixes):
             kept.append(name)
-        elif name.endswith(family.dropped) or (config.tie_word_embeddings and name in _TIED):
+        elif name.endswith(family.dropped) or name in twice:
             dropped.append(name)
         else:
             raise CheckpointError(f"{files.where(logical[name].parts[0])} is not one of this model's, as {said}")

@@ -6,7 +6,7 @@ L layers, E experts, D model width, F expert width.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from manyhands.config import BuiltConfig, ModelConfig
@@ -28,6 +28,8 @@ class Piece:
     theirs_index: Index = ()
     transpose: bool = False
     """The last two dimensions are swapped."""
+    otherwise: str | None = None
+    """Where it is read from, whole, if the files have no `theirs`; where it was read from there, the two are equal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +67,12 @@ class Family:
     """The field of `config.json` that holds the language model's fields, where the model has other parts too."""
     saved_float32: tuple[str, ...] = ("e_score_correction_bias",)
     """Endings of our tensors that are written in float32 whatever the dtype of the rest."""
+    copies: Mapping[str, str] = field(default_factory=dict)
+    """Tensors that some files hold once more, each with the name of which: they must be equal, and are dropped."""
+    besides: Callable[[Any], Mapping[str, str]] = lambda _: {}
+    """From our config: tensors that its files have besides those of `pieces`, each a copy of another of them."""
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    """The ids in `config.json` where neither the tokenizer nor the model's origin says others."""
 
 
 def pooled_over_experts(config: ModelConfig) -> float:

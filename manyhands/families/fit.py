@@ -4,7 +4,16 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from manyhands.config import AttentionConfig, BuiltConfig, ModelConfig, MoEConfig, RopeConfig, RouterConfig, suggest
+from manyhands.config import (
+    AttentionConfig,
+    BuiltConfig,
+    EncoderDecoderConfig,
+    ModelConfig,
+    MoEConfig,
+    RopeConfig,
+    RouterConfig,
+    suggest,
+)
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json
 from manyhands.families.fields import MISSING, Fields
@@ -126,7 +135,9 @@ def differ(ours: BuiltConfig, theirs: BuiltConfig) -> list[str]:
 
 def canonical(config: BuiltConfig) -> BuiltConfig:
     """The same function written one way: what only training uses, and what has no effect, is at its default."""
-    return _decoder(config) if isinstance(config, ModelConfig) else config
+    if isinstance(config, ModelConfig):
+        return _decoder(config)
+    return _encoder_decoder(config) if isinstance(config, EncoderDecoderConfig) else config
 
 
 def _decoder(config: ModelConfig) -> ModelConfig:
@@ -166,15 +177,33 @@ def _rope(rope: RopeConfig) -> RopeConfig:
     return RopeConfig(**{name: getattr(rope, name) for name in plain | used})
 
 
-def _moe(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
-    router = moe.router
+def _encoder_decoder(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
+    """How many sparse layers there are, not how many were asked for; an untied model has a table for each stack."""
+    changes: dict[str, Any] = {"share_embeddings": config.share_embeddings and config.tie_word_embeddings}
+    for name, layers in (
+        ("num_sparse_encoder_layers", config.num_hidden_layers),
+        ("num_sparse_decoder_layers", config.num_decoder_layers),
+    ):
+        asked = getattr(config, name)
+        changes[name] = layers // (layers // asked) if asked else 0
+    if config.router is not None:
+        changes["router"] = _router(config.router)
+    return config.model_copy(update=changes)
+
+
+def _router(router: RouterConfig) -> RouterConfig:
     changes: dict[str, Any] = {"init": "normal", "jitter": 0.0, "random_second": False, "capacity_factor": None}
-    of_capacity = ("min_capacity", "drop_policy", "capacity_per", "capacity_group")
-    changes |= {name: RouterConfig.model_fields[name].default for name in of_capacity}
+    if not router.limited(training=False):
+        of_capacity = ("min_capacity", "drop_policy", "capacity_per", "capacity_group")
+        changes |= {name: RouterConfig.model_fields[name].default for name in of_capacity}
     if router.n_group == 1:
         changes |= {"topk_group": 1, "group_score": "top2_sum"}
     if router.num_experts_per_tok == 1 and not router.norm_top1:
         changes["norm_topk_prob"] = False
+    return router.model_copy(update=changes)
+
+
+def _moe(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
     layers = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": tuple(config.dense_layers)}
     shared = {"n_shared_experts": 1, "shared_expert_intermediate_size": moe.shared_width} if moe.shared_width else {}
-    return moe.model_copy(update={"router": router.model_copy(update=changes), **layers, **shared})
+    return moe.model_copy(update={"router": _router(moe.router), **layers, **shared})

@@ -23,6 +23,8 @@ from manyhands.families.olmoe import OLMOE
 from manyhands.families.qwen2_moe import QWEN2_MOE
 from manyhands.families.qwen3 import QWEN3
 from manyhands.families.qwen3_moe import QWEN3_MOE
+from manyhands.families.switch_transformers import SWITCH_TRANSFORMERS
+from manyhands.families.t5 import T5
 
 FAMILIES: dict[str, Family] = {
     family.model_type: family
@@ -47,6 +49,8 @@ FAMILIES: dict[str, Family] = {
         MINIMAX_M2,
         HUNYUAN_V1_MOE,
         GROK_1,
+        T5,
+        SWITCH_TRANSFORMERS,
     )
 }
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 WIDTHS = {
     "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
-    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim",
+    "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_model", "d_kv", "d_ff",
 }  # fmt: skip
 PER_LAYER = ("layer_types", "mlp_only_layers", "attn_type_list")
 LAYERS, VOCAB = 12, 2048
@@ -30,14 +30,19 @@ def enlarged(fields: dict[str, Any], factor: int) -> dict[str, Any]:
         return fields | {"text_config": enlarged(fields["text_config"], factor)}
     fields = {name: value for name, value in fields.items() if name not in PER_LAYER}
     fields |= {name: fields[name] * factor for name in WIDTHS & fields.keys() if fields[name] is not None}
-    return fields | {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    if "num_decoder_layers" not in fields:
+        return fields | {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
+    for side in ("encoder", "decoder"):
+        if f"{side}_sparse_step" in fields:
+            fields[f"num_sparse_{side}_layers"] = LAYERS // fields[f"{side}_sparse_step"]
+    return fields | {"num_layers": LAYERS, "num_decoder_layers": LAYERS, "vocab_size": VOCAB}
 
 
 def random_checkpoint(small: Path, big: Path) -> None:
     """Write a checkpoint like the one in `small`, quantised the same way, of 250 MB or more once loaded."""
     from manyhands.checkpoint.quantized import Header
     from manyhands.checkpoint.safetensors.shards import write_shards
-    from manyhands.checkpoint.save import target_headers
+    from manyhands.checkpoint.save import target_headers, target_pieces
     from manyhands.config.shapes import tensor_shapes
     from manyhands.families import read_config, text_fields
 
@@ -51,7 +56,7 @@ def random_checkpoint(small: Path, big: Path) -> None:
         if size * dtype.itemsize >= SMALLEST:
             break
     stored: dict[str, Header] = {}
-    for name, header in target_headers(family, config, lambda *_: dtype).items():
+    for name, header in target_headers(config, target_pieces(family, config), lambda *_: dtype).items():
         stored |= {n: Header(*rest) for n, *rest in _parts(method, name, header.dtype, header.shape)}
     g = torch.Generator().manual_seed(1)
 

@@ -7,6 +7,7 @@ from manyhands.checkpoint.model import load_model
 from manyhands.families import FAMILIES
 
 from .conftest import Made
+from .encoder_decoders import CASES as PAIRS
 from .other_references import ALL
 from .parity import IDS, MASK, B, S, measure
 from .references import positions
@@ -15,7 +16,7 @@ WITH_A_LOSS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granite
 
 
 def test_every_family_has_a_case() -> None:
-    assert {case.split(",")[0] for case in ALL} == FAMILIES.keys() - {"manyhands"}
+    assert {case.split(",")[0] for case in [*ALL, *PAIRS]} == FAMILIES.keys() - {"manyhands"}
 
 
 @pytest.mark.parametrize("hostile", [False, True], ids=["plain", "hostile"])

@@ -1,9 +1,11 @@
 """The encoder-decoder: its sizes, its cache, its padding, its gradients, and what it refuses."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from manyhands.config import EncoderDecoderConfig, RouterConfig
 from manyhands.errors import ConfigError
@@ -185,7 +187,7 @@ def test_a_call_that_cannot_be_is_refused() -> None:
 
 @every
 def test_an_input_of_padding_alone_has_right_gradients(config: EncoderDecoderConfig) -> None:
-    """float32's against float64's, where whole rows of keys are hidden."""
+    """Against PyTorch's plain attention in float64, where whole rows of keys are hidden."""
     inputs, mask = padded()
     mask[2], gradients = False, []
     for dtype in (torch.float32, torch.float64):
@@ -193,10 +195,59 @@ def test_an_input_of_padding_alone_has_right_gradients(config: EncoderDecoderCon
         for part in model.modules():
             if not isinstance(part, Router):
                 part.to(dtype)
-        hidden = model.hidden(inputs, ids(3, 9), mask)
-        model.head(hidden.states)[..., ::2].sum().backward()
+        with nullcontext() if dtype == torch.float32 else sdpa_kernel(SDPBackend.MATH):
+            hidden = model.hidden(inputs, ids(3, 9), mask)
+            model.head(hidden.states)[..., ::2].sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     for name, exact in gradients[1].items():
         found = gradients[0][name]
         assert found is not None and exact is not None
         assert float((found - exact).abs().max()) < 1e-4 * float(exact.abs().max()), name
+
+
+def test_where_experts_are_full_a_cache_is_not_the_whole_and_later_tokens_change_nothing() -> None:
+    """A fixed room in each sequence: what a call brings is counted afresh, as transformers does."""
+    router = TOP1.model_copy(update={"capacity_tokens": 1, "capacity_per": "sequence"})
+    model, (inputs, mask), outputs = made(SWITCH.model_copy(update={"router": router})), padded(), ids(3, 9)
+    assert router.prefix_causal and not router.causal_safe
+    with torch.no_grad():
+        whole = model(inputs, outputs, mask)
+        shorter = model(inputs, outputs[:, :6], mask)
+        cache = model.new_cache()
+        steps = [
+            model(None if t else inputs, outputs[:, t : t + 1], None if t else mask, cache=cache) for t in range(9)
+        ]
+    assert not bool(whole.routings[5].kept.all()) and all(bool(step.routings[5].kept.all()) for step in steps)
+    assert float((torch.cat([step.logits for step in steps], 1) - whole.logits).abs().max()) > 0.1
+    torch.testing.assert_close(shorter.logits, whole.logits[:, :6], atol=2e-5, rtol=0)
+
+
+def test_padding_in_front_takes_no_room() -> None:
+    """In transformers it does, and changes what real tokens say."""
+    router = TOP1.model_copy(update={"capacity_tokens": 2, "capacity_per": "sequence"})
+    model, inputs, outputs = made(SWITCH.model_copy(update={"router": router})), ids(2, 9), ids(2, 4)
+    front = torch.cat((torch.zeros(2, 5, dtype=torch.long), inputs), 1)
+    with torch.no_grad():
+        padded_logits = model(front, outputs, front != 0).logits
+        torch.testing.assert_close(padded_logits, model(inputs, outputs).logits, atol=2e-5, rtol=0)
+
+
+def test_fresh_weights_have_the_scale_of_what_goes_in() -> None:
+    sizes = SIZES | {"hidden_size": 96, "intermediate_size": 160, "head_dim": 16, "initializer_factor": 0.5}
+    config = EncoderDecoderConfig(**sizes, router=TOP1, num_sparse_encoder_layers=2, num_sparse_decoder_layers=1)
+    weights = dict(made(config).named_parameters())
+    D, H, d, F = 96, 4, 16, 160
+    for name, variance in {
+        "embed_tokens.weight": 1.0,
+        "encoder.layers.0.self_attn.q_proj.weight": 1 / D / d,
+        "decoder.layers.1.cross_attn.k_proj.weight": 1 / D,
+        "decoder.layers.1.self_attn.o_proj.weight": 1 / (H * d),
+        "encoder.layers.0.mlp.up_proj.weight": 1 / D,
+        "encoder.layers.1.mlp.experts.up_proj": 1 / D,
+        "encoder.layers.1.mlp.experts.down_proj": 1 / F,
+        "encoder.layers.1.mlp.router.weight": 1 / D,
+    }.items():
+        assert float(weights[name].detach().std()) == pytest.approx(0.5 * variance**0.5, rel=0.1), name
+    again, other = made(config), made(config, seed=1)
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
+    assert not torch.equal(other.embed_tokens.weight, weights["embed_tokens.weight"])
