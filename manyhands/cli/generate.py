@@ -94,6 +94,9 @@ def generate(
     `manyhands chat`. Several prompts are continued together, each as it would be alone, and printed one after the
     other; with --json as a list. Sampling is the model's own (generation_config.json) where a flag does not say
     otherwise. Control characters are not printed; --json has them.
+
+    An encoder-decoder (T5, Switch) does not continue the prompt: what it writes for it is printed. One trained on spans
+    writes what stood where the prompt has <extra_id_0>, <extra_id_1>, …
     """
     from manyhands.generate.defaults import sampling_from
 
@@ -111,15 +114,22 @@ def generate(
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
         prompt = [sys.stdin.read()]
 
-    from manyhands.checkpoint.model import load, only_decoder
+    from manyhands.checkpoint.model import EncoderDecoderModel, load, only_decoder
     from manyhands.engine.engine import Engine
     from manyhands.terminal import shown
 
     loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
-    model = only_decoder(loaded, "generate")
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         print(shown(line), file=sys.stderr)
+    if isinstance(loaded, EncoderDecoderModel):
+        from manyhands.cli.rewritten import refuse, show_rewritten
+
+        only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
+        refuse(only | {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None})
+        show_rewritten(loaded, tokenizer, prompt or [], sampling, json_output)
+        return
+    model = only_decoder(loaded, "generate")
     if without or replay is not None:
         from manyhands.cli.edited import show_edited
 

@@ -17,6 +17,7 @@ from manyhands.config.run import (
     OptimConfig,
     RunConfig,
     ScheduleConfig,
+    SpansConfig,
     TokenizerConfig,
     TrainConfig,
 )
@@ -41,6 +42,7 @@ __all__ = [
     "RunConfig",
     "SamplingConfig",
     "ScheduleConfig",
+    "SpansConfig",
     "Strict",
     "TokenizerConfig",
     "TrainConfig",

@@ -34,6 +34,18 @@ class TokenizerConfig(Strict):
     GGUF. None: this project's own rule, which needs fewer tokens for source code."""
 
 
+class SpansConfig(Strict):
+    """T5's span corruption (arXiv 1910.10683): what an encoder-decoder learns from plain text. `train.sequence_length`
+    is what the encoder reads of a text; 512 leave 114 tokens to write."""
+
+    noise_density: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.15
+    """Share of the tokens that are cut out, and are to be written again."""
+    mean_span_length: Annotated[float, Field(ge=1.0, le=1e4)] = 3.0
+    """Of the pieces that are cut out."""
+    sentinels: Annotated[int, Field(strict=True, ge=1, le=10_000)] = 100
+    """`<extra_id_0>` and so on, in the last places of a vocabulary that is trained: a sequence needs one per piece."""
+
+
 class BalanceConfig(Strict):
     """How the router is kept balanced. All terms are per layer, then averaged over the sparse layers."""
 
@@ -157,6 +169,7 @@ class RunConfig(Strict):
     it matches. The others are frozen."""
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    spans: SpansConfig = SpansConfig()
     model: ByKind = ModelConfig()
     """A decoder, unless `kind` says otherwise."""
     balance: BalanceConfig = BalanceConfig()
@@ -186,6 +199,8 @@ class RunConfig(Strict):
                 f"tokenizer.pre = {self.tokenizer.pre!r} is for a tokenizer that is trained; data.tokenizer names one "
                 "that is there"
             )
+        if self.describes_model and self.model.kind != "encoder_decoder" and self.spans != SpansConfig():
+            raise ValueError(f"spans is what an encoder-decoder learns; model.kind is {self.model.kind!r}")
         for change in self.history:
             for path in change.set:
                 section, _, name = path.partition(".")

@@ -8,6 +8,7 @@ V = vocabulary size.
 """
 
 import copy
+import itertools
 import json
 import logging
 import re
@@ -39,6 +40,8 @@ _END_NAMES = (END_OF_TEXT, "</s>", "<|im_end|>", "<|end_of_text|>", "<|eot_id|>"
 """What common model families call the token that ends a document, the document's end before the chat turn's."""
 MIN_VOCAB_SIZE = 257
 """256 bytes and the end of text."""
+T5_TOKENS = ("<pad>", "</s>")
+"""Ids 0 and 1 of a vocabulary with sentinels: padding, which also begins what a decoder writes, and the end of text."""
 _NOT_HERE = {
     "continue_final_message": False,
     "max_length": None,
@@ -93,24 +96,30 @@ class Tokenizer:
         config.json where that has none."""
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, pre: Pre | None = None) -> Self:
+    def train(cls, texts: Iterable[str], vocab_size: int, pre: Pre | None = None, sentinels: int = 0) -> Self:
         """Learn a byte-level BPE of at most `vocab_size` tokens (fewer if the text is too small for more).
 
         `pre` names a published rule for where it may not merge (`pretokenizers.py`); None is `pieces.py`.
         Deterministic. Of much text every n-th is used, about 6 million characters in all. Each of the 256 bytes
         is a token, so any text can be encoded; `<|endoftext|>` is id 0.
-        Raises `DataError` for `vocab_size` < 257 or text that UTF-8 cannot hold.
+
+        With `sentinels` it has so many for span corruption (`spans.py`), laid out as T5's: `<pad>` is id 0, `</s>` ends
+        a text and is id 1, and the last ids are the sentinels, `<extra_id_0>` the very last.
+
+        Raises `DataError` for a `vocab_size` without room for that and the bytes, or text that UTF-8 cannot hold.
         """
-        if vocab_size < MIN_VOCAB_SIZE:
-            raise DataError(f"a byte-level vocabulary needs at least {MIN_VOCAB_SIZE} tokens, not {vocab_size}")
+        least = smallest_vocabulary(sentinels)
+        if vocab_size < least:
+            more = f" with {sentinels} sentinels" if sentinels else ""
+            raise DataError(f"a byte-level vocabulary{more} needs at least {least} tokens, not {vocab_size}")
         texts = list(texts)
         stride = -(-sum(map(len, texts)) // _ENOUGH_CHARACTERS) or 1
         inner = tokenizers.Tokenizer(models.BPE(ignore_merges=pre is not None and RULES[pre].ignore_merges))
         inner.pre_tokenizer = pre_tokenizer(pre)
         inner.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            special_tokens=[END_OF_TEXT],
+            vocab_size=vocab_size - sentinels,
+            special_tokens=list(T5_TOKENS) if sentinels else [END_OF_TEXT],
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
@@ -118,6 +127,8 @@ class Tokenizer:
             inner.train_from_iterator(texts[::stride], trainer)
         except UnicodeEncodeError as error:
             raise DataError(_surrogate(error)) from None
+        if sentinels:
+            inner.add_special_tokens([f"<extra_id_{number}>" for number in reversed(range(sentinels))])
         return cls(inner)
 
     @classmethod
@@ -220,6 +231,12 @@ class Tokenizer:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"this tokenizer.json cannot encode the text: {reason}") from None
+
+    @cached_property
+    def sentinel_ids(self) -> list[int]:
+        """The ids of `<extra_id_0>`, `<extra_id_1>`, …: T5's, for span corruption; empty if there are none."""
+        ids = (self.inner.token_to_id(f"<extra_id_{number}>") for number in itertools.count())
+        return list(itertools.takewhile(lambda token_id: token_id is not None, ids))
 
     @cached_property
     def front_ids(self) -> list[int]:
@@ -332,6 +349,11 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """Text piece by piece while ids arrive, never half a character."""
         return StreamDecoder(self.token_bytes)
+
+
+def smallest_vocabulary(sentinels: int = 0) -> int:
+    """Tokens that `Tokenizer.train` needs room for."""
+    return MIN_VOCAB_SIZE + (sentinels + len(T5_TOKENS) - 1 if sentinels else 0)
 
 
 def _parse(path: str | Path, data: bytes) -> Any:

@@ -151,7 +151,8 @@ def _tokenizer(
         tokenizer = ready_made()
     elif run.data.tokenizer is None:
         say(f"training a byte-level BPE of {vocab:,} tokens")
-        tokenizer = Tokenizer.train((document.text for document in train), vocab, run.tokenizer.pre)
+        sentinels = run.spans.sentinels if run.model.kind == "encoder_decoder" else 0
+        tokenizer = Tokenizer.train((document.text for document in train), vocab, run.tokenizer.pre, sentinels)
     else:
         tokenizer = Tokenizer.from_file(run.data.tokenizer)
     if tokenizer.vocab_size > vocab:

@@ -30,11 +30,12 @@ from manyhands.train.ready import check_ready
 from manyhands.train.recording import TRACES, StepTrace
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
+from manyhands.train.seq2seq import task_of
 from manyhands.train.signals import StopSignals, agreed
 from manyhands.train.start import Start, with_model
 from manyhands.train.state import TrainState
 from manyhands.train.step import StepResult, train_step
-from manyhands.train.task import LanguageModelling, Task
+from manyhands.train.task import Task
 from manyhands.train.trackers import open_tracker
 
 _TRACED = 200_000  # tokens that the report looks at after the last validation
@@ -174,13 +175,13 @@ class Trainer:
 
 
 def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None = None) -> Summary:
-    """Start or continue the run in directory `path`; returns when it is finished. `task` None: language modelling.
+    """Start or continue the run in directory `path`; returns when it is finished. `task` None: `task_of(run)`.
 
     Raises `UserError` if the directory holds anything but a run, `ConfigError` if it holds another run, `RunLocked`
     if a process is using it, `Interrupted` (after saving) on SIGTERM or SIGINT, `TrainingHalted` from the guards,
     `StorageError` if the disk is full.
     """
-    task, ranks = task or LanguageModelling(), Alone()
+    ranks = Alone()
     directory = RunDirectory(path)
     directory.check_ours()
     before = load_run(directory.config_file) if directory.config_file.is_file() else None
@@ -189,6 +190,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
         run = with_model(run, start.config)
     elif before is not None and run.start is not None and run.start == before.start:
         run = with_model(run, before.model)
+    task = task or task_of(run)
     check_ready(run)
     run, before = settle_dtype(run, before)
     with directory.lock(), StopSignals() as signals:

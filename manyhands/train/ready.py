@@ -9,8 +9,9 @@ from manyhands.config import RunConfig
 from manyhands.errors import ConfigError
 from manyhands.kernels import check_name
 from manyhands.models import build
-from manyhands.text.tokenizer import MIN_VOCAB_SIZE
+from manyhands.text.tokenizer import smallest_vocabulary
 from manyhands.train.optim import build_optimizers
+from manyhands.train.seq2seq import check_spans
 from manyhands.train.state import count_parameters, count_trained, pick_device
 from manyhands.train.trainable import freeze
 
@@ -26,10 +27,14 @@ def check_ready(run: RunConfig) -> None:
     for tracker in run.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise ConfigError(f"train.trackers: {tracker} is not installed; run: pip install {tracker}")
-    if run.data.tokenizer is None and run.start is None and run.model.vocab_size < MIN_VOCAB_SIZE:
+    sentinels = run.spans.sentinels if run.model.kind == "encoder_decoder" else 0
+    least = smallest_vocabulary(sentinels)
+    if run.data.tokenizer is None and run.start is None and run.model.vocab_size < least:
         raise ConfigError(
-            f"model.vocab_size = {run.model.vocab_size}: a byte-level vocabulary needs {MIN_VOCAB_SIZE} tokens at least"
+            f"model.vocab_size = {run.model.vocab_size}: a byte-level vocabulary needs {least} tokens at least"
+            + (f", with spans.sentinels = {sentinels}" if sentinels else "")
         )
+    check_spans(run)
     if run.data.tokenizer is not None and not os.path.exists(os.path.expanduser(run.data.tokenizer)):
         raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
     with torch.device("meta"):

@@ -3,8 +3,11 @@
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from manyhands.config import EncoderDecoderConfig, RouterConfig
+from manyhands.models.encoder_decoder import EncoderDecoder
 from manyhands.plan.count_kind import router_flops, sequence_flops
 from manyhands.plan.report.pairs import LENGTHS
 from manyhands.plan.subject import read_subject
@@ -51,6 +54,19 @@ def test_every_product_counted_one_by_one() -> None:
     written = 3 * (2 * attention + feed_forward + 3 * norm) + norm + 2 * D * V
     seen = 3 * 2 * 2 * (T * T // 2 + T * S) * W
     assert sequence_flops(EncoderDecoderConfig(**SMALL), S, T) == encoder + T * written + seen
+
+
+def test_the_built_model_multiplies_as_much() -> None:
+    """PyTorch's count of its matrix products, which leaves norms and the fused attention out."""
+    config, S, T = EncoderDecoderConfig(**SMALL), 6, 4
+    D, W = config.hidden_size, config.num_attention_heads * config.head_dim
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        EncoderDecoder(config)(torch.zeros(1, S, dtype=torch.int64), torch.zeros(1, T, dtype=torch.int64))
+    norms = 2 * D * (S * (2 * 2 + 1) + T * (3 * 3 + 1))
+    attention = 2 * 2 * W * (2 * S * S + 3 * (T * T // 2 + T * S))
+    # of the cross attention, keys and values are made once for each token that is read, not for each that is written
+    read_once = 3 * 2 * 2 * D * W * (S - T)
+    assert counter.get_total_flops() == sequence_flops(config, S, T) - norms - attention + read_once
 
 
 def test_routers_are_counted_apart() -> None:
