@@ -18,7 +18,7 @@ import shutil
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.model import load_model, only_decoder
-from manyhands.config import DataConfig, ModelConfig, RunConfig
+from manyhands.config import DataConfig, ModelConfig, RunConfig, SpansConfig, TokenizerConfig
 from manyhands.config.load import dump_run, parse_run
 from manyhands.files import JOURNAL, RUN, write_atomic
 from manyhands.generate.evaluate import evaluate
@@ -94,7 +94,7 @@ class Trained:
     validation: Progress
     """Loss on the whole validation text, where it was asked for (`train.eval_every`) and at the end."""
     bits_per_byte: float
-    """On the validation text, at the end."""
+    """On the validation text, at the end; NaN where only spans of it are asked for."""
     skipped: int
     """Updates that the guard took for spikes."""
 
@@ -160,9 +160,13 @@ def regime(job: Job, steps: int, quick_steps: int, *settings: str) -> RunConfig:
 
     `settings` are `section.key=value` on top. Text named by `--data` takes the standard library's place.
     """
-    sources = [str(job.data)] if job.data is not None else _small_text() if job.quick else ["stdlib"]
-    basic = [f"data.sources={sources}", f"train.max_steps={quick_steps if job.quick else steps}"]
+    basic = [f"data.sources={sources(job)}", f"train.max_steps={quick_steps if job.quick else steps}"]
     return parse_run(SMALL if job.quick else REGIME, "the lab's regime", [*basic, *settings])
+
+
+def sources(job: Job) -> list[str]:
+    """What `--data` names, else the standard library, or a part of it if the job is a quick one."""
+    return [str(job.data)] if job.data is not None else _small_text() if job.quick else ["stdlib"]
 
 
 def changed(run: RunConfig, *settings: str) -> RunConfig:
@@ -215,7 +219,8 @@ def train_arm(job: Job, run: RunConfig, name: str, task: Task | None = None) -> 
     if not job.quick:
         keep_freed_memory()
     directory = job.scratch / name
-    shutil.copytree(_corpus(run.data, run.model.vocab_size), directory / "data")
+    text = _Text(run.data, run.tokenizer, run.spans, run.model.kind, run.model.vocab_size, run)
+    shutil.copytree(_corpus(text), directory / "data")
     write_atomic(directory / RUN, dump_run(run))  # which makes the directory a run with its text prepared
     with job.clock():
         summary = train(directory, run, quiet=True, task=task)
@@ -235,7 +240,7 @@ def read_arm(directory: Path, run: RunConfig, skipped: int) -> Trained:
         steps,
         Progress([r["step"] for r in steps], [r["elapsed"] for r in steps], [r["loss"] for r in steps]),
         Progress(at, [elapsed[step] for step in at], [record["valid_loss"] for record in evaluations]),
-        evaluations[-1]["valid_bits_per_byte"] if evaluations else math.nan,
+        evaluations[-1]["valid_bits_per_byte"] or math.nan if evaluations else math.nan,
         skipped,
     )
 
@@ -245,10 +250,22 @@ def _small_text() -> list[str]:
     return [str(library / name) for name in _SMALL_TEXT]
 
 
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """What a prepared text depends on."""
+
+    data: DataConfig
+    tokenizer: TokenizerConfig
+    spans: SpansConfig
+    kind: str
+    vocab_size: int
+    run: RunConfig = field(compare=False)
+
+
 @cache
-def _corpus(data: DataConfig, vocab_size: int) -> Path:
+def _corpus(text: _Text) -> Path:
     """The text, cut into tokens: made once per process, deleted when it ends."""
     folder = Path(tempfile.mkdtemp(prefix="manyhands-lab-text-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    prepare_data(folder, RunConfig(data=data, model=ModelConfig(vocab_size=vocab_size)), lambda text: None)
+    prepare_data(folder, text.run, lambda said: None)
     return folder

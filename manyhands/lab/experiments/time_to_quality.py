@@ -4,17 +4,16 @@ from collections.abc import Mapping, Sequence
 
 from manyhands.config.decoder import as_decoder
 from manyhands.lab.curves import Ratio, ratios, smoothed
-from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
+from manyhands.lab.experiment import Criterion, Figure, Outcome
 from manyhands.lab.figures import by_arm, figures, loss_chart
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, arm, changed, match_dense, regime, train_arm, with_experts
+from manyhands.lab.sooner import at, ratio_chart, ratio_figures
 from manyhands.plan.count import count_model
 
 _WINDOW = 40
 """Steps over which training losses are averaged."""
 _SHOWN = ("validation loss", "validation", "training loss, last 50 steps", "MaxVio, worst layer", "time of a step")
-_PARTS = (0.2, 0.4, 0.6, 0.8, 1.0)
-"""Where in the dense run the ratio is printed."""
 
 
 def run(job: Job) -> Outcome:
@@ -42,29 +41,13 @@ def run(job: Job) -> Outcome:
         _criteria(job, pairs, found),
         (
             loss_chart(trained, "Validation loss", "Equal active FLOPs, the same batches."),
-            Chart(
-                "How many times sooner",
-                "loss of the dense model, nats/token",
-                "ratio",
-                tuple(
-                    Curve(name, [-r.loss for r in one], [getattr(r, field) for r in one], faint=number > 0)
-                    for number, one in enumerate(found)
-                    for name, field in (("by steps", "by_steps"), ("by clock", "by_clock"))
-                ),
-                "Losses have a minus, so that better is to the right. The ratio has no single value: it grows with the "
-                "quality that is asked for.",
-            ),
+            ratio_chart(found, "dense", "token"),
         ),
         notes=(
             "Quality is the loss on text that neither model trained on. The nearer the dense model is to all it can "
             "learn, the larger the ratio: scripts/time_to_quality.py takes it further.",
         ),
     )
-
-
-def at(found: Sequence[Ratio], step: float) -> Ratio:
-    """The last ratio at or before this step of the dense run; the first if all are later."""
-    return [ratio for ratio in found if ratio.slow_step <= step or ratio is found[0]][-1]
 
 
 def _saturation(trained: Mapping[str, Sequence[Trained]]) -> tuple[Figure, ...]:
@@ -86,12 +69,7 @@ def _saturation(trained: Mapping[str, Sequence[Trained]]) -> tuple[Figure, ...]:
 
 def _ratio_figures(pairs: Sequence[tuple[Trained, Trained]], found: list[list[Ratio]]) -> tuple[Figure, ...]:
     steps = pairs[0][0].run.train.max_steps
-    shown = []
-    for part in _PARTS:
-        there = [at(one, part * steps) for one in found]
-        where = f"at the dense loss of step {round(part * steps)}"
-        shown.append(Figure(f"{where}: by steps", "ratio", tuple(r.by_steps for r in there), "×", 2))
-        shown.append(Figure(f"{where}: by clock", "ratio", tuple(r.by_clock for r in there), "×", 2))
+    shown = ratio_figures(found, steps, "dense")
     window = min(_WINDOW, steps // 4)
     trained = [ratios(smoothed(dense.training, window), smoothed(sparse.training, window)) for dense, sparse in pairs]
     if all(trained):
