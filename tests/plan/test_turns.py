@@ -46,3 +46,9 @@ def test_prices_are_quoted_with_their_source() -> None:
     assert "What is charged for it" not in run("mixtral-8x7b")
     refused = CliRunner().invoke(app, ["plan", "composer-2"])
     assert "0.50 USD/million tokens in, 2.50 USD/million tokens out (reported" in str(refused.exception)
+
+
+def test_a_model_without_embedding_and_head_is_not_said_to_have_them() -> None:
+    told = run("shazeer-moe-131072-h")
+    assert "embedding and head: none described" in told and "without embedding" not in told
+    assert "-" not in "".join(line for line in told.splitlines() if line.startswith("  routed experts"))

@@ -33,22 +33,31 @@ def parameters(subject: Subject) -> Section:
         experts = f"{sizes.num_experts} experts, {sizes.experts_per_token} per token, {_layers(sizes.sparse_layers)}"
         idle = f"({sizes.num_experts} - {sizes.experts_per_token})/{sizes.num_experts}"
         parts += f" - {idle}·{counts.by_component['routed experts']:,}"
-    head = counts.active_without_embedding - counts.body
+    apart = counts.active != counts.body
+    with_both = "with input embedding and head" if apart else "embedding and head: none described"
     figures = [
         Figure("total", counts.total, "parameters", f.COUNT, f"{counts.total:,}", experts),
-        Figure("active", counts.active, "parameters", f.ACTIVE, parts, "with input embedding and head"),
-        Figure(
-            "active, without embedding",
-            counts.active_without_embedding,
-            "parameters",
-            f.ACTIVE,
-            f"{counts.body:,} + head {head:,}",
-            "the N of 2·N FLOPs",
-        ),
-        Figure(
-            "active, body only", counts.body, "parameters", f.ACTIVE, f"{counts.body:,}", "neither embedding nor head"
-        ),
+        Figure("active", counts.active, "parameters", f.ACTIVE, parts, with_both),
     ]
+    if apart:
+        figures += [
+            Figure(
+                "active, without embedding",
+                counts.active_without_embedding,
+                "parameters",
+                f.ACTIVE,
+                f"{counts.body:,} + head {counts.active_without_embedding - counts.body:,}",
+                "the N of 2·N FLOPs",
+            ),
+            Figure(
+                "active, body only",
+                counts.body,
+                "parameters",
+                f.ACTIVE,
+                f"{counts.body:,}",
+                "neither embedding nor head",
+            ),
+        ]
     notes = [f"beside them {counts.buffers:,} selection biases, which no gradient trains"] if counts.buffers else []
     return Section("parameters", "Parameters", figures, Table(("component", "total", "share", "active"), rows), notes)
 
