@@ -30,11 +30,21 @@ from manyhands.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import Model, load, load_model, save
-    from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig, RunConfig, SamplingConfig
+    from manyhands.checkpoint.numbers import load_experts, save_experts
+    from manyhands.config import (
+        BalanceConfig,
+        HierarchicalExpertsConfig,
+        LocalExpertsConfig,
+        ModelConfig,
+        MoEConfig,
+        RouterConfig,
+        RunConfig,
+        SamplingConfig,
+    )
     from manyhands.engine.answer import Completion
     from manyhands.engine.engine import Engine
     from manyhands.generate.steps import complete as generate
-    from manyhands.models import Decoder, init_weights
+    from manyhands.models import Decoder, HierarchicalExperts, LocalExperts, init_weights
     from manyhands.moe import LoadCounter, MoELayer, Router, Routing, balance_objective
     from manyhands.moe.balance import update_bias
 
@@ -43,7 +53,11 @@ _HOMES = {
     "Completion": "manyhands.engine.answer",
     "Decoder": "manyhands.models",
     "Engine": "manyhands.engine.engine",
+    "HierarchicalExperts": "manyhands.models",
+    "HierarchicalExpertsConfig": "manyhands.config",
     "LoadCounter": "manyhands.moe",
+    "LocalExperts": "manyhands.models",
+    "LocalExpertsConfig": "manyhands.config",
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
     "Model": "manyhands.checkpoint.model",
@@ -57,8 +71,10 @@ _HOMES = {
     "generate": "manyhands.generate.steps",
     "init_weights": "manyhands.models",
     "load": "manyhands.checkpoint.model",
+    "load_experts": "manyhands.checkpoint.numbers",
     "load_model": "manyhands.checkpoint.model",
     "save": "manyhands.checkpoint.model",
+    "save_experts": "manyhands.checkpoint.numbers",
     "update_bias": "manyhands.moe.balance",
 }
 
@@ -72,8 +88,12 @@ __all__ = [
     "Decoder",
     "DiskError",
     "Engine",
+    "HierarchicalExperts",
+    "HierarchicalExpertsConfig",
     "Interrupted",
     "LoadCounter",
+    "LocalExperts",
+    "LocalExpertsConfig",
     "ManyhandsError",
     "MoEConfig",
     "MoELayer",
@@ -92,8 +112,10 @@ __all__ = [
     "generate",
     "init_weights",
     "load",
+    "load_experts",
     "load_model",
     "save",
+    "save_experts",
     "update_bias",
 ]
 

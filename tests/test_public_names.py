@@ -22,8 +22,12 @@ NAMES = {
     "Decoder",
     "DiskError",
     "Engine",
+    "HierarchicalExperts",
+    "HierarchicalExpertsConfig",
     "Interrupted",
     "LoadCounter",
+    "LocalExperts",
+    "LocalExpertsConfig",
     "ManyhandsError",
     "MoEConfig",
     "MoELayer",
@@ -42,8 +46,10 @@ NAMES = {
     "generate",
     "init_weights",
     "load",
+    "load_experts",
     "load_model",
     "save",
+    "save_experts",
     "update_bias",
 }
 HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}

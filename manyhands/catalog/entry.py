@@ -197,7 +197,8 @@ class Entry(Strict):
             return None
         wide = getattr(layers, "shared_intermediate_size", 0)
         shared = getattr(layers, "n_shared_experts", 0) or (wide // layers.moe_intermediate_size if wide else 0)
-        return Mixture(router.num_experts, shared, router.num_experts_per_tok)
+        k = getattr(router, "num_experts_per_tok", router.num_experts)  # 1991: every expert works
+        return Mixture(router.num_experts, shared, k)
 
     @property
     def year(self) -> int:
@@ -233,6 +234,6 @@ class Entry(Strict):
     @model_validator(mode="after")
     def _consistent(self) -> "Entry":
         described = (self.config_fields is not None) + (self.shape is not None)
-        if described != (self.architecture != "undisclosed" and self.kind != "mixture_1991"):
+        if described != (self.architecture != "undisclosed"):
             raise ValueError("an entry has one of config, shape and same_as, or an undisclosed architecture")
         return self

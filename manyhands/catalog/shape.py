@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from manyhands.config import EncoderDecoderConfig, RecurrentConfig, Strict
+from manyhands.config import EncoderDecoderConfig, LocalExpertsConfig, RecurrentConfig, Strict
 
 Size = Annotated[int, Field(strict=True, ge=1, le=1 << 24)]
 Count = Annotated[int, Field(strict=True, ge=0, le=1 << 24)]
@@ -127,4 +127,4 @@ class TranslatorShape(Strict):
         return self.num_encoder_layers // 2 + self.num_decoder_layers // 2
 
 
-Shape = DecoderShape | EncoderDecoderConfig | RecurrentConfig | TranslatorShape
+Shape = DecoderShape | EncoderDecoderConfig | RecurrentConfig | LocalExpertsConfig | TranslatorShape

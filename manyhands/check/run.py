@@ -12,6 +12,7 @@ from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
 from manyhands.check.encoder_decoder import EncoderDecoderCheck
 from manyhands.check.model import DTYPES, ModelCheck, Routings
+from manyhands.check.numbers import number_rows
 from manyhands.check.own import own_rows
 from manyhands.check.parts import part_jobs
 from manyhands.check.report import CheckReport, Row, Situation
@@ -209,6 +210,7 @@ def _part_jobs(seed: int, backends: list[str], dtypes: list[str]) -> Iterator[Jo
     for dtype in dtypes:
         yield "loss head", "chunks", dtype, lambda d=dtype: _only(loss_head(seed, d))  # type: ignore[misc]
     if "float32" in dtypes:
+        yield "experts of 1991 and 1994", "–", "float32", lambda: _only(number_rows(seed))
         for backend in backends:
             yield "a wide expert", backend, "float32", lambda b=backend: _only(wide_expert(seed, b))  # type: ignore[misc]
 

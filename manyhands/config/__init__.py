@@ -5,6 +5,7 @@ from manyhands.config.base import Strict, parse, suggest
 from manyhands.config.decoder import ModelConfig
 from manyhands.config.encoder_decoder import EncoderDecoderConfig
 from manyhands.config.kinds import BuiltConfig
+from manyhands.config.local_experts import HierarchicalExpertsConfig, LocalExpertsConfig
 from manyhands.config.model import AnyModelConfig, read_model_config
 from manyhands.config.moe import MoEConfig
 from manyhands.config.packing import PackedConfig, Packing
@@ -31,6 +32,8 @@ __all__ = [
     "DataConfig",
     "EncoderDecoderConfig",
     "GuardConfig",
+    "HierarchicalExpertsConfig",
+    "LocalExpertsConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",

@@ -14,6 +14,7 @@ from manyhands.config import (
     RouterConfig,
     suggest,
 )
+from manyhands.config.local_experts import OF_NUMBERS
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json
 from manyhands.families.fields import MISSING, Fields
@@ -30,6 +31,8 @@ def read_config(values: Any, where: str, ignored: Collection[str] = ()) -> tuple
     if not isinstance(values, dict):
         raise ConfigError(f"{where}: expected an object, found {type(values).__name__}")
     model_type = values.get("model_type")
+    if values.get("kind") in OF_NUMBERS:
+        raise ConfigError(f"{where}: kind = {values['kind']!r} is a model of numbers; mh.load_experts loads it")
     if not isinstance(model_type, str):
         raise ConfigError(f"{where}: 'model_type' is missing; known: {', '.join(sorted(FAMILIES))}")
     family = family_named(model_type[:80], where)

@@ -3,7 +3,9 @@
 from manyhands.models.build import AnyModel, LanguageModel, build
 from manyhands.models.decoder import Decoder, Hidden, Output
 from manyhands.models.encoder_decoder import EncoderDecoder
+from manyhands.models.hierarchical_experts import HierarchicalExperts
 from manyhands.models.init import init_weights
+from manyhands.models.local_experts import LocalExperts
 from manyhands.models.recurrent import Recurrent
 
 __all__ = [
@@ -11,7 +13,9 @@ __all__ = [
     "Decoder",
     "EncoderDecoder",
     "Hidden",
+    "HierarchicalExperts",
     "LanguageModel",
+    "LocalExperts",
     "Output",
     "Recurrent",
     "build",

@@ -5,7 +5,14 @@ D model width, F feed-forward width, E experts, K experts per token.
 
 from collections import Counter
 
-from manyhands.config import AnyModelConfig, EncoderDecoderConfig, ModelConfig, RecurrentConfig
+from manyhands.config import (
+    AnyModelConfig,
+    EncoderDecoderConfig,
+    HierarchicalExpertsConfig,
+    LocalExpertsConfig,
+    ModelConfig,
+    RecurrentConfig,
+)
 from manyhands.config.activation import ACTIVATIONS, Form
 from manyhands.errors import ConfigError
 from manyhands.plan.count import Counts, count_model
@@ -18,6 +25,11 @@ def count_any(config: AnyModelConfig) -> Counts:
             return count_model(config)
         case EncoderDecoderConfig():
             return _encoder_decoder(config)
+        case LocalExpertsConfig():
+            return _every_expert(config, gate_rows=config.num_experts)
+        case HierarchicalExpertsConfig():
+            rows = sum(config.gates_of(level) * branches for level, branches in enumerate(config.branching))
+            return _every_expert(config, gate_rows=rows, variances=config.num_experts)
     raise ConfigError(f"kind = {config.kind!r}: manyhands does not count this kind yet")
 
 
@@ -93,3 +105,14 @@ def _stack(s: EncoderDecoderConfig, *, decoder: bool) -> tuple[Counter[str], int
         }
     )
     return parts, sum(parts.values()) - sparse * (E - K) * network
+
+
+def _every_expert(s: LocalExpertsConfig | HierarchicalExpertsConfig, gate_rows: int, variances: int = 0) -> Counts:
+    """Linear experts and gates with biases; all of them are evaluated for every example."""
+    columns = s.num_inputs + 1
+    parts = {"experts": s.num_experts * s.num_outputs * columns, "gates": gate_rows * columns}
+    body = sum(parts.values())
+    if variances:
+        parts["variances"] = variances
+    idle = {"variances": variances} if variances else {}
+    return Counts(body + variances, body, body, body, embedding=0, by_component=parts, idle=idle)

@@ -13,7 +13,7 @@ from manyhands.catalog.shape import (
     Shape,
     TranslatorShape,
 )
-from manyhands.config import EncoderDecoderConfig, RecurrentConfig
+from manyhands.config import EncoderDecoderConfig, LocalExpertsConfig, RecurrentConfig
 from manyhands.plan.count import Counts
 from manyhands.plan.count_kind import count_any, feed_forward
 
@@ -39,6 +39,8 @@ def experts_in_model(shape: Shape) -> int:
             return shape.router.num_experts * sparse if shape.router else 0
         case RecurrentConfig():
             return shape.moe.router.num_experts * len(shape.sparse_layers) if shape.moe else 0
+        case LocalExpertsConfig():
+            return shape.num_experts
         case TranslatorShape():
             return shape.num_experts * shape.sparse_layers
 

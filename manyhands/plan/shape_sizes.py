@@ -1,7 +1,7 @@
 """`Sizes` of a catalogue's shape: decoders that none of our families reads, so attention and caches have figures."""
 
 from manyhands.catalog.shape import DecoderShape, Shape
-from manyhands.config import AnyModelConfig, EncoderDecoderConfig
+from manyhands.config import AnyModelConfig, EncoderDecoderConfig, HierarchicalExpertsConfig, LocalExpertsConfig
 from manyhands.plan.sizes import Sizes
 
 
@@ -32,6 +32,8 @@ def left_out(shape: Shape | AnyModelConfig) -> tuple[str, ...]:
     if not isinstance(shape, DecoderShape):
         if isinstance(shape, EncoderDecoderConfig):
             return ("an encoder-decoder: parameters, memory, and the FLOPs of a pair of sequences",)
+        if isinstance(shape, LocalExpertsConfig | HierarchicalExpertsConfig):
+            return ("numbers in, numbers out; every expert is evaluated for every example",)
         return ("not a decoder: parameters and memory only",)
     if shape.mamba is not None:
         return ("the state-space layers' scan and state are left out: small beside their weights",)

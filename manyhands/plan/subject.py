@@ -250,10 +250,6 @@ def _stored(entry: "Entry") -> Storage | None:
 def _undisclosed(entry: "Entry", include_rumours: bool) -> Subject:
     said = {what: figure for what in ("total", "active") if (figure := entry.figure(what)) is not None}
     rumours = {what: figure for what, figure in said.items() if figure.kind == "rumour" and figure.value}
-    if entry.kind == "mixture_1991":
-        raise ConfigError(
-            f"{entry.id}: {entry.name} is no network of the kind that is counted here; its paper says all"
-        )
     if entry.based_on:
         hint = f"; it is said to be made from {entry.based_on}: plan that"
     elif "total" in rumours:

@@ -1,0 +1,102 @@
+"""Arrays in, a curve out: what the models of numbers share.
+
+N examples, I inputs, O outputs.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.errors import DataError
+
+Array = Any
+"""A tensor, a numpy array or nested lists, [N, …] or, of one column, [N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """How a fit went. Entry 0 of each is before the first epoch."""
+
+    objective: tuple[float, ...]
+    """What is optimised, per example."""
+    error: tuple[float, ...]
+    """Mean squared error of the mixture's output, over examples and outputs."""
+    valid_error: tuple[float, ...] = ()
+    """The same on examples that are not fitted, if there are any."""
+
+    @property
+    def epochs(self) -> int:
+        """How many there were."""
+        return len(self.objective) - 1
+
+
+class NumberRegressor(nn.Module):
+    """Inputs are shifted and scaled as those of the first fit were, so that their units do not matter."""
+
+    input_mean: Tensor
+    input_scale: Tensor
+
+    def __init__(self, num_inputs: int, num_outputs: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.num_inputs, self.num_outputs = num_inputs, num_outputs
+        self.register_buffer("input_mean", torch.zeros(num_inputs, dtype=dtype))
+        self.register_buffer("input_scale", torch.ones(num_inputs, dtype=dtype))
+
+    def inputs(self, x: Array) -> Tensor:
+        """[N, I+1] scaled, with a column of ones: the last column of every weight matrix is its bias."""
+        scaled = (as_columns(x, self.num_inputs, "x", self.input_mean) - self.input_mean) / self.input_scale
+        return torch.cat((scaled, scaled.new_ones(len(scaled), 1)), 1)
+
+    def targets(self, y: Array, examples: int) -> Tensor:
+        """[N, O]. Raises `DataError` unless there is one for each example."""
+        found = as_columns(y, self.num_outputs, "y", self.input_mean)
+        if len(found) != examples:
+            raise DataError(f"x has {examples} rows and y has {len(found)}")
+        return found
+
+    def pair(self, x: Array, y: Array) -> tuple[Tensor, Tensor]:
+        """Inputs and targets as the two methods above give them."""
+        x1_NI = self.inputs(x)
+        return x1_NI, self.targets(y, len(x1_NI))
+
+    @torch.no_grad()
+    def take_scale(self, x: Array) -> None:
+        """Mean and standard deviation of the inputs; a column that is constant is only shifted."""
+        found = as_columns(x, self.num_inputs, "x", self.input_mean)
+        deviation = found.std(0, correction=0)
+        self.input_mean.copy_(found.mean(0))
+        self.input_scale.copy_(torch.where(deviation > 0, deviation, torch.ones_like(deviation)))
+
+
+def as_columns(values: Array, columns: int, name: str, like: Tensor) -> Tensor:
+    """[N, columns] in the dtype and on the device of `like`. Raises `DataError` naming what is wrong."""
+    try:
+        found = torch.as_tensor(values).to(like.device, like.dtype)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"{name} is no array of numbers: {str(error)[:200]}") from None
+    if found.dim() == 1 and columns == 1:
+        found = found[:, None]
+    if found.dim() != 2 or found.shape[1] != columns or not len(found):
+        raise DataError(f"{name} is {list(found.shape)}, not [examples, {columns}] with at least one example")
+    if not bool(found.isfinite().all()):
+        raise DataError(f"{name} holds NaN or infinity")
+    return found
+
+
+def mean_squared(output_NO: Tensor, target_NO: Tensor) -> float:
+    """Over examples and outputs."""
+    return float((output_NO.detach() - target_NO).square().mean())
+
+
+def first_below(values: Sequence[float], bound: float) -> int | None:
+    """The first epoch at which a curve is below `bound`; None if it never is."""
+    return next((epoch for epoch, value in enumerate(values) if value < bound), None)
+
+
+def is_finite(value: float) -> bool:
+    """Neither NaN nor infinite."""
+    return math.isfinite(value)

@@ -1,0 +1,162 @@
+"""Adaptive mixtures of local experts (Jacobs, Jordan, Nowlan, Hinton 1991): where all of it began.
+
+    model = LocalExperts(LocalExpertsConfig(num_inputs=2, num_outputs=4, num_experts=4, output="sigmoid"))
+    history = model.fit(x, y, step=10.0, epochs=100)
+    model.predict(x), model(x).gates
+
+N examples, I inputs, O outputs, K experts.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from manyhands.config import LocalExpertsConfig
+from manyhands.errors import ConfigError, UserError
+from manyhands.models.fitting import Array, History, NumberRegressor, is_finite, mean_squared
+
+Objective = Callable[[Tensor, Tensor, Tensor, float], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a mixture of numbers returns."""
+
+    mean: Tensor
+    """[N, O]: the experts' outputs, weighed."""
+    outputs: Tensor
+    """[N, K, O]: each expert's own."""
+    log_gates: Tensor
+    """[N, K]: log of the probability with which the gate chooses each expert."""
+
+    @property
+    def gates(self) -> Tensor:
+        """[N, K]: they sum to 1."""
+        return self.log_gates.exp()
+
+
+def distances(outputs_NKO: Tensor, target_NO: Tensor) -> Tensor:
+    """[N, K]: ‖d − o_i‖²."""
+    return (target_NO[:, None] - outputs_NKO).square().sum(-1)
+
+
+def cooperative(log_p_NK: Tensor, outputs_NKO: Tensor, target_NO: Tensor, sigma: float = 1.0) -> Tensor:
+    """[N]: ‖d − Σ p_i o_i‖². Experts mend each other's mistakes together, so that many of them answer each case."""
+    mean_NO = (log_p_NK.exp()[..., None] * outputs_NKO).sum(1)
+    return (target_NO - mean_NO).square().sum(-1)
+
+
+def gated(log_p_NK: Tensor, outputs_NKO: Tensor, target_NO: Tensor, sigma: float = 1.0) -> Tensor:
+    """[N]: Σ p_i ‖d − o_i‖². Each is to be right by itself; the one that is nearest learns slowest."""
+    return (log_p_NK.exp() * distances(outputs_NKO, target_NO)).sum(-1)
+
+
+def competitive(log_p_NK: Tensor, outputs_NKO: Tensor, target_NO: Tensor, sigma: float = 1.0) -> Tensor:
+    """[N]: −log Σ p_i exp(−½ ‖d − o_i‖² / σ²). The nearest learns fastest, and experts specialise."""
+    return -(log_p_NK - distances(outputs_NKO, target_NO) / (2.0 * sigma**2)).logsumexp(-1)
+
+
+OBJECTIVES: dict[str, Objective] = {"competitive": competitive, "gated": gated, "cooperative": cooperative}
+"""Every `LocalExpertsConfig.objective`: (log p [N, K], o [N, K, O], d [N, O], σ) -> [N]. Source: section 1 there."""
+
+
+class LocalExperts(NumberRegressor):
+    """K linear experts and a gate, all of which see the input. Fresh weights are uniform in ±½."""
+
+    def __init__(self, config: LocalExpertsConfig, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(config.num_inputs, config.num_outputs, dtype)
+        self.config = config
+        K, O, columns = config.num_experts, config.num_outputs, config.num_inputs + 1
+        self.experts = nn.Parameter(torch.empty(K, O, columns, dtype=dtype))
+        self.gate = nn.Parameter(torch.empty(K, columns, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self, seed: int | None = None) -> None:
+        """Fresh weights; without a seed from torch's global generator."""
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in self.parameters():
+                p.copy_(torch.rand(p.shape, generator=generator, dtype=p.dtype) - 0.5)
+
+    def forward(self, x: Array) -> Mixed:
+        """x [N, I]: a tensor, an array or lists. Raises `DataError` for another shape."""
+        return self.mix(self.inputs(x))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
+    def mix(self, x1_NI: Tensor) -> Mixed:
+        """The same for inputs that are scaled and have their column of ones."""
+        outputs_NKO = torch.einsum("ni,koi->nko", x1_NI, self.experts)
+        if self.config.output == "sigmoid":
+            outputs_NKO = outputs_NKO.sigmoid()
+        log_p_NK = (x1_NI @ self.gate.T).log_softmax(-1)
+        return Mixed((log_p_NK.exp()[..., None] * outputs_NKO).sum(1), outputs_NKO, log_p_NK)
+
+    @torch.no_grad()
+    def predict(self, x: Array) -> Tensor:
+        """[N, O]."""
+        return self.forward(x).mean
+
+    def objective(self, x: Array, y: Array) -> Tensor:
+        """[N]: what is minimised, of each example; carries gradient."""
+        x1_NI, y_NO = self.pair(x, y)
+        return self._objective(self.mix(x1_NI), y_NO)
+
+    def _objective(self, mixed: Mixed, y_NO: Tensor) -> Tensor:
+        of = OBJECTIVES[self.config.objective]
+        return of(mixed.log_gates, mixed.outputs, y_NO, self.config.sigma)
+
+    @torch.no_grad()
+    def responsibilities(self, x: Array, y: Array) -> Tensor:
+        """[N, K]: p_i exp(−½‖d−o_i‖²/σ²) over its sum: how probable it is that expert i made the example."""
+        x1_NI, y_NO = self.pair(x, y)
+        mixed = self.mix(x1_NI)
+        return (mixed.log_gates - distances(mixed.outputs, y_NO) / (2.0 * self.config.sigma**2)).softmax(-1)
+
+    def fit(
+        self,
+        x: Array,
+        y: Array,
+        *,
+        step: float = 0.3,
+        epochs: int = 1000,
+        until: float | None = None,
+        valid: tuple[Array, Array] | None = None,
+        rescale: bool = True,
+    ) -> History:
+        """Gradient descent with a fixed step on the mean objective over all examples, as the paper did.
+
+        It begins at the weights that are there, and ends after `epochs`, or as soon as the mean squared error is
+        below `until`. `rescale` sets the inputs' mean and scale from x.
+
+        Raises `DataError` for arrays that do not fit, `ConfigError` for a step or number of epochs that cannot be, and
+        `UserError` if the step was so large that the objective is no number any more.
+        """
+        if not step > 0 or epochs < 0:
+            raise ConfigError(f"step = {step}, epochs = {epochs}: a step is above 0 and epochs are at least 0")
+        if rescale:
+            self.take_scale(x)
+        x1_NI, y_NO = self.pair(x, y)
+        held_out = None if valid is None else self.pair(*valid)
+        objectives, errors, valid_errors = [], [], []
+        for epoch in range(epochs + 1):
+            mixed = self.mix(x1_NI)
+            loss = self._objective(mixed, y_NO).mean()
+            objectives.append(float(loss.detach()))
+            errors.append(mean_squared(mixed.mean, y_NO))
+            if held_out is not None:
+                with torch.no_grad():
+                    valid_errors.append(mean_squared(self.mix(held_out[0]).mean, held_out[1]))
+            if not is_finite(objectives[-1]):
+                raise UserError(f"step = {step:g} is too large: after {epoch} epochs the objective is {objectives[-1]}")
+            if epoch == epochs or (until is not None and errors[-1] < until):
+                break
+            gradients = torch.autograd.grad(loss, (self.experts, self.gate))
+            with torch.no_grad():
+                for p, g in zip((self.experts, self.gate), gradients, strict=True):
+                    p.sub_(g, alpha=step)
+        return History(tuple(objectives), tuple(errors), tuple(valid_errors))
