@@ -4,14 +4,14 @@ N examples, I inputs, O outputs.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from manyhands.errors import DataError
+from manyhands.errors import ConfigError, DataError, UserError
 
 Array = Any
 """A tensor, a numpy array or nested lists, [N, …] or, of one column, [N]."""
@@ -92,11 +92,42 @@ def mean_squared(output_NO: Tensor, target_NO: Tensor) -> float:
     return float((output_NO.detach() - target_NO).square().mean())
 
 
+def descend(
+    parameters: Sequence[nn.Parameter],
+    evaluate: Callable[[], tuple[Tensor, Tensor]],
+    target_NO: Tensor,
+    *,
+    step: float,
+    epochs: int,
+    until: float | None = None,
+    valid: Callable[[], float] | None = None,
+) -> History:
+    """Gradient descent with a fixed step, every epoch on all examples. `evaluate` returns what is minimised and the
+    outputs [N, O]; `valid` an error on other examples.
+
+    It ends after `epochs`, or as soon as the mean squared error is below `until`. Raises `ConfigError` for a step or a
+    number of epochs that cannot be, and `UserError` if the step was so large that the objective is no number any more.
+    """
+    if not step > 0 or epochs < 0:
+        raise ConfigError(f"step = {step}, epochs = {epochs}: a step is above 0 and epochs are at least 0")
+    objectives, errors, valid_errors = list[float](), list[float](), list[float]()
+    for epoch in range(epochs + 1):
+        loss, output_NO = evaluate()
+        objectives.append(float(loss.detach()))
+        errors.append(mean_squared(output_NO, target_NO))
+        if valid is not None:
+            valid_errors.append(valid())
+        if not math.isfinite(objectives[-1]):
+            raise UserError(f"step = {step:g} is too large: after {epoch} epochs the objective is {objectives[-1]}")
+        if epoch == epochs or (until is not None and errors[-1] < until):
+            break
+        gradients = torch.autograd.grad(loss, list(parameters))
+        with torch.no_grad():
+            for p, g in zip(parameters, gradients, strict=True):
+                p.sub_(g, alpha=step)
+    return History(tuple(objectives), tuple(errors), tuple(valid_errors))
+
+
 def first_below(values: Sequence[float], bound: float) -> int | None:
     """The first epoch at which a curve is below `bound`; None if it never is."""
     return next((epoch for epoch, value in enumerate(values) if value < bound), None)
-
-
-def is_finite(value: float) -> bool:
-    """Neither NaN nor infinite."""
-    return math.isfinite(value)

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config import LocalExpertsConfig
-from manyhands.errors import ConfigError, UserError
-from manyhands.models.fitting import Array, History, NumberRegressor, is_finite, mean_squared
+from manyhands.models.fitting import Array, History, NumberRegressor, descend, mean_squared
 
 Objective = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
@@ -136,27 +135,26 @@ class LocalExperts(NumberRegressor):
         Raises `DataError` for arrays that do not fit, `ConfigError` for a step or number of epochs that cannot be, and
         `UserError` if the step was so large that the objective is no number any more.
         """
-        if not step > 0 or epochs < 0:
-            raise ConfigError(f"step = {step}, epochs = {epochs}: a step is above 0 and epochs are at least 0")
         if rescale:
             self.take_scale(x)
         x1_NI, y_NO = self.pair(x, y)
         held_out = None if valid is None else self.pair(*valid)
-        objectives, errors, valid_errors = [], [], []
-        for epoch in range(epochs + 1):
+
+        def evaluate() -> tuple[Tensor, Tensor]:
             mixed = self.mix(x1_NI)
-            loss = self._objective(mixed, y_NO).mean()
-            objectives.append(float(loss.detach()))
-            errors.append(mean_squared(mixed.mean, y_NO))
-            if held_out is not None:
-                with torch.no_grad():
-                    valid_errors.append(mean_squared(self.mix(held_out[0]).mean, held_out[1]))
-            if not is_finite(objectives[-1]):
-                raise UserError(f"step = {step:g} is too large: after {epoch} epochs the objective is {objectives[-1]}")
-            if epoch == epochs or (until is not None and errors[-1] < until):
-                break
-            gradients = torch.autograd.grad(loss, (self.experts, self.gate))
+            return self._objective(mixed, y_NO).mean(), mixed.mean
+
+        def error() -> float:
+            assert held_out is not None
             with torch.no_grad():
-                for p, g in zip((self.experts, self.gate), gradients, strict=True):
-                    p.sub_(g, alpha=step)
-        return History(tuple(objectives), tuple(errors), tuple(valid_errors))
+                return mean_squared(self.mix(held_out[0]).mean, held_out[1])
+
+        return descend(
+            [self.experts, self.gate],
+            evaluate,
+            y_NO,
+            step=step,
+            epochs=epochs,
+            until=until,
+            valid=None if held_out is None else error,
+        )

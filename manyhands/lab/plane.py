@@ -1,0 +1,60 @@
+"""A picture of a plane: which of a few answers holds where, and points upon it. SVG, in the colours of the page."""
+
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+import numpy.typing as npt
+
+_WIDTH, _HEIGHT, _LEFT, _BELOW, _RIGHT = 620, 380, 54, 40, 96
+_COLOURS = 6
+
+
+def plane(
+    regions_YX: npt.NDArray[np.int64],
+    points: Sequence[tuple[str, npt.NDArray[np.float64]]],
+    x_range: tuple[float, float],
+    y_range: tuple[float, float],
+    axes: tuple[str, str],
+    names: Sequence[str],
+) -> str:
+    """`regions_YX` [rows from below, columns] says which of `names` holds in each cell; `points` are groups [n, 2] of
+    (x, y), each drawn as the letter that names it.
+    """
+    rows, columns = regions_YX.shape
+    right, above = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BELOW - 10
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = (x - x_range[0]) / (x_range[1] - x_range[0])
+        return _LEFT + right * across, 10 + above * (1 - (y - y_range[0]) / (y_range[1] - y_range[0]))
+
+    parts = [f'<svg class="drawing" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="11" fill="var(--soft)">']
+    cell_w, cell_h = right / columns, above / rows
+    for row in range(rows):
+        start = 0
+        for column in range(1, columns + 1):
+            if column == columns or regions_YX[row, column] != regions_YX[row, start]:
+                x, y = _LEFT + start * cell_w, 10 + above - (row + 1) * cell_h
+                fill = f"var(--c{int(regions_YX[row, start]) % _COLOURS})"
+                size = f'width="{(column - start) * cell_w:.1f}" height="{cell_h + 0.3:.1f}"'
+                parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}" opacity=".22"/>')
+                start = column
+    for letter, group_N2 in points:
+        for x, y in group_N2:
+            px, py = place(float(x), float(y))
+            parts.append(
+                f'<text x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle" fill="var(--ink)">{escape(letter)}</text>'
+            )
+    for i in range(5):
+        x, y = (low + (high - low) * i / 4 for low, high in (x_range, y_range))
+        px, py = place(x, y)
+        parts.append(f'<text x="{px:.1f}" y="{_HEIGHT - _BELOW + 18}" text-anchor="middle">{x:.0f}</text>')
+        parts.append(f'<text x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.0f}</text>')
+    parts.append(f'<text x="{_LEFT + right}" y="{_HEIGHT - 6}" text-anchor="end">{escape(axes[0])}</text>')
+    parts.append(f'<text x="{_LEFT + 6}" y="22">{escape(axes[1])}</text>')
+    for number, found in enumerate(sorted({int(value) for value in regions_YX.flat})):
+        y = 24 + 18 * number
+        fill = f"var(--c{found % _COLOURS})"
+        parts.append(f'<rect x="{_LEFT + right + 12}" y="{y - 9}" width="11" height="11" fill="{fill}" opacity=".5"/>')
+        parts.append(f'<text x="{_LEFT + right + 28}" y="{y + 1}">{escape(names[found])}</text>')
+    return "".join([*parts, "</svg>"])
