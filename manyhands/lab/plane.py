@@ -6,6 +6,8 @@ from html import escape
 import numpy as np
 import numpy.typing as npt
 
+from manyhands.trace.charts import ticks
+
 _WIDTH, _HEIGHT, _LEFT, _BELOW, _RIGHT = 620, 380, 54, 40, 96
 _COLOURS = 6
 
@@ -29,6 +31,7 @@ def plane(
         return _LEFT + right * across, 10 + above * (1 - (y - y_range[0]) / (y_range[1] - y_range[0]))
 
     parts = [f'<svg class="drawing" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="11" fill="var(--soft)">']
+    parts.append('<g opacity=".22">')  # of all together: neighbours overlap a little, so that no gap shines through
     cell_w, cell_h = right / columns, above / rows
     for row in range(rows):
         start = 0
@@ -37,19 +40,21 @@ def plane(
                 x, y = _LEFT + start * cell_w, 10 + above - (row + 1) * cell_h
                 fill = f"var(--c{int(regions_YX[row, start]) % _COLOURS})"
                 size = f'width="{(column - start) * cell_w:.1f}" height="{cell_h + 0.3:.1f}"'
-                parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}" opacity=".22"/>')
+                parts.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="{fill}"/>')
                 start = column
+    parts.append("</g>")
     for letter, group_N2 in points:
         for x, y in group_N2:
             px, py = place(float(x), float(y))
             parts.append(
                 f'<text x="{px:.1f}" y="{py + 4:.1f}" text-anchor="middle" fill="var(--ink)">{escape(letter)}</text>'
             )
-    for i in range(5):
-        x, y = (low + (high - low) * i / 4 for low, high in (x_range, y_range))
-        px, py = place(x, y)
-        parts.append(f'<text x="{px:.1f}" y="{_HEIGHT - _BELOW + 18}" text-anchor="middle">{x:.0f}</text>')
-        parts.append(f'<text x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{y:.0f}</text>')
+    for x in (x for x in ticks(*x_range, 6) if x_range[0] <= x <= x_range[1]):
+        px, _ = place(x, y_range[0])
+        parts.append(f'<text x="{px:.1f}" y="{_HEIGHT - _BELOW + 18}" text-anchor="middle">{x:g}</text>')
+    for y in (y for y in ticks(*y_range, 6) if y_range[0] <= y <= y_range[1]):
+        _, py = place(x_range[0], y)
+        parts.append(f'<text x="{_LEFT - 8}" y="{py + 4:.1f}" text-anchor="end">{y:g}</text>')
     parts.append(f'<text x="{_LEFT + right}" y="{_HEIGHT - 6}" text-anchor="end">{escape(axes[0])}</text>')
     parts.append(f'<text x="{_LEFT + 6}" y="22">{escape(axes[1])}</text>')
     for number, found in enumerate(sorted({int(value) for value in regions_YX.flat})):
