@@ -56,7 +56,3 @@ class HierarchicalExpertsConfig(AnyModelConfig):
         for branches in self.branching[:level]:
             count *= branches
         return count
-
-
-OF_NUMBERS = ("mixture_1991", "hierarchy_1994")
-"""The kinds that map numbers to numbers; the others are language models."""

@@ -15,6 +15,9 @@ DECODER = "decoder"
 BUILT = (DECODER, "encoder_decoder", "recurrent")
 """The kinds that are built, trained, saved and loaded (`models/build.py`); the others are described and counted."""
 
+OF_NUMBERS = ("mixture_1991", "hierarchy_1994")
+"""The kinds that map numbers to numbers, fitted in Python; the others are language models."""
+
 
 class AnyModelConfig(Strict):
     """A model of some kind. Field names follow Hugging Face `config.json` wherever it has one."""
@@ -43,6 +46,8 @@ def read_model_config(values: Mapping[str, Any], where: str = "") -> AnyModelCon
 
 def not_built(kind: Any) -> str:
     """Why a model of this kind cannot be built, trained or run."""
+    if kind in OF_NUMBERS:
+        return "it maps numbers to numbers and is no language model; docs/api.md shows how it is fitted in Python"
     if isinstance(kind, str) and kind in KINDS:
         return f"manyhands does not build this kind yet; it builds {', '.join(BUILT)}"
     return _unknown(kind).partition(": ")[2]

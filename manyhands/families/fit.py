@@ -14,7 +14,7 @@ from manyhands.config import (
     RouterConfig,
     suggest,
 )
-from manyhands.config.local_experts import OF_NUMBERS
+from manyhands.config.model import OF_NUMBERS
 from manyhands.errors import ConfigError
 from manyhands.families.base import Family, Json
 from manyhands.families.fields import MISSING, Fields

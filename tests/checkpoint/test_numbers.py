@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import manyhands as mh
+from manyhands.config.load import load_run
 from manyhands.plan.count_kind import count_any
 from manyhands.plan.subject import read_subject
 
@@ -75,3 +76,9 @@ def test_loading_as_a_language_model_is_sent_here(tmp_path) -> None:
     mh.save_experts(fitted()[0], tmp_path / "model")
     with pytest.raises(mh.ManyhandsError, match=r"load_experts"):
         mh.load_model(tmp_path / "model")
+
+
+def test_a_run_cannot_train_one(tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text("model: {kind: mixture_1991, num_inputs: 2, num_outputs: 1}")
+    with pytest.raises(mh.ConfigError, match=r"model\.kind = 'mixture_1991': it maps numbers to numbers"):
+        load_run(tmp_path / "run.yaml")
