@@ -6,7 +6,7 @@ N examples, I inputs, O outputs.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,23 @@ class History:
         return len(self.objective) - 1
 
 
+@dataclass(frozen=True, slots=True)
+class Mixed:
+    """What a mixture of numbers returns. K experts."""
+
+    mean: Tensor
+    """[N, O]: the experts' outputs, weighed."""
+    outputs: Tensor
+    """[N, K, O]: each expert's own."""
+    log_gates: Tensor
+    """[N, K]: log of the probability with which the gate chooses each expert."""
+
+    @property
+    def gates(self) -> Tensor:
+        """[N, K]: they sum to 1."""
+        return self.log_gates.exp()
+
+
 class NumberRegressor(nn.Module):
     """Inputs are shifted and scaled as those of the first fit were, so that their units do not matter."""
 
@@ -45,6 +62,22 @@ class NumberRegressor(nn.Module):
         self.num_inputs, self.num_outputs = num_inputs, num_outputs
         self.register_buffer("input_mean", torch.zeros(num_inputs, dtype=dtype))
         self.register_buffer("input_scale", torch.ones(num_inputs, dtype=dtype))
+
+    def forward(self, x: Array) -> Mixed:
+        """x [N, I]: a tensor, an array or lists. Raises `DataError` for another shape."""
+        return self.mix(self.inputs(x))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
+    def mix(self, x1_NI: Tensor) -> Mixed:
+        """What `forward` returns, for inputs that are scaled and have their column of ones."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(self, x: Array) -> Tensor:
+        """[N, O]: the mean."""
+        return self.forward(x).mean
 
     def inputs(self, x: Array) -> Tensor:
         """[N, I+1] scaled, with a column of ones: the last column of every weight matrix is its bias."""

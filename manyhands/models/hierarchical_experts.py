@@ -10,7 +10,6 @@ N examples, I inputs, O outputs, M experts (leaves), G gates of a level, b branc
 """
 
 import math
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +17,8 @@ from torch import Tensor, nn
 from manyhands.config import HierarchicalExpertsConfig
 from manyhands.errors import ConfigError
 from manyhands.models.expectation_maximisation import Tree, improve, penalty, start
-from manyhands.models.fitting import Array, History, NumberRegressor, mean_squared
-from manyhands.models.local_experts import Mixed, distances
+from manyhands.models.fitting import Array, History, Mixed, NumberRegressor, mean_squared
+from manyhands.models.local_experts import distances
 
 
 class HierarchicalExperts(NumberRegressor):
@@ -46,26 +45,14 @@ class HierarchicalExperts(NumberRegressor):
             self.experts.copy_(0.1 * torch.randn(self.experts.shape, generator=generator, dtype=self.experts.dtype))
             self.log_variance.zero_()
 
-    def forward(self, x: Array) -> Mixed:
-        """x [N, I]: a tensor, an array or lists; the gates of the result are those of the leaves."""
-        return self.mix(self.inputs(x))
-
-    if TYPE_CHECKING:
-        __call__ = forward  # so that calls are typed
-
     def mix(self, x1_NI: Tensor) -> Mixed:
-        """The same for inputs that are scaled and have their column of ones."""
+        """What `forward` returns, for scaled inputs with their column of ones; its gates are those of the leaves."""
         log_p_NM = x1_NI.new_zeros(len(x1_NI), 1)
         for gate_GbI in self.gates:
             branch_NGb = torch.einsum("ni,gbi->ngb", x1_NI, gate_GbI).log_softmax(-1)
             log_p_NM = (log_p_NM[..., None] + branch_NGb).flatten(1)
         outputs_NMO = torch.einsum("ni,moi->nmo", x1_NI, self.experts)
         return Mixed((log_p_NM.exp()[..., None] * outputs_NMO).sum(1), outputs_NMO, log_p_NM)
-
-    @torch.no_grad()
-    def predict(self, x: Array) -> Tensor:
-        """[N, O]: the mean of the distribution."""
-        return self.forward(x).mean
 
     def log_likelihood(self, x: Array, y: Array) -> Tensor:
         """[N]: log Σ_m p_m N(y; o_m, σ_m² I); carries gradient."""

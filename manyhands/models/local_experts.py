@@ -8,33 +8,14 @@ N examples, I inputs, O outputs, K experts.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.config import LocalExpertsConfig
-from manyhands.models.fitting import Array, History, NumberRegressor, descend, mean_squared
+from manyhands.models.fitting import Array, History, Mixed, NumberRegressor, descend, mean_squared
 
 Objective = Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class Mixed:
-    """What a mixture of numbers returns."""
-
-    mean: Tensor
-    """[N, O]: the experts' outputs, weighed."""
-    outputs: Tensor
-    """[N, K, O]: each expert's own."""
-    log_gates: Tensor
-    """[N, K]: log of the probability with which the gate chooses each expert."""
-
-    @property
-    def gates(self) -> Tensor:
-        """[N, K]: they sum to 1."""
-        return self.log_gates.exp()
 
 
 def distances(outputs_NKO: Tensor, target_NO: Tensor) -> Tensor:
@@ -80,25 +61,13 @@ class LocalExperts(NumberRegressor):
             for p in self.parameters():
                 p.copy_(torch.rand(p.shape, generator=generator, dtype=p.dtype) - 0.5)
 
-    def forward(self, x: Array) -> Mixed:
-        """x [N, I]: a tensor, an array or lists. Raises `DataError` for another shape."""
-        return self.mix(self.inputs(x))
-
-    if TYPE_CHECKING:
-        __call__ = forward  # so that calls are typed
-
     def mix(self, x1_NI: Tensor) -> Mixed:
-        """The same for inputs that are scaled and have their column of ones."""
+        """What `forward` returns, for inputs that are scaled and have their column of ones."""
         outputs_NKO = torch.einsum("ni,koi->nko", x1_NI, self.experts)
         if self.config.output == "sigmoid":
             outputs_NKO = outputs_NKO.sigmoid()
         log_p_NK = (x1_NI @ self.gate.T).log_softmax(-1)
         return Mixed((log_p_NK.exp()[..., None] * outputs_NKO).sum(1), outputs_NKO, log_p_NK)
-
-    @torch.no_grad()
-    def predict(self, x: Array) -> Tensor:
-        """[N, O]."""
-        return self.forward(x).mean
 
     def objective(self, x: Array, y: Array) -> Tensor:
         """[N]: what is minimised, of each example; carries gradient."""

@@ -52,7 +52,7 @@ def run(job: Job) -> Outcome:
     corpus = _corpus(job)
     sparse, dense = configs(quick=job.quick)
     course = Course(
-        steps=40 if job.quick else 1500,
+        steps=40 if job.quick else 1000,
         batch_size=32 if job.quick else 192,
         optim=OptimConfig(lr=0.01 if job.quick else 0.006, embed_lr_scale=3.0, weight_decay=0.0),
         balance=BalanceConfig(aux_loss_coef=0.01),

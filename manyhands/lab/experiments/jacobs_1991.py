@@ -16,7 +16,7 @@ from manyhands.lab.job import Job
 from manyhands.lab.plane import plane
 from manyhands.lab.vowels import VOWELS, Vowels, made_up_vowels, read_vowels
 from manyhands.models import LocalExperts
-from manyhands.models.fitting import History, NumberRegressor, descend
+from manyhands.models.fitting import History, Mixed, NumberRegressor, descend
 
 BOUND, STEP, MOST = 0.08, 10.0, 400
 """Mean squared error at which a system has learned; the step that all take; epochs after which it has failed."""
@@ -38,14 +38,11 @@ class Perceptron(NumberRegressor):
         self.hidden = nn.Parameter(torch.rand(hidden, 3, generator=g) - 0.5)
         self.out = nn.Parameter(torch.rand(_OUTPUTS, hidden + 1, generator=g) - 0.5)
 
-    def predict(self, x: Tensor) -> Tensor:
-        """[N, O]"""
-        return self.mean(self.inputs(x))
-
-    def mean(self, x1_NI: Tensor) -> Tensor:
-        """The same for scaled inputs with their column of ones."""
+    def mix(self, x1_NI: Tensor) -> Mixed:
+        """As a mixture of one."""
         h_NH = (x1_NI @ self.hidden.T).sigmoid()
-        return (torch.cat((h_NH, h_NH.new_ones(len(h_NH), 1)), 1) @ self.out.T).sigmoid()
+        mean_NO = (torch.cat((h_NH, h_NH.new_ones(len(h_NH), 1)), 1) @ self.out.T).sigmoid()
+        return Mixed(mean_NO, mean_NO[:, None], mean_NO.new_zeros(len(mean_NO), 1))
 
     def fit(self, x: Tensor, y: Tensor, *, step: float, epochs: int, until: float) -> History:
         """As `LocalExperts.fit`."""
@@ -53,7 +50,7 @@ class Perceptron(NumberRegressor):
         x1_NI, y_NO = self.pair(x, y)
 
         def evaluate() -> tuple[Tensor, Tensor]:
-            mean_NO = self.mean(x1_NI)
+            mean_NO = self.mix(x1_NI).mean
             return 0.5 * (mean_NO - y_NO).square().sum(-1).mean(), mean_NO
 
         return descend([self.hidden, self.out], evaluate, y_NO, step=step, epochs=epochs, until=until)
