@@ -28,9 +28,9 @@ from manyhands.train.data import prepare_data
 from manyhands.train.loop import train
 from manyhands.train.memory import keep_freed_memory
 
-EVERY = 50
+EVERY = 100
 """Steps between validations."""
-STRETCH = 250
+STRETCH = 300
 """Steps between looks at who is ahead."""
 PRUNE_AT, KEEP = 2000, 2
 
@@ -72,7 +72,7 @@ def described(given: argparse.Namespace) -> dict[str, RunConfig]:
         "the lab's regime",
         [
             f"data.sources={json.dumps(sources)}",
-            "data.valid_fraction=0.004",
+            "data.valid_fraction=0.002",
             f"model.intermediate_size={given.width}",
             f"train.eval_every={EVERY}",
             f"train.seed={given.seed}",
