@@ -15,12 +15,12 @@ from torch import Tensor
 
 from manyhands.config import BalanceConfig, EncoderDecoderConfig, OptimConfig, ScheduleConfig
 from manyhands.errors import DataError
+from manyhands.generate.evaluate_pairs import START_ID, run_pairs
 from manyhands.inspect.information import information
 from manyhands.lab.curves import Progress
 from manyhands.lab.job import Job
 from manyhands.lab.translations import Translation
-from manyhands.layers.cross_entropy import linear_cross_entropy
-from manyhands.models import EncoderDecoder, Hidden, init_weights
+from manyhands.models import EncoderDecoder, init_weights
 from manyhands.moe import balance_objective
 from manyhands.text import PairBatch, Tokenizer, pad_pairs
 from manyhands.text.pairs import Pair
@@ -28,8 +28,6 @@ from manyhands.train.memory import keep_freed_memory
 from manyhands.train.optim import build_optimizers
 from manyhands.train.schedule import learning_rate
 
-START = 0
-"""What a decoder reads first, and padding: the end of text, which is a trained vocabulary's first token."""
 _SORTED = 16
 """Batches whose pairs are sorted by length together, so that little of a batch is padding."""
 
@@ -69,7 +67,7 @@ def prepare(translations: Sequence[Translation], vocab_size: int, longest: int, 
     sources = tokenizer.encode_batch([t.text for t in translations])
     targets = tokenizer.encode_batch([t.english for t in translations])
     kept = [
-        (t, [*map(int, source), START], [*map(int, target), START])
+        (t, [*map(int, source), START_ID], [*map(int, target), START_ID])
         for t, source, target in zip(translations, sources, targets, strict=True)
         if len(source) < longest and len(target) < longest
     ]
@@ -105,7 +103,7 @@ def batches(part: Part, size: int, seed: int) -> Iterator[tuple[PairBatch, Tenso
 
 def _batch(part: Part, places: Sequence[int]) -> tuple[PairBatch, Tensor]:
     languages_B = torch.tensor([part.languages[i] for i in places])
-    return pad_pairs([part.pairs[i] for i in places], START), languages_B
+    return pad_pairs([part.pairs[i] for i in places], START_ID), languages_B
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +148,7 @@ def train_translator(
             if step % 100 == 0:
                 job.note(f"{name}, seed {seed}: step {step} of {course.steps}")
             batch, languages_B = next(feed)
-            hidden = _hidden(model, batch)
-            loss = _nats(model, hidden, batch)
+            hidden, loss = run_pairs(model, batch)
             balance, _ = balance_objective(hidden.routings, course.balance, len(batch))
             optimizers.zero_grad()
             (loss + balance).backward()  # type: ignore[no-untyped-call]
@@ -168,15 +165,6 @@ def train_translator(
                     asked.index_add_(0, of_T, wanted_TK.sum(1).double())
                     lost.index_add_(0, of_T, (wanted_TK & ~routing.kept).sum(1).double())
     return Translator(model.eval(), Progress(list(range(1, course.steps + 1)), seconds, losses), lost / asked)
-
-
-def _hidden(model: EncoderDecoder, batch: PairBatch) -> Hidden:
-    return model.hidden(batch.ids_BS, batch.decoder_ids(START, START), batch.mask_BS, batch.target_mask_BT)
-
-
-def _nats(model: EncoderDecoder, hidden: Hidden, batch: PairBatch) -> Tensor:
-    labels_N, mask_N = batch.labels_BT.clamp(min=0).flatten(), batch.target_mask_BT.flatten()
-    return linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, labels_N, mask_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +187,7 @@ def read(model: EncoderDecoder, corpus: Corpus, batch_size: int = 256) -> Read:
     texts: dict[int, list[Tensor]] = {}
     for start in range(0, len(corpus.valid.pairs), batch_size):
         batch, languages_B = _batch(corpus.valid, range(start, min(start + batch_size, len(corpus.valid.pairs))))
-        hidden = _hidden(model, batch)
+        hidden, _ = run_pairs(model, batch)
         logits_BTV, mask_BT = model.head(hidden.states), batch.target_mask_BT
         nats_N = torch.nn.functional.cross_entropy(logits_BTV[mask_BT], batch.labels_BT[mask_BT], reduction="none")
         of_N = languages_B[:, None].expand_as(mask_BT)[mask_BT]

@@ -11,7 +11,7 @@ import torch
 from manyhands.errors import ConfigError, DataError
 from manyhands.lab.einsum import einsum_layer
 from manyhands.lab.experiments.gshard import configs
-from manyhands.lab.translate import START, batches, prepare, read, tells_language
+from manyhands.lab.translate import START_ID, batches, prepare, read, tells_language
 from manyhands.lab.translations import Translation, made_up_translations, read_translations
 from manyhands.models import EncoderDecoder
 from manyhands.plan.count_kind import count_any
@@ -112,7 +112,7 @@ def test_a_corpus_keeps_what_is_tested_apart(tmp_path: Path) -> None:
     assert counts == sorted(counts, reverse=True) and sum(counts) == len(corpus.train.pairs)
     written = [{tuple(target) for _, target in part.pairs} for part in (corpus.train, corpus.valid)]
     assert written[0].isdisjoint(written[1]) and max(map(corpus.valid.languages.count, range(3))) <= 5
-    assert all(source[-1] == target[-1] == START for source, target in corpus.train.pairs)
+    assert all(source[-1] == target[-1] == START_ID for source, target in corpus.train.pairs)
     with pytest.raises(DataError, match="too few"):
         prepare(made_up_translations(2, 1, seed=1), 280, 40, 5)
 
