@@ -1,8 +1,11 @@
 """What an encoder-decoder writes: step by step what a whole forward pass would say, and it ends where it should."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from manyhands.checkpoint.model import load_model
 from manyhands.config import EncoderDecoderConfig, RouterConfig, SamplingConfig
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.generate.pairs import filled, rewrite, write
@@ -99,6 +102,25 @@ def test_what_cannot_be_is_said(model: EncoderDecoder, tokenizer: Tokenizer) -> 
     torch.nn.init.constant_(broken.embed_tokens.weight, float("nan"))
     with pytest.raises(ManyhandsError, match="NaN or infinite"):
         rewrite(broken, tokenizer, [PROMPT], GREEDY)
+
+
+def test_a_switch_checkpoint_writes_what_it_writes_in_transformers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    """With room for two tokens per expert: the encoder drops what does not fit, and a single step never does."""
+    from transformers import SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+
+    torch.manual_seed(1)
+    sizes = {"vocab_size": 300, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_heads": 2, "num_layers": 2}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "num_experts": 4, "expert_capacity": 2}
+    untied = {"tie_word_embeddings": False, "decoder_start_token_id": 0}
+    config = SwitchTransformersConfig(**sizes, **sparse, **untied, num_decoder_layers=2)
+    theirs = SwitchTransformersForConditionalGeneration(config).eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(tmp_path)
+    assert isinstance(ours, EncoderDecoder)
+    read = torch.tensor([[*tokenizer.encode(PROMPT, parse_special=True), 1]])
+    expected = theirs.generate(read, do_sample=False, max_new_tokens=12)[0, 1:].tolist()
+    [found] = rewrite(ours, tokenizer, [PROMPT], GREEDY)
+    assert found.token_ids == expected and len(set(expected)) > 2
 
 
 @pytest.mark.parametrize(
