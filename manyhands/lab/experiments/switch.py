@@ -27,14 +27,14 @@ def run(job: Job) -> Outcome:
     E, F = (16, 56) if job.quick else (64, 120)
     width = equal_width(E, 1, F)
     base = t5(job, 1500, 10, f"train.eval_every={5 if job.quick else 50}", f"model.intermediate_size={width}")
-    runs = {_T5: base, _SWITCH: switch(base, E, 1, F, 1.25)}
+    runs = {_T5: base, _SWITCH: switch(base, E, 1, F, 2.0)}
     short = changed(base, f"train.max_steps={10 if job.quick else 250}")
     table = {_named(K, CF): switch(short, E, K, F, CF) for CF in _factors(job) for K in (1, 2)}
     trained = train_arms(job, runs)
     compared = train_arms(job, table)
     arms = (
         arm(runs[_T5], _T5, f"feed-forward width {width}"),
-        arm(runs[_SWITCH], _SWITCH, f"{E} experts of width {F}, top-1, capacity factor 1.25"),
+        arm(runs[_SWITCH], _SWITCH, f"{E} experts of width {F}, top-1, capacity factor 2.0"),
         *(arm(of, name, f"{short.train.max_steps} steps") for name, of in table.items()),
     )
     found = [
