@@ -38,5 +38,5 @@ def by_year(entries: Iterable[Entry]) -> list[Year]:
 
 def _year(year: int, entries: list[Entry]) -> Year:
     kinds = Counter(entry.sparse for entry in entries)
-    visited = Counter(entry.mixture.experts_per_token for entry in entries if entry.mixture is not None)
+    visited = Counter(entry.mixture.experts_per_token for entry in entries if entry.sparse and entry.mixture)
     return Year(year, kinds[True], kinds[False], kinds[None], dict(sorted(visited.items())))

@@ -131,6 +131,7 @@ def test_systems_by_year() -> None:
     sparse = [line.split()[0] for line in run("--sparse").stdout.splitlines()[1:]]
     assert sum(row["sparse"] for row in years.values()) == len(sparse)
     assert years[2020]["experts_per_token"] == {"2": 6} and years[1991]["dense"] == 1
+    assert years[1991]["experts_per_token"] == {}  # a soft mixture visits all of its experts: not sparse
     printed = run("--by", "year", "--sparse").stdout
     assert "1991" not in printed and "2: 6" in printed
     for other in (["deepseek-v3"], ["--check"], ["--sort", "total"]):
