@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from manyhands.config import RouterConfig
 from manyhands.layers.relative_attention import RelativeAttention
-from manyhands.moe import Router
+from manyhands.moe import MoELayer, Router
 
 CASES = ("random", "tied", "one_expert", "empty", "padding")
 SHARED = 1.5  # in `one_expert` and `empty`, tokens have this much of one direction, in units of the rest
@@ -24,6 +24,8 @@ PUSH = 3.0  # and routers this much of it: p ≈ 0.7 at best, so that gradients 
 def possible(case: str, router: RouterConfig | None) -> bool:
     """Whether a router of this kind can come into the case."""
     if router is None:
+        return case in ("random", "padding")
+    if router.select == "soft":
         return case in ("random", "padding")
     if case in ("one_expert", "empty"):
         return router.select != "expert_choice" and router.num_experts > router.num_experts_per_tok
@@ -82,9 +84,11 @@ def fill(module: nn.Module, case: str, generator: torch.Generator) -> None:
         stacks = "decoder.norm.weight" in parameters  # whose model scales the states itself
         final = parameters["decoder.norm.weight" if stacks else "norm.weight"]
         final.mul_((1.0 if stacks else width**-0.5) * (1.0 - 2.0 * (torch.arange(len(final)) % 2)))
-    for router in module.modules():
-        if isinstance(router, Router):
-            _arrange(router, case, along, generator)
+    for part in module.modules():
+        if isinstance(part, Router):
+            _arrange(part, case, along, generator)
+        if isinstance(part, MoELayer) and part.average_outputs is not None:
+            part.average_outputs.normal_(generator=generator)
 
 
 def _has_router(module: nn.Module) -> bool:
@@ -96,6 +100,8 @@ def _arrange(router: Router, case: str, along: Tensor, generator: torch.Generato
     E, K, D = c.num_experts, c.num_experts_per_tok, w.shape[1]
     steered = case in ("one_expert", "empty")
     w.mul_(0.3 if steered else 1.5)
+    if router.slot_scale is not None:
+        router.slot_scale.fill_(3.0)
     if case == "tied":  # one entry per row: the logit is exact however the product is summed
         w.zero_()
         w[torch.arange(E), torch.arange(E) % min(2, D)] = 2.0

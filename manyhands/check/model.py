@@ -119,6 +119,12 @@ class ModelCheck:
             rows.append(_bias_row(at, trained.bias, p, counts, self.balance.bias_update_rate))
         elif self.router.bias:
             rows.append(self._quantile_row(at, trained.bias, oracle.routings))
+        assert self.config.moe is not None
+        if self.config.moe.unchosen == "average":
+            named = {n: f"layers.{n}.mlp.average_outputs" for n in oracle.routings[0]}
+            decay, micros = self.config.moe.average_decay, oracle.routings
+            after = {t: oracle_balance.averages_after(p[t], [r[n] for r in micros], decay) for n, t in named.items()}
+            rows.append(close(at, "averages after step", {t: trained.bias[t] for t in after}, after))
         if self.router.select == "positive":
             every = [routing for micro in oracle.routings for routing in micro.values()]
             steps = {name: t for name, t in trained.bias.items() if name.endswith("l1_steps")}

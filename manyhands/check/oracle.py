@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from manyhands.check.oracle_attention import Params, attention, rms_norm
 from manyhands.check.oracle_dense import DenseRouting, RouterWeights
 from manyhands.check.oracle_routing import route
+from manyhands.check.oracle_soft import soft
 from manyhands.config import ModelConfig, MoEConfig
 from manyhands.moe import Routing
 
@@ -90,20 +91,36 @@ def moe_layer(
         p.get(router + "bias"),
         p.get(router + "l1_steps"),
     )
-    routing = route(
-        x_TD,
-        weights,
-        config.router,
-        training=training,
-        mask_T=mask_T,
-        ids_T=ids_T,
-        generator=generator,
-        tested=tested,
-        slack=slack,
-        sequence_length=sequence_length,
-    )
-    outputs_TED = every_expert(p, prefix + "experts.", x_TD, config.hidden_act)
+
+    def experts(x: Tensor) -> Tensor:
+        return every_expert(p, prefix + "experts.", x, config.hidden_act)
+
+    if config.router.select == "soft":
+        scale, length = p[router + "slot_scale"], sequence_length or len(x_TD)
+        outputs_TED, routing = soft(x_TD, weights, scale, config.router, mask_T, length, experts)
+    else:
+        routing = route(
+            x_TD,
+            weights,
+            config.router,
+            training=training,
+            mask_T=mask_T,
+            ids_T=ids_T,
+            generator=generator,
+            tested=tested,
+            slack=slack,
+            sequence_length=sequence_length,
+        )
+        outputs_TED = experts(x_TD)
     y = torch.einsum("te,ted->td", routing.weights * routing.kept, outputs_TED)
+    if config.unchosen != "nothing":
+        others = torch.where(routing.chosen, 0.0, routing.scores) * config.router.routed_scaling_factor
+        if config.router.norm_topk_prob and config.router.num_experts_per_tok > 1:
+            others = others / torch.where(routing.chosen, routing.scores, 0.0).sum(1, keepdim=True).detach()
+        if config.unchosen == "average":
+            y = y + others @ p[prefix + "average_outputs"]
+        elif training:
+            y = y + torch.einsum("te,ted->td", others - others.detach(), outputs_TED.detach())
     if config.n_shared_experts:
         shared = feed_forward(p, prefix + "shared_experts.", x_TD, config.hidden_act)
         if config.shared_expert_gate:

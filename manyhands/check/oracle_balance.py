@@ -122,6 +122,16 @@ def quantile_bias(r: DenseRouting, config: RouterConfig) -> Tensor:
     return torch.tensor([-sorted(column.tolist(), reverse=True)[T * k // E] for column in over.T], dtype=torch.float64)
 
 
+def averages_after(before_ED: Tensor, routings: list[DenseRouting], decay: float) -> Tensor:
+    """[E, D]: Default MoE's averages after a step of these micro-batches, expert by expert."""
+    after = before_ED.detach().clone()
+    for e in range(len(after)):
+        said = [r.outputs[r.kept[:, e] & r.mask, e].detach() for r in routings if r.outputs is not None]
+        if sum(map(len, said)):
+            after[e] = decay * after[e] + (1.0 - decay) * torch.cat(said).mean(0)
+    return after
+
+
 def l1_steps_after(steps: float, routings: list[DenseRouting], config: RouterConfig) -> float:
     """ReMoE's coefficient, as a power of 1.2, after a step of these routings of every layer."""
     active = sum(int(r.counts().sum()) for r in routings)

@@ -87,6 +87,7 @@ def _softmax(logits: Tensor) -> Tensor:
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": _softmax,
     "sigmoid": lambda logits: 1.0 / (1.0 + (-logits).exp()),
+    "sqrtsoftplus": lambda logits: (logits.clamp(min=0.0) + torch.log1p((-logits.abs()).exp())) ** 0.5,
     "relu": lambda logits: logits * (logits > 0),
 }
 """Every `RouterConfig.score`, once more."""

@@ -4,6 +4,7 @@ T tokens, D width, F expert width.
 """
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
@@ -73,6 +74,9 @@ ROUTERS: dict[str, RouterConfig] = {
     "sigmoid, bias on the logits (quantile balancing)": RouterConfig(score="sigmoid", bias=True, bias_on="logit"),
     "balanced assignment (BASE)": RouterConfig(select="base", score="sigmoid", num_experts_per_tok=1),
     "Sinkhorn": RouterConfig(select="sinkhorn", norm_topk_prob=False),
+    "soft slots (Soft MoE)": RouterConfig(select="soft", num_experts=4, slots_per_expert=2, routed_scaling_factor=1.5),
+    "experts not chosen: their averages (Default MoE)": RouterConfig(norm_topk_prob=False),
+    "experts not chosen: their gradient (DenseMixer)": RouterConfig(routed_scaling_factor=1.5),
     "SparseMixer (Phi-3.5-MoE)": RouterConfig(select="sparsemixer", norm_topk_prob=False, mixer_epsilon=0.3),
 }
 _MET = {router.score for router in ROUTERS.values()}
@@ -84,8 +88,10 @@ and biases, see `layer_config`."""
 def layer_config(name: str) -> MoEConfig:
     """The layer a router is checked in. The activation, biases and shared experts change from one to the next."""
     number = list(ROUTERS).index(name)
+    kinds: dict[str, Literal["average", "gradient"]] = {"their averages": "average", "their gradient": "gradient"}
     return MoEConfig(
         router=ROUTERS[name],
+        unchosen=next((kind for words, kind in kinds.items() if words in name), "nothing"),
         moe_intermediate_size=F,
         hidden_act=("swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh")[number % 6],
         expert_bias=number % 3 == 1,
@@ -116,7 +122,7 @@ class RouterCheck:
         r = self.config.router
         self.layer.experts.implementation = backend
         differs = r.noisy or r.jitter or r.random_second or r.capacity_factor != r.eval_capacity_factor
-        differs = differs or r.select in (*ASSIGNMENTS, "sparsemixer")
+        differs = differs or r.select in (*ASSIGNMENTS, "sparsemixer") or self.config.unchosen == "gradient"
         size = "" if self.shape == (B, S) else f", {len(self.x)} tokens"
         for mode in ("train", "eval") if differs else ("train",):
             yield self._compare(Situation(self.name, self.case, backend, dtype, mode + size))

@@ -9,6 +9,7 @@ from manyhands.config.attention import AttentionConfig, RopeConfig
 from manyhands.config.model import BUILT, DECODER, AnyModelConfig, not_built, register
 from manyhands.config.moe import MoEConfig
 from manyhands.config.numbers import Layers, Multiplier, Size
+from manyhands.config.router import MIXES_TOKENS
 from manyhands.errors import ConfigError
 
 INITIALIZER_RANGE = 0.02
@@ -76,6 +77,8 @@ class ModelConfig(AnyModelConfig):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ModelConfig":
+        if self.moe is not None and self.moe.router.select == "soft":
+            raise ValueError(MIXES_TOKENS)
         if self.moe is not None and not self.sparse_layers:
             raise ValueError(
                 f"moe is set but no layer is sparse: first_k_dense_replace = {self.moe.first_k_dense_replace}, "

@@ -8,7 +8,7 @@ from manyhands.config.activation import Activation
 from manyhands.config.model import AnyModelConfig, register
 from manyhands.config.moe import MoEConfig
 from manyhands.config.numbers import Count, Layers, Size
-from manyhands.config.router import RouterConfig
+from manyhands.config.router import MIXES_TOKENS, RouterConfig
 from manyhands.errors import ConfigError
 
 
@@ -82,6 +82,8 @@ class EncoderDecoderConfig(AnyModelConfig):
         ):
             if sparse > layers:
                 raise ValueError(f"{name} = {sparse} exceeds {layers} layers")
+        if self.router is not None and self.router.select == "soft":
+            raise ValueError(MIXES_TOKENS)
         if (self.router is None) != (not self.num_sparse_encoder_layers + self.num_sparse_decoder_layers):
             raise ValueError("router and the numbers of sparse layers go together")
         for name, extra, sparse_layers in (

@@ -1,6 +1,6 @@
 """The sparse layers of a model."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,6 +17,12 @@ class MoEConfig(Strict):
     """The sparse layers: which layers they are, their router, their experts, and the shared experts."""
 
     router: RouterConfig = RouterConfig()
+    unchosen: Literal["nothing", "average", "gradient"] = "nothing"
+    """What experts do that a token did not choose. `average`: the running mean of their outputs stands in for them
+    (Default MoE, arXiv 2504.12463). `gradient`: while training all experts run, and the router learns what the others
+    would have said (DenseMixer); the output stays that of the chosen."""
+    average_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
+    """How much of that running mean stays after each optimiser step."""
     moe_intermediate_size: Size = 128
     hidden_act: Activation = "swiglu"
     expert_bias: bool = False
@@ -35,6 +41,11 @@ class MoEConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "MoEConfig":
+        r = self.router
+        if self.unchosen != "nothing" and (r.select != "topk" or r.noisy or r.random_second):
+            raise ValueError(f"unchosen = {self.unchosen!r} goes with select = 'topk', without noisy and random_second")
+        if self.unchosen == "average" and r.renormalises:
+            raise ValueError("unchosen = 'average' weighs all experts: router.norm_topk_prob = false")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate needs n_shared_experts >= 1")
         if self.shared_expert_intermediate_size is not None and not self.n_shared_experts:

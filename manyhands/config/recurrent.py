@@ -8,7 +8,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.config.model import AnyModelConfig, register
 from manyhands.config.moe import PLACES, MoEConfig
 from manyhands.config.numbers import Count, Layers, Size
-from manyhands.config.router import RouterConfig
+from manyhands.config.router import MIXES_TOKENS, RouterConfig
 
 _PAPERS_MOE = MoEConfig(
     router=RouterConfig(num_experts=32, num_experts_per_tok=4, noisy=True, init="zeros"),
@@ -55,6 +55,8 @@ class RecurrentConfig(AnyModelConfig):
     def _consistent(self) -> "RecurrentConfig":
         if self.moe is None:
             return self
+        if self.moe.router.select == "soft":
+            raise ValueError(MIXES_TOKENS)
         if not self.moe_after:
             raise ValueError("moe is set but moe_after names no layer that it follows")
         if beyond := [layer for layer in self.moe_after if layer >= self.num_hidden_layers]:

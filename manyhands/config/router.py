@@ -12,21 +12,27 @@ UNLIMITED = {
     "base": "is balanced by construction",
     "sinkhorn": "is balanced by construction",
     "positive": "gives tokens different numbers of experts",
+    "soft": "sends no token anywhere",
 }
 """Selections that know no capacity, and why."""
+MIXES_TOKENS = (
+    "router.select = 'soft' mixes all tokens of a sequence, later ones too: no language model can be made of it here; "
+    "it is for mh.MoELayer in a model of yours"
+)
 
 
 class RouterConfig(Strict):
     """A router as data: `score → select → weigh`. Every published router is one value of this class.
 
-    score    `softmax` over all experts, `sigmoid` per expert (DeepSeek-V3), or `relu` (ReMoE).
+    score    `softmax` over all experts, `sigmoid` per expert (DeepSeek-V3), `sqrtsoftplus` (V4), or `relu` (ReMoE).
     select   top-k of score (+ bias), optionally within groups; `expert_choice` lets experts pick tokens
              (arXiv 2202.09368), `hash` is a fixed table from token id to expert (arXiv 2106.04426). `positive` takes
              every expert whose score is above 0 (ReMoE, arXiv 2412.14711), `sparsemixer` samples near the best
              (arXiv 2409.12136). `base` (arXiv 2103.16716) and `sinkhorn` (Megatron) share the tokens out evenly while
              training, and are top-k in evaluation. `hierarchical` chooses `topk_group` of `n_group` groups by a gate of
              their own, then as many experts in each by a second gate: a weight is the product of the two (Shazeer et
-             al. 2017, arXiv 1701.06538, appendix B).
+             al. 2017, arXiv 1701.06538, appendix B). `soft` (arXiv 2308.00951) mixes tokens into slots; no language
+             model takes it.
     weigh    the unbiased scores of the chosen experts, divided by their sum if `norm_topk_prob`, times
              `routed_scaling_factor`. With one expert per token the raw gate is kept (Switch, arXiv 2101.03961):
              divided by itself it would be 1 and the router would get no gradient; `norm_top1` divides all the same.
@@ -36,10 +42,10 @@ class RouterConfig(Strict):
     """At most 65,536; with `select: hierarchical` 131,072."""
     num_experts_per_tok: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 2
     """With select = 'positive': how many a token shall have on average."""
-    select: Literal["topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer", "hierarchical"] = (
-        "topk"
-    )
-    score: Literal["softmax", "sigmoid", "relu"] = "softmax"
+    select: Literal[
+        "topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer", "hierarchical", "soft"
+    ] = "topk"
+    score: Literal["softmax", "sigmoid", "sqrtsoftplus", "relu"] = "softmax"
     norm_topk_prob: bool = True
     norm_top1: bool = False
     """With num_experts_per_tok = 1, give weight 1 instead of the gate: what transformers' renormalising routers do."""
@@ -58,6 +64,8 @@ class RouterConfig(Strict):
     """Shazeer's noisy top-k (arXiv 1701.06538): learned Gaussian noise on the logits while training."""
     jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Switch: multiply a copy of the router's input by U(1-jitter, 1+jitter) while training."""
+    slots_per_expert: Size = 1
+    """Soft MoE: how many mixtures of tokens each expert works on."""
     mixer_epsilon: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """SparseMixer: experts take part whose logit lies within 2·epsilon, relatively, of the best (Phi-3.5-MoE: 0.01)."""
     random_second: bool = False
@@ -81,7 +89,7 @@ class RouterConfig(Strict):
     @property
     def causal_safe(self) -> bool:
         """Whether a token's routing in evaluation is independent of the other tokens."""
-        return self.select != "expert_choice" and not self.limited(training=False)
+        return self.select not in ("expert_choice", "soft") and not self.limited(training=False)
 
     def limited(self, training: bool) -> bool:
         """Whether an expert has room for only so many tokens, while training or in evaluation."""
@@ -104,7 +112,13 @@ class RouterConfig(Strict):
     @property
     def most_experts_per_tok(self) -> int:
         """Columns of a routing's `expert_ids`: K, or E where a token may have any number of experts."""
-        return self.num_experts if self.select in ("expert_choice", "positive") else self.num_experts_per_tok
+        any_number = self.select in ("expert_choice", "positive", "soft")
+        return self.num_experts if any_number else self.num_experts_per_tok
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether the weights of a token's experts are divided by their sum."""
+        return self.norm_topk_prob and (self.num_experts_per_tok > 1 or self.norm_top1)
 
     @model_validator(mode="after")
     def _consistent(self) -> "RouterConfig":
@@ -161,6 +175,10 @@ class RouterConfig(Strict):
             raise ValueError("select = 'sparsemixer' is for num_experts_per_tok = 2 and score = 'softmax'")
         if self.select in ("sparsemixer", "positive") and self.norm_topk_prob:
             raise ValueError(f"select = {self.select!r} does not renormalise its weights: norm_topk_prob = false")
+        if self.slots_per_expert > 1 and self.select != "soft":
+            raise ValueError(f"slots_per_expert has no meaning with select = {self.select!r}; it goes with 'soft'")
+        if self.select == "soft" and (self.score != "softmax" or self.jitter or self.logit_bias):
+            raise ValueError("select = 'soft' is two softmaxes of normalised products: no other score, jitter or bias")
         if self.select == "base" and k != 1:
             raise ValueError(f"select = 'base' assigns each token to one expert: num_experts_per_tok = 1, not {k}")
         return self

@@ -127,6 +127,8 @@ def _moe(moe: MoEConfig, D: int) -> Iterator[tuple[str, Shape]]:
         yield "router.e_score_correction_bias", (E,)
     if router.select == "positive":
         yield "router.l1_steps", ()
+    if moe.unchosen == "average":
+        yield "average_outputs", (E, D)
     gated = moe.hidden_act in GATED
     up, rows = ("gate_up_proj", 2 * F) if gated else ("up_proj", F)
     yield f"experts.{up}", (E, rows, D)

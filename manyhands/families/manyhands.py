@@ -53,7 +53,6 @@ MANYHANDS = Family(
     nearest=False,
     saved_float32=(
         *(f".router.{name}" for name in ("weight", "bias", "noise_weight", "group_weight", "group_noise_weight")),
-        "e_score_correction_bias",
-        ".l1_steps",
+        *("e_score_correction_bias", ".l1_steps", ".average_outputs"),
     ),
 )

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from manyhands.config import MoEConfig
@@ -10,10 +11,12 @@ from manyhands.errors import ConfigError
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear, reset_parts
 from manyhands.moe.bank import ExpertBank
-from manyhands.moe.edit import Edit
+from manyhands.moe.edit import Edit, check_edit
 from manyhands.moe.experts import Experts
 from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
+from manyhands.moe.soft import soft
+from manyhands.moe.unchosen import router_gradient, unchosen_weights
 
 
 class MoELayer(nn.Module):
@@ -38,6 +41,9 @@ class MoELayer(nn.Module):
             found = f"{experts.num_experts} of width {experts.hidden_size}"
             raise ConfigError(f"experts: the bank holds {found}, where the layer has {E} of width {hidden_size}")
         self.experts = experts
+        self.unchosen, self.average_decay = config.unchosen, config.average_decay
+        average = torch.zeros(E, hidden_size) if config.unchosen == "average" else None
+        self.register_buffer("average_outputs", average)
         self.shared_experts = None
         self.shared_expert_gate = None
         if config.n_shared_experts:
@@ -45,9 +51,14 @@ class MoELayer(nn.Module):
         if config.shared_expert_gate:
             self.shared_expert_gate = Linear(hidden_size, 1, bias=False)
 
+    average_outputs: Tensor | None
+    """[E, D]: with `unchosen = "average"`, what each expert said lately; moved by `control.py`, never by a gradient."""
+
     def reset_parameters(self) -> None:
         """Fresh weights everywhere in here: router, experts, shared experts."""
         reset_parts(self)
+        if self.average_outputs is not None:
+            self.average_outputs.zero_()
 
     def forward(
         self,
@@ -60,7 +71,7 @@ class MoELayer(nn.Module):
         """x [..., D]; `token_mask` [...] bool is false for padding; `token_ids` [...] is for hash routing; `edit` is a
         routing to follow, or a change of it (`manyhands.moe.edit`).
 
-        Of [..., S, D] each S tokens are a sequence, which matters to `capacity_per: sequence` alone.
+        Of [..., S, D] each S tokens are a sequence, which matters to `capacity_per: sequence` and Soft MoE alone.
 
         No loss and no statistic counts padding; its rows of y are computed like the rest and mean nothing.
 
@@ -69,6 +80,9 @@ class MoELayer(nn.Module):
         """
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ConfigError(f"token_mask is {list(token_mask.shape)}, not {list(x.shape[:-1])} as x is")
+        if self.router.config.select == "soft":
+            y, routing = self._soft(x, token_mask, keep_outputs, edit)
+            return self._with_shared(y.reshape(-1, y.shape[-1]), x), routing
         x_TD = x.reshape(-1, x.shape[-1])
         more: dict[str, Any] = {} if edit is None else {"edit": edit}  # a router somebody wrote may know neither
         if x.dim() > 2 and self.router.config.capacity_per == "sequence":
@@ -85,12 +99,32 @@ class MoELayer(nn.Module):
             y_TD = (routing.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
         else:
             y_TD = self.experts(x_TD, routing)
+        if self.average_outputs is not None:
+            others_TE = unchosen_weights(routing, self.router.config)
+            y_TD = y_TD + (others_TE @ self.average_outputs.float()).to(y_TD.dtype)
+        elif self.unchosen == "gradient" and self.training and torch.is_grad_enabled():
+            others_TE = unchosen_weights(routing, self.router.config)
+            y_TD = y_TD + router_gradient(others_TE, x_TD, self.experts.outputs)
+        return self._with_shared(y_TD, x), routing
+
+    def _soft(
+        self, x: Tensor, token_mask: Tensor | None, keep_outputs: bool, edit: Edit | None
+    ) -> tuple[Tensor, Routing]:
+        if edit is not None:
+            check_edit(edit, self.router.config)
+        x_BSD = x.reshape(-1, *x.shape[-2:])
+        mask_BS = None if token_mask is None else token_mask.reshape(x_BSD.shape[:2])
+        return soft(self.router, self.experts, x_BSD, mask_BS, keep_outputs)
+
+    def _with_shared(self, y_TD: Tensor, x: Tensor) -> Tensor:
+        """y [..., D] with the shared experts' output of x added."""
         if self.shared_experts is not None:
+            x_TD = x.reshape(-1, x.shape[-1])
             shared_TD = self.shared_experts(x_TD)
             if self.shared_expert_gate is not None:
                 shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
             y_TD = y_TD + shared_TD
-        return y_TD.view_as(x), routing
+        return y_TD.view_as(x)
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed

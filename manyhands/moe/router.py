@@ -24,6 +24,7 @@ from manyhands.moe.select import expert_choice, hash_experts, limit_to_groups, p
 from manyhands.moe.sparsemixer import sparsemixer
 
 NOISE_EPSILON = 1e-2  # Shazeer et al. 2017: the noise never vanishes
+LEAST_LOGIT = -80.0  # below it softplus is 0 in float32, and its root has no gradient
 SWITCH_SCALE = 0.1  # Fedus et al. 2021, table 3: a tenth of the usual variance keeps a sparse model stable
 
 
@@ -43,7 +44,10 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         E = config.num_experts
-        self.weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32))
+        rows = E * config.slots_per_expert
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size, dtype=torch.float32))
+        soft = config.select == "soft"
+        self.slot_scale = nn.Parameter(torch.ones(1, dtype=torch.float32)) if soft else None
         self.bias = nn.Parameter(torch.empty(E, dtype=torch.float32)) if config.logit_bias else None
         self.noise_weight = nn.Parameter(torch.empty(E, hidden_size, dtype=torch.float32)) if config.noisy else None
         G = config.n_group if config.select == "hierarchical" else 0
@@ -77,6 +81,8 @@ class Router(nn.Module):
             for zero in (*biases, self.noise_weight, self.group_noise_weight):
                 if zero is not None:
                     zero.zero_()
+            if self.slot_scale is not None:
+                self.slot_scale.fill_(1.0)
 
     def forward(
         self,
@@ -92,6 +98,8 @@ class Router(nn.Module):
         `edit` says who goes where in the router's place, or which experts are off; its weights carry gradient.
         """
         config, K = self.config, self.config.num_experts_per_tok
+        if config.select == "soft":
+            raise ConfigError("select = 'soft' mixes tokens and sends none anywhere: call the layer, not its router")
         if edit is not None:
             check_edit(edit, config)
         if token_mask_T is None:
@@ -216,6 +224,7 @@ def linear_float32(x_TD: Tensor, weight_ED: Tensor, bias_E: Tensor | None = None
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),
     "sigmoid": lambda logits_TE: logits_TE.sigmoid(),
+    "sqrtsoftplus": lambda logits_TE: F.softplus(logits_TE.clamp(min=LEAST_LOGIT)).sqrt(),
     "relu": lambda logits_TE: logits_TE.relu(),
 }
 """Every `RouterConfig.score`. The oracle has a table of its own, `check/oracle_routing.py`."""
@@ -231,6 +240,6 @@ def score(logits_TE: Tensor, config: RouterConfig) -> Tensor:
 def weigh(scores_TE: Tensor, ids_TK: Tensor, config: RouterConfig) -> Tensor:
     """[T, K] float32: the unbiased scores of the chosen experts, renormalised if asked, scaled."""
     weights_TK = scores_TE.gather(1, ids_TK)
-    if config.norm_topk_prob and (config.num_experts_per_tok > 1 or config.norm_top1):
+    if config.renormalises:
         weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
     return weights_TK * config.routed_scaling_factor

@@ -21,7 +21,7 @@ COMPONENTS = (
     "norms",
 )
 """The parts of a model, in the order in which they are shown."""
-BUFFERS = ("router.e_score_correction_bias", "router.l1_steps")
+BUFFERS = ("router.e_score_correction_bias", "router.l1_steps", ".average_outputs")
 """Endings of the tensors that no gradient trains: saved with the model, not counted as parameters."""
 
 

@@ -67,8 +67,9 @@ def train_step(
     num_experts = 0 if moe is None else moe.router.num_experts
     counters = {layer: LoadCounter.empty(num_experts, device) for layer in model.config.sparse_layers}
     clip_above = run.optim.qk_clip if run.optim.name == "muon" and clips(model.config) else None
-    how = Forward(dtype, run.train.recompute, clip_above, keep_outputs=run.balance.orthogonality_coef > 0)
     control, routers = Control(layers, run.balance), {n: layer.router for n, layer in layers.items()}
+    keep_outputs = run.balance.orthogonality_coef > 0 or control.wants_outputs
+    how = Forward(dtype, run.train.recompute, clip_above, keep_outputs=keep_outputs)
     largest: dict[int, Tensor] = {}
     loss_sum, terms_sum = 0.0, dict[str, float]()
 

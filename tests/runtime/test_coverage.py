@@ -23,9 +23,9 @@ ALL = {
     "rope": ROPE,
 }
 NOT_COMPUTED = {
-    "route": {"eval_capacity_factor", "capacity_tokens", "bias_on", "mixer_epsilon"},
+    "route": {"eval_capacity_factor", "capacity_tokens", "bias_on", "mixer_epsilon", "slots_per_expert"},
     "attention": set(),
-    "mixture": set(),
+    "mixture": {"unchosen", "average_decay"},
     "model": {"kind"},
     "rope": set(),
 }
