@@ -38,7 +38,7 @@ HEAD = ("family", "prefill", "decode", "routing", "gradient", "router loss", "ro
 def main() -> None:
     """Parse, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    every = [*ALL, *encoder_decoders.CASES]
+    every = [*ALL, *encoder_decoders.CASES, *encoder_decoders.LARGE]
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"all, unless given: {'; '.join(every)}")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--no-loading", action="store_true", help="leave out the memory of loading")
@@ -62,9 +62,10 @@ def row(case: str, loading: bool) -> dict[str, Any]:
     """The worse of plain and hostile, and the memory of loading."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
-        if case in encoder_decoders.CASES:
+        if case in encoder_decoders.CASES or case in encoder_decoders.LARGE:
             made = encoder_decoders.make(case, path / "small")
             found = asdict(encoder_decoders.measure(case, made, path))
+            loading = loading and case not in encoder_decoders.LARGE
             return found | (_loading(path / "small", path / "big", "bfloat16") if loading else {})
         references = {hostile: make_any(case, path / f"{hostile}" / "small", hostile) for hostile in (False, True)}
         both = [asdict(measure(case, made, path / f"{hostile}", hostile)) for hostile, made in references.items()]

@@ -35,7 +35,7 @@ def experts_in_model(shape: Shape) -> int:
         case DecoderShape():
             return shape.moe.num_experts * shape.moe.layers if shape.moe else 0
         case EncoderDecoderConfig():
-            sparse = shape.num_sparse_encoder_layers + shape.num_sparse_decoder_layers
+            sparse = len(shape.sparse_layers)
             return shape.router.num_experts * sparse if shape.router else 0
         case RecurrentConfig():
             return shape.moe.router.num_experts * len(shape.sparse_layers) if shape.moe else 0

@@ -40,6 +40,20 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "SwitchTransformers", SIZES | EXPERTS | {"tie_word_embeddings": False, "num_sparse_encoder_layers": 4},
     ),
 }  # fmt: skip
+REAL: dict[str, Any] = {
+    "vocab_size": 32128, "d_kv": 64, "dropout_rate": 0.0, "decoder_start_token_id": 0, "attn_implementation": "eager",
+}  # fmt: skip
+LARGE: dict[str, tuple[str, dict[str, Any]]] = {
+    "t5, sizes of T5-Small": ("T5", REAL | {"d_model": 512, "d_ff": 2048, "num_heads": 8, "num_layers": 6}),
+    "switch_transformers, sizes of Switch-Base-8": (
+        "SwitchTransformers",
+        REAL | EXPERTS | {
+            "d_model": 768, "d_ff": 3072, "num_heads": 12, "num_layers": 12, "num_decoder_layers": 12,
+            "num_experts": 8, "num_sparse_encoder_layers": 6, "num_sparse_decoder_layers": 6,
+        },
+    ),
+}  # fmt: skip
+"""For the benchmark: 60 and 620 million random weights, which take 10 GB to compare."""
 _random = torch.Generator().manual_seed(0)
 IDS = torch.randint(2, V, (B, S), generator=_random)
 OUT = torch.randint(2, V, (B, T + 1), generator=_random)
@@ -65,12 +79,12 @@ def make(case: str, directory: Path) -> Seq2Seq:
     """Random weights at which each matters: norms away from 1, biases away from 0, logits of about 1."""
     import transformers
 
-    name, fields = CASES[case]
+    name, fields = (CASES | LARGE)[case]
     generator = torch.Generator().manual_seed(1)
     config = getattr(transformers, f"{name}Config")(**fields)
     model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
     if name == "T5" and not fields.get("tie_word_embeddings", True):  # transformers 5 ties it until a file has its own
-        model.lm_head.weight = torch.nn.Parameter(torch.empty(V, D))
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.shared.weight))
     with torch.no_grad():
         for name, p in model.named_parameters():
             p.normal_(generator=generator)
