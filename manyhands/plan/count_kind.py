@@ -54,7 +54,7 @@ def router_flops(config: EncoderDecoderConfig, tokens_in: int, tokens_out: int) 
     """Forward FLOPs of the routers of one pair of sequences: 2 · D · E in each sparse layer, for each token."""
     if config.router is None:
         return 0
-    through = tokens_in * config.num_sparse_encoder_layers + tokens_out * config.num_sparse_decoder_layers
+    through = tokens_in * len(config.sparse_encoder_layers) + tokens_out * len(config.sparse_decoder_layers)
     return 2 * config.hidden_size * config.router.num_experts * through
 
 

@@ -12,7 +12,7 @@ from manyhands.errors import ConfigError
 from manyhands.layers.relative_attention import buckets
 from manyhands.models import EncoderDecoder, init_weights
 from manyhands.moe import Mask, Router
-from manyhands.plan.count_kind import count_any
+from manyhands.plan.count_kind import count_any, router_flops, sequence_flops
 
 SIZES: dict[str, Any] = {
     "vocab_size": 61,
@@ -251,3 +251,12 @@ def test_fresh_weights_have_the_scale_of_what_goes_in() -> None:
     again, other = made(config), made(config, seed=1)
     assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
     assert not torch.equal(other.embed_tokens.weight, weights["embed_tokens.weight"])
+
+
+def test_what_is_counted_is_what_there_is_where_more_are_sparse_than_were_asked_for() -> None:
+    sizes = SIZES | {"num_hidden_layers": 12, "router": TOP1}
+    five = EncoderDecoderConfig(**sizes, num_sparse_encoder_layers=5, num_sparse_decoder_layers=1)
+    six = EncoderDecoderConfig(**sizes, num_sparse_encoder_layers=6, num_sparse_decoder_layers=1)
+    assert count_any(five) == count_any(six) and sequence_flops(five, 32, 8) == sequence_flops(six, 32, 8)
+    assert count_any(five).total == sum(p.numel() for p in EncoderDecoder(five).parameters())
+    assert router_flops(five, 32, 8) == router_flops(six, 32, 8)
