@@ -18,7 +18,7 @@ CAPACITY, CAPACITY_NONE = "capacity, auxiliary loss", "capacity, no balancing"
 DROPLESS, DROPLESS_NONE = "dropless, auxiliary loss", "dropless, no balancing"
 _SHOWN = (
     "validation loss", "validation", "validation minus training", "MaxVio, worst layer", "dead experts, worst layer",
-    "dropped, worst layer", "gradient norm, 99th percentile", "skipped updates",
+    "dropped, worst layer", "gradient norm after warm-up, 99th percentile", "skipped updates",
 )  # fmt: skip
 _SHORT, _LONG = 300, 500
 """Steps with a capacity and without: dropless, a collapse takes longer to show in the loss."""

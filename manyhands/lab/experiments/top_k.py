@@ -15,7 +15,7 @@ from manyhands.lab.language import Trained, arm, regime, with_experts
 from manyhands.lab.steady import spikes, variance_test
 
 _ONE, _TWO = "one per token", "two per token"
-_SHOWN = ("validation loss", "MaxVio, worst layer", "gradient norm, 99th percentile", "skipped updates")
+_SHOWN = ("validation loss", "MaxVio, worst layer", "gradient norm after warm-up, 99th percentile", "skipped updates")
 _LEVEL = 0.05
 """Of the test: how rarely chance alone may give such a ratio of variances."""
 
