@@ -31,16 +31,22 @@ class Result:
     """False: something else was using the processor, and times are no more than a hint."""
 
     @property
+    def short_verdict(self) -> str:
+        """reproduced, reproduced in part, not reproduced or not judged; of the direction alone where it was `quick`."""
+        text = self.outcome.verdict
+        return f"direction {text}" if self.quick and text != "not judged" else text
+
+    @property
     def verdict(self) -> str:
         """In one sentence."""
         criteria = self.outcome.criteria
         judged = [criterion for criterion in criteria if criterion.held is not None]
-        text = self.outcome.verdict
+        text = self.short_verdict
         if judged:
             text += f": {sum(c.held is True for c in judged)} of {len(judged)} criteria hold"
         if len(judged) < len(criteria):
             text += f", {len(criteria) - len(judged)} not judged"
-        return f"{text} (at the quick size: the direction only)" if self.quick else text
+        return f"{text}, at the quick size" if self.quick else text
 
     def described(self) -> dict[str, Any]:
         """Everything but pictures, as JSON."""
