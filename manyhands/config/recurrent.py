@@ -4,7 +4,6 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.config.model import AnyModelConfig, register
 from manyhands.config.moe import PLACES, MoEConfig
 from manyhands.config.numbers import Count, Layers, Size
@@ -37,9 +36,6 @@ class RecurrentConfig(AnyModelConfig):
     dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     """Of the output of the embedding, every LSTM layer and every mixture while training, before the layer's input is
     added to it."""
-    initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = INITIALIZER_RANGE
-    """Standard deviation of the embedding, the head and the experts. The LSTM layers' weights are uniform, to
-    1/√hidden_size on either side."""
     tie_word_embeddings: bool = False
 
     def is_sparse(self, layer: int) -> bool:

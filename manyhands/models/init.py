@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from manyhands.layers.linear import Linear
-from manyhands.layers.lstm import LSTM
 from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
 from manyhands.moe.bank import ExpertBank
 
 if TYPE_CHECKING:
-    from manyhands.models.build import AnyModel, LanguageModel
+    from manyhands.models.build import AnyModel
+    from manyhands.models.decoder import Decoder
 
 
 def init_weights(model: "AnyModel", seed: int) -> None:
@@ -25,7 +25,7 @@ def init_weights(model: "AnyModel", seed: int) -> None:
 
 
 @torch.no_grad()
-def fill(model: "LanguageModel", generator: torch.Generator | None) -> None:
+def fill(model: "Decoder", generator: torch.Generator | None) -> None:
     """Fill every parameter and buffer in place, in the order of `named_parameters`. None: torch's own generator."""
     std = model.config.initializer_range
     residual_std = std / math.sqrt(2 * model.config.num_hidden_layers)
@@ -37,8 +37,6 @@ def fill(model: "LanguageModel", generator: torch.Generator | None) -> None:
             module.reset_parameters(std, residual_std, generator)
         elif isinstance(module, RMSNorm):
             module.reset_parameters()
-        elif isinstance(module, LSTM):
-            module.reset_parameters(generator)
         else:
             for parameter, p in module.named_parameters(recurse=False):
                 if parameter.endswith(("bias", "sinks")):

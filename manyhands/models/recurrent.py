@@ -20,8 +20,7 @@ from manyhands.layers.cache.recurrent import RecurrentCache
 from manyhands.layers.linear import Linear
 from manyhands.layers.lstm import LSTM, State
 from manyhands.models.decoder import Hidden, Output
-from manyhands.models.init import fill
-from manyhands.moe import MoELayer, Routing
+from manyhands.moe import ExpertBank, MoELayer, Router, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 
 
@@ -60,7 +59,8 @@ class RecurrentBlock(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A causal language model whose memory is a state of fixed size. Fresh weights as `Decoder` has them."""
+    """A causal language model whose memory is a state of fixed size. Fresh weights come from torch's global generator;
+    `init_weights` takes a seed."""
 
     def __init__(self, config: RecurrentConfig, experts_implementation: str = "auto") -> None:
         super().__init__()
@@ -77,8 +77,9 @@ class Recurrent(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """Fresh weights, scaled as the config says: `init.fill`. None: torch's global generator."""
-        fill(self, generator)
+        """Fresh weights: what goes into a matrix comes out with the same variance. None: torch's global generator."""
+        with torch.no_grad():
+            _fill(self, generator)
 
     def sparse_layers(self) -> dict[int, MoELayer]:
         """The mixtures by the number of the LSTM layer that each follows."""
@@ -159,3 +160,20 @@ class Recurrent(nn.Module):
     def new_cache(self) -> RecurrentCache:
         """An empty state for step-by-step decoding."""
         return RecurrentCache(len(self.layers))
+
+
+def _fill(model: Recurrent, generator: torch.Generator | None) -> None:
+    """In the order of `named_modules`. The embedding is N(0, 1), as a tied one N(0, 1/D)."""
+    D = model.config.hidden_size
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            module.weight.normal_(0.0, D**-0.5 if model.lm_head is None else 1.0, generator=generator)
+        elif isinstance(module, Linear):
+            module.reset_parameters(module.in_features**-0.5, generator)
+        elif isinstance(module, LSTM):
+            module.reset_parameters(generator)
+        elif isinstance(module, Router):
+            module.reset_parameters(D**-0.5, generator)
+        elif isinstance(module, ExpertBank):
+            assert model.config.moe is not None
+            module.reset_parameters(D**-0.5, model.config.moe.moe_intermediate_size**-0.5, generator)
