@@ -112,6 +112,18 @@ def _arrange(router: Router, case: str, along: Tensor, generator: torch.Generato
         size = E // c.n_group
         none = size if c.topk_group < c.n_group else max(1, min(E // 4, E - K))
         w[:none] -= PUSH * along / D
+    if router.group_weight is not None:
+        G, P = c.n_group, c.topk_group
+        router.group_weight.mul_(0.3 if steered else 1.5)
+        if case == "tied":
+            router.group_weight.zero_()
+            router.group_weight[torch.arange(G), torch.arange(G) % min(2, D)] = 2.0
+        if case == "one_expert":
+            router.group_weight[G - P :] += PUSH * along / D
+        if case == "empty":
+            router.group_weight[: G - P] -= PUSH * along / D
+    if router.group_noise_weight is not None:
+        router.group_noise_weight.mul_(0.3).sub_(PUSH * along / D if steered else 0.0)
     if router.noise_weight is not None:
         router.noise_weight.mul_(0.3).sub_(PUSH * along / D if steered else 0.0)
     if router.l1_steps is not None:

@@ -90,6 +90,8 @@ def moe_layer(
         p.get(router + "noise_weight"),
         p.get(router + "bias"),
         p.get(router + "l1_steps"),
+        p.get(router + "group_weight"),
+        p.get(router + "group_noise_weight"),
     )
 
     def experts(x: Tensor) -> Tensor:

@@ -3,6 +3,8 @@
 Σ are over real tokens only. T tokens, E experts, B sequences.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -27,7 +29,8 @@ def terms(
     if config.importance_coef:
         found["importance"] = cv_squared((r.weights * r.mask[:, None]).sum(0))
     if config.load_coef:
-        found["load"] = cv_squared(smooth_load(r, router.num_experts_per_tok))
+        load = smooth_load(r, router.num_experts_per_tok) if r.groups is None else two_level_load(r, router)
+        found["load"] = cv_squared(load)
     if config.sequence_loss_coef:
         unbiased = one_hot(best(r.tested_scores, router.num_experts_per_tok), router.num_experts)
         found["sequence_loss"] = per_sequence(r, unbiased, num_sequences)
@@ -90,6 +93,26 @@ def smooth_load(r: DenseRouting, k: int) -> Tensor:
         z = (r.logits[:, e] - threshold) / r.noise_std[:, e]
         loads.append((0.5 * (1.0 + torch.erf(z / 2**0.5)) * r.mask).sum())
     return torch.stack(loads)
+
+
+def two_level_load(r: DenseRouting, router: RouterConfig) -> Tensor:
+    """[E]: Load^i_j over the tokens of group i, times Load^p_i over their number (appendix B)."""
+    assert r.groups is not None
+    each, first = router.num_experts_per_tok // router.topk_group, smooth_load(r.groups, router.topk_group)
+    loads = []
+    for g, members in enumerate(torch.arange(router.num_experts).view(router.n_group, -1)):
+        visits = r.mask & r.groups.chosen[:, g]
+        within = replace(
+            r,
+            logits=r.logits[:, members],
+            scores=r.scores[:, members],
+            chosen=r.chosen[:, members],
+            mask=visits,
+            noisy_logits=None if r.noisy_logits is None else r.noisy_logits[:, members],
+            noise_std=None if r.noise_std is None else r.noise_std[:, members],
+        )
+        loads.append(smooth_load(within, each) * first[g] / max(int(visits.sum()), 1))
+    return torch.cat(loads)
 
 
 def orthogonality(r: DenseRouting) -> Tensor:

@@ -26,6 +26,9 @@ class RouterWeights:
     """[E], added to the logits."""
     l1_steps: Tensor | None = None
     """[], ReMoE's."""
+    group_weight: Tensor | None = None
+    """[G, D], of a first level."""
+    group_noise_weight: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,8 @@ class DenseRouting:
     """[T, E, D]: every expert's output for every token."""
     router: RouterWeights | None = None
     """Whose routing it is, for losses about the weights themselves."""
+    groups: "DenseRouting | None" = None
+    """The first level of a two-level gate: its experts are the groups."""
 
     def counts(self) -> Tensor:
         """[E] int64: real tokens that picked each expert."""

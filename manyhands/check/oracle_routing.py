@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from manyhands.check.oracle_dense import NEVER, DenseRouting, RouterWeights, best, weigh
+from manyhands.check.oracle_hierarchy import first_level, two_levels
 from manyhands.check.oracle_select import every_positive, logits_slack, shared_out, two_sampled
 from manyhands.check.verdict import Slack, judge_choice, judge_kept, one_hot
 from manyhands.config import RouterConfig
@@ -43,6 +44,7 @@ def route(
         x_TD = x_TD * torch.empty(x_TD.shape, dtype=torch.float32).uniform_(low, high, generator=generator).double()
     logits = x_TD @ weights.weight.T
     logits = logits if weights.logit_bias is None else logits + weights.logit_bias
+    first = first_level(x_TD, weights, config, training, generator) if config.select == "hierarchical" else None
     noisy, std = None, None
     if weights.noise_weight is not None and training:
         std = torch.log1p((x_TD @ weights.noise_weight.T).exp()) + 1e-2
@@ -63,6 +65,8 @@ def route(
         routing = replace(blank, chosen=chosen, kept=chosen, weights=weights_TE.double(), wrong=verdict.wrong)
     elif config.select == "expert_choice":
         routing = _expert_choice(blank, config, tested, rounding)
+    elif first is not None:
+        routing = two_levels(blank, first, config, tested, slack)
     elif config.select == "positive":
         routing = every_positive(blank, config, tested, of_logits)
     elif config.select == "sparsemixer":

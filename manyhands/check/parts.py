@@ -76,7 +76,13 @@ def _routing(seed: int, dtype: str) -> Iterator[Row]:
             router = Router(config, D).eval()
             cases.fill(router, case, torch.Generator().manual_seed(seed))
             p = float64_copy(router)
-            weights = RouterWeights(p["weight"], p.get("e_score_correction_bias"), None, p.get("bias"))
+            weights = RouterWeights(
+                p["weight"],
+                p.get("e_score_correction_bias"),
+                None,
+                p.get("bias"),
+                group_weight=p.get("group_weight"),
+            )
             for T in COUNTS:
                 at = Situation(name, case, "router", dtype, f"decode, {T} tokens")
                 generator = torch.Generator().manual_seed(seed + T)

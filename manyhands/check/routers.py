@@ -77,6 +77,9 @@ ROUTERS: dict[str, RouterConfig] = {
     "soft slots (Soft MoE)": RouterConfig(select="soft", num_experts=4, slots_per_expert=2, routed_scaling_factor=1.5),
     "experts not chosen: their averages (Default MoE)": RouterConfig(norm_topk_prob=False),
     "experts not chosen: their gradient (DenseMixer)": RouterConfig(routed_scaling_factor=1.5),
+    "two levels, noisy (Shazeer, appendix B)": RouterConfig(
+        num_experts=16, num_experts_per_tok=4, select="hierarchical", n_group=4, topk_group=2, noisy=True
+    ),
     "SparseMixer (Phi-3.5-MoE)": RouterConfig(select="sparsemixer", norm_topk_prob=False, mixer_epsilon=0.3),
 }
 _MET = {router.score for router in ROUTERS.values()}

@@ -114,7 +114,7 @@ def generate(
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
         prompt = [sys.stdin.read()]
 
-    from manyhands.checkpoint.model import EncoderDecoderModel, load, only_decoder
+    from manyhands.checkpoint.model import EncoderDecoderModel, RecurrentModel, load, only_decoder
     from manyhands.engine.engine import Engine
     from manyhands.terminal import shown
 
@@ -128,6 +128,15 @@ def generate(
         only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
         refuse(only | {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None})
         show_rewritten(loaded, tokenizer, prompt or [], sampling, json_output)
+        return
+    if isinstance(loaded, RecurrentModel):
+        from manyhands.cli.continued import show_continued
+        from manyhands.cli.rewritten import refuse
+
+        only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
+        more = {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None}
+        refuse(only | more, "a recurrent one")
+        show_continued(loaded, tokenizer, prompt or [], sampling, json_output)
         return
     model = only_decoder(loaded, "generate")
     if without or replay is not None:

@@ -10,11 +10,11 @@ from manyhands.terminal import clean
 from manyhands.text import Tokenizer
 
 
-def refuse(flags: dict[str, bool]) -> None:
+def refuse(flags: dict[str, bool], kind: str = "an encoder-decoder") -> None:
     """Raises `UserError` naming a flag that was given and is for decoders only."""
     for flag, given in flags.items():
         if given:
-            raise UserError(f"{flag} is for decoders, and this model is an encoder-decoder: leave it out")
+            raise UserError(f"{flag} is for decoders, and this model is {kind}: leave it out")
 
 
 def show_rewritten(

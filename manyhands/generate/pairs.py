@@ -7,35 +7,19 @@ B = 1: each text by itself, so that its answer is its own.
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from manyhands.config import SamplingConfig
-from manyhands.engine.adjust import Adjuster
 from manyhands.engine.answer import Completion
-from manyhands.engine.draw import TokenLogprob, Wish, draw_all
-from manyhands.engine.request import FinishReason
-from manyhands.engine.stream import TextStream
-from manyhands.errors import ManyhandsError, UserError
+from manyhands.errors import UserError
+from manyhands.generate.alone import Piece, pieces
 from manyhands.generate.evaluate_pairs import START_ID
 from manyhands.models.encoder_decoder import EncoderDecoder
 from manyhands.text import Tokenizer
 
 _SENTINEL = re.compile(r"(<extra_id_\d+>)")
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One new token."""
-
-    token_id: int
-    text: str
-    """What became certain with it, never half a character."""
-    finish_reason: FinishReason | None
-    """Why the text ended with it, or None."""
-    stop_reason: str | int | None
-    said: TokenLogprob | None
 
 
 def write(model: EncoderDecoder, tokenizer: Tokenizer, prompt: str, sampling: SamplingConfig) -> Iterator[Piece]:
@@ -67,13 +51,13 @@ def rewrite(
     """All of what `write` gives, for each prompt. `sampling` None: `SamplingConfig()`."""
     found = []
     for prompt in prompts:
-        pieces = list(write(model, tokenizer, prompt, sampling or SamplingConfig()))
-        said = [piece.said for piece in pieces if piece.said is not None]
-        last = pieces[-1] if pieces else None
+        made = list(write(model, tokenizer, prompt, sampling or SamplingConfig()))
+        said = [piece.said for piece in made if piece.said is not None]
+        last = made[-1] if made else None
         found.append(
             Completion(
-                "".join(piece.text for piece in pieces),
-                [piece.token_id for piece in pieces],
+                "".join(piece.text for piece in made),
+                [piece.token_id for piece in made],
                 last.finish_reason if last else "length",
                 stop_reason=last.stop_reason if last else None,
                 logprobs=said or None,
@@ -98,33 +82,10 @@ def _end(tokenizer: Tokenizer) -> list[int]:
 
 def _pieces(model: EncoderDecoder, tokenizer: Tokenizer, ids: list[int], sampling: SamplingConfig) -> Iterator[Piece]:
     device = model.embed_tokens.weight.device
-    ends = set(sampling.stop_token_ids) | (set() if sampling.ignore_eos else tokenizer.eos_token_ids)
-    adjuster = Adjuster(sampling, ids, ends, None)
-    stream = TextStream(tokenizer.stream_decoder(), sampling.stop)
     cache, ids_1S = model.new_cache(), torch.tensor([ids], device=device)
-    token = START_ID
-    for made in range(1, sampling.max_new_tokens + 1):
-        was_training = model.training
-        model.eval()
-        try:
-            with torch.inference_mode():
-                next_11 = torch.tensor([[token]], device=device)
-                logits_1V = model(ids_1S if made == 1 else None, next_11, cache=cache).logits[:, -1]
-        finally:
-            model.train(was_training)
-        [drawn] = draw_all(logits_1V, [Wish(sampling, len(ids) + made, adjuster)])
-        if drawn.error is not None:
-            raise ManyhandsError(drawn.error)
-        token = drawn.token_id
-        adjuster.push(token)
-        ended = token in ends
-        text = "" if ended else stream.push(token)
-        reason: FinishReason | None = "stop" if ended or stream.stopped else None
-        if reason is None and made == sampling.max_new_tokens:
-            reason = "length"
-        if reason is not None:
-            text += stream.finish()
-        stopped_by = token if ended and token in sampling.stop_token_ids else stream.found
-        yield Piece(token, text, reason, stopped_by, drawn.logprob)
-        if reason is not None:
-            return
+
+    def step(token: int | None) -> Tensor:
+        next_11 = torch.tensor([[START_ID if token is None else token]], device=device)
+        return model(ids_1S if token is None else None, next_11, cache=cache).logits[:, -1]
+
+    return pieces(step, model, tokenizer, ids, sampling)

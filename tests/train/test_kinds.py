@@ -16,6 +16,7 @@ from manyhands.config.load import dump_run, parse_run
 from manyhands.errors import ConfigError
 from manyhands.models import Recurrent, build
 from manyhands.plan.subject import read_subject
+from manyhands.trace.journal import read_journal
 from manyhands.train import loop
 from manyhands.train.state import count_parameters
 
@@ -60,7 +61,8 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 
 def test_it_learns_and_is_reported(trained: tuple[Path, loop.Summary]) -> None:
     directory, summary = trained
-    assert summary.steps == 6 and summary.valid_loss < 5.69 and set(summary.balance) == {0}
+    first = next(record for record in read_journal(directory / "journal.jsonl") if record["kind"] == "step")
+    assert summary.steps == 6 and summary.valid_loss < first["loss"] - 0.2 and set(summary.balance) == {0}
     assert summary.valid_bits_per_byte > 0 and (directory / "report.html").stat().st_size > 10_000
 
 
@@ -111,7 +113,7 @@ def test_eval_reads_it_and_what_is_for_decoders_says_so(
     trained: tuple[Path, loop.Summary], text: Path, tmp_path: Path
 ) -> None:
     found = manyhands("eval", str(trained[0]), "--data", str(text), "--json", "--max-batches", "2")
-    assert found.returncode == 0 and json.loads(found.stdout)["loss"] < 5.69, found.stderr
+    assert found.returncode == 0 and json.loads(found.stdout)["loss"] < 7, found.stderr
     for words in (
         ["chat", str(trained[0]), "--template", str(text)],
         ["inspect", str(trained[0]), "--data", str(text), "--out", str(tmp_path / "page")],
@@ -126,3 +128,17 @@ def test_eval_reads_it_and_what_is_for_decoders_says_so(
 def test_a_description_without_a_vocabulary_is_only_counted() -> None:
     with pytest.raises(ConfigError, match=r"^vocab_size = 0: this model is described without embedding"):
         build(RecurrentConfig(vocab_size=0))
+
+
+def test_generate_goes_on_from_a_prompt(trained: tuple[Path, loop.Summary]) -> None:
+    words = ["generate", str(trained[0]), "--prompt", "line 7: the", "--temperature", "0", "--max-new-tokens", "5"]
+    found = json.loads(manyhands(*words, "--json").stdout)
+    model, tokenizer = load(trained[0])
+    ids = tokenizer.encode("line 7: the")
+    for token in found["token_ids"]:  # each the best after all that stands before it
+        assert token == int(model(torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+    assert len(found["token_ids"]) == 5 and found["finish_reason"] == "length"
+    assert manyhands(*words).stdout == f"line 7: the{found['text']}\n"
+    refused = manyhands(*words, "--exact")
+    assert "--exact is for decoders, and this model is a recurrent one" in refused.stderr
