@@ -82,8 +82,9 @@ def fill(module: nn.Module, case: str, generator: torch.Generator) -> None:
     if "embed_tokens.weight" in parameters and "lm_head.weight" not in parameters:
         # A tied head: keep the logits small, and free of the direction that all embeddings share.
         stacks = "decoder.norm.weight" in parameters  # whose model scales the states itself
-        final = parameters["decoder.norm.weight" if stacks else "norm.weight"]
-        final.mul_((1.0 if stacks else width**-0.5) * (1.0 - 2.0 * (torch.arange(len(final)) % 2)))
+        last = "decoder.norm.weight" if stacks else "norm.weight"
+        final = parameters.get(last, parameters["embed_tokens.weight"])  # a recurrent model has no norm
+        final.mul_((1.0 if stacks else width**-0.5) * (1.0 - 2.0 * (torch.arange(final.shape[-1]) % 2)))
     for part in module.modules():
         if isinstance(part, Router):
             _arrange(part, case, along, generator)

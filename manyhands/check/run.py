@@ -15,13 +15,14 @@ from manyhands.check.model import DTYPES, ModelCheck, Routings
 from manyhands.check.numbers import number_rows
 from manyhands.check.own import own_rows
 from manyhands.check.parts import part_jobs
+from manyhands.check.recurrent import RecurrentCheck, shrink_recurrent
 from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
 from manyhands.check.shrink_encoder_decoder import shrink_encoder_decoder
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.checkpoint.source import Source
-from manyhands.config import BalanceConfig, EncoderDecoderConfig, ModelConfig, suggest
+from manyhands.config import BalanceConfig, BuiltConfig, EncoderDecoderConfig, ModelConfig, RecurrentConfig, suggest
 from manyhands.config.activation import GATED
 from manyhands.engine.mode import one_thread
 from manyhands.errors import ConfigError
@@ -32,7 +33,7 @@ Job = tuple[str, str, str, Callable[[], Iterator[tuple[list[Row], Routings]]]]
 
 
 def run_check(
-    config: ModelConfig | EncoderDecoderConfig,
+    config: BuiltConfig,
     balance: BalanceConfig,
     *,
     seed: int = 0,
@@ -54,7 +55,7 @@ def run_check(
     dtype; a failed comparison is in the report, not raised.
     """
     started = time.perf_counter()
-    small = shrink_encoder_decoder(config) if isinstance(config, EncoderDecoderConfig) else shrink(config)
+    small = _shrunk(config)
     report = CheckReport(small, shrunk=small != config)
     everything = backends is None and dtypes is None and decoding and routers
     backends, dtypes = _names(backends, dtypes)
@@ -63,6 +64,8 @@ def run_check(
         jobs.append(("own weights", "checkpoint", "–", lambda: own_rows(source, report, seed)))
     if isinstance(small, EncoderDecoderConfig):
         jobs += list(_encoder_decoder_jobs(report, small, seed, backends, dtypes, cases))
+    elif isinstance(small, RecurrentConfig):
+        jobs += list(_recurrent_jobs(report, small, seed, backends, dtypes, cases))
     else:
         jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
         if decoding:
@@ -150,8 +153,32 @@ def _encoder_decoder_jobs(
             yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
 
 
+def _shrunk(config: BuiltConfig) -> BuiltConfig:
+    if isinstance(config, EncoderDecoderConfig):
+        return shrink_encoder_decoder(config)
+    return shrink_recurrent(config) if isinstance(config, RecurrentConfig) else shrink(config)
+
+
+def _recurrent_jobs(
+    report: CheckReport,
+    config: RecurrentConfig,
+    seed: int,
+    backends: list[str],
+    dtypes: list[str],
+    cases: Sequence[str],
+) -> Iterator[Job]:
+    router = None if config.moe is None else config.moe.router
+    for case in cases:
+        if not possible(case, router):
+            report.skipped.append(f"case {case}: this router cannot come into it")
+            continue
+        check = RecurrentCheck(config, case, seed)
+        for backend, dtype in _ways(report, config, backends, dtypes):
+            yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+
+
 def _ways(
-    report: CheckReport, config: ModelConfig | EncoderDecoderConfig, backends: list[str], dtypes: list[str]
+    report: CheckReport, config: BuiltConfig, backends: list[str], dtypes: list[str]
 ) -> Iterator[tuple[str, str]]:
     """Backends and dtypes that take the sizes of its experts."""
     moe = config.moe

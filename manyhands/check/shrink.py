@@ -20,7 +20,7 @@ def shrink(config: ModelConfig) -> ModelConfig:
     changes["attention"] = _attention(config.attention)
     if config.moe is None:
         return _of_length(config.model_copy(update=changes), min(config.num_hidden_layers, 2))
-    moe = _moe(config.moe)
+    moe = shrink_moe(config.moe)
     wanted, layers, sparse = min(2, len(config.sparse_layers)), 0, 0
     while sparse < wanted:
         sparse += moe.is_sparse(layers)
@@ -63,7 +63,8 @@ def _heads(a: AttentionConfig) -> tuple[int, int]:
     return kv, kv * min(a.num_attention_heads // a.kv_heads, 4)
 
 
-def _moe(moe: MoEConfig) -> MoEConfig:
+def shrink_moe(moe: MoEConfig) -> MoEConfig:
+    """At most 16 experts, 32 wide."""
     update = {
         "router": shrink_router(moe.router),
         "moe_intermediate_size": min(moe.moe_intermediate_size, 32),
@@ -86,6 +87,9 @@ def shrink_router(r: RouterConfig) -> RouterConfig:
     else:
         chosen_groups = min(max(1, round(r.topk_group * groups / r.n_group)), groups - 1)
     k = min(r.num_experts_per_tok, MAX_CHOSEN, chosen_groups * size)
+    if r.select == "hierarchical":
+        chosen_groups = min(r.topk_group, groups if r.topk_group == r.n_group else groups - 1)
+        k = chosen_groups * min(r.num_experts_per_tok // r.topk_group, MAX_CHOSEN // 2, size)
     if r.num_experts_per_tok == r.num_experts:
         k = groups * size
     update = {"num_experts": groups * size, "n_group": groups, "topk_group": chosen_groups, "num_experts_per_tok": k}

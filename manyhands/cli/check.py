@@ -10,7 +10,7 @@ from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
     from manyhands.checkpoint.source import Source
-    from manyhands.config import AnyModelConfig, BalanceConfig, EncoderDecoderConfig, ModelConfig
+    from manyhands.config import BalanceConfig, BuiltConfig
 
 
 def check(
@@ -71,7 +71,7 @@ def check(
 
 def _describe(
     model: str, overrides: list[str], ignore_fields: list[str]
-) -> "tuple[ModelConfig | EncoderDecoderConfig, BalanceConfig, Source | None]":
+) -> "tuple[BuiltConfig, BalanceConfig, Source | None]":
     from manyhands.config import BalanceConfig
     from manyhands.config.load import described_model, load_preset, load_run, preset_names
 
@@ -82,7 +82,7 @@ def _describe(
         from manyhands.checkpoint.find import open_checkpoint
 
         source = open_checkpoint(path, ignore_fields)
-        return _checked(source.config), BalanceConfig(), source
+        return source.config, BalanceConfig(), source
     if ignore_fields:
         raise ConfigError(f"{model} is not a checkpoint: --ignore-field {ignore_fields[0]} is for its config.json")
     if path.suffix in (".yaml", ".yml") or path.is_file():
@@ -93,11 +93,4 @@ def _describe(
         raise ConfigError(
             f"{model!r} is neither a preset ({', '.join(preset_names())}), nor a run file, nor a checkpoint directory"
         )
-    return _checked(described_model(run, model)), run.balance, None
-
-
-def _checked(config: "AnyModelConfig") -> "ModelConfig | EncoderDecoderConfig":
-    from manyhands.config import EncoderDecoderConfig
-    from manyhands.config.decoder import as_decoder
-
-    return config if isinstance(config, EncoderDecoderConfig) else as_decoder(config, "check")
+    return described_model(run, model), run.balance, None
