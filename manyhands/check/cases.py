@@ -119,8 +119,10 @@ def _arrange(router: Router, case: str, along: Tensor, generator: torch.Generato
         if case == "tied":
             router.group_weight.zero_()
             router.group_weight[torch.arange(G), torch.arange(G) % min(2, D)] = 2.0
-        if case == "one_expert":
+        if case == "one_expert":  # of each of the groups that are chosen as many as are
             router.group_weight[G - P :] += PUSH * along / D
+            w[E - K :] -= PUSH * along / D
+            w.view(G, E // G, D)[G - P :, E // G - K // P :] += PUSH * along / D
         if case == "empty":
             router.group_weight[: G - P] -= PUSH * along / D
     if router.group_noise_weight is not None:
