@@ -53,6 +53,8 @@ def _section(row: Row) -> str:
         return "what could not be computed"
     if s.scope == "checkpoint":
         return "this checkpoint's own weights"
+    if s.scope == "experts on disk":
+        return "experts on disk, beside the same in memory"
     if row.quantity.startswith("decoding: "):
         return "this model, generating" if s.scope == "model" else "every router and attention, generating"
     if s.scope == "model":
@@ -71,6 +73,6 @@ def _line(line: Callable[[str, str], None], quantity: str, rows: list[Row]) -> N
         error = max((row.error for row in here), default=None)
         cells.append("–" if error is None else "0" if error == 0.0 else f"{error:.1e}")
     failed = sum(not row.ok for row in rows)
-    name = quantity.removeprefix("decoding: ")
+    name = quantity.removeprefix("decoding: ").removeprefix("from disk: ")
     text = f"  {name:{WIDTH - 2}} {cells[0]:>10} {cells[1]:>10} {len(rows):>9}"
     line(text + (f"  {failed} ✗" if failed else ""), "red" if failed else "")

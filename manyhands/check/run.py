@@ -21,6 +21,7 @@ from manyhands.check.routers import ROUTERS, D, F, RouterCheck, layer_config
 from manyhands.check.shrink import shrink
 from manyhands.check.shrink_encoder_decoder import shrink_encoder_decoder
 from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
+from manyhands.check.stored import PACKED, stored_rows
 from manyhands.checkpoint.source import Source
 from manyhands.config import BalanceConfig, BuiltConfig, EncoderDecoderConfig, ModelConfig, RecurrentConfig, suggest
 from manyhands.config.activation import GATED
@@ -78,6 +79,7 @@ def run_check(
             for number, (name, model) in enumerate(small_models().items()):
                 formats = ["plain", list(FORMATS)[1 + number % (len(FORMATS) - 1)]]
                 jobs += _decoding_jobs(report, {name: model}, seed, dtypes, formats, (ROWS[number % len(ROWS)],))
+            jobs += _stored_jobs(report, seed, dtypes)
     with counting() as calls:
         _do(report, jobs, progress, calls)
     report.calls = dict(calls)
@@ -224,6 +226,15 @@ def _decoding_jobs(
                     continue
                 check = DecodingCheck(scope, config, format, dtype, seed)
                 yield f"decoding, {scope}", format, dtype, lambda c=check: c.rows(batches)  # type: ignore[misc]
+
+
+def _stored_jobs(report: CheckReport, seed: int, dtypes: list[str]) -> Iterator[Job]:
+    if not native.available():
+        report.skipped.append("experts on disk: only the native kernels read them")
+        return
+    for format, dtype in PACKED:
+        if dtype in dtypes:
+            yield "experts on disk", format, dtype, lambda f=format, d=dtype: stored_rows(seed, f, d)  # type: ignore[misc]
 
 
 def _part_jobs(seed: int, backends: list[str], dtypes: list[str]) -> Iterator[Job]:

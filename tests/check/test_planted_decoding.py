@@ -61,7 +61,8 @@ def scopes(rows: Iterable[Row]) -> set[str]:
 
 
 def test_green():
-    rows = attention_rows() + attention_rows("multi-head", dtype="bfloat16") + part_rows()
+    """The parts are in `test_whole`."""
+    rows = attention_rows() + attention_rows("multi-head", dtype="bfloat16")
     assert not red(rows), [row.line() for row in rows if not row.ok]
 
 
@@ -91,6 +92,7 @@ def test_everything_is_a_job(monkeypatch):
         "loss head",
         "a wide expert",
     }
+    assert ("experts on disk" in what) == native.available()
     assert what >= {f"decoding, {name}" for name in ("model", *MODELS)}
     assert {job[1] for job in jobs if job[0].startswith("decoding, ")} >= set(FORMATS)
     if native.available():  # nothing ran, and that is said

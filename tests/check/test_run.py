@@ -7,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from manyhands.check import ROUTERS, CheckReport, Row, Situation, check_routers, render, run_check
-from manyhands.check.cases import CASES
+from manyhands.check.cases import CASES, possible
 from manyhands.check.model import MODES
+from manyhands.check.sizes import layer_jobs
 from manyhands.config import BalanceConfig, ModelConfig, MoEConfig, RouterConfig
 from manyhands.errors import CheckFailed, ConfigError
 from manyhands.kernels import backend_names, native
@@ -103,13 +104,18 @@ def test_every_router():
     assert steps[0][0] == 0 and steps[-1][0] == steps[-1][1]
 
 
+def test_few_tokens_of_routers_that_look_at_all_of_them():
+    jobs = [job for job in layer_jobs(0, ["eager"], ["float32"]) if job[0] in ("1 tokens, random", "3 tokens, random")]
+    found = [row for _, _, _, rows in jobs for row_list, _ in rows() for row in row_list]
+    assert all(row.ok for row in found), [row.line() for row in found if not row.ok]
+    assert {row.situation.scope for row in found} >= {name for name, r in ROUTERS.items() if not r.causal_safe}
+
+
 def test_cases_are_what_they_say():
     from manyhands.check.routers import RouterCheck
 
     for name, router in ROUTERS.items():
-        if router.select == "expert_choice" or router.num_experts == router.num_experts_per_tok:
-            continue
-        for case in ("one_expert", "empty"):
+        for case in filter(lambda case: possible(case, router), ("one_expert", "empty")):
             check = RouterCheck(name, case, seed=0)
             counts = check.layer.eval()(check.x, check.mask, check.ids)[1].expert_counts()
             if case == "one_expert":
