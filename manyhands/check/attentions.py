@@ -28,6 +28,12 @@ CHUNKS = (10, 1, 3, 8, 1, 9)
 S = sum(CHUNKS)
 YARN = {"rope_type": "yarn", "rope_theta": 100.0, "factor": 4.0, "original_max_position_embeddings": 32}
 """Of a small base, so that within S tokens every pair turns far enough to tell the frequencies apart."""
+LONG = {
+    "rope_type": "longrope", "rope_theta": 100.0, "original_max_position_embeddings": 64, "short_mscale": 1.2,
+    "long_mscale": 1.3, "short_factor": tuple(1.0 + 0.1 * i for i in range(8)),
+    "long_factor": tuple(1.5 + 0.5 * i for i in range(8)),
+}  # fmt: skip
+"""Two sets of factors. To a cache a sequence stays on one side of the original length."""
 MLA = {"kind": "mla", "kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 
 
@@ -57,6 +63,8 @@ ATTENTIONS: dict[str, ModelConfig] = {
     "linear rotation": _of({}, {"rope_type": "linear", "factor": 4.0}),
     "YaRN": _of({}, YARN),
     "Llama 3.1 rotation": _of({}, YARN | {"rope_type": "llama3"}),
+    "LongRoPE, short (Phi-3.5-MoE)": _of({"attention_bias": True, "output_bias": True}, LONG),
+    "LongRoPE, long": _of({}, LONG | {"original_max_position_embeddings": 4, "long_mscale": None, "factor": 8.0}),
     "half rotated (GLM-4.5)": _of({"qk_norm": "head"}, {"partial_rotary_factor": 0.5}),
     "neighbouring pairs": _of({}, {"interleave": True}),
     "latent (Moonlight)": _of(MLA, {"interleave": True}),

@@ -104,7 +104,7 @@ class Pass:
 def small_models() -> dict[str, ModelConfig]:
     """Every router and every kind of attention, paired as they come, in models of two layers."""
     routers = {n: r for n, r in ROUTERS.items() if r.causal_safe}
-    attentions = list(ATTENTIONS.items())
+    attentions = [(name, model) for name, model in ATTENTIONS.items() if model.longest_continued >= 64]
     found = {}
     for i in range(max(len(routers), len(attentions))):
         name, router = list(routers.items())[i % len(routers)]
@@ -125,6 +125,7 @@ def small_models() -> dict[str, ModelConfig]:
             "max_position_embeddings": 256,
         }
         changes |= {"moe": moe, "tie_word_embeddings": i % 2 == 0, "output_norms": i % 5 == 2}
+        changes |= {"norm": "layer_norm" if i % 3 == 1 else "rms_norm", "lm_head_bias": i % 4 == 1}
         changes |= {"residual_multiplier": 0.5 if i % 5 == 3 else 1.0}
         found[f"{name}; {kind}"] = model.model_copy(update=changes)
     return found

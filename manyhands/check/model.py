@@ -170,7 +170,8 @@ class ModelCheck:
                 logits = model(ids, attention_mask=mask, dtype=dtype).logits
             hidden = model.hidden(ids, mask, dtype=dtype, keep_outputs=True)
         targets = self.batch[:, 1:].flatten()
-        task = linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, targets, mask.flatten())
+        states_TD, real_T = hidden.states.flatten(0, 1), mask.flatten()
+        task = linear_cross_entropy(states_TD, model.head_weight, targets, real_T, model.head_bias)
         routers = {name: q for name, q in model.named_parameters() if ".router." in name}
         tested_terms: losses.Terms = {}
         tested_gradients: dict[str, Named] = {}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from manyhands.check.oracle_attention import Params, attention, rms_norm
+from manyhands.check.oracle_attention import Params, attention, layer_norm, rms_norm
 from manyhands.check.oracle_dense import DenseRouting, RouterWeights
 from manyhands.check.oracle_routing import route
 from manyhands.check.oracle_soft import soft
@@ -163,19 +163,24 @@ def decode(
     routings: list[dict[int, DenseRouting]] = [{} for _ in seeds]
     x = p["embed_tokens.weight"][ids_BS] * config.embedding_multiplier
 
+    def normalise(x: Tensor, name: str) -> Tensor:
+        if config.norm == "layer_norm":
+            return layer_norm(x, p[name + ".weight"], p[name + ".bias"], config.rms_norm_eps)
+        return rms_norm(x, p[name + ".weight"], config.rms_norm_eps)
+
     def add(x: Tensor, y: Tensor, norm: str) -> Tensor:
-        y = rms_norm(y, p[norm], config.rms_norm_eps) if config.output_norms else y
+        y = normalise(y, norm) if config.output_norms else y
         return x + config.residual_multiplier * y
 
     for layer in range(config.num_hidden_layers):
         prefix = f"layers.{layer}."
-        normed = rms_norm(x, p[prefix + "input_layernorm.weight"], config.rms_norm_eps)
+        normed = normalise(x, prefix + "input_layernorm")
         attended = attention(p, prefix + "self_attn.", normed, config, layer, mask_BS)
-        x = add(x, attended, prefix + "attention_output_norm.weight")
-        normed = rms_norm(x, p[prefix + "post_attention_layernorm.weight"], config.rms_norm_eps)
+        x = add(x, attended, prefix + "attention_output_norm")
+        normed = normalise(x, prefix + "post_attention_layernorm")
         if not config.is_sparse(layer):
             y = feed_forward(p, prefix + "mlp.", normed, config.hidden_act)
-            x = add(x, y, prefix + "mlp_output_norm.weight")
+            x = add(x, y, prefix + "mlp_output_norm")
             continue
         assert config.moe is not None
         outputs = []
@@ -195,7 +200,8 @@ def decode(
             )
             outputs.append(y)
             routings[m][layer] = routing
-        x = add(x, torch.cat(outputs).view(B, S, -1), prefix + "mlp_output_norm.weight")
-    x = rms_norm(x, p["norm.weight"], config.rms_norm_eps) * config.output_multiplier
+        x = add(x, torch.cat(outputs).view(B, S, -1), prefix + "mlp_output_norm")
+    x = normalise(x, "norm") * config.output_multiplier
     head = p["embed_tokens.weight"] if config.tie_word_embeddings else p["lm_head.weight"]
-    return OracleOutput(x @ head.T, x, routings)
+    logits = x @ head.T
+    return OracleOutput(logits + p["lm_head.bias"] if config.lm_head_bias else logits, x, routings)

@@ -1,8 +1,8 @@
 """The oracle's attention, float64, written from the papers and apart from `manyhands/layers`.
 
 GQA (arXiv 2305.13245), MLA with its keys and values built in full (2405.04434), rotation (2104.09864) plain, linear,
-YaRN (2309.00071) and Llama 3.1's (2407.21783), QK-norm, windows, sinks (gpt-oss), soft cap (Grok-1). The whole
-sequence at once: there is no cache in it, so it is also what decoding to a cache must give.
+YaRN (2309.00071), Llama 3.1's (2407.21783) and LongRoPE's (2402.13753), QK-norm, windows, sinks (gpt-oss), soft cap
+(Grok-1). The whole sequence at once: there is no cache in it, so it is also what decoding to a cache must give.
 
 B batch, S sequence, H heads, G key/value heads, d head width, D model width.
 """
@@ -23,13 +23,22 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / ((x * x).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """(x − mean) / √(variance + eps) · weight + bias."""
+    apart = x - x.mean(-1, keepdim=True)
+    return apart / ((apart * apart).mean(-1, keepdim=True) + eps).sqrt() * weight + bias
+
+
 def temperature(factor: float, mscale: float) -> float:
     """YaRN, arXiv 2309.00071 §3.4: √(1/t) = 0.1·m·ln(s) + 1."""
     return 1.0 + 0.1 * mscale * math.log(factor) if factor > 1.0 else 1.0
 
 
-def speeds(rope: RopeConfig, dim: int) -> tuple[list[float], float]:
-    """Radians per position of each of the dim/2 pairs, and what cos and sin are multiplied by."""
+def speeds(rope: RopeConfig, dim: int, long: bool = False) -> tuple[list[float], float]:
+    """Radians per position of each of the dim/2 pairs, and what cos and sin are multiplied by.
+
+    `long`: LongRoPE's in a sequence of more tokens than the original length.
+    """
     plain = [rope.rope_theta ** (-2.0 * i / dim) for i in range(dim // 2)]
     s, length = rope.factor, float(rope.original_max_position_embeddings or 1)
     if rope.rope_type == "default":
@@ -49,6 +58,12 @@ def speeds(rope: RopeConfig, dim: int) -> tuple[list[float], float]:
                 smooth = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
                 found.append((1.0 - smooth) * w / s + smooth * w)
         return found, 1.0
+    if rope.rope_type == "longrope":
+        given, scale = (rope.long_factor, rope.long_mscale) if long else (rope.short_factor, rope.short_mscale)
+        # arXiv 2402.13753 §3.3: the logits grow with the context as its logarithm does
+        return [w / by for w, by in zip(plain, given or (), strict=True)], (
+            math.sqrt(1.0 + math.log(s) / math.log(length)) if scale is None else scale
+        )
     # the pair that turns β times over the original context: θ^(-2i/dim)·length = 2πβ, solved for i
     first, last = (
         dim * math.log(length / (2.0 * math.pi * beta)) / (2.0 * math.log(rope.rope_theta))
@@ -70,7 +85,20 @@ def speeds(rope: RopeConfig, dim: int) -> tuple[list[float], float]:
 
 def rotate(x_BSHd: Tensor, position_BS: Tensor, rope: RopeConfig, dim: int) -> Tensor:
     """The first `dim` numbers of each head turned pair by pair; each pair stays where it was."""
-    radians, factor = speeds(rope, dim)
+    if rope.rope_type == "longrope":
+        assert rope.original_max_position_embeddings is not None
+        sequences = zip(x_BSHd, position_BS, strict=True)  # the last real token's place says how many there are
+        return torch.stack(
+            [
+                _turned(x[None], at[None], rope, dim, int(at.max()) + 1 > rope.original_max_position_embeddings)[0]
+                for x, at in sequences
+            ]
+        )
+    return _turned(x_BSHd, position_BS, rope, dim, False)
+
+
+def _turned(x_BSHd: Tensor, position_BS: Tensor, rope: RopeConfig, dim: int, long: bool) -> Tensor:
+    radians, factor = speeds(rope, dim, long)
     columns = list(x_BSHd.unbind(-1))
     for i, w in enumerate(radians):
         one, two = (2 * i, 2 * i + 1) if rope.interleave else (i, i + dim // 2)

@@ -16,7 +16,7 @@ from manyhands.check import cases
 from manyhands.check.compare import TOLERANCES, Tolerance, close, exact
 from manyhands.check.model import DTYPES, routing_rows
 from manyhands.check.oracle import activation, float64_copy
-from manyhands.check.oracle_attention import rms_norm
+from manyhands.check.oracle_attention import layer_norm, rms_norm
 from manyhands.check.oracle_dense import RouterWeights
 from manyhands.check.oracle_records import unpacked
 from manyhands.check.oracle_routing import route
@@ -26,7 +26,7 @@ from manyhands.config.packing import FORMATS, TRAITS, Format
 from manyhands.kernels import ExpertWeights
 from manyhands.kernels.native import step
 from manyhands.layers.linear import Linear
-from manyhands.layers.norm import RMSNorm
+from manyhands.layers.norm import LayerNorm, RMSNorm
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe import Router, Routing
 from manyhands.moe.packed import RecordExperts
@@ -111,20 +111,23 @@ def _routings(router: Router, x: Tensor, mask: Tensor, ids: Tensor) -> Iterator[
 def _plain(seed: int, dtype: str) -> Iterator[Row]:
     """Layers of the model's own kinds, with and without biases, whose weights are not packed."""
     generator = torch.Generator().manual_seed(seed)
-    norm, layers = RMSNorm(D, 1e-2), {"linear": Linear(D, N, bias=False), "linear, bias": Linear(D, N)}
-    for module in (norm, *layers.values()):
+    norm, other = RMSNorm(D, 1e-2), LayerNorm(D, 1e-2)
+    layers = {"linear": Linear(D, N, bias=False), "linear, bias": Linear(D, N)}
+    for module in (norm, other, *layers.values()):
         cases.fill(module, "random", generator)
         module.to(DTYPES[dtype])
     tolerance = ONCE if dtype == "bfloat16" else None
     for counts, when in ((COUNTS, ""), ((1, 16, 17), ", new weights")):
         if when:  # in place: nothing that was prepared from the old ones may be left
-            for module in (norm, *layers.values()):
+            for module in (norm, other, *layers.values()):
                 cases.fill(module, "random", generator)
         for T in counts:
             x = torch.randn(T, D, generator=generator).to(DTYPES[dtype])
             at = Situation("parts", "random", "plain", dtype, f"decode, {T} rows{when}")
             normed = rms_norm(x.double(), norm.weight.double(), 1e-2)
             yield close(at, "norm", {"norm": norm(x)}, {"norm": normed}, tolerance=tolerance)
+            normed = layer_norm(x.double(), other.weight.double(), other.bias.double(), 1e-2)
+            yield close(at, "layer norm", {"norm": other(x)}, {"norm": normed}, tolerance=tolerance)
             right = {n: _linear(x.double(), float64_copy(layer)) for n, layer in layers.items()}
             found = {n: layer(x) for n, layer in layers.items()}
             yield close(at, "linears", found, right, tolerance=tolerance)

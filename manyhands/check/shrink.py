@@ -18,6 +18,9 @@ def shrink(config: ModelConfig) -> ModelConfig:
     """
     changes: dict[str, Any] = {name: min(getattr(config, name), limit) for name, limit in WIDTHS.items()}
     changes["attention"] = _attention(config.attention)
+    pairs = int(changes["attention"].rope_dim * config.rope.partial_rotary_factor) // 2
+    factors = {name: getattr(config.rope, name) for name in ("short_factor", "long_factor")}
+    changes["rope"] = config.rope.model_copy(update={n: f and f[:pairs] for n, f in factors.items()})
     if config.moe is None:
         return _of_length(config.model_copy(update=changes), min(config.num_hidden_layers, 2))
     moe = shrink_moe(config.moe)

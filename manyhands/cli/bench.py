@@ -54,7 +54,7 @@ def bench(
         init_weights(decoder, seed=0)
     else:
         decoder = only_decoder(from_source(open_checkpoint(model, ignore_field or ())), "bench")
-    room = decoder.config.max_position_embeddings
+    room = decoder.config.longest_continued
     if new is None:
         new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))
     if prompt is None:

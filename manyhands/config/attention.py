@@ -1,20 +1,22 @@
 """Attention and its rotary position embedding."""
 
+import math
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
-from manyhands.config.numbers import Multiplier, Rate, Rotations, Size
+from manyhands.config.numbers import Multiplier, Multipliers, Rate, Rotations, Size
 
 LayerType = Literal["full_attention", "sliding_attention"]
 
 
 class RopeConfig(Strict):
-    """Rotary position embedding: plain, linear interpolation, YaRN (arXiv 2309.00071), or Llama 3.1's."""
+    """Rotary position embedding: plain, linear interpolation, YaRN (arXiv 2309.00071), Llama 3.1's, or LongRoPE's
+    (arXiv 2402.13753)."""
 
     rope_theta: Annotated[float, Field(gt=1.0, le=1e12)] = 10_000.0
-    rope_type: Literal["default", "linear", "yarn", "llama3"] = "default"
+    rope_type: Literal["default", "linear", "yarn", "llama3", "longrope"] = "default"
     factor: Annotated[float, Field(ge=1.0, le=1e4)] = 1.0
     original_max_position_embeddings: Size | None = None
     beta_fast: Rotations = 32.0
@@ -27,6 +29,14 @@ class RopeConfig(Strict):
     low_freq_factor: Rotations = 1.0
     high_freq_factor: Rotations = 4.0
     """llama3: wavelengths over original / low are divided by factor, those under original / high are kept."""
+    short_factor: Multipliers | None = None
+    """longrope: what each pair's frequency is divided by in a sequence of at most original_max_position_embeddings."""
+    long_factor: Multipliers | None = None
+    """The same in a longer one, for all of its tokens."""
+    short_mscale: Multiplier | None = None
+    """longrope: what cos and sin are multiplied by in a short sequence; null: √(1 + ln factor / ln original)."""
+    long_mscale: Multiplier | None = None
+    """The same in a long one."""
     partial_rotary_factor: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The share of a head's width that is rotated, from its start (GLM-4.5: half)."""
     interleave: bool = False
@@ -34,11 +44,26 @@ class RopeConfig(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RopeConfig":
-        if self.rope_type in ("yarn", "llama3") and self.original_max_position_embeddings is None:
+        if self.rope_type in ("yarn", "llama3", "longrope") and self.original_max_position_embeddings is None:
             raise ValueError(f"rope_type = {self.rope_type!r} needs original_max_position_embeddings")
         if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
             raise ValueError("rope_type = 'llama3' needs high_freq_factor > low_freq_factor")
+        for name in ("short_factor", "long_factor", "short_mscale", "long_mscale"):
+            if self.rope_type != "longrope" and getattr(self, name) is not None:
+                raise ValueError(f"{name} has no meaning with rope_type = {self.rope_type!r}; it goes with 'longrope'")
+            if self.rope_type == "longrope" and name.endswith("_factor") and getattr(self, name) is None:
+                raise ValueError(f"rope_type = 'longrope' needs {name}")
+        if self.rope_type == "longrope" and self.original_max_position_embeddings == 1:
+            raise ValueError("rope_type = 'longrope' needs original_max_position_embeddings >= 2")
         return self
+
+    @property
+    def mscales(self) -> tuple[float, float]:
+        """longrope: what cos and sin are multiplied by in a short and in a long sequence, with the default resolved."""
+        assert self.original_max_position_embeddings is not None
+        usual = math.sqrt(1.0 + math.log(self.factor) / math.log(self.original_max_position_embeddings))
+        short, long = (usual if m is None else m for m in (self.short_mscale, self.long_mscale))
+        return short, long
 
 
 class AttentionConfig(Strict):

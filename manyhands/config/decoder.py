@@ -29,9 +29,14 @@ class ModelConfig(AnyModelConfig):
     """Width of the dense feed-forward networks."""
     hidden_act: Activation = "swiglu"
     max_position_embeddings: Size = 2048
+    norm: Literal["rms_norm", "layer_norm"] = "rms_norm"
+    """How what enters each block, and the head, is normalised: `layer_norm` subtracts the mean too, and has a bias
+    (Phi-3.5-MoE). Norms of queries, keys and latents are RMS norms in any case."""
     rms_norm_eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-6
     initializer_range: Annotated[float, Field(gt=0.0, le=10.0)] = INITIALIZER_RANGE
     tie_word_embeddings: bool = False
+    lm_head_bias: bool = False
+    """A learned bias on the logits of the vocabulary (Phi-3.5-MoE)."""
     output_norms: bool = False
     """Also normalise what attention and feed-forward give, before it is added (Grok-1's four norms)."""
     embedding_multiplier: Multiplier = 1.0
@@ -51,6 +56,16 @@ class ModelConfig(AnyModelConfig):
     def rope_dim(self) -> int:
         """Width of the rotated part of a head."""
         return int(self.attention.rope_dim * self.rope.partial_rotary_factor)
+
+    @property
+    def longest_continued(self) -> int:
+        """Tokens of the longest sequence that can be computed token by token.
+
+        Past the original length LongRoPE turns the earlier tokens otherwise too, so that what is cached of them is
+        wrong; a longer sequence is computed at once.
+        """
+        original = self.rope.original_max_position_embeddings if self.rope.rope_type == "longrope" else None
+        return min(self.max_position_embeddings, original or self.max_position_embeddings)
 
     @property
     def sparse_layers(self) -> list[int]:
@@ -91,6 +106,15 @@ class ModelConfig(AnyModelConfig):
             raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers = {self.num_hidden_layers}")
         if not self.rope_dim or self.rope_dim % 2:
             raise ValueError(f"the rotated head width is {self.rope_dim}; it must be even, and not 0")
+        for name in ("short_factor", "long_factor"):
+            factors = getattr(self.rope, name)
+            if factors is not None and len(factors) != self.rope_dim // 2:
+                raise ValueError(
+                    f"rope.{name} has {len(factors)} entries; the rotated head width {self.rope_dim} needs "
+                    f"{self.rope_dim // 2}"
+                )
+        if self.lm_head_bias and self.tie_word_embeddings:
+            raise ValueError("lm_head_bias needs a head of its own: tie_word_embeddings = false")
         return self
 
 

@@ -17,6 +17,8 @@ class MoEConfig(Strict):
     """The sparse layers: which layers they are, their router, their experts, and the shared experts."""
 
     router: RouterConfig = RouterConfig()
+    input_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Multiply what router and all experts see by U(1-input_jitter, 1+input_jitter) while training (Phi-3.5-MoE)."""
     unchosen: Literal["nothing", "average", "gradient"] = "nothing"
     """What experts do that a token did not choose. `average`: the running mean of their outputs stands in for them
     (Default MoE, arXiv 2504.12463). `gradient`: while training all experts run, and the router learns what the others

@@ -29,10 +29,17 @@ def _decoder(config: ModelConfig) -> dict[str, Shape]:
     for layer in range(config.num_hidden_layers):
         for name, shape in _block(config, layer):
             shapes[f"layers.{layer}.{name}"] = shape
-    shapes["norm.weight"] = (D,)
+    shapes |= _norm(config, "norm")
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (V, D)
+    if config.lm_head_bias:
+        shapes["lm_head.bias"] = (V,)
     return shapes
+
+
+def _norm(config: ModelConfig, name: str) -> dict[str, Shape]:
+    parameters = ("weight", "bias") if config.norm == "layer_norm" else ("weight",)
+    return {f"{name}.{parameter}": (config.hidden_size,) for parameter in parameters}
 
 
 def _recurrent(config: RecurrentConfig) -> dict[str, Shape]:
@@ -51,11 +58,11 @@ def _recurrent(config: RecurrentConfig) -> dict[str, Shape]:
 
 def _block(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
     D = config.hidden_size
-    yield "input_layernorm.weight", (D,)
+    yield from _norm(config, "input_layernorm").items()
     attention = _mla if config.attention.kind == "mla" else _gqa
     for name, shape in attention(config.attention, D):
         yield f"self_attn.{name}", shape
-    yield "post_attention_layernorm.weight", (D,)
+    yield from _norm(config, "post_attention_layernorm").items()
     if config.is_sparse(layer):
         assert config.moe is not None
         for name, shape in _moe(config.moe, D):
@@ -64,8 +71,8 @@ def _block(config: ModelConfig, layer: int) -> Iterator[tuple[str, Shape]]:
         for name, shape in _feed_forward(D, config.intermediate_size, config.hidden_act):
             yield f"mlp.{name}", shape
     if config.output_norms:
-        yield "attention_output_norm.weight", (D,)
-        yield "mlp_output_norm.weight", (D,)
+        yield from _norm(config, "attention_output_norm").items()
+        yield from _norm(config, "mlp_output_norm").items()
 
 
 def _gqa(a: AttentionConfig, D: int) -> Iterator[tuple[str, Shape]]:

@@ -138,7 +138,7 @@ class Engine:
         `edit` that a layer cannot follow.
         """
         sampling = SamplingConfig() if sampling is None else sampling
-        tokenizer, context = self.tokenizer, self.model.config.max_position_embeddings
+        tokenizer, context = self.tokenizer, self.model.config.longest_continued
         if tokenizer is None and (sampling.stop or isinstance(prompt, str)):
             what = "a prompt is text" if isinstance(prompt, str) else "stop strings are text"
             raise UserError(f"{what}: generating with {'it' if isinstance(prompt, str) else 'them'} needs a tokenizer")

@@ -44,7 +44,7 @@ class Memory:
         self.bytes_per_token = bytes_per_token(config, model.embed_tokens.weight.dtype)
         if keep_routing:
             self.bytes_per_token += routing_bytes_per_token(config)
-        context = -(-config.max_position_embeddings // BLOCK_SIZE)
+        context = -(-config.longest_continued // BLOCK_SIZE)
         if cache_bytes is not None:
             self.blocks = Blocks(blocks_of(cache_bytes, self.bytes_per_token))
         elif cache_tokens is not None:

@@ -33,18 +33,24 @@ def as_ids(prompt: Sequence[int]) -> list[int]:
         raise UserError("a prompt is text or a list of token ids: it holds something that is no integer") from None
 
 
+def context_field(config: ModelConfig) -> str:
+    """Which field says how long a sequence may become that is continued."""
+    shorter = config.longest_continued < config.max_position_embeddings
+    return "rope.original_max_position_embeddings (LongRoPE)" if shorter else "max_position_embeddings"
+
+
 def check_prompt(
     config: ModelConfig, ids: list[int], tokenizer: Tokenizer | None, sampling: SamplingConfig
 ) -> list[int]:
     """The ids to start from. Raises `UserError` if they are not in the vocabulary or fill the context."""
-    limit, V = config.max_position_embeddings, config.vocab_size
+    limit, V = config.longest_continued, config.vocab_size
     if not ids:
         if tokenizer is None or tokenizer.eos_token_id is None:
             raise UserError("the prompt is empty, and there is no end-of-text token to start from; give some text")
         ids = [tokenizer.eos_token_id]
     if len(ids) >= limit + (not sampling.max_new_tokens):
         raise UserError(
-            f"the prompt has {len(ids)} tokens; with max_position_embeddings = {limit} it may have at most "
+            f"the prompt has {len(ids)} tokens; with {context_field(config)} = {limit} it may have at most "
             f"{limit - 1}, so that one can follow"
         )
     if min(ids) < 0 or max(ids) >= V:

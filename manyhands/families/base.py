@@ -101,8 +101,7 @@ class Layout:
         """Every tensor of `config`, in the order of the model."""
         for ours in tensor_shapes(config):
             if not ours.startswith("layers."):
-                theirs = self.head if ours == "lm_head.weight" else self.prefix + (self.top or {}).get(ours, ours)
-                yield Piece(ours, theirs)
+                yield Piece(ours, self._top(ours))
                 continue
             layer, tail = ours.split(".", 2)[1:]
             where = f"layers.{layer}."
@@ -111,6 +110,11 @@ class Layout:
                     yield Piece(ours, self.prefix + p.theirs, p.ours_index, p.theirs_index, p.transpose)
             else:
                 yield Piece(ours, self.prefix + where + self._renamed(tail))
+
+    def _top(self, ours: str) -> str:
+        if ours.startswith("lm_head."):
+            return self.head.removesuffix("weight") + ours.removeprefix("lm_head.")
+        return self.prefix + (self.top or {}).get(ours, ours)
 
     def _renamed(self, tail: str) -> str:
         for ours, theirs in (self.rename or {}).items():

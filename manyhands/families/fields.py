@@ -61,6 +61,13 @@ class Fields:
             raise self.wrong(name, "expected a finite number")
         return float(value)
 
+    def numbers(self, name: str) -> list[float]:
+        """A list of finite numbers."""
+        value = self.take(name)
+        if not isinstance(value, list) or len(value) > 4096:
+            raise self.wrong(name, "expected a list of numbers")
+        return [Fields({name: entry}, self.where).number(name) for entry in value]
+
     def flag(self, name: str, default: Any = MISSING) -> Any:
         """true or false."""
         value = self.take(name, default)
@@ -95,10 +102,13 @@ class Fields:
         """SwiGLU, as nearly everybody writes it."""
         self.only(name, "silu", "swish", "swiglu")
 
-    def rope(self, default_theta: float = 10_000.0, *, partial: bool = False, **fixed: Any) -> RopeConfig:
+    def rope(
+        self, default_theta: float = 10_000.0, *, partial: bool = False, longrope: bool = False, **fixed: Any
+    ) -> RopeConfig:
         """The rotation, from transformers 5's `rope_parameters` or the older `rope_theta` and `rope_scaling`.
 
         `partial`: the family's reference can rotate a part of each head; elsewhere asking for that is refused.
+        `longrope`: it turns as usual or by LongRoPE with its own magnitudes, and in no other way.
         """
         given = [name for name in ("rope_parameters", "rope_scaling") if self.section(name) and self.values[name]]
         if len(given) == 2 and self.values["rope_parameters"] != self.values["rope_scaling"]:
@@ -110,8 +120,9 @@ class Fields:
         if scaling is not None:
             rope_type = scaling.take("rope_type", None) or scaling.take("type", "default")
             scaling._taken |= {"rope_type", "type"}
-            if rope_type not in ("default", "linear", "yarn", "llama3"):
-                raise scaling.wrong("rope_type", "supported: 'default', 'linear', 'yarn', 'llama3'", rope_type)
+            known = ("default", "longrope") if longrope else ("default", "linear", "yarn", "llama3")
+            if rope_type not in known:
+                raise scaling.wrong("rope_type", f"supported: {', '.join(map(repr, known))}", rope_type)
             values["rope_type"] = rope_type
             own_theta, own_partial = scaling.number("rope_theta", None), scaling.number("partial_rotary_factor", None)
             theta = own_theta if own_theta is not None else theta
@@ -236,6 +247,7 @@ _SCALING = {
     "linear": ("factor",),
     "yarn": ("factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor"),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_mscale", "long_mscale"),
 }
 
 _REQUIRED = {
@@ -243,12 +255,13 @@ _REQUIRED = {
     "linear": ("factor",),
     "yarn": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "longrope": ("short_factor", "long_factor", "short_mscale", "long_mscale"),
 }
 
 
 def _scaling(scaling: Fields, rope_type: str, max_positions: int) -> dict[str, Any]:
     values = {name: scaling.number(name, None) for name in _SCALING[rope_type]}
-    if rope_type in ("yarn", "llama3"):
+    if rope_type in ("yarn", "llama3", "longrope"):
         original = scaling.values.get("original_max_position_embeddings")
         if isinstance(original, float) and original.is_integer():  # some files have 4096.0
             scaling.values["original_max_position_embeddings"] = int(original)
@@ -260,6 +273,9 @@ def _scaling(scaling: Fields, rope_type: str, max_positions: int) -> dict[str, A
         values["truncate"] = scaling.flag("truncate", True)
         if values["factor"] is None and "factor" in scaling.values:  # null: what transformers takes it to be
             values["factor"] = max_positions / values["original_max_position_embeddings"]
+    if rope_type == "longrope":
+        values |= {name: scaling.numbers(name) for name in ("short_factor", "long_factor")}
+        scaling.ignore("factor", "attention_factor")  # of which the magnitudes are made where they are not given
     for name in _REQUIRED[rope_type]:
         if values[name] is None:
             raise ConfigError(f"{scaling.where}: {name!r} is missing")
@@ -273,8 +289,11 @@ def rope_fields(rope: RopeConfig) -> dict[str, Any]:
     fields: dict[str, Any] = {"rope_type": rope.rope_type, "rope_theta": rope.rope_theta}
     names = _SCALING[rope.rope_type]
     fields |= {name: getattr(rope, name) for name in names if getattr(rope, name) is not None}
-    if rope.rope_type in ("yarn", "llama3"):
+    if rope.rope_type in ("yarn", "llama3", "longrope"):
         fields["original_max_position_embeddings"] = rope.original_max_position_embeddings
+    if rope.rope_type == "longrope":
+        fields |= {"short_factor": list(rope.short_factor or ()), "long_factor": list(rope.long_factor or ())}
+        fields |= dict(zip(("short_mscale", "long_mscale"), rope.mscales, strict=True))
     if rope.rope_type == "yarn" and not rope.truncate:
         fields["truncate"] = False
     if rope.partial_rotary_factor != 1.0:

@@ -175,9 +175,14 @@ def _rope(rope: RopeConfig) -> RopeConfig:
         "default": set(),
         "linear": {"factor"},
         "llama3": {"factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"},
-        "yarn": set(RopeConfig.model_fields) - {"low_freq_factor", "high_freq_factor"},
+        "yarn": {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
+        | {"attention_factor", "truncate"},
+        "longrope": {"original_max_position_embeddings", "short_factor", "long_factor"},
     }[rope.rope_type]
-    return RopeConfig(**{name: getattr(rope, name) for name in plain | used})
+    values = {name: getattr(rope, name) for name in plain | used}
+    if rope.rope_type == "longrope":  # which the factor may say too
+        values |= dict(zip(("short_mscale", "long_mscale"), rope.mscales, strict=True))
+    return RopeConfig(**values)
 
 
 def _encoder_decoder(config: EncoderDecoderConfig) -> EncoderDecoderConfig:
@@ -209,4 +214,4 @@ def _router(router: RouterConfig) -> RouterConfig:
 def _moe(moe: MoEConfig, config: ModelConfig) -> MoEConfig:
     layers = {"first_k_dense_replace": 0, "decoder_sparse_step": 1, "mlp_only_layers": tuple(config.dense_layers)}
     shared = {"n_shared_experts": 1, "shared_expert_intermediate_size": moe.shared_width} if moe.shared_width else {}
-    return moe.model_copy(update={"router": _router(moe.router), **layers, **shared})
+    return moe.model_copy(update={"router": _router(moe.router), "input_jitter": 0.0, **layers, **shared})

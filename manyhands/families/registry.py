@@ -20,6 +20,7 @@ from manyhands.families.manyhands import MANYHANDS
 from manyhands.families.minimax_m2 import MINIMAX_M2
 from manyhands.families.mixtral import MIXTRAL
 from manyhands.families.olmoe import OLMOE
+from manyhands.families.phimoe import PHIMOE
 from manyhands.families.qwen2_moe import QWEN2_MOE
 from manyhands.families.qwen3 import QWEN3
 from manyhands.families.qwen3_moe import QWEN3_MOE
@@ -48,6 +49,7 @@ FAMILIES: dict[str, Family] = {
         ERNIE4_5_MOE,
         MINIMAX_M2,
         HUNYUAN_V1_MOE,
+        PHIMOE,
         GROK_1,
         T5,
         SWITCH_TRANSFORMERS,
@@ -60,10 +62,8 @@ _LLAMA_4 = (
     "experts whose input, not output, is weighed, attention in chunks, layers without positions that scale their "
     "queries by position, and queries and keys of length 1"
 )
-_PHI = "LayerNorm with a bias, a bias on the head, and LongRoPE's two sets of factors"
 _V4 = "compressed sparse attention with an indexer, hyper-connections, and a low-rank output projection in groups"
 NOT_EXPRESSED: dict[str, tuple[str, str]] = {
-    "phimoe": ("Phi-3.5-MoE", _PHI),
     "llama4": ("Llama 4", _LLAMA_4),
     "llama4_text": ("Llama 4", _LLAMA_4),
     "qwen3_next": ("Qwen3-Next", _DELTA_NET),

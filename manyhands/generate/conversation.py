@@ -58,7 +58,7 @@ class Conversation:
         do.
         """
         user = {"role": "user", "content": text}
-        limit, left_out = self.model.config.max_position_embeddings, 0
+        limit, left_out = self.model.config.longest_continued, 0
         room = min(self.sampling.max_new_tokens, limit // 4)
         past = self.messages[len(self._start) :]
         while True:

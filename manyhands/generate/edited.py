@@ -42,9 +42,7 @@ def effect(
     _run(engine, requests)
     ids = list(requests[0].prompt_ids)
     original, edited = map(engine.completion, requests)
-    text = (list(judged) if judged is not None else ids + original.token_ids)[
-        : engine.model.config.max_position_embeddings
-    ]
+    text = (list(judged) if judged is not None else ids + original.token_ids)[: engine.model.config.longest_continued]
     score = SamplingConfig(max_new_tokens=0, prompt_logprobs=0, temperature=0.0)
     both = [engine.add(text, score), engine.add(text, score, edit=edit)]
     _run(engine, both)

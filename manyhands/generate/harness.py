@@ -49,7 +49,7 @@ class Answers:
         is longer than its context.
         """
         super().__init__()
-        context = model.config.max_position_embeddings
+        context = model.config.longest_continued
         length = context if max_length is None else max_length
         if not 2 <= length <= context:
             raise UserError(f"a length of {length} tokens: the model's context holds 2 to {context}")

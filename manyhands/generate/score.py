@@ -15,7 +15,7 @@ from torch import Tensor
 
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.caches import Caches
-from manyhands.engine.refuse import check_causal
+from manyhands.engine.refuse import check_causal, context_field
 from manyhands.engine.runner import Runner
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.layers.cache import Cache
@@ -97,7 +97,7 @@ class Scorer:
 
     def _texts(self, pairs: Sequence[Pair]) -> list[_Text]:
         """What is to run, sorted: texts that begin alike are neighbours."""
-        V, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
+        V, limit = self.model.config.vocab_size, self.model.config.longest_continued
         found: dict[tuple[tuple[int, ...], int], _Text] = {}
         for number, (given, scored) in enumerate(pairs):
             if not scored:
@@ -108,7 +108,7 @@ class Scorer:
             if wrong := [token for token in (min(ids), max(ids)) if not 0 <= token < V]:
                 raise UserError(f"a text to score holds token id {wrong[0]}; vocab_size = {V}")
             if len(ids) > limit + 1:
-                raise UserError(f"a text to score has {len(ids)} tokens; max_position_embeddings = {limit}")
+                raise UserError(f"a text to score has {len(ids)} tokens; {context_field(self.model.config)} = {limit}")
             key = ids[:-1], len(given) - 1
             found.setdefault(key, _Text(*key)).asked.append((number, scored))
         return [found[key] for key in sorted(found)]

@@ -75,7 +75,7 @@ def learn(job: Job, run: RunConfig, batches: Iterator[Asked], name: str, model: 
             batch = next(batches)
             hidden = model.hidden(batch.ids)
             states_TD, targets_T = hidden.states.flatten(0, 1), batch.targets.flatten()
-            loss = linear_cross_entropy(states_TD, model.head_weight, targets_T, batch.mask.flatten())
+            loss = linear_cross_entropy(states_TD, model.head_weight, targets_T, batch.mask.flatten(), model.head_bias)
             balance, _ = balance_objective(hidden.routings, run.balance, len(batch.ids))
             optimizers.zero_grad()
             (loss + balance).backward()  # type: ignore[no-untyped-call]

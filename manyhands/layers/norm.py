@@ -1,9 +1,11 @@
-"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467)."""
+"""Root-mean-square normalisation (Zhang & Sennrich 2019, arXiv 1910.07467) and layer normalisation (Ba et al. 2016,
+arXiv 1607.06450)."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.kernels.moment import transformed
@@ -36,6 +38,40 @@ class RMSNorm(nn.Module):
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
+
+
+class LayerNorm(nn.Module):
+    """(x − mean) / √(variance + eps) · weight + bias over the last dimension; computed in float32, in x's dtype out."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.bias = nn.Parameter(torch.empty(width))
+        self.eps = eps
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight 1 and bias 0: what is normalised stays as it is."""
+        with torch.no_grad():
+            self.weight.fill_(1.0)
+            self.bias.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
+        weight, bias = self.weight.to(x32.dtype), self.bias.to(x32.dtype)
+        return F.layer_norm(x32, weight.shape, weight, bias, self.eps).to(x.dtype)
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
+
+Norm = RMSNorm | LayerNorm
+
+
+def norm_of(kind: str, width: int, eps: float) -> Norm:
+    """The norm that `ModelConfig.norm` names."""
+    return LayerNorm(width, eps) if kind == "layer_norm" else RMSNorm(width, eps)
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,4 +1,5 @@
-"""Rotary position embedding (arXiv 2104.09864): plain, linear, YaRN (arXiv 2309.00071), Llama 3.1 (arXiv 2407.21783).
+"""Rotary position embedding (arXiv 2104.09864): plain, linear, YaRN (arXiv 2309.00071), Llama 3.1 (arXiv 2407.21783),
+LongRoPE (arXiv 2402.13753).
 
 B batch, H heads, S sequence, d the rotated width of a head.
 """
@@ -19,23 +20,25 @@ def yarn_mscale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
-def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
+def inverse_frequencies(config: RopeConfig, dim: int, device: torch.device, long: bool = False) -> tuple[Tensor, float]:
     """Angles per position [dim/2] float32, and the factor cos and sin are multiplied by. Not to be written to.
+
+    `long`: LongRoPE's for a sequence longer than the original length.
 
     Kept on a CPU, in an ordinary moment: what a trace, a mode or another device made is its own.
     """
     if device.type == "cpu" and ordinary():
-        return _kept(config, dim)
-    return _frequencies(config, dim, device)
+        return _kept(config, dim, long)
+    return _frequencies(config, dim, device, long)
 
 
 @lru_cache(maxsize=16)
 @torch.inference_mode(False)  # what is kept may meet a gradient later
-def _kept(config: RopeConfig, dim: int) -> tuple[Tensor, float]:
-    return _frequencies(config, dim, torch.device("cpu"))
+def _kept(config: RopeConfig, dim: int, long: bool) -> tuple[Tensor, float]:
+    return _frequencies(config, dim, torch.device("cpu"), long)
 
 
-def _frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Tensor, float]:
+def _frequencies(config: RopeConfig, dim: int, device: torch.device, long: bool) -> tuple[Tensor, float]:
     exponent = torch.arange(0, dim, 2, dtype=torch.float32, device=device) / dim
     plain = 1.0 / config.rope_theta**exponent
     if config.rope_type == "default":
@@ -43,6 +46,10 @@ def _frequencies(config: RopeConfig, dim: int, device: torch.device) -> tuple[Te
     if config.rope_type == "linear":
         return plain / config.factor, 1.0
 
+    if config.rope_type == "longrope":
+        assert config.short_factor is not None and config.long_factor is not None
+        factors = torch.tensor(config.long_factor if long else config.short_factor, device=device)
+        return plain / factors, config.mscales[long]
     assert config.original_max_position_embeddings is not None
     length = config.original_max_position_embeddings
     if config.rope_type == "llama3":
@@ -73,8 +80,20 @@ def _yarn_attention_factor(config: RopeConfig) -> float:
     return yarn_mscale(config.factor)
 
 
-def rope_tables(config: RopeConfig, dim: int, positions_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin [B, 1, S, dim/2] float32 for integer positions [B, S]."""
+def rope_tables(
+    config: RopeConfig, dim: int, positions_BS: Tensor, length_BS: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [B, 1, S, dim/2] float32 for integer positions [B, S].
+
+    `length_BS` [B or 1, S or 1]: how many tokens the whole sequence has, which decides between LongRoPE's two sets.
+    """
+    if config.rope_type == "longrope":
+        assert length_BS is not None and config.original_max_position_embeddings is not None
+        long_BS1 = (length_BS > config.original_max_position_embeddings)[..., None]
+        (few, short), (many, long) = (inverse_frequencies(config, dim, positions_BS.device, n) for n in (False, True))
+        angles = positions_BS[:, None, :, None].float() * torch.where(long_BS1, many, few)[:, None]
+        scale_B1S1 = torch.where(long_BS1, long, short).float()[:, None]
+        return angles.cos() * scale_B1S1, angles.sin() * scale_B1S1
     frequencies, factor = inverse_frequencies(config, dim, positions_BS.device)
     angles = positions_BS[:, None, :, None].float() * frequencies
     cos, sin = angles.cos(), angles.sin()

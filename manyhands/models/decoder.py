@@ -21,7 +21,7 @@ from manyhands.layers.cache import AnyCache, Cache, ContiguousLayer, LatentLayer
 from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
-from manyhands.layers.norm import RMSNorm
+from manyhands.layers.norm import Norm, norm_of
 from manyhands.layers.rope import rope_tables
 from manyhands.models.init import fill
 from manyhands.moe import MoELayer, Routing
@@ -33,7 +33,8 @@ class Hidden:
     """What the body of the model returns: everything but the logits."""
 
     states: Tensor
-    """[B, S, D] after the final norm, times `output_multiplier`: times the head's weight they are the logits."""
+    """[B, S, D] after the final norm, times `output_multiplier`: times the head's weight, plus its bias, they are the
+    logits."""
     routings: dict[int, Routing]
     """One `Routing` per sparse layer, by layer number."""
     max_logits: dict[int, Tensor]
@@ -64,18 +65,20 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, implementation: str) -> None:
         super().__init__()
         D = config.hidden_size
-        self.input_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.input_layernorm = norm_of(config.norm, D, config.rms_norm_eps)
         self.residual_multiplier = config.residual_multiplier
         attention = LatentAttention if config.attention.kind == "mla" else Attention
         self.self_attn: LatentAttention | Attention = attention(config, layer)
-        self.post_attention_layernorm = RMSNorm(D, config.rms_norm_eps)
+        self.post_attention_layernorm = norm_of(config.norm, D, config.rms_norm_eps)
         if config.is_sparse(layer):
             assert config.moe is not None
             self.mlp: nn.Module = MoELayer(config.moe, D, implementation)
         else:
             self.mlp = FeedForward(D, config.intermediate_size, config.hidden_act)
-        self.attention_output_norm = RMSNorm(D, config.rms_norm_eps) if config.output_norms else None
-        self.mlp_output_norm = RMSNorm(D, config.rms_norm_eps) if config.output_norms else None
+        self.attention_output_norm = self.mlp_output_norm = None
+        if config.output_norms:
+            self.attention_output_norm = norm_of(config.norm, D, config.rms_norm_eps)
+            self.mlp_output_norm = norm_of(config.norm, D, config.rms_norm_eps)
 
     def forward(
         self,
@@ -101,7 +104,7 @@ class Block(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
-    def _add(self, x: Tensor, y: Tensor, norm: RMSNorm | None) -> Tensor:
+    def _add(self, x: Tensor, y: Tensor, norm: Norm | None) -> Tensor:
         """The residual connection."""
         y = y if norm is None else norm(y)
         return x + y if self.residual_multiplier == 1.0 else x + self.residual_multiplier * y
@@ -115,9 +118,13 @@ def find_positions(
     device: torch.device,
     clip_above: float | None = None,
 ) -> Positions:
-    """Where the last `num_queries` of `length` positions are. `real_BL` None: there is no padding."""
+    """Where the last `num_queries` of `length` positions are. `real_BL` None: there is no padding.
+
+    Raises `ConfigError` where what is cached of the others is no longer right (LongRoPE).
+    """
     S, L = num_queries, length
-    rope = rope_tables(config.rope, config.rope_dim, _number(S, L, real_BL, device))
+    whole_B1 = _length(config, S, L, real_BL, device)
+    rope = rope_tables(config.rope, config.rope_dim, _number(S, L, real_BL, device), whole_B1)
     return _look(config, rope, S, L, real_BL, clip_above)
 
 
@@ -134,7 +141,13 @@ def find_rows(
     """
     every = list(zip(counts, lengths, real, strict=True))
     position_1T = torch.cat([_number(S, L, real_1L, device) for S, L, real_1L in every], 1)
-    cos, sin = rope_tables(config.rope, config.rope_dim, position_1T)
+    whole = [_length(config, S, L, real_1L, device) for S, L, real_1L in every]
+    whole_1T = (
+        torch.cat([n.expand(1, S) for n, S in zip(whole, counts, strict=True) if n is not None], 1)
+        if (config.rope.rope_type == "longrope")
+        else None
+    )
+    cos, sin = rope_tables(config.rope, config.rope_dim, position_1T, whole_1T)
     rows, start = [], 0
     for S, L, real_1L in every:
         tokens = slice(start, start + S)
@@ -148,6 +161,26 @@ def _number(S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Ten
     if real_BL is None:
         return torch.arange(L - S, L, device=device)[None]
     return (real_BL.long().cumsum(1) - 1).clamp(min=0)[:, L - S :]
+
+
+def _length(config: ModelConfig, S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Tensor | None:
+    """[B or 1, 1] int64: how many tokens each sequence has in all, for the rotations that depend on it; else None.
+
+    Raises `ConfigError` if the last S take one past the original length: the earlier were turned as in a short one.
+    """
+    if config.rope.rope_type != "longrope":
+        return None
+    if real_BL is None:
+        real_BL = torch.ones(1, L, dtype=torch.bool, device=device)
+    whole_B1, before_B1 = (real_BL[:, :n].sum(1, keepdim=True) for n in (L, L - S))
+    original = config.rope.original_max_position_embeddings
+    assert original is not None
+    if bool(((before_B1 > 0) & (before_B1 <= original) & (whole_B1 > original)).any()):
+        raise ConfigError(
+            f"the cache holds tokens that LongRoPE turned as in a sequence of at most {original} tokens, and this one "
+            "becomes longer: run all of it at once, with a new cache"
+        )
+    return whole_B1
 
 
 def _look(
@@ -184,8 +217,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(
             Block(config, layer, experts_implementation) for layer in range(config.num_hidden_layers)
         )
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.norm = norm_of(config.norm, config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -201,6 +236,11 @@ class Decoder(nn.Module):
     def head_weight(self) -> Tensor:
         """[V, D]: the output projection, which may be the embedding. A packed one has no such tensor: use `head`."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    @property
+    def head_bias(self) -> Tensor | None:
+        """[V]: what is added to the logits, if anything is. Not that of a packed head, as `head_weight`."""
+        return None if self.lm_head is None else self.lm_head.bias
 
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final states [..., D]."""

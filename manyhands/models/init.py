@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from manyhands.layers.linear import Linear
-from manyhands.layers.norm import RMSNorm
+from manyhands.layers.norm import LayerNorm, RMSNorm
 from manyhands.moe import Router
 from manyhands.moe.bank import ExpertBank
 
@@ -35,7 +35,7 @@ def fill(model: "Decoder", generator: torch.Generator | None) -> None:
             module.reset_parameters(own, generator)
         elif isinstance(module, ExpertBank):
             module.reset_parameters(std, residual_std, generator)
-        elif isinstance(module, RMSNorm):
+        elif isinstance(module, RMSNorm | LayerNorm):
             module.reset_parameters()
         else:
             for parameter, p in module.named_parameters(recurse=False):

@@ -91,6 +91,9 @@ class Recurrent(nn.Module):
         """[V, D]: the output projection, which may be the embedding."""
         return self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
+    head_bias: None = None
+    """There is none, as there may be in a `Decoder`."""
+
     def head(self, states: Tensor) -> Tensor:
         """Logits [..., V] of final states [..., D]."""
         if self.lm_head is not None:

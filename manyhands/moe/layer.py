@@ -41,6 +41,7 @@ class MoELayer(nn.Module):
             found = f"{experts.num_experts} of width {experts.hidden_size}"
             raise ConfigError(f"experts: the bank holds {found}, where the layer has {E} of width {hidden_size}")
         self.experts = experts
+        self.input_jitter = config.input_jitter
         self.unchosen, self.average_decay = config.unchosen, config.average_decay
         average = torch.zeros(E, hidden_size) if config.unchosen == "average" else None
         self.register_buffer("average_outputs", average)
@@ -80,6 +81,8 @@ class MoELayer(nn.Module):
         """
         if token_mask is not None and token_mask.shape != x.shape[:-1]:
             raise ConfigError(f"token_mask is {list(token_mask.shape)}, not {list(x.shape[:-1])} as x is")
+        if self.training and self.input_jitter:
+            x = x * torch.empty_like(x).uniform_(1.0 - self.input_jitter, 1.0 + self.input_jitter)
         if self.router.config.select == "soft":
             y, routing = self._soft(x, token_mask, keep_outputs, edit)
             return self._with_shared(y.reshape(-1, y.shape[-1]), x), routing

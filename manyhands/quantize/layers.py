@@ -19,7 +19,7 @@ from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families.manyhands import MANYHANDS
 from manyhands.kernels import ExpertWeights
 from manyhands.layers.cross_entropy import cross_entropy
-from manyhands.layers.norm import RMSNorm
+from manyhands.layers.norm import norm_of
 from manyhands.layers.packed_linear import RecordLinear
 from manyhands.models.decoder import Block, find_positions
 from manyhands.moe import Routing
@@ -82,11 +82,15 @@ class Quantizer:
         self._all_layers()
         if self.figures.nats is None:
             head = self._ours("embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight")
+            bias = self._head_bias()
 
             def logits(x: Tensor) -> Tensor:
-                return F.linear(x, head.to(x.dtype))
+                return F.linear(x, head.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
             self._compare(logits, logits)
+
+    def _head_bias(self) -> Tensor | None:
+        return self._ours("lm_head.bias") if self.config.lm_head_bias else None
 
     def _ours(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
         return our_tensor(self.source, name, self.shapes[name], dtype, CPU)
@@ -176,20 +180,22 @@ class Quantizer:
         return packed.record
 
     def _pack_head(self, record: Record) -> Tensor:
-        weight = self._ours("lm_head.weight")
+        weights = {"weight": self._ours("lm_head.weight")}
+        if (bias := self._head_bias()) is not None:
+            weights["bias"] = bias
         inputs = mean_square(self._final(self._calibrating)) if self.sample.calibration_rows else None
         try:
-            held = PackedLinear(self._pack_linear(record, {"weight": weight}, inputs), record.layout)
+            held = PackedLinear(self._pack_linear(record, weights, inputs), record.layout)
         except ConfigError as error:
             raise CheckpointError(f"{self.source.path}: lm_head.weight: {error}") from None
         module = RecordLinear(record.layout)
         module.record = held.record
-        self._compare(lambda x: F.linear(x, weight.to(x.dtype)), module)
+        self._compare(lambda x: F.linear(x, *(t.to(x.dtype) for t in weights.values())), module)
         return held.record
 
     def _final(self, x_BSD: Tensor) -> Tensor:
-        norm = RMSNorm(self.config.hidden_size, self.config.rms_norm_eps)
-        norm.load_state_dict({"weight": self._ours("norm.weight")}, assign=True)
+        norm = norm_of(self.config.norm, self.config.hidden_size, self.config.rms_norm_eps)
+        norm.load_state_dict({name: self._ours(f"norm.{name}") for name, _ in norm.named_parameters()}, assign=True)
         states: Tensor = norm(x_BSD).flatten(0, 1)
         return states * self.config.output_multiplier
 

@@ -43,6 +43,7 @@ MIXTURE = Coverage(
         **dict.fromkeys(("router", "moe_intermediate_size", "expert_bias", "n_shared_experts")),
         **dict.fromkeys(("shared_expert_intermediate_size", "shared_expert_gate", "first_k_dense_replace")),
         **dict.fromkeys(("decoder_sparse_step", "mlp_only_layers")),
+        "input_jitter": None,  # it acts in training only, where the router has no claim
     },
     MoEConfig,
 )
@@ -53,6 +54,8 @@ MODEL = Coverage(
         **dict.fromkeys(("vocab_size", "hidden_size", "num_hidden_layers", "intermediate_size", "rms_norm_eps")),
         **dict.fromkeys(("max_position_embeddings", "initializer_range", "tie_word_embeddings", "output_norms")),
         **dict.fromkeys(("embedding_multiplier", "residual_multiplier", "output_multiplier")),
+        "norm": ("rms_norm", "layer_norm"),  # which has no claim and is called as a module
+        "lm_head_bias": None,
     },
     ModelConfig,
 )

@@ -125,5 +125,5 @@ def cache_bytes(model: Decoder, max_sequences: int) -> int | None:
         return None
     config = model.config
     token = bytes_per_token(config, model.embed_tokens.weight.dtype) + routing_bytes_per_token(config)
-    context = -(-config.max_position_embeddings // BLOCK_SIZE) * BLOCK_SIZE
+    context = -(-config.longest_continued // BLOCK_SIZE) * BLOCK_SIZE
     return max(min(max_sequences * context * token, int(free) // 4), BLOCK_SIZE * token)

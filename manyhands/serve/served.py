@@ -72,7 +72,7 @@ class Served:
     def room(self) -> int:
         """Tokens that a prompt and its answer may have together."""
         blocks = self.service.engine.scheduler.blocks
-        return min(self.config.max_position_embeddings, blocks.num_blocks * blocks.block_size)
+        return min(self.config.longest_continued, blocks.num_blocks * blocks.block_size)
 
     def check_ids(self, ids: Sequence[int], param: str, new: int | None) -> None:
         """Raises `ApiError` for a prompt that is not in the vocabulary or leaves no room for a token."""

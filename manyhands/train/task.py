@@ -140,5 +140,5 @@ def next_token_loss(model: LanguageModel, ids_BS1: Tensor, targets_BS: Tensor, h
         keep_outputs=how.keep_outputs,
     )
     targets_T, mask_T = ids_BS1[:, 1:].flatten(), targets_BS.to(ids_BS1.device).flatten()
-    mean = linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, targets_T, mask_T)
+    mean = linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, targets_T, mask_T, model.head_bias)
     return Loss(mean, hidden.routings, hidden.max_logits)

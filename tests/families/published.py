@@ -189,6 +189,21 @@ PUBLISHED: dict[str, tuple[float, Json]] = {
             "weight_block_size": [128, 128], "modules_to_not_convert": ["gate", "lm_head"],
         },
     }),
+    "phimoe": (41.9, {
+        "architectures": ["PhiMoEForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 32000, "hidden_act": "silu", "hidden_dropout": 0.0, "hidden_size": 4096,
+        "initializer_range": 0.02, "input_jitter_noise": 0.01, "intermediate_size": 6400, "lm_head_bias": True,
+        "max_position_embeddings": 131072, "model_type": "phimoe", "num_attention_heads": 32,
+        "num_experts_per_tok": 2, "num_hidden_layers": 32, "num_key_value_heads": 8, "num_local_experts": 16,
+        "original_max_position_embeddings": 4096, "output_router_logits": False, "rms_norm_eps": 1e-05,
+        "rope_scaling": {  # of the factors only their number is the publisher's
+            "long_factor": [1.0 + 0.9 * i for i in range(64)], "long_mscale": 1.243163121016122,
+            "original_max_position_embeddings": 4096, "short_factor": [1.0 + i / 64 for i in range(64)],
+            "short_mscale": 1.243163121016122, "type": "longrope",
+        },
+        "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32064,
+    }),
     "hunyuan_v1_moe": (80.4, {
         "add_classification_head": False, "architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": False,
         "attention_dropout": 0.1, "attention_head_dim": 128, "bos_token_id": 1, "cla_share_factor": 2,

@@ -35,6 +35,11 @@ LLAMA3: dict[str, Any] = {
     "rope_type": "llama3", "rope_theta": 5000.0, "factor": 8.0, "original_max_position_embeddings": 32,
     "low_freq_factor": 1.0, "high_freq_factor": 4.0,
 }  # fmt: skip
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope", "rope_theta": 500.0, "original_max_position_embeddings": 32, "short_mscale": 1.2,
+    "long_mscale": 1.3, "short_factor": [1.0, 1.1, 1.3, 1.6], "long_factor": [1.5, 2.0, 3.5, 6.0],
+}  # fmt: skip
+"""The comparison's sequences are short: of long ones `test_phimoe.py` says more."""
 MLA: dict[str, Any] = BASE | {
     "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 20, "qk_rope_head_dim": 16, "qk_nope_head_dim": 12,
     "v_head_dim": 10, "rope_parameters": YARN, "max_position_embeddings": 4096,
@@ -132,6 +137,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2",
         GQA | LOCAL | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
     ),
+    "phimoe": (
+        "Phimoe",
+        BASE | LOCAL | {
+            "num_key_value_heads": 2, "attention_bias": True, "lm_head_bias": True, "router_jitter_noise": 0.3,
+            "sliding_window": 7, "rope_parameters": LONGROPE,
+        },
+    ),
+    "phimoe, plain rotation, no biases": ("Phimoe", BASE | LOCAL | {"num_key_value_heads": 4, "rope_parameters": PLAIN}),
     "hunyuan_v1_moe": (
         "HunYuanMoEV1",
         GQA | {"rope_parameters": PLAIN, "intermediate_size": 16, "num_experts": 8, "moe_topk": 3},

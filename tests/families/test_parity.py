@@ -12,7 +12,7 @@ from .other_references import ALL
 from .parity import IDS, MASK, B, S, measure
 from .references import positions
 
-WITH_A_LOSS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe"}
+WITH_A_LOSS = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "gpt_oss", "granitemoe", "phimoe"}
 
 
 def test_every_family_has_a_case() -> None:

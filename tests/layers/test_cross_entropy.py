@@ -89,3 +89,20 @@ def test_only_what_needs_a_gradient_gets_one() -> None:
     torch.testing.assert_close(head.grad, expected[1].grad)
     with torch.no_grad():
         assert not linear_cross_entropy(states, head, targets, mask).requires_grad
+
+
+@pytest.mark.parametrize("chunk_rows", [4, 100])
+def test_a_bias(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "CHUNK_VALUES", chunk_rows * 11)
+    states, head, targets, mask = inputs()
+    bias = torch.randn(head.shape[0], requires_grad=True)
+    (3.0 * linear_cross_entropy(states, head, targets, mask, bias)).backward()
+    found = [t.grad.double() for t in (states, head, bias)]
+    leaves = [t.detach().double().requires_grad_() for t in (states, head, bias)]
+    (3.0 * F.cross_entropy(F.linear(*leaves)[mask], targets[mask])).backward()
+    for ours, theirs in zip(found, leaves, strict=True):
+        torch.testing.assert_close(ours, theirs.grad, rtol=1e-5, atol=1e-6)
+    bias.grad = None
+    loss = linear_cross_entropy(states.detach(), head.detach(), targets, mask, bias)  # it alone
+    (again,) = torch.autograd.grad(loss, bias, create_graph=True)
+    torch.testing.assert_close(again.double(), leaves[2].grad / 3.0, rtol=1e-5, atol=1e-6)

@@ -1,9 +1,9 @@
-"""RMSNorm: value, hand-written gradient, precision."""
+"""RMSNorm: value, hand-written gradient, precision; LayerNorm: value and precision."""
 
 import pytest
 import torch
 
-from manyhands.layers.norm import RMSNorm
+from manyhands.layers.norm import LayerNorm, RMSNorm
 
 
 def norm(width: int, dtype: torch.dtype = torch.float32, eps: float = 1e-6) -> RMSNorm:
@@ -68,3 +68,23 @@ def test_without_gradients_it_is_the_same(dtype: torch.dtype) -> None:
         fast = module(x)
     assert fast.dtype == dtype
     torch.testing.assert_close(fast, module(x).detach(), rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-6)
+
+
+def test_layer_norm_by_hand() -> None:
+    module = LayerNorm(4, 0.5)
+    with torch.no_grad():
+        module.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+        module.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 10.0]))
+    y = module(torch.tensor([[1.0, 2.0, 4.0, 5.0]]))  # mean 3, variance 2.5: divided by √3
+    expected = torch.tensor([[-2.0, -2.0, 3.0, 8.0]]) / 3**0.5 + module.bias
+    torch.testing.assert_close(y, expected)
+
+
+def test_layer_norm_statistics_in_float32() -> None:
+    """The mean of 1000 and its neighbours in bf16 is lost in bf16 itself."""
+    module = LayerNorm(4096, 1e-6).to(torch.bfloat16)
+    x = torch.full((1, 4096), 1000.0, dtype=torch.bfloat16)
+    x[:, ::2] += 8.0
+    y = module(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y, torch.tensor([1.0, -1.0], dtype=torch.bfloat16).repeat(1, 2048), rtol=0, atol=1e-2)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from manyhands.config import RopeConfig
+from manyhands.errors import ConfigError
 from manyhands.layers.rope import apply_rope, inverse_frequencies, rope_tables, yarn_mscale
 
 CPU = torch.device("cpu")
@@ -108,3 +109,48 @@ def test_far_positions_keep_their_precision() -> None:
     exact = 100_000 * 10000.0 ** (-torch.arange(0, 64, 2).double() / 64)
     error = torch.hypot(cos.double()[0, 0, 0] - exact.cos(), sin.double()[0, 0, 0] - exact.sin())
     assert error.max() < 2e-2
+
+
+LONG = RopeConfig(
+    rope_type="longrope", rope_theta=500.0, original_max_position_embeddings=8, factor=4.0, long_mscale=1.5,
+    short_factor=(1.0, 2.0, 4.0), long_factor=(2.0, 8.0, 32.0),
+)  # fmt: skip
+
+
+def test_longrope_is_that_of_transformers() -> None:
+    from transformers import LlamaConfig
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    parameters = {"rope_type": "longrope", **LONG.model_dump(include={"rope_theta", "factor", "short_factor"})}
+    parameters |= {"long_factor": [2.0, 8.0, 32.0], "short_factor": [1.0, 2.0, 4.0]}
+    config = LlamaConfig(head_dim=6, rope_parameters=parameters | {"original_max_position_embeddings": 8})
+    for length, long in ((8, False), (9, True)):
+        expected, factor = ROPE_INIT_FUNCTIONS["longrope"](config, CPU, seq_len=length)
+        frequencies, ours = inverse_frequencies(LONG, 6, CPU, long)
+        torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)
+        assert ours == pytest.approx(1.5 if long else factor)
+
+
+def test_longrope_goes_by_the_whole_length_of_each_sequence() -> None:
+    places = torch.arange(9)[None].expand(2, 9)
+    cos, sin = rope_tables(LONG, 6, places, torch.tensor([[8], [9]]))
+    for row, long in ((0, False), (1, True)):
+        frequencies, scale = inverse_frequencies(LONG, 6, CPU, long)
+        angles = torch.arange(9.0)[:, None] * frequencies
+        torch.testing.assert_close(cos[row, 0], angles.cos() * scale)
+        torch.testing.assert_close(sin[row, 0], angles.sin() * scale)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"long_factor": None}, "rope_type = 'longrope' needs long_factor"),
+        ({"rope_type": "yarn"}, "short_factor has no meaning with rope_type = 'yarn'"),
+        ({"original_max_position_embeddings": None}, "needs original_max_position_embeddings"),
+        ({"original_max_position_embeddings": 1}, "needs original_max_position_embeddings >= 2"),
+        ({"short_factor": (1.0, 0.0, 1.0)}, "short_factor"),
+    ],
+)
+def test_longrope_that_is_not_whole(fields: dict, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RopeConfig(**(LONG.model_dump() | fields))

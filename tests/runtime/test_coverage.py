@@ -27,7 +27,7 @@ NOT_COMPUTED = {
     "attention": set(),
     "mixture": {"unchosen", "average_decay"},
     "model": {"kind"},
-    "rope": set(),
+    "rope": {"short_factor", "long_factor", "short_mscale", "long_mscale"},
 }
 """Fields of today whose other values go the reference's way. A new field lands here or in the fast path, by hand."""
 
