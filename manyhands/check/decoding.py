@@ -174,6 +174,10 @@ class DecodingCheck:
     ) -> None:
         """`model` None: random weights, packed as `format` says. One that is given is packed as `packed` says."""
         self.scope, self.format, self.dtype, self.seed, self.config = scope, format, dtype, seed, config
+        if config.rope.rope_type == "longrope":  # whose original length may be less than what is generated here
+            longer = max(256, config.rope.original_max_position_embeddings or 0)
+            rope = config.rope.model_copy(update={"original_max_position_embeddings": longer})
+            self.config = config.model_copy(update={"rope": rope})
         self.given, self.packed = model, FORMATS[format] if model is None else packed
         if self.packed is not None and config.moe is None:
             self.packed = self.packed.model_copy(update={"experts": None})

@@ -144,7 +144,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "sliding_window": 7, "rope_parameters": LONGROPE,
         },
     ),
-    "phimoe, plain rotation, no biases": ("Phimoe", BASE | LOCAL | {"num_key_value_heads": 4, "rope_parameters": PLAIN}),
+    "phimoe, plain rotation, no biases": (
+        "Phimoe", BASE | LOCAL | {"num_key_value_heads": 4, "rope_parameters": PLAIN},
+    ),
     "hunyuan_v1_moe": (
         "HunYuanMoEV1",
         GQA | {"rope_parameters": PLAIN, "intermediate_size": 16, "num_experts": 8, "moe_topk": 3},

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from manyhands.catalog import load
 from manyhands.checkpoint.model import load_model
 from manyhands.cli.main import app
 from manyhands.config import ModelConfig, MoEConfig, SamplingConfig
-from manyhands.engine import Engine
+from manyhands.engine.engine import Engine
 from manyhands.errors import ConfigError, UserError
 from manyhands.families import read_config
 from manyhands.models import Decoder
@@ -22,7 +23,7 @@ from manyhands.plan.count_shape import count_shape
 from .conftest import Made
 from .parity import IDS, MASK
 from .published import PUBLISHED
-from .references import make, positions
+from .references import make
 
 LONG_FACTOR = [1.5, 2.0, 3.5, 6.0]
 
@@ -39,8 +40,8 @@ def past(tmp_path_factory: pytest.TempPathFactory):
 
 def _turn_by_the_long_factors(reference, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the publisher's code does past the original length, and transformers 5.23 does not."""
-    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
 
     class Long(PhimoeRotaryEmbedding):
         def __init__(self, *arguments, **named) -> None:
@@ -86,9 +87,9 @@ def test_a_sequence_that_becomes_long_is_not_continued(past) -> None:
 def test_generation_ends_at_the_original_length(past) -> None:
     model = load_model(past.directory, dtype=torch.float32)
     engine = Engine(model)
-    assert len(engine.generate([1, 2, 3], SamplingConfig(max_new_tokens=40)).token_ids) == 13
+    assert len(engine.generate([[1, 2, 3]], SamplingConfig(max_new_tokens=40))[0].token_ids) == 13
     with pytest.raises(UserError, match=r"rope\.original_max_position_embeddings \(LongRoPE\) = 16 it may have at"):
-        engine.generate(list(range(16)), SamplingConfig(max_new_tokens=1))
+        engine.generate([list(range(16))], SamplingConfig(max_new_tokens=1))
 
 
 def test_what_the_runtime_does_not_compute_is_called(past) -> None:
@@ -124,12 +125,13 @@ def test_the_input_is_shaken_in_training_only() -> None:
 
 def test_the_command_line(past, made: Made, tmp_path: Path) -> None:
     run = CliRunner().invoke
-    plan = json.loads(run(app, ["plan", str(past.directory), "--json"]).stdout)
-    assert "phimoe" in json.dumps(plan)
+    plan = json.loads(run(app, ["plan", str(past.directory), "--json"]).stdout)["models"][0]
+    assert plan["origin"].endswith("config.json (Phi-3.5-MoE)")
+    assert plan["counts"]["total"] == sum(p.numel() for p in load_model(past.directory).parameters())
     assert run(app, ["convert", str(past.directory), str(tmp_path / "ours"), "--to", "manyhands"]).exit_code == 0
     assert run(app, ["convert", str(tmp_path / "ours"), str(tmp_path / "back"), "--to", "phimoe"]).exit_code == 0
     receipt = json.loads((tmp_path / "back" / "receipt.json").read_text())
-    assert receipt
+    assert len(receipt["target_tensors"]) == len(load_file(past.directory / "model.safetensors"))
     with torch.no_grad():
         logits = [load_model(d, dtype=torch.float32)(IDS).logits for d in (past.directory, tmp_path / "back")]
     assert torch.equal(*logits)
