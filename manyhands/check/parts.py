@@ -70,8 +70,6 @@ def part_jobs(seed: int, dtypes: list[str]) -> Iterator[tuple[str, str, Callable
 @torch.no_grad()
 def _routing(seed: int, dtype: str) -> Iterator[Row]:
     for name, config in ROUTERS.items():
-        if config.select == "soft":  # which routes nothing: it is checked as a layer
-            continue
         for case in ("random", "tied"):
             if not config.causal_safe or not cases.possible(case, config):
                 continue  # what does not decode has few tokens as a layer (`sizes.py`)
