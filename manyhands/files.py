@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -79,6 +80,19 @@ def check_replaceable(path: str | Path, mark: bytes) -> None:
         raise UserError(f"{path}: cannot be looked into: {error.strerror}; choose another name") from None
     if mark not in seen:
         raise UserError(f"{path}: exists and was not made by this program, so it stays; choose another name")
+
+
+def check_place(path: str | Path) -> None:
+    """Let a file that is written after long work be possible. Raises `UserError` if its folder takes none.
+
+    Makes no folder: that of the first existing one is asked, by a file that is gone at once.
+    """
+    folder = next(place for place in Path(os.path.realpath(path)).parents if os.path.lexists(place))
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {folder}: {error.strerror or error}") from None
 
 
 def cannot_write(path: str | Path, error: Exception) -> StorageError:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli import lab_claims
-from manyhands.errors import UserError
+from manyhands.errors import ManyhandsError, UserError
 from manyhands.terminal import shown
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from manyhands.lab.run import Result
 
 app = typer.Typer(
     help="Experiments that show what is claimed of mixtures of experts, or do not. Without a command: which there are.",
@@ -85,23 +87,35 @@ def run(
         from manyhands.lab.page import check_page
 
         check_page(report)
-    results = []
-    for name in wanted:
-        with _saying(name) as note:
-            result = run_experiment(name, quick=quick, seeds=seeds, data=data, note=note)
-        results.append(result)
-        if not json_output:
-            print(*(["\n"] if len(results) > 1 else []), *lines(result), sep="\n", flush=True)
-        if report is not None:  # after each, so that nothing is lost
-            from manyhands.lab.page import write_page
+    results: list[Result] = []
+    failed: list[str] = []
+    try:
+        for name in wanted:
+            try:
+                with _saying(name) as note:
+                    result = run_experiment(name, quick=quick, seeds=seeds, data=data, note=note)
+            except ManyhandsError as error:  # what is wrong with one is no reason to lose the others
+                if len(wanted) == 1:
+                    raise
+                failed.append(name)
+                print(f"{name}: could not be run: {shown(error)}", file=sys.stderr, flush=True)
+                continue
+            results.append(result)
+            if not json_output:
+                print(*(["\n"] if len(results) > 1 else []), *lines(result), sep="\n", flush=True)
+            if report is not None:  # after each, so that nothing is lost
+                from manyhands.lab.page import write_page
 
-            write_page(report, results)
-    if json_output:
-        import json
+                write_page(report, results)
+    finally:  # whatever ended it: what was found is said
+        if json_output and results:
+            import json
 
-        print(json.dumps([result.described() for result in results], ensure_ascii=False))
-    elif report is not None:
+            print(json.dumps([result.described() for result in results], ensure_ascii=False), flush=True)
+    if report is not None and results and not json_output:
         print(f"\nwritten: {shown(report)}")
+    if failed:
+        raise UserError(f"{len(failed)} of {len(wanted)} experiments could not be run: {', '.join(failed)}")
     if not all(result.outcome.passed for result in results):
         raise typer.Exit(_FAILED)
 

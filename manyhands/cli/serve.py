@@ -113,9 +113,10 @@ def serve(
     models = Models(load.entries(paths, settings), memory_bytes)
     app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
     bound = run.bind(host, port)
-    if checkpoint is not None:
-        models.load_first()
-    sys.exit(run.serve(app, models, bound, shutdown_timeout))
+    with bound:  # given back too if the model is refused
+        if checkpoint is not None:
+            models.load_first()
+        sys.exit(run.serve(app, models, bound, shutdown_timeout))
 
 
 def _read_keys(path: Path | None) -> list[str]:

@@ -8,7 +8,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from manyhands.files import check_replaceable, write_atomic
+from manyhands.files import check_place, check_replaceable, write_atomic
 from manyhands.format import compact, duration, number
 from manyhands.lab.experiment import Chart
 from manyhands.lab.run import Result
@@ -21,8 +21,9 @@ _COLOURS = 6
 
 
 def check_page(path: Path) -> None:
-    """Raises `UserError` if `path` is a file that this verb did not make."""
+    """Raises `UserError` if `path` is a file that this verb did not make, or where no file can be written."""
     check_replaceable(path, _MARK)
+    check_place(path)
 
 
 def write_page(path: Path, results: Sequence[Result]) -> None:

@@ -27,8 +27,7 @@ def plane(
     right, above = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _BELOW - 10
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = (x - x_range[0]) / (x_range[1] - x_range[0])
-        return _LEFT + right * across, 10 + above * (1 - (y - y_range[0]) / (y_range[1] - y_range[0]))
+        return _LEFT + right * _share(x, x_range), 10 + above * (1 - _share(y, y_range))
 
     parts = [f'<svg class="drawing" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="11" fill="var(--soft)">']
     parts.append('<g opacity=".22">')  # of all together: neighbours overlap a little, so that no gap shines through
@@ -63,3 +62,8 @@ def plane(
         parts.append(f'<rect x="{_LEFT + right + 12}" y="{y - 9}" width="11" height="11" fill="{fill}" opacity=".5"/>')
         parts.append(f'<text x="{_LEFT + right + 28}" y="{y + 1}">{escape(names[found])}</text>')
     return "".join([*parts, "</svg>"])
+
+
+def _share(value: float, of: tuple[float, float]) -> float:
+    """How far along the way; in the middle of none."""
+    return (value - of[0]) / (of[1] - of[0]) if of[1] > of[0] else 0.5

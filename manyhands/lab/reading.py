@@ -18,14 +18,15 @@ from pydoc_data import topics
 import numpy as np
 
 from manyhands.checkpoint.model import load, only_decoder
-from manyhands.inspect.conllu import Tagged, align
+from manyhands.errors import DataError
+from manyhands.inspect.conllu import Tagged, align, read_conllu
 from manyhands.inspect.observed import Observed
 from manyhands.inspect.texts import Sequences, read_sequences, spans
 from manyhands.inspect.watch import observe
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, changed, regime, train_arm, with_experts
 from manyhands.models import Decoder
-from manyhands.text import Tokenizer
+from manyhands.text import Tokenizer, read_documents
 
 CLASSES = (
     "keyword", "definition", "call", "attribute", "name", "bracket", "separator", "operator", "number", "string",
@@ -59,6 +60,20 @@ def trained_mixture(job: Job, seed: int, *, checkpoints: bool = False) -> Traine
     if checkpoints:
         run = changed(run, "train.save_every=100", "train.keep_checkpoints=100")
     return train_arm(job, run, f"seed-{seed}")
+
+
+def check_data(job: Job, *, tagged: bool = False) -> None:
+    """Read `--data` once before anything is trained. Raises `DataError` if it cannot be read, or has no word classes
+    where they are needed.
+    """
+    if job.data is None:
+        return
+    if job.data.name.lower().endswith(".conllu"):
+        read_conllu(job.data)
+    elif tagged:
+        raise DataError(f"{job.data}: no treebank: its words have no classes; expected a file in CoNLL-U, .conllu")
+    else:
+        read_documents([str(job.data)], "text")
 
 
 def look(job: Job, trained: Trained, seed: int) -> tuple[Decoder, Sequences]:

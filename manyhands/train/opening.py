@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from manyhands.config import RunConfig
+from manyhands.config import EncoderDecoderConfig, RunConfig
 from manyhands.config.history import settings_at
+from manyhands.config.kinds import BuiltConfig
 from manyhands.trace.journal import Journal
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
@@ -46,11 +47,26 @@ def announce(
         screen.note(f"starting from {start.source}")
     if moe is None:
         screen.note("a dense model: model.moe is not set, so there are no experts")
-    if moe is not None and not moe.router.causal_safe:
-        screen.note(
-            "warning: this router looks at other tokens, the later ones too; its loss is not a causal "
-            "model's, and generate will refuse it"
+    if warning := not_causal(run.model):
+        screen.note(f"warning: {warning}")
+
+
+def not_causal(config: BuiltConfig) -> str | None:
+    """What a router that looks at other tokens means for the loss and for `generate`; None where it looks at none."""
+    router = None if config.moe is None else config.moe.router
+    if router is None or router.causal_safe:
+        return None
+    if isinstance(config, EncoderDecoderConfig) and router.select != "expert_choice":
+        return (
+            "in evaluation too an expert has limited room, and what it drops depends on the tokens beside it; generate "
+            "counts each token by itself, and may keep what validation dropped"
         )
+    if router.prefix_causal:
+        return "this router counts the tokens before a token; generate, which has one at a time, will refuse it"
+    return (
+        "this router looks at other tokens, the later ones too; its loss is not a causal model's, and generate will "
+        "refuse it"
+    )
 
 
 def say_changes(

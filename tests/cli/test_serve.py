@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from manyhands.checkpoint.model import save
 from manyhands.cli.serve import _paths
 from manyhands.cli.size import size
+from manyhands.config import EncoderDecoderConfig
 from manyhands.errors import UserError
+from manyhands.models import EncoderDecoder
+from manyhands.serve.run import bind
 
 from ..small_runs import manyhands, small_run, write_text
 
@@ -94,3 +98,14 @@ def test_a_process_that_serves(run):
     assert process.returncode == 0 and out == ""
     assert "POST '/v1/completions' 200" in err and "stopping" in err
     assert "private" not in err and "a-secret-key" not in err and "Traceback" not in err
+
+
+def test_a_model_that_is_refused_leaves_no_open_socket(tmp_path, monkeypatch):
+    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 1, "head_dim": 16}
+    config = EncoderDecoderConfig(num_hidden_layers=1, num_decoder_layers=1, **sizes)
+    save(EncoderDecoder(config), tmp_path / "pair")
+    made = []
+    monkeypatch.setattr("manyhands.serve.run.bind", lambda host, port: made.append(bind(host, port)) or made[0])
+    done = manyhands("serve", str(tmp_path / "pair"), "--port", "0")
+    assert done.returncode == 2 and "pair: " in done.stderr
+    assert made[0].fileno() == -1

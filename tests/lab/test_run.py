@@ -1,16 +1,21 @@
 """Verdicts, exit codes, the table and the clock, with experiments made up here."""
 
+import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from manyhands.cli.main import app
+from manyhands.errors import DataError
 from manyhands.lab import run as lab_run
 from manyhands.lab.experiment import Arm, Criterion, Description, Figure, Outcome
 from manyhands.lab.job import Clock, Job
 from manyhands.lab.show import lines
+
+from ..small_runs import manyhands
 
 ABOUT = Description(
     question="Is it so?", published="2×", source="somebody", different="smaller", claims=(1,), minutes=1
@@ -85,3 +90,36 @@ def test_data_that_an_experiment_does_not_take(made_up: list[Outcome], tmp_path:
     made_up.append(outcome(True))
     found = CliRunner().invoke(app, ["lab", "run", "made-up", "--data", str(tmp_path)])
     assert found.exit_code and "takes none" in str(found.exception)
+
+
+def test_one_that_cannot_be_run_does_not_lose_the_others(
+    made_up: list[Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def find(name: str) -> Callable[[Job], Outcome]:
+        def run(job: Job) -> Outcome:
+            if name == "bad":
+                raise DataError("nothing to read")
+            if name == "stopped":
+                raise KeyboardInterrupt
+            return made_up[0]
+
+        return run
+
+    made_up.append(outcome(True))
+    monkeypatch.setattr(lab_run, "find", find)
+    page = tmp_path / "page.html"
+    done = manyhands("lab", "run", "a", "bad", "b", "--json", "--report", str(page))
+    assert [each["experiment"] for each in json.loads(done.stdout)] == ["a", "b"] and done.returncode == 2
+    assert "bad: could not be run: nothing to read" in done.stderr
+    assert "manyhands: 1 of 3 experiments could not be run: bad" in done.stderr and page.exists()
+    alone = manyhands("lab", "run", "bad", "--json")
+    assert (alone.returncode, alone.stdout, alone.stderr) == (2, "", "manyhands: nothing to read\n")
+    stopped = manyhands("lab", "run", "a", "stopped", "b", "--json")
+    assert stopped.returncode == 130 and [each["experiment"] for each in json.loads(stopped.stdout)] == ["a"]
+
+
+def test_a_page_that_cannot_be_written_is_said_before_anything_runs(made_up: list[Outcome]) -> None:
+    done = manyhands("lab", "run", "made-up", "--report", "/proc/no/page.html")  # nobody can make a file there
+    assert (
+        done.returncode == 2 and done.stdout == "" and done.stderr.startswith("manyhands: /proc/no/page.html: cannot")
+    )

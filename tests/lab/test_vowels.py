@@ -85,3 +85,35 @@ def test_a_picture_names_what_it_shows() -> None:
     letters = [(VOWELS[0], torch.tensor([[0.5, 0.5]]).double().numpy())]
     svg = plane(regions, letters, (0, 1), (0, 2), ("F1 <Hz>", "F2"), ["one", "two", "three"])
     assert svg.count("<rect") == 3 + 3 and "F1 &lt;Hz&gt;" in svg and ">three<" in svg and ">i<" in svg
+
+
+WHOLE = "".join(f"{speaker},{vowel},300,2000\n" for speaker in range(1, 7) for vowel in ("iy", "ih", "aa", "ah"))
+
+
+@pytest.mark.parametrize(
+    ("was", "instead", "says"),
+    [
+        ("2,iy,300,2000", "2,iy,nan,2000", "line 6: nan is no resonance"),
+        ("2,iy,300,2000", "2,iy,300,inf", "line 6: inf is no resonance"),
+        ("2,iy,300,2000", "2,iy,-300,2000", "line 6: -300 is no resonance"),
+        ("2,iy,300,2000", "2,iy,,2000", "line 6: could not convert"),
+        ("2,iy,300,2000", "inf,iy,300,2000", "line 6: invalid literal"),
+    ],
+)
+def test_a_row_that_is_no_vowel_is_said_by_its_line(was: str, instead: str, says: str, tmp_path: Path) -> None:
+    path = table(tmp_path / "pb.csv", WHOLE.replace(was, instead))
+    with pytest.raises(DataError, match=says):
+        read_vowels(path)
+
+
+@pytest.mark.parametrize(("kept", "part"), [((1, 2, 4), "every third speaker"), ((3, 6), "that are trained on")])
+def test_there_must_be_vowels_to_train_on_and_to_test(kept: tuple[int, ...], part: str, tmp_path: Path) -> None:
+    rows = "".join(line + "\n" for line in WHOLE.split() if int(line.split(",")[0]) in kept)
+    with pytest.raises(DataError, match=f"no vowel 'i' among .*{part}"):
+        read_vowels(table(tmp_path / "pb.csv", rows))
+
+
+def test_a_picture_of_points_in_one_place() -> None:
+    here = torch.full((2, 2), 3.0).double().numpy()
+    svg = plane(torch.zeros(2, 2).long().numpy(), [("i", here)], (3.0, 3.0), (3.0, 3.0), ("F1", "F2"), ["one"])
+    assert "nan" not in svg and svg.count(">i<") == 2

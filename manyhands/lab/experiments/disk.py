@@ -25,7 +25,7 @@ from manyhands.lab.decoding import pack
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.job import Job
 from manyhands.lab.language import arm
-from manyhands.lab.reading import look, trained_mixture
+from manyhands.lab.reading import check_data, look, trained_mixture
 from manyhands.store.policies import policy
 from manyhands.store.store import Store
 
@@ -48,6 +48,7 @@ class _Read:
 
 def run(job: Job) -> Outcome:
     """A model per seed, the same text under every budget."""
+    check_data(job)
     shares = _QUICK_SHARES if job.quick else _SHARES
     tokens, length = (192, 64) if job.quick else (4096, 128)
     found: dict[float, list[_Read]] = {share: [] for share in shares}

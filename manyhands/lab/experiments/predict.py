@@ -12,7 +12,7 @@ from manyhands.inspect.resample import Resampler
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.job import Job
 from manyhands.lab.language import arm
-from manyhands.lab.reading import look, trained_mixture, watch
+from manyhands.lab.reading import check_data, look, trained_mixture, watch
 from manyhands.simulate.sweep import sweep
 from manyhands.simulate.tokens import Tokens
 from manyhands.simulate.wants import Wants
@@ -25,6 +25,7 @@ _BYTES = 1000
 
 def run(job: Job) -> Outcome:
     """A model per seed."""
+    check_data(job)
     found: list[list[dict[str, Measured]]] = []
     hits: list[dict[tuple[str, float], float]] = []
     trained = None

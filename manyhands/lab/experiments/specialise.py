@@ -19,7 +19,7 @@ from manyhands.inspect.texts import Sequences
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, arm
-from manyhands.lab.reading import look, trained_mixture, watch
+from manyhands.lab.reading import check_data, look, trained_mixture, watch
 from manyhands.models import Decoder, init_weights
 
 _SEEN = (
@@ -34,6 +34,7 @@ _SEEN = (
 
 def run(job: Job) -> Outcome:
     """A run per seed, looked at when it ends and at its checkpoints."""
+    check_data(job, tagged=True)
     found: list[list[dict[str, Any]]] = []
     decided: list[Curve] = []
     trained = None
