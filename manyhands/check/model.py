@@ -251,8 +251,10 @@ def loss_rows(
     """A row for the value of each balance loss and one for its gradient; one that either side lacks fails.
 
     Some gradients are zero but for rounding (f·P of tied experts); all are measured against the z-loss's, which never
-    is. Orthogonality squares inner products that nearly cancel: rounding counts √D times as much, twice. ReLU's scores
-    have a kink, and their shares a divisor that may be as small as the rounding. `depth` is that of `gradient_row`.
+    is. The importance's CV² is constant where one expert has all: its gradient is then the difference of two terms that
+    grow as E − 1, and is measured against as many. Orthogonality squares inner products that nearly cancel: rounding
+    counts √D times as much, twice. ReLU's scores have a kink, and their shares a divisor that may be as small as the
+    rounding. `depth` is that of `gradient_row`.
     """
     expected = {name: losses.gradients(oracle, name, parameters) for name in oracle}
     scale = largest_norm(at.dtype, expected["z_loss"])
@@ -285,7 +287,8 @@ def loss_rows(
         if name == "orthogonality" and kinked:  # one entry that rounds across the kink may be all of it
             continue
         mine, right = (parts(g[name], at.dtype, activation) for g in (tested_gradients, expected))
-        rows.append(close(at, f"{name} gradient", mine, right, at_least=4.0 * scale, widen=widen))
+        terms = router.num_experts - 1 if name == "importance" else 1
+        rows.append(close(at, f"{name} gradient", mine, right, at_least=4.0 * scale * terms, widen=widen))
     return rows
 
 

@@ -11,6 +11,7 @@ from manyhands.check.encoder_decoder import EncoderDecoderCheck
 from manyhands.check.report import Row
 from manyhands.check.shrink_encoder_decoder import shrink_encoder_decoder
 from manyhands.config import EncoderDecoderConfig, RouterConfig
+from manyhands.config.load import load_preset
 from manyhands.layers import relative_attention
 from manyhands.layers.cache import ContiguousLayer
 from manyhands.models import EncoderDecoder, encoder_decoder
@@ -52,6 +53,13 @@ def test_room_for_two_tokens_of_a_sequence() -> None:
     assert all(row.ok for row in rows) and not any("decoding" in row.quantity for row in rows)
     ample = router.model_copy(update={"capacity_tokens": 64})
     assert EncoderDecoderCheck(config.model_copy(update={"router": ample}), "random", 0).decodes
+
+
+def test_an_importance_that_cannot_change() -> None:
+    """Of one expert that has all tokens CV² is E − 1, whatever its weights: the gradient is rounding alone."""
+    config = load_preset("switch-tiny", []).model
+    assert isinstance(config, EncoderDecoderConfig)
+    assert not failures(shrink_encoder_decoder(config), "one_expert")
 
 
 def _mirrored(patch: pytest.MonkeyPatch) -> None:
