@@ -18,6 +18,7 @@ from pydoc_data import topics
 import numpy as np
 
 from manyhands.checkpoint.model import load, only_decoder
+from manyhands.config.load import load_preset
 from manyhands.errors import DataError
 from manyhands.inspect.conllu import Tagged, align, read_conllu
 from manyhands.inspect.observed import Observed
@@ -54,11 +55,16 @@ def python_and_prose(tokenizer: Tokenizer, length: int, tokens: int, seed: int) 
 
 
 def trained_mixture(job: Job, seed: int, *, checkpoints: bool = False) -> Trained:
-    """A small mixture trained on Python's standard library, whatever `--data` says: that is read afterwards."""
+    """The quickstart's model after 900 steps of the standard library, whatever `--data` says: that is read afterwards.
+    A tiny one if the job is quick.
+    """
     job = replace(job, data=None)
-    run = with_experts(regime(job, 600, 120, f"train.seed={seed}"), *((8, 2, 32) if job.quick else (16, 4, 64)))
+    if job.quick:
+        run = with_experts(regime(job, 120, 120, f"train.seed={seed}"), 8, 2, 32)
+    else:
+        run = load_preset("quickstart", [f"train.seed={seed}", "train.max_steps=900", "train.max_seconds=null"])
     if checkpoints:
-        run = changed(run, "train.save_every=100", "train.keep_checkpoints=100")
+        run = changed(run, "train.save_every=150", "train.keep_checkpoints=100")
     return train_arm(job, run, f"seed-{seed}")
 
 

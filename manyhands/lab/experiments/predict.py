@@ -41,12 +41,16 @@ def run(job: Job) -> Outcome:
     moe = trained.run.model.moe
     assert moe is not None
     chance = moe.router.num_experts_per_tok / moe.router.num_experts
-    by_id = [layer["token id"].value for layers in found for layer in layers]
-    constant = [layer["constant"].value for layers in found for layer in layers]
+    by_id = [_mean(found, i, "token id") for i in range(len(found[0]))]
+    constant = [_mean(found, i, "constant") for i in range(len(found[0]))]
     needed = max(constant) if job.quick else 0.7
     than = "the busiest experts" if job.quick else "0.7 of a token's experts"
     criteria = (
-        Criterion(f"the token id alone foretells more than {than}", f"{min(by_id):.2f} at least", min(by_id) >= needed),
+        Criterion(
+            f"the token id alone foretells more than {than}",
+            f"{min(by_id):.3f} in the layer where it is least",
+            min(by_id) >= needed,
+        ),
     )
     figures = []
     for i, layer in enumerate(found[0]):
