@@ -1,5 +1,6 @@
 """`manyhands lab`: experiments that show what is claimed of mixtures of experts, or do not."""
 
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli import lab_claims
-from manyhands.errors import ManyhandsError, UserError
+from manyhands.errors import Interrupted, ManyhandsError, UserError
 from manyhands.terminal import shown
 
 if TYPE_CHECKING:
@@ -92,8 +93,10 @@ def run(
     try:
         for name in wanted:
             try:
-                with _saying(name) as note:
+                with _saying(name) as note, _stopped_in(name):
                     result = run_experiment(name, quick=quick, seeds=seeds, data=data, note=note)
+            except Interrupted:
+                raise
             except ManyhandsError as error:  # what is wrong with one is no reason to lose the others
                 if len(wanted) == 1:
                     raise
@@ -131,3 +134,28 @@ def _saying(name: str) -> "Iterator[Callable[[str], None]]":
         return
     with console.status(name, spinner="dots") as status:
         yield lambda text: status.update(f"{name}: {shown(text)}")
+
+
+@contextmanager
+def _stopped_in(name: str) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end in one line, after the files of the experiment are gone: a training run in it, which says
+    that it can go on, has been deleted with them."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _stopped(name, 128 + number)
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise _stopped(name, 128 + signal.SIGINT) from None
+    except Interrupted as error:
+        raise _stopped(name, error.exit_code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _stopped(name: str, code: int) -> Interrupted:
+    stopped = Interrupted(f"stopped in {name}: nothing of it is kept; run it again")
+    stopped.exit_code = code
+    return stopped

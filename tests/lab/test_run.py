@@ -1,6 +1,7 @@
 """Verdicts, exit codes, the table and the clock, with experiments made up here."""
 
 import json
+import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -95,12 +96,16 @@ def test_data_that_an_experiment_does_not_take(made_up: list[Outcome], tmp_path:
 def test_one_that_cannot_be_run_does_not_lose_the_others(
     made_up: list[Outcome], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    ended: list[signal.Signals] = []
+    scratch: list[Path] = []
+
     def find(name: str) -> Callable[[Job], Outcome]:
         def run(job: Job) -> Outcome:
             if name == "bad":
                 raise DataError("nothing to read")
             if name == "stopped":
-                raise KeyboardInterrupt
+                scratch.append(job.scratch)
+                signal.raise_signal(ended[-1])
             return made_up[0]
 
         return run
@@ -114,8 +119,12 @@ def test_one_that_cannot_be_run_does_not_lose_the_others(
     assert "manyhands: 1 of 3 experiments could not be run: bad" in done.stderr and page.exists()
     alone = manyhands("lab", "run", "bad", "--json")
     assert (alone.returncode, alone.stdout, alone.stderr) == (2, "", "manyhands: nothing to read\n")
-    stopped = manyhands("lab", "run", "a", "stopped", "b", "--json")
-    assert stopped.returncode == 130 and [each["experiment"] for each in json.loads(stopped.stdout)] == ["a"]
+    for sent, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        ended.append(sent)
+        stopped = manyhands("lab", "run", "a", "stopped", "b", "--json")
+        assert stopped.returncode == code and [each["experiment"] for each in json.loads(stopped.stdout)] == ["a"]
+        assert stopped.stderr == "manyhands: stopped in stopped: nothing of it is kept; run it again\n"
+        assert not scratch[-1].exists()
 
 
 def test_a_page_that_cannot_be_written_is_said_before_anything_runs(made_up: list[Outcome]) -> None:
