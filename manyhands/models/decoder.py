@@ -141,12 +141,9 @@ def find_rows(
     """
     every = list(zip(counts, lengths, real, strict=True))
     position_1T = torch.cat([_number(S, L, real_1L, device) for S, L, real_1L in every], 1)
-    whole = [_length(config, S, L, real_1L, device) for S, L, real_1L in every]
-    whole_1T = (
-        torch.cat([n.expand(1, S) for n, S in zip(whole, counts, strict=True) if n is not None], 1)
-        if (config.rope.rope_type == "longrope")
-        else None
-    )
+    whole_11 = [_length(config, S, L, real_1L, device) for S, L, real_1L in every]
+    found = [n_11.expand(1, S) for n_11, S in zip(whole_11, counts, strict=True) if n_11 is not None]
+    whole_1T = torch.cat(found, 1) if found else None
     cos, sin = rope_tables(config.rope, config.rope_dim, position_1T, whole_1T)
     rows, start = [], 0
     for S, L, real_1L in every:
@@ -175,7 +172,7 @@ def _length(config: ModelConfig, S: int, L: int, real_BL: Tensor | None, device:
     whole_B1, before_B1 = (real_BL[:, :n].sum(1, keepdim=True) for n in (L, L - S))
     original = config.rope.original_max_position_embeddings
     assert original is not None
-    if bool(((before_B1 > 0) & (before_B1 <= original) & (whole_B1 > original)).any()):
+    if S < L and bool(((before_B1 > 0) & (before_B1 <= original) & (whole_B1 > original)).any()):
         raise ConfigError(
             f"the cache holds tokens that LongRoPE turned as in a sequence of at most {original} tokens, and this one "
             "becomes longer: run all of it at once, with a new cache"

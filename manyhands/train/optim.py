@@ -168,7 +168,7 @@ def group_of(name: str, param: Tensor) -> str:
     parts = name.split(".")
     if "router" in parts:
         return "router"
-    if "embed_tokens" in parts or "lm_head" in parts:
+    if "embed_tokens" in parts or ("lm_head" in parts and parts[-1] != "bias"):
         return "embed"
     if "shared_expert_gate" in parts:
         return "shared_expert_gate"

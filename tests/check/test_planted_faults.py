@@ -8,14 +8,20 @@ import torch
 import torch.nn.functional as F
 
 import manyhands.check.losses
+import manyhands.check.parts
+import manyhands.layers.rope
 import manyhands.moe.balance
 import manyhands.moe.router
 import manyhands.moe.select
 from manyhands.check import CheckReport, run_check
+from manyhands.check.attentions import AttentionCheck
 from manyhands.check.routers import RouterCheck
+from manyhands.layers.norm import LayerNorm
+from manyhands.models import Decoder
 from manyhands.moe import Experts, LoadCounter, Router
 from tests.check.configs import BALANCE, DEEPSEEK, MIXTRAL
 
+CPU = torch.device("cpu")
 LAYERS = (1, 2)  # DEEPSEEK's sparse layers, after shrinking
 
 
@@ -201,3 +207,23 @@ def test_faults_of_other_routers(monkeypatch, name, router, fault):
     monkeypatch.setattr(name, faults[fault])
     rows = [row for rows, _ in RouterCheck(router, "random", 0).rows("eager", "float32") for row in rows]
     assert {row.quantity for row in rows if not row.ok} & {"expert choice", "router weights"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "seen"),
+    [("the other set", "attention"), ("no mean", "layer norm"), ("no bias on the head", "logits")],
+)
+def test_faults_of_phi(monkeypatch, fault, seen):
+    if fault == "the other set":
+        real = manyhands.layers.rope._frequencies
+        monkeypatch.setattr(manyhands.layers.rope, "_kept", lambda c, dim, long: real(c, dim, CPU, not long))
+        rows = list(AttentionCheck("LongRoPE, short (Phi-3.5-MoE)", 0).rows("float32"))
+    elif fault == "no mean":
+        monkeypatch.setattr(LayerNorm, "forward", lambda norm, x: F.rms_norm(x, x.shape[-1:], norm.weight) + norm.bias)
+        rows = list(manyhands.check.parts._plain(0, "float32"))
+    else:
+        monkeypatch.setattr(Decoder, "head", lambda model, x: F.linear(x, model.head_weight.to(x.dtype)))
+        rows = _check(
+            MIXTRAL.model_copy(update={"norm": "layer_norm", "lm_head_bias": True, "tie_word_embeddings": False})
+        ).failures
+    assert seen in {row.quantity for row in rows if not row.ok}

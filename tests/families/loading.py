@@ -30,6 +30,10 @@ def enlarged(fields: dict[str, Any], factor: int) -> dict[str, Any]:
         return fields | {"text_config": enlarged(fields["text_config"], factor)}
     fields = {name: value for name, value in fields.items() if name not in PER_LAYER}
     fields |= {name: fields[name] * factor for name in WIDTHS & fields.keys() if fields[name] is not None}
+    rope = dict(fields.get("rope_parameters") or {})
+    for name in {"short_factor", "long_factor"} & rope.keys():  # one for each pair of a head's numbers
+        rope[name] = rope[name] * factor
+    fields |= {"rope_parameters": rope} if rope else {}
     if "num_decoder_layers" not in fields:
         return fields | {"num_hidden_layers": LAYERS, "vocab_size": VOCAB}
     for side in ("encoder", "decoder"):
