@@ -18,9 +18,10 @@ from manyhands.check.attentions import ATTENTIONS
 from manyhands.check.compare import TOLERANCES, Tolerance, close
 from manyhands.check.model import DTYPES, Routings, routing_rows
 from manyhands.check.oracle import decode, float64_copy
+from manyhands.check.oracle_attention import Params
 from manyhands.check.oracle_records import unpacked
 from manyhands.check.report import Row, Situation
-from manyhands.check.routers import ROUTERS
+from manyhands.check.routers import ROUTERS, layer_config
 from manyhands.checkpoint.packed import hold_records, records_of
 from manyhands.config import ModelConfig, MoEConfig, PackedConfig, Packing, SamplingConfig
 from manyhands.config.packing import TRAITS
@@ -111,6 +112,7 @@ def small_models() -> dict[str, ModelConfig]:
         kind, model = attentions[i % len(attentions)]
         moe = MoEConfig(
             router=router,
+            unchosen=layer_config(name).unchosen,
             moe_intermediate_size=32,
             hidden_act=("swiglu", "geglu", "swiglu_oai", "geglu_tanh", "gelu", "relu")[i % 6],
             expert_bias=i % 3 == 1,
@@ -240,8 +242,7 @@ class DecodingCheck:
         with torch.no_grad():
             oracles = [
                 decode(
-                    self.config,
-                    p,
+                    *self._described(p, b, len(ids)),
                     torch.tensor([ids]),
                     torch.ones(1, len(ids), dtype=torch.bool),
                     training=False,
@@ -249,7 +250,7 @@ class DecodingCheck:
                     tested=[routing],
                     slack=tolerance.slack,
                 )
-                for ids, routing in texts
+                for b, (ids, routing) in enumerate(texts)
             ]
         states: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = ({}, {})
         logits: tuple[dict[str, Tensor | None], dict[str, Tensor | None]] = ({}, {})
@@ -269,6 +270,10 @@ class DecodingCheck:
             prefix = "layers.{layer}.mlp.router."
             rows += routing_rows(at, tested, expected, prefix, "decoding: ", tolerance)
         return rows, (tested, expected)
+
+    def _described(self, p: Params, sequence: int, length: int) -> tuple[ModelConfig, Params]:
+        """What the oracle decodes the sequence's `length` tokens with."""
+        return self.config, p
 
     def _texts(self) -> list[tuple[list[int], dict[int, Routing]]]:
         """Each sequence's tokens that ran, and their routing."""

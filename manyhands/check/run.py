@@ -10,6 +10,7 @@ from manyhands.check.attentions import ATTENTIONS, AttentionCheck
 from manyhands.check.cases import CASES, possible
 from manyhands.check.coverage import counting, coverage_row, expected
 from manyhands.check.decoding import FORMATS, ROWS, DecodingCheck, small_models
+from manyhands.check.edited import EditedCheck, editable
 from manyhands.check.encoder_decoder import EncoderDecoderCheck
 from manyhands.check.model import DTYPES, ModelCheck, Routings
 from manyhands.check.numbers import number_rows
@@ -71,6 +72,7 @@ def run_check(
         jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
         if decoding:
             jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
+            jobs += _edited_jobs(report, {"model": small}, seed, dtypes, EDITED)
     if routers:
         jobs += _router_jobs(report, seed, backends, dtypes)
         jobs += layer_jobs(seed, backends, dtypes)
@@ -79,6 +81,8 @@ def run_check(
             for number, (name, model) in enumerate(small_models().items()):
                 formats = ["plain", list(FORMATS)[1 + number % (len(FORMATS) - 1)]]
                 jobs += _decoding_jobs(report, {name: model}, seed, dtypes, formats, (ROWS[number % len(ROWS)],))
+                if editable(model):
+                    jobs += _edited_jobs(report, {name: model}, seed, dtypes, formats)
             jobs += _stored_jobs(report, seed, dtypes)
     with counting() as calls:
         _do(report, jobs, progress, calls)
@@ -228,6 +232,18 @@ def _decoding_jobs(
                 yield f"decoding, {scope}", format, dtype, lambda c=check: c.rows(batches)  # type: ignore[misc]
 
 
+def _edited_jobs(
+    report: CheckReport, models: dict[str, ModelConfig], seed: int, dtypes: list[str], formats: Sequence[str]
+) -> Iterator[Job]:
+    for scope, config in models.items():
+        if not editable(config):
+            report.skipped.append(f"edited routing of {scope}: {NOT_EDITED}")
+            continue
+        for format in formats:
+            check = EditedCheck(scope, config, format, dtypes[0], seed)
+            yield f"edited, {scope}", format, dtypes[0], check.rows
+
+
 def _stored_jobs(report: CheckReport, seed: int, dtypes: list[str]) -> Iterator[Job]:
     if not native.available():
         report.skipped.append("experts on disk: only the native kernels read them")
@@ -258,6 +274,8 @@ def _only(rows: Iterable[Row]) -> Iterator[tuple[list[Row], Routings]]:
     yield list(rows), ([], [])
 
 
+EDITED = ("plain", "int4 experts, int8 linear")
+NOT_EDITED = "not every edit can be made: it needs a causal top k with an expert to spare, and three in a group"
 NOT_ALIKE = "a token may find an expert full, which depends on how many tokens one call brings"
 NEEDS = {"grouped_mm": "needs rows of whole multiples of 16 bytes"}
 

@@ -103,10 +103,10 @@ class MoELayer(nn.Module):
         else:
             y_TD = self.experts(x_TD, routing)
         if self.average_outputs is not None:
-            others_TE = unchosen_weights(routing, self.router.config)
+            others_TE = unchosen_weights(routing, self.router.config, edit)
             y_TD = y_TD + (others_TE @ self.average_outputs.float()).to(y_TD.dtype)
         elif self.unchosen == "gradient" and self.training and torch.is_grad_enabled():
-            others_TE = unchosen_weights(routing, self.router.config)
+            others_TE = unchosen_weights(routing, self.router.config, edit)
             y_TD = y_TD + router_gradient(others_TE, x_TD, self.experts.outputs)
         return self._with_shared(y_TD, x), routing
 

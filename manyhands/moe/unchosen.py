@@ -13,24 +13,31 @@ import torch
 from torch import Tensor
 
 from manyhands.config import RouterConfig
+from manyhands.moe.edit import Edit, Swap
 from manyhands.moe.routing import Routing
 
 Outputs = Callable[[Tensor, Routing], Tensor]
 """(x [T, D], routing [T, 1]) to [T, 1, D]: `ExpertBank.outputs`."""
 
 
-def unchosen_weights(routing: Routing, config: RouterConfig) -> Tensor:
+def unchosen_weights(routing: Routing, config: RouterConfig, edit: Edit | None = None) -> Tensor:
     """[T, E]: what the experts that were not chosen would weigh, 0 for the chosen. Carries gradient.
 
-    Where the chosen are divided by their sum, so are these, without gradient through it (DenseMixer's own way).
+    Where the chosen are divided by their sum, so are these, without gradient through it (DenseMixer's own way). Two
+    experts that an `edit` swapped have each other's scores too.
     """
     E = routing.num_experts
     ids_TK = routing.expert_ids.where(routing.expert_ids >= 0, E)
     spare_TE1 = torch.zeros(len(ids_TK), E + 1, dtype=torch.bool, device=ids_TK.device)
     chosen_TE = spare_TE1.scatter_(1, ids_TK, True)[:, :E]
-    weights_TE = routing.scores * config.routed_scaling_factor
+    scores_TE = routing.scores
+    if isinstance(edit, Swap):
+        places_E = torch.arange(E, device=ids_TK.device)
+        places_E[edit.expert], places_E[edit.by] = edit.by, edit.expert
+        scores_TE = scores_TE[:, places_E]
+    weights_TE = scores_TE * config.routed_scaling_factor
     if config.renormalises:
-        total_T1 = (routing.scores * chosen_TE).sum(1, keepdim=True).detach()
+        total_T1 = (scores_TE * chosen_TE).sum(1, keepdim=True).detach()
         weights_TE = weights_TE / (total_T1 + 1e-20)
     return weights_TE.masked_fill(chosen_TE, 0.0)
 

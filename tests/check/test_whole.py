@@ -16,7 +16,9 @@ def _kind(what: str, backend: str) -> tuple[str, ...]:
         return "layer", backend
     if what in ATTENTIONS:
         return "attention", "latent" if "latent" in what else "plain"
-    if name == "decoding" or what.startswith("decoding, "):
+    if what.startswith("edited, "):
+        return "edited", "plain" if backend == "plain" else "packed"
+    if what.startswith("decoding, "):
         kind = "model" if what == "decoding, model" else "latent" if "latent" in what else "small"
         return "decoding", kind, "plain" if backend == "plain" else "packed"
     return what, backend
@@ -36,7 +38,8 @@ def test_the_whole_check_is_green(monkeypatch) -> None:
     run = load_preset("tiny", [])
     report = run_check(run.model, run.balance, cases=("random",))
     assert report.ok, "\n".join(row.line() for row in report.failures)
-    assert {kind[0] for kind in kinds} >= {"layer", "attention", "decoding", "routing of few tokens", "loss head"}
+    wanted = {"layer", "attention", "decoding", "edited", "routing of few tokens", "loss head"}
+    assert {kind[0] for kind in kinds} >= wanted
     if not native.available():
         return
     assert {row.quantity for row in report.rows if row.situation.scope == "coverage"} == {"fast paths that ran"}
