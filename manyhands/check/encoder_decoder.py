@@ -129,7 +129,8 @@ class EncoderDecoderCheck:
             oracle_terms = losses.oracle_terms(oracle.routings[0], self.router, B)
             weights = {name: p[name] for name in routers}
             of_losses = (at, tested_terms, tested_gradients, oracle_terms, weights, "layers.{layer}.")
-            rows += loss_rows(*of_losses, self.activation, self.router, DEPTH)
+            divisor = losses.divisor(oracle.routings[0], self.router)
+            rows += loss_rows(*of_losses, self.activation, self.router, DEPTH, divisor)
             rows += routing_rows(at, [hidden.routings], oracle.routings, "layers.{layer}.mlp.router.")
             counts = {f"layers.{n}.mlp.expert_counts": r.counts() for n, r in oracle.routings[0].items()}
             tested = {f"layers.{n}.mlp.expert_counts": r.expert_counts() for n, r in hidden.routings.items()}

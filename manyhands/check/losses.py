@@ -24,6 +24,9 @@ SCOPES = (
     ALONE.model_copy(update={"aux_scope": "global"}),
 )
 
+SHARES = ("aux_loss", "sequence_loss")
+"""Losses of scores divided by their sum."""
+
 Terms = dict[str, dict[int, Tensor]]  # loss name -> layer -> value
 
 
@@ -63,6 +66,14 @@ def oracle_terms(routings: Mapping[int, DenseRouting], router: RouterConfig, num
         return oracle_balance.terms(routings[layer], router, config, num_sequences, step)
 
     return _collect(routings, one)
+
+
+def divisor(routings: Mapping[int, DenseRouting], router: RouterConfig) -> float:
+    """The smallest sum of a token's scores, of those that have any: only ReLU's may be next to nothing."""
+    if router.score != "relu":
+        return 1.0
+    sums = torch.cat([r.scores.detach().sum(1)[r.mask] for r in routings.values()])
+    return float(sums[sums > 0].amin()) if bool((sums > 0).any()) else 1.0
 
 
 def meaningless(router: RouterConfig) -> set[str]:

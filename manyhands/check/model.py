@@ -220,6 +220,7 @@ class ModelCheck:
                 "layers.{layer}.",
                 self.activation,
                 self.router,
+                divisor=losses.divisor(oracle.routings[0], self.router),
             )
             rows += routing_rows(at, [hidden.routings], oracle.routings, "layers.{layer}.mlp.router.")
             counts = {f"layers.{n}.mlp.expert_counts": r.counts() for n, r in oracle.routings[0].items()}
@@ -247,6 +248,7 @@ def loss_rows(
     activation: str,
     router: RouterConfig,
     depth: float = 1.0,
+    divisor: float = 1.0,
 ) -> list[Row]:
     """A row for the value of each balance loss and one for its gradient; one that either side lacks fails.
 
@@ -254,7 +256,8 @@ def loss_rows(
     is. The importance's CV² is constant where one expert has all: its gradient is then the difference of two terms that
     grow as E − 1, and is measured against as many. Orthogonality squares inner products that nearly cancel: rounding
     counts √D times as much, twice. ReLU's scores have a kink, and their shares a divisor that may be as small as the
-    rounding. `depth` is that of `gradient_row`.
+    rounding; the smallest of all tokens is `divisor`. A token's gradient goes by its inverse, and so does the rounding
+    in it, 1e-6 for logits of a few. `depth` is that of `gradient_row`.
     """
     expected = {name: losses.gradients(oracle, name, parameters) for name in oracle}
     scale = largest_norm(at.dtype, expected["z_loss"])
@@ -281,6 +284,8 @@ def loss_rows(
         widen = 3.0 if name == "orthogonality" and at.dtype == "bfloat16" else 1.0
         widen = 10.0 if name == "orthogonality" and kinked else widen
         widen = 6.0 * widen if router.score == "relu" and at.dtype == "bfloat16" else widen
+        if at.dtype == "float32" and name.partition("/")[0] in losses.SHARES:
+            widen = max(widen, 1e-6 / divisor / TOLERANCES["float32"].error)
         widen *= depth
         mine, right = losses.values(tested, name, prefix), losses.values(oracle, name, prefix)
         rows.append(close(at, f"{name} value", mine, right, at_least=1e-3, widen=widen))

@@ -17,6 +17,7 @@ from manyhands.check.model import DTYPES, Routings
 from manyhands.check.oracle import activation
 from manyhands.check.oracle_records import tensors
 from manyhands.check.parts import tolerance_of
+from manyhands.check.recurrent import RecurrentCheck
 from manyhands.check.report import CheckReport, Row, Situation
 from manyhands.check.shrink import shrink
 from manyhands.checkpoint.model import from_source
@@ -25,7 +26,7 @@ from manyhands.checkpoint.source import Source
 from manyhands.config import EncoderDecoderConfig, RecurrentConfig
 from manyhands.config.shapes import tensor_shapes
 from manyhands.kernels import ExpertWeights, run_experts
-from manyhands.models import Decoder, EncoderDecoder
+from manyhands.models import Decoder, EncoderDecoder, Recurrent
 from manyhands.moe import Routing
 from manyhands.moe.packed import RecordExperts
 from manyhands.quant import PackedExperts, PackedLinear
@@ -47,7 +48,7 @@ def own_rows(source: Source, report: CheckReport, seed: int) -> Iterator[tuple[l
         yield from _encoder_decoder(source, source.config, report, seed)
         return
     if isinstance(source.config, RecurrentConfig):
-        report.skipped.append("what these weights give: of a recurrent model random ones are taken")
+        yield from _recurrent(source, source.config, report, seed)
         return
     if own_read.values(source) <= WHOLE_VALUES:
         yield from _whole(source, report, seed)
@@ -67,6 +68,19 @@ def _encoder_decoder(
     model.load_state_dict(from_source(source, torch.float32).state_dict())
     report.read.append("all of its weights, with both stacks")
     yield from EncoderDecoderCheck(config, "padding", seed, model).rows("auto", "float32")
+
+
+def _recurrent(
+    source: Source, config: RecurrentConfig, report: CheckReport, seed: int
+) -> Iterator[tuple[list[Row], Routings]]:
+    """A small one whole, in float32: trained with, without dropout, and step by step."""
+    if own_read.values(source) > WHOLE_VALUES:
+        report.skipped.append("what these weights give: of a recurrent model only a small one is taken whole")
+        return
+    model = Recurrent(config.model_copy(update={"dropout": 0.0}))
+    model.load_state_dict(from_source(source, torch.float32).state_dict())
+    report.read.append("all of its weights")
+    yield from RecurrentCheck(model.config, "padding", seed, model).rows("auto", "float32")
 
 
 def _finite(source: Source, report: CheckReport) -> Row:

@@ -50,13 +50,16 @@ def shrink_recurrent(config: RecurrentConfig) -> RecurrentConfig:
 class RecurrentCheck:
     """One small model in one routing case; `rows` compares it in a backend and dtype."""
 
-    def __init__(self, config: RecurrentConfig, case: str, seed: int) -> None:
+    def __init__(self, config: RecurrentConfig, case: str, seed: int, model: Recurrent | None = None) -> None:
+        """`model` None: random weights, arranged for the case. One that is given is a checkpoint's, without dropout."""
         self.config, self.case, self.seed = config, case, seed
+        self.scope = "model" if model is None else "checkpoint"
         self.router = None if config.moe is None else config.moe.router
         self.activation = "relu" if config.moe is None else config.moe.hidden_act
         generator = torch.Generator().manual_seed(seed)
-        self.model = Recurrent(config)
-        cases.fill(self.model, case, generator)
+        self.model = Recurrent(config) if model is None else model
+        if model is None:
+            cases.fill(self.model, case, generator)
         hashed = self.router is not None and self.router.select == "hash"
         self.batch = cases.token_ids((B, S + 1), config.vocab_size, case, hashed, generator)
         self.mask = cases.padding_mask((B, S)) if case == "padding" else torch.ones(B, S, dtype=torch.bool)
@@ -68,9 +71,9 @@ class RecurrentCheck:
                 module.implementation = backend
         for recompute in (False, True):
             mode = "recompute" if recompute else "forward"
-            yield self._forward(Situation("model", self.case, backend, dtype, mode), recompute)
+            yield self._forward(Situation(self.scope, self.case, backend, dtype, mode), recompute)
         if self.router is None or self.router.causal_safe:
-            yield self._steps(Situation("model", self.case, backend, dtype, "step by step"))
+            yield self._steps(Situation(self.scope, self.case, backend, dtype, "step by step"))
 
     def _oracle(
         self, routings: dict[int, Routing], dtype: str, *, training: bool
@@ -124,7 +127,8 @@ class RecurrentCheck:
             oracle_terms = losses.oracle_terms(oracle.routings[0], self.router, B)
             weights = {name: p[name] for name in routers}
             of_losses = (at, tested_terms, tested_gradients, oracle_terms, weights, "layers.{layer}.")
-            rows += loss_rows(*of_losses, self.activation, self.router, DEPTH)
+            divisor = losses.divisor(oracle.routings[0], self.router)
+            rows += loss_rows(*of_losses, self.activation, self.router, DEPTH, divisor)
             rows += routing_rows(at, [hidden.routings], oracle.routings, "layers.{layer}.mlp.router.")
             counts = {f"layers.{n}.mlp.expert_counts": r.counts() for n, r in oracle.routings[0].items()}
             tested = {f"layers.{n}.mlp.expert_counts": r.expert_counts() for n, r in hidden.routings.items()}

@@ -73,6 +73,6 @@ def _line(line: Callable[[str, str], None], quantity: str, rows: list[Row]) -> N
         error = max((row.error for row in here), default=None)
         cells.append("–" if error is None else "0" if error == 0.0 else f"{error:.1e}")
     failed = sum(not row.ok for row in rows)
-    name = quantity.removeprefix("decoding: ").removeprefix("from disk: ")
+    name = quantity.removeprefix("decoding: ")
     text = f"  {name:{WIDTH - 2}} {cells[0]:>10} {cells[1]:>10} {len(rows):>9}"
     line(text + (f"  {failed} ✗" if failed else ""), "red" if failed else "")

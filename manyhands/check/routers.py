@@ -167,9 +167,17 @@ class RouterCheck:
         oracle_terms = losses.oracle_terms({0: oracle}, router, self.shape[0])
         rows = [close(at, "output", {"y": y[self.mask]}, {"y": expected[self.mask]})]
         act = self.config.hidden_act
-        rows += loss_rows(
-            at, tested, tested_gradients, oracle_terms, {name: p[name] for name in parameters}, "", act, router
+        of_losses = (
+            at,
+            tested,
+            tested_gradients,
+            oracle_terms,
+            {name: p[name] for name in parameters},
+            "",
+            act,
+            router,
         )
+        rows += loss_rows(*of_losses, divisor=losses.divisor({0: oracle}, router))
         rows += routing_rows(at, [{0: routing}], [{0: oracle}], "router.")
         rows.append(exact(at, "expert counts", {"expert_counts": counter.counts}, {"expert_counts": oracle.counts()}))
         rows.append(exact(at, "dropped pairs", {"dropped": counter.dropped}, {"dropped": oracle.dropped()}))

@@ -116,3 +116,12 @@ def test_faults_of_densemixer(fault: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert {row.situation.mode for row in found} == {"train"} and {row.failing for row in found} == {
         ("router.weight", "x")
     }
+
+
+def test_shares_of_next_to_nothing() -> None:
+    """A token whose scores add up to 8e-4: its gradient is as large as the inverse, and so is the rounding in it."""
+    (name,) = [name for name in ROUTERS if "ReMoE" in name]
+    rows = [row for found, _ in RouterCheck(name, "tied", 7).rows("eager", "float32") for row in found]
+    assert not red(rows)
+    limits = {row.quantity: row.limit for row in rows}
+    assert limits["aux_loss/micro gradient"] > limits["z_loss gradient"] == limits["l1 gradient"] == 1e-4

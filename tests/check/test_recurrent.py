@@ -1,13 +1,19 @@
 """check holds recurrent models: all is well as it stands, and a planted fault is found."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
 
+from manyhands.check.own import own_rows
 from manyhands.check.recurrent import RecurrentCheck, shrink_recurrent
-from manyhands.check.report import Row
+from manyhands.check.report import CheckReport, Row
+from manyhands.checkpoint.model import save
+from manyhands.checkpoint.source import open_source
 from manyhands.config import RecurrentConfig
 from manyhands.layers.lstm import LSTM
+from manyhands.models import Recurrent
 
 HIERARCHY = {"num_experts": 16, "num_experts_per_tok": 4, "select": "hierarchical", "n_group": 4, "topk_group": 2}
 TWO = {"num_experts": 8, "num_experts_per_tok": 2}
@@ -39,6 +45,17 @@ def test_shrinking_keeps_the_mechanism() -> None:
     assert small.moe is not None and small.dropout == 0.0
     router = small.moe.router
     assert (router.select, router.n_group, router.topk_group, router.num_experts_per_tok) == ("hierarchical", 4, 2, 4)
+
+
+def test_a_checkpoints_own_weights(tmp_path: Path) -> None:
+    model = Recurrent(shrink_recurrent(CONFIGS["two levels"]).model_copy(update={"dropout": 0.3}))
+    save(model, tmp_path / "M")
+    source = open_source(tmp_path / "M")
+    report = CheckReport(source.config, shrunk=False)
+    found = [row for rows, _ in own_rows(source, report, 0) for row in rows]
+    assert {row.situation.mode for row in found} >= {"read", "forward", "recompute", "step by step"}
+    assert all(row.ok for row in found), [row.line() for row in found if not row.ok]
+    assert "all of its weights" in report.read and not report.skipped
 
 
 def test_a_state_that_padding_changes_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
