@@ -14,6 +14,7 @@ D, F, E, V = 8, 6, 3, 20
 GROUPS = {
     "embed_tokens.weight": ("embed", (V, D)),
     "lm_head.weight": ("embed", (V, D)),
+    "lm_head.bias": ("vector", (V,)),
     "norm.weight": ("vector", (D,)),
     "layers.0.input_layernorm.weight": ("vector", (D,)),
     "layers.0.self_attn.q_proj.weight": ("hidden", (D, D)),
