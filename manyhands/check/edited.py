@@ -22,7 +22,7 @@ from manyhands.moe import Force, Mask, Replay, Routing, Swap
 from manyhands.moe.edit import Edit
 
 FAR = 8.0
-"""A selection bias beyond every score."""
+"""A selection bias beyond every score, and how far the next one lies from it."""
 PROMPT = 5
 RECORDED = PROMPT + 2
 """Tokens that the replay is of; behind them the router decides, but not one with groups: who is told so here is held
@@ -109,7 +109,7 @@ def _told(edit: Edit, prefix: str, p: Params, router: RouterConfig, length: int)
         return {logits: p.get(logits, none).masked_fill(off, -torch.inf), choice: bias}
     wanted_TK = edit.expert_ids if isinstance(edit, Replay) else torch.tensor([edit.experts]).expand(length, -1)  # type: ignore[union-attr]
     bias_TE = bias.repeat(length, 1)
-    in_turn = FAR + torch.arange(wanted_TK.shape[1], 0, -1, dtype=torch.float64)
+    in_turn = FAR * torch.arange(wanted_TK.shape[1], 0, -1, dtype=torch.float64)  # best first, as it was given
     wanted_TK = wanted_TK[:length]
     bias_TE[: len(wanted_TK)] = none.repeat(len(wanted_TK), 1).scatter(1, wanted_TK, in_turn.expand(wanted_TK.shape))
     return {choice: bias_TE}
