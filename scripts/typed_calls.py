@@ -8,7 +8,7 @@ import manyhands as mh
 
 
 def calls(ids: torch.Tensor, x: torch.Tensor) -> None:
-    """README's calls."""
+    """README's calls; `load` gives a model of any kind."""
     y, routing = mh.MoELayer(mh.MoEConfig(), hidden_size=64)(x)
     assert_type(y, torch.Tensor)
     assert_type(routing, mh.Routing)

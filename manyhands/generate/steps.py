@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from manyhands.checkpoint.model import LoadedModel, only_decoder
 from manyhands.config import SamplingConfig
 from manyhands.engine.answer import Completion, Token
 from manyhands.engine.engine import Engine, Prompt, check_errors
@@ -79,7 +80,7 @@ def in_step(
 
 
 def complete(
-    model: Decoder,
+    model: Decoder | LoadedModel,
     tokenizer: Tokenizer,
     prompts: Sequence[Prompt],
     sampling: SamplingConfig | Sequence[SamplingConfig] | None = None,
@@ -90,8 +91,10 @@ def complete(
 
     The completions are in the prompts' order. `sampling` is one for all, or each its own; None: `SamplingConfig()`.
     `exact`: a prompt's logits are the same bits in any batch, as those of int8 and int4 models always are. For
-    requests that come and go, tokens as they are made, or routing: `Engine`. Raises what `generate` does.
+    requests that come and go, tokens as they are made, or routing: `Engine`. Raises what `generate` does, and
+    `ConfigError` for a model that is no decoder.
     """
+    model = model if isinstance(model, Decoder) else only_decoder(model, "mh.generate")
     return Engine(model, tokenizer, max_sequences=max(1, len(prompts)), exact=exact).generate(prompts, sampling)
 
 

@@ -184,14 +184,19 @@ class EncoderDecoder(nn.Module):
     def forward(
         self,
         ids_BS: Tensor | None,
-        decoder_ids_BT: Tensor,
+        decoder_ids_BT: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
         dtype: torch.dtype | None = None,
         edit: Edits | None = None,
     ) -> Output:
-        """Logits [B, T, V] for the decoder's tokens. See `hidden` for the arguments."""
+        """Logits [B, T, V] for the decoder's tokens. See `hidden` for the arguments.
+
+        Raises `ConfigError` without `decoder_ids_BT`, and as `hidden` does.
+        """
+        if decoder_ids_BT is None:
+            raise ConfigError("an encoder-decoder predicts its decoder's next tokens: pass decoder_ids_BT too")
         hidden = self.hidden(
             ids_BS, decoder_ids_BT, attention_mask, decoder_attention_mask, cache, dtype=dtype, edit=edit
         )

@@ -260,3 +260,12 @@ def test_what_is_counted_is_what_there_is_where_more_are_sparse_than_were_asked_
     assert count_any(five) == count_any(six) and sequence_flops(five, 32, 8) == sequence_flops(six, 32, 8)
     assert count_any(five).total == sum(p.numel() for p in EncoderDecoder(five).parameters())
     assert router_flops(five, 32, 8) == router_flops(six, 32, 8)
+
+
+def test_without_decoder_ids_it_says_what_is_missing() -> None:
+    config = EncoderDecoderConfig(
+        vocab_size=16, hidden_size=8, num_hidden_layers=1, num_decoder_layers=1, intermediate_size=8,
+        num_attention_heads=2, head_dim=4,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="decoder_ids"):
+        EncoderDecoder(config)(torch.ones(1, 3, dtype=torch.int64))
