@@ -71,10 +71,10 @@ def test_the_built_model_multiplies_as_much() -> None:
 
 def test_routers_are_counted_apart() -> None:
     router = RouterConfig(num_experts=16, num_experts_per_tok=1)
-    sparse = EncoderDecoderConfig(**SMALL, router=router, num_sparse_encoder_layers=1, num_sparse_decoder_layers=2)
+    sparse = EncoderDecoderConfig(**SMALL, router=router, num_sparse_encoder_layers=1, num_sparse_decoder_layers=3)
     dense = EncoderDecoderConfig(**SMALL)
     assert sequence_flops(sparse, 6, 4) == sequence_flops(dense, 6, 4)
-    assert router_flops(sparse, 6, 4) == 2 * 8 * 16 * (6 * 1 + 4 * 2) and router_flops(dense, 6, 4) == 0
+    assert router_flops(sparse, 6, 4) == 2 * 8 * 16 * (6 * 1 + 4 * 3) and router_flops(dense, 6, 4) == 0
 
 
 def test_the_lengths_are_those_of_span_corruption() -> None:
