@@ -13,7 +13,7 @@ from manyhands.cli.main import app
 from manyhands.errors import DataError
 from manyhands.lab import run as lab_run
 from manyhands.lab.experiment import Arm, Criterion, Description, Figure, Outcome
-from manyhands.lab.job import Clock, Job
+from manyhands.lab.job import Clock, Job, Processors
 from manyhands.lab.show import lines
 
 from ..small_runs import manyhands
@@ -83,8 +83,24 @@ def test_the_clock_knows_waiting_from_computing(tmp_path: Path) -> None:
     job = Job(False, (0,), tmp_path)
     with job.clock() as waited:
         time.sleep(0.05)
-    assert not waited.quiet and not job.quiet
-    assert Clock(seconds=2.0, computing=1.9).quiet
+    assert waited.seconds >= 0.05 > waited.computing
+
+
+@pytest.mark.parametrize(
+    ("computing", "others", "quiet"), [(0.95, 1.0, True), (0.5, 1.0, False), (0.5, 0.05, True), (0.5, None, False)]
+)
+def test_times_count_where_nobody_else_computed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, computing: float, others: float | None, quiet: bool
+) -> None:
+    monkeypatch.setattr(Processors, "others", lambda self: others)
+    assert Job(False, (0,), tmp_path, clocks=[Clock(1.0, computing)]).quiet is quiet
+
+
+def test_what_this_process_does_is_not_somebody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([Processors(0.0, 5.0, 1.0), Processors(10.0, 17.0, 12.5), Processors(10.0, None, 12.5)])
+    monkeypatch.setattr(Processors, "now", classmethod(lambda cls: next(times)))
+    before = Processors.now()
+    assert before.others() == pytest.approx(0.05) and before.others() is None
 
 
 def test_data_that_an_experiment_does_not_take(made_up: list[Outcome], tmp_path: Path) -> None:

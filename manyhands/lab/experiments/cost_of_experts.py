@@ -7,7 +7,7 @@ import torch
 
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.lab.experiment import Arm, Chart, Criterion, Curve, Figure, Outcome
-from manyhands.lab.job import Clock, Job
+from manyhands.lab.job import Job
 from manyhands.moe import MoELayer
 
 K = 2
@@ -24,7 +24,6 @@ def run(job: Job) -> Outcome:
     layers = {E: _layer(E, D, F) for E in counts}
     x_TD = torch.randn(T, D)
     best = dict.fromkeys(counts, float("inf"))
-    clocks: list[Clock] = []
     rows: dict[int, float] = {}
     for turn in range(rounds + 1):
         job.note(f"round {turn} of {rounds}")
@@ -35,15 +34,13 @@ def run(job: Job) -> Outcome:
                 y_TD.square().mean().backward()  # type: ignore[no-untyped-call]
             rows[E] = routing.expert_ids.numel() / E
             if turn:  # the first warms up
-                clocks.append(clock)
                 best[E] = min(best[E], clock.seconds)
-    quiet = sum(clock.computing for clock in clocks) >= 0.9 * sum(clock.seconds for clock in clocks)
     first = best[counts[0]]
     ratio = {E: seconds / first for E, seconds in best.items()}
     arms = tuple(_arm(E, layer, D, F) for E, layer in layers.items())
     few = max(ratio[E] for E in counts if E <= 64)
     many = max(ratio[E] for E in counts if rows[E] >= _ROWS)
-    judged = quiet and not job.quick
+    judged = job.quiet and not job.quick
     criteria = [
         Criterion(
             "every layer multiplies a token by the same number of expert weights",
