@@ -64,15 +64,10 @@ def run_check(
     jobs: list[Job] = []
     if source is not None:
         jobs.append(("own weights", "checkpoint", "–", lambda: own_rows(source, report, seed)))
-    if isinstance(small, EncoderDecoderConfig):
-        jobs += list(_encoder_decoder_jobs(report, small, seed, backends, dtypes, cases))
-    elif isinstance(small, RecurrentConfig):
-        jobs += list(_recurrent_jobs(report, small, seed, backends, dtypes, cases))
-    else:
-        jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
-        if decoding:
-            jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
-            jobs += _edited_jobs(report, {"model": small}, seed, dtypes, EDITED)
+    jobs += list(_model_jobs(report, small, balance, seed, backends, dtypes, cases))
+    if decoding and isinstance(small, ModelConfig):
+        jobs += _decoding_jobs(report, {"model": small}, seed, dtypes, list(FORMATS))
+        jobs += _edited_jobs(report, {"model": small}, seed, dtypes, EDITED)
     if routers:
         jobs += _router_jobs(report, seed, backends, dtypes)
         jobs += layer_jobs(seed, backends, dtypes)
@@ -123,64 +118,41 @@ def _names(backends: Sequence[str] | None, dtypes: Sequence[str] | None) -> tupl
 
 def _model_jobs(
     report: CheckReport,
-    config: ModelConfig,
+    config: BuiltConfig,
     balance: BalanceConfig,
     seed: int,
     backends: list[str],
     dtypes: list[str],
     cases: Sequence[str],
 ) -> Iterator[Job]:
+    """The whole model in each case, whatever its kind."""
     router = None if config.moe is None else config.moe.router
     for case in cases:
         if not possible(case, router):
             report.skipped.append(f"case {case}: this router cannot come into it")
             continue
-        check = ModelCheck(config, balance, case, seed)
+        check = _check_of(report, config, balance, case, seed)
         for backend, dtype in _ways(report, config, backends, dtypes):
             yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
 
 
-def _encoder_decoder_jobs(
-    report: CheckReport,
-    config: EncoderDecoderConfig,
-    seed: int,
-    backends: list[str],
-    dtypes: list[str],
-    cases: Sequence[str],
-) -> Iterator[Job]:
-    for case in cases:
-        if not possible(case, config.router):
-            report.skipped.append(f"case {case}: this router cannot come into it")
-            continue
-        check = EncoderDecoderCheck(config, case, seed)
-        if not check.decodes:
-            report.skipped.append(f"decoding to a cache: {NOT_ALIKE}")
-        for backend, dtype in _ways(report, config, backends, dtypes):
-            yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
+def _check_of(
+    report: CheckReport, config: BuiltConfig, balance: BalanceConfig, case: str, seed: int
+) -> ModelCheck | EncoderDecoderCheck | RecurrentCheck:
+    if isinstance(config, ModelConfig):
+        return ModelCheck(config, balance, case, seed)
+    if isinstance(config, RecurrentConfig):
+        return RecurrentCheck(config, case, seed)
+    check = EncoderDecoderCheck(config, case, seed)
+    if not check.decodes:
+        report.skipped.append(f"decoding to a cache: {NOT_ALIKE}")
+    return check
 
 
 def _shrunk(config: BuiltConfig) -> BuiltConfig:
     if isinstance(config, EncoderDecoderConfig):
         return shrink_encoder_decoder(config)
     return shrink_recurrent(config) if isinstance(config, RecurrentConfig) else shrink(config)
-
-
-def _recurrent_jobs(
-    report: CheckReport,
-    config: RecurrentConfig,
-    seed: int,
-    backends: list[str],
-    dtypes: list[str],
-    cases: Sequence[str],
-) -> Iterator[Job]:
-    router = None if config.moe is None else config.moe.router
-    for case in cases:
-        if not possible(case, router):
-            report.skipped.append(f"case {case}: this router cannot come into it")
-            continue
-        check = RecurrentCheck(config, case, seed)
-        for backend, dtype in _ways(report, config, backends, dtypes):
-            yield f"model, {case}", backend, dtype, lambda c=check, b=backend, d=dtype: c.rows(b, d)  # type: ignore[misc]
 
 
 def _ways(
