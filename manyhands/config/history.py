@@ -22,7 +22,13 @@ _WATCHED = ("log_every", "eval_every", "save_every", "save_seconds", "keep_check
 _COMPUTED = ("device", "experts_implementation", "recompute")
 SAME = ("start", "trainable", "data.", "tokenizer.", "spans.", "model.", *_KIND, *(f"train.{name}" for name in _ORDER))
 """Names, or beginnings of names, of the fields that make a run what it is."""
-FREE = *(f"train.{name}" for name in _WATCHED + _COMPUTED), "trace.every", "trace.max_bytes"
+FREE = (
+    *(f"train.{name}" for name in _WATCHED + _COMPUTED),
+    "trace.every",
+    "trace.max_bytes",
+    "parallel.ep",
+    "parallel.dispatch",
+)
 """Fields that change nothing of what is learnt; no record is kept of them."""
 
 

@@ -9,6 +9,7 @@ from manyhands.config.decoder import ModelConfig
 from manyhands.config.history import SAME, Change, settings_at
 from manyhands.config.kinds import ByKind, longest_sequence
 from manyhands.config.numbers import Count, Rate, Size
+from manyhands.config.parallel import ParallelConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -178,6 +179,7 @@ class RunConfig(Strict):
     guard: GuardConfig = GuardConfig()
     train: TrainConfig = TrainConfig()
     trace: TraceConfig = TraceConfig()
+    parallel: ParallelConfig = ParallelConfig()
     history: tuple[Change, ...] = ()
     """Settings that changed while the run went on (`train --resume` writes it); `history=[]` starts without."""
 
@@ -207,7 +209,12 @@ class RunConfig(Strict):
                 if path.startswith(SAME) or name not in getattr(type(getattr(self, section, None)), "model_fields", {}):
                     raise ValueError(f"history: {path!r} is not a setting that may change while a run goes on")
             settings_at(self, change.step)
-        moe = self.model.moe
+        moe, ep = self.model.moe, self.parallel.ep
+        if self.describes_model and ep > 1 and (moe is None or moe.router.num_experts % ep):
+            raise ValueError(
+                f"parallel.ep = {ep} does not divide model.moe.router.num_experts = "
+                f"{0 if moe is None else moe.router.num_experts}"
+            )
         if self.describes_model and self.balance.load_coef and (moe is None or not moe.router.noisy):
             raise ValueError("balance.load_coef needs a noisy router: model.moe.router.noisy = true")
         return self
