@@ -108,7 +108,7 @@ FLAGS = {
     "models": {"name", "sparse", "dense", "sort", "by", "check", "json_output"},
     "simulate": {
         *("trace", "policies", "budgets", "disk", "memory_rate", "sequences", "tokens", "record_bytes", "pin"),
-        *("plot", "json_output"),
+        *("plot", "json_output", "layout", "placement", "redundant", "groups", "node", "network", "row_bytes"),
     },
     "doctor": {"again", "disk_file", "record", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},

@@ -1,4 +1,4 @@
-"""`manyhands simulate`: what cache policies would hit and read on a recorded trace, and how fast that would be."""
+"""`manyhands simulate`: a recorded trace under cache policies, or laid out on ranks that share experts."""
 
 import sys
 import textwrap
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from manyhands.simulate.report import Report
     from manyhands.simulate.sweep import Row, Speed
 
+_POLICIES, _DISKS = "lfu,lru,pinned,belady", "500MB/s,3GB/s,7GB/s"
+_NETWORK = "20us,5GB/s, a file of benchmarks/scale.py, or a machine's name."
 _MOST = 64
 """Policies, budgets or disks of one call."""
 
@@ -28,16 +30,12 @@ def simulate(
     trace: Annotated[
         Path, typer.Argument(metavar="TRACE", help="A trace: a directory of --trace, or another engine's file.")
     ],
-    policies: Annotated[str, typer.Option(metavar="NAME,…", help="Of lfu, lru, pinned, belady.")] = (
-        "lfu,lru,pinned,belady"
-    ),
+    policies: Annotated[str, typer.Option(metavar="NAME,…", help="Of lfu, lru, pinned, belady.")] = _POLICIES,
     budgets: Annotated[
         str | None,
         typer.Option(metavar="SIZE,…", help="Bytes of experts in memory, like 2GB, or a share of all, like 10%."),
     ] = None,
-    disk: Annotated[
-        str, typer.Option(metavar="RATE,…", help="Disks: bytes per second, like 500MB/s.")
-    ] = "500MB/s,3GB/s,7GB/s",
+    disk: Annotated[str, typer.Option(metavar="RATE,…", help="Disks: bytes per second, like 500MB/s.")] = _DISKS,
     memory_rate: Annotated[
         str | None,
         typer.Option(
@@ -53,10 +51,36 @@ def simulate(
     ] = None,
     pin: Annotated[
         Path | None,
-        typer.Option(metavar="TRACE", help="For pinned: count in this trace; default: in the same, which flatters it."),
+        typer.Option(
+            metavar="TRACE", help="For pinned and eplb: count in this trace; default: in the same, which flatters it."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Draw it too: .svg, .png or .pdf; needs matplotlib.")
+    ] = None,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="DPxEP", help="Not caches, but ranks that share experts: what they send and wait for."),
+    ] = None,
+    placement: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="With --layout: contiguous (as training does), or eplb, by load."),
+    ] = None,
+    redundant: Annotated[
+        int, typer.Option(min=0, max=1 << 20, help="With eplb: further copies of experts in each layer.")
+    ] = 0,
+    groups: Annotated[
+        int, typer.Option(min=1, max=1 << 16, help="With eplb: groups that a token's experts are limited to.")
+    ] = 1,
+    node: Annotated[
+        int | None, typer.Option(min=1, max=1 << 16, help="With --layout: ranks of a node; default: all are alike.")
+    ] = None,
+    network: Annotated[
+        str | None, typer.Option(metavar="NETWORK", help=f"With --layout, for times: {_NETWORK}")
+    ] = None,
+    row_bytes: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE[,SIZE]", help="With --network: what a token takes on its way out, and back."),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
@@ -64,7 +88,43 @@ def simulate(
 
     A budget is what the experts in memory may take. T is what one token wants: K experts of each layer. Belady is the
     best that was possible, knowing the future.
+
+    With --layout: the rows that expert parallelism sends for the same trace, rank by rank, and the load of each.
     """
+    about_caches = {
+        "--policies": policies != _POLICIES,
+        "--budgets": budgets,
+        "--disk": disk != _DISKS,
+        "--memory-rate": memory_rate,
+        "--record-bytes": record_bytes,
+        "--plot": plot,
+    }
+    about_ranks = {
+        "--placement": placement,
+        "--redundant": redundant,
+        "--groups": groups > 1,
+        "--node": node,
+        "--network": network,
+        "--row-bytes": row_bytes,
+    }
+    if layout is not None:
+        if given := [name for name, value in about_caches.items() if value]:
+            raise UserError(f"{given[0]} is about caches: leave --layout out")
+        from manyhands.cli.simulate_layout import layout_settings, print_layout
+        from manyhands.simulate.parallel import laid_out
+
+        laid = layout_settings(layout, placement, redundant, groups, node, network, row_bytes, sequences, tokens, pin)
+        with _progress() as update:
+            found = laid_out(trace, laid, update)
+        if json_output:
+            import json
+
+            print(json.dumps(found.described(), ensure_ascii=False))
+        else:
+            print_layout(found)
+        return
+    if given := [name for name, value in about_ranks.items() if value]:
+        raise UserError(f"{given[0]} goes with --layout")
     from manyhands.simulate.report import Settings, simulated
 
     settings = Settings(

@@ -4,7 +4,7 @@ T tokens   L layers with experts   K experts per token
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -32,15 +32,20 @@ class Tokens:
     none: int
 
     @classmethod
-    def of(cls, trace: Trace, max_tokens: int | None = None) -> "Tokens":
+    def of(cls, trace: Trace, max_tokens: int | None = None, *, kept: bool = False) -> "Tokens":
         """Of the whole trace, or of its first `max_tokens`. Raises `DataError` if there are none, and as `parts` does.
 
+        `kept`: pairs that an expert's capacity left out have no expert, where the trace says which those are.
         Takes L·K bytes a token, twice that from 256 experts on.
         """
         parts, left = [], len(trace) if max_tokens is None else max_tokens
         for part in trace.parts():
-            parts.append(part.rows(slice(0, left)))
-            left -= len(parts[-1])
+            rows = part.rows(slice(0, left))
+            if kept and rows.kept is not None:
+                none = rows.expert_ids.dtype.type(trace.manifest.none)
+                rows = replace(rows, expert_ids=np.where(rows.kept == 0, none, rows.expert_ids))
+            parts.append(rows)
+            left -= len(rows)
             if left <= 0:
                 break
         if not parts:
