@@ -2,6 +2,9 @@
 
     M = μM + G        O = NS(M) · 0.2·√max(n, m)        W = W − η(O + λW)
 
+Of parameters that are shared out over processes, a stack of matrices lies there as some whole ones, and each process
+updates its own; rows of one matrix are brought together first (`muon_sharded.py`).
+
 Letters: B matrices in a batch, n × m one matrix, s = min(n, m), l = max(n, m).
 Sources: Muon (Keller Jordan, 2024); scaling to AdamW's RMS and the form above: Moonlight, arXiv 2502.16982 §2;
 Kimi K2, arXiv 2507.20534 §2.1.
@@ -9,10 +12,16 @@ Kimi K2, arXiv 2507.20534 §2.1.
 
 import math
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from manyhands.parallel.shards import cuts_rows, local
+from manyhands.train.muon_sharded import orthogonal_rows
 
 A, B, C = 3.4445, -4.7750, 2.0315
 """The quintic's coefficients: steepest at zero, so small singular values grow fastest (Keller Jordan)."""
@@ -22,6 +31,9 @@ CPU_BATCH_ELEMENTS = 1 << 18
 Measured on two AVX2 cores: as fast as or faster than one at a time, and 10 to 30 % faster than no limit."""
 GPU_BATCH_ELEMENTS = 1 << 25
 """The same elsewhere, where launches cost more than memory traffic. A guess, not measured."""
+
+_Cut = tuple[DeviceMesh, torch.Size, torch.dtype]
+"""What matrices of which each process holds rows have in common when they go through together."""
 
 
 class Muon(torch.optim.Optimizer):
@@ -34,8 +46,12 @@ class Muon(torch.optim.Optimizer):
     gradient with zero momentum only decays the weight. Matrices of one size, whatever tensor they come from and
     whichever way they lie, go through Newton-Schulz in one batch.
 
+    Of processes that hold the parameters as DTensors, cut along the first dimension, all must call `step` with
+    gradients for the same parameters; a process may hold no matrix of a stack, or no row of a matrix.
+
     Raises:
-        AssertionError: a parameter is neither 2-D nor 3-D, or its rows do not divide by `split`.
+        AssertionError: a parameter is neither 2-D nor 3-D, its rows do not divide by `split`, or it is a DTensor that
+            is cut in another way.
     """
 
     def __init__(
@@ -62,30 +78,46 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 assert p.ndim in (2, 3) and p.shape[-2] % group["split"] == 0, (tuple(p.shape), group["split"])
+                if isinstance(p, DTensor):
+                    assert all(map(cuts_rows, p.placements)) and (p.ndim == 3 or p.device_mesh.ndim == 1), p.placements
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Apply one update to every parameter that has a gradient."""
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
+            stacks: list[_Stack] = []
+            cut: dict[_Cut, list[_Stack]] = {}
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 if "momentum_buffer" not in self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-                self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(p.grad)
-            stacks = [_Stack.of(p, p.grad, self.state[p]["momentum_buffer"], group["split"]) for p in params]
+                here = _Stack(*map(local, (p, p.grad, self.state[p]["momentum_buffer"])))
+                here.momentum.mul_(group["momentum"]).add_(here.grad)
+                if p.ndim == 2 and isinstance(p, DTensor):
+                    cut.setdefault((p.device_mesh, p.shape, p.dtype), []).append(here)
+                elif here.weight.numel():
+                    stacks.append(here.lying(group["split"]))
             for batch in _batches(stacks):
-                self._update(batch, group)
+                ortho_Bsl = newton_schulz(torch.cat([x.direction(group) for x in batch]), group["ns_steps"])
+                for x, update in zip(batch, torch.split(ortho_Bsl, [len(x.weight) for x in batch]), strict=True):
+                    x.update(update, ortho_Bsl.shape[-1], group)
+            self._update_rows(cut, group)
 
     @staticmethod
-    def _update(batch: "list[_Stack]", group: dict[str, Any]) -> None:
-        if group["nesterov"]:
-            direction_Bsl = torch.cat([torch.add(x.grad, x.momentum, alpha=group["momentum"]) for x in batch])
-        else:
-            direction_Bsl = torch.cat([x.momentum for x in batch])
-        ortho_Bsl = newton_schulz(direction_Bsl, group["ns_steps"])
-        rate = group["lr"] * 0.2 * math.sqrt(direction_Bsl.shape[-1])
-        for x, update_Bsl in zip(batch, torch.split(ortho_Bsl, [len(x.weight) for x in batch]), strict=True):
-            x.weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update_Bsl, alpha=-rate)
+    def _update_rows(cut: "dict[_Cut, list[_Stack]]", group: dict[str, Any]) -> None:
+        """Update matrices of which each process holds rows."""
+        first = 0  # who gets the next matrix: the sizes of which there are few do not all go to the same process
+        orthogonalize = partial(_orthogonal, split=group["split"], steps=group["ns_steps"])
+        for (mesh, (n, m), _), alike in cut.items():
+            processes = mesh.get_group()
+            at_once = processes.size() * _room(alike[0].weight, n * m)
+            for start in range(0, len(alike), at_once):
+                some = alike[start : start + at_once]
+                updates = orthogonal_rows([x.direction(group) for x in some], n, processes, orthogonalize, first)
+                for x, update in zip(some, updates, strict=True):
+                    x.update(update, max(n // group["split"], m), group)
+                first += len(some)
 
 
 @torch.no_grad()
@@ -154,21 +186,39 @@ def _iterate_gram(X_Bsl: Tensor, steps: int) -> Tensor:
 
 
 class _Stack(NamedTuple):
-    """A parameter, its gradient and its momentum as `[B, s, l]`: views of them, lying on their long side."""
+    """What this process holds of a parameter, its gradient and its momentum: matrices, or rows of one."""
 
     weight: Tensor
     grad: Tensor
     momentum: Tensor
 
-    @staticmethod
-    def of(weight: Tensor, grad: Tensor, momentum: Tensor, split: int) -> "_Stack":
-        rows, columns = weight.shape[-2] // split, weight.shape[-1]
-        stacked = (weight.view(-1, rows, columns), grad.reshape(-1, rows, columns), momentum.view(-1, rows, columns))
+    def lying(self, split: int) -> "_Stack":
+        """Views of them as `[B, s, l]`."""
+        rows, columns = self.weight.shape[-2] // split, self.weight.shape[-1]
+        shape = -1, rows, columns
+        stacked = self.weight.view(shape), self.grad.reshape(shape), self.momentum.view(shape)
         return _Stack(*(x.mT if rows > columns else x for x in stacked))
 
     def cut(self, size: int) -> "Iterator[_Stack]":
         """Pieces of at most `size` matrices."""
         yield from map(_Stack._make, zip(*(torch.split(x, size) for x in self), strict=True))
+
+    def direction(self, group: dict[str, Any]) -> Tensor:
+        """What is made orthogonal."""
+        return torch.add(self.grad, self.momentum, alpha=group["momentum"]) if group["nesterov"] else self.momentum
+
+    def update(self, ortho: Tensor, side: int, group: dict[str, Any]) -> None:
+        """Decay the weight and go along `ortho`, of matrices whose long side is `side`."""
+        rate = group["lr"] * 0.2 * math.sqrt(side)
+        self.weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(ortho, alpha=-rate)
+
+
+def _orthogonal(whole_Bnm: Tensor, split: int, steps: int) -> Tensor:
+    """Newton-Schulz of whole matrices, each of `split` fused ones, with the arithmetic that a batch above has."""
+    n, m = whole_Bnm.shape[-2] // split, whole_Bnm.shape[-1]
+    fused = whole_Bnm.view(-1, n, m)
+    ortho = newton_schulz(fused.mT.contiguous(), steps).mT if n > m else newton_schulz(fused, steps)
+    return ortho.reshape(whole_Bnm.shape)
 
 
 def _batches(stacks: list[_Stack]) -> Iterator[list[_Stack]]:
@@ -178,8 +228,7 @@ def _batches(stacks: list[_Stack]) -> Iterator[list[_Stack]]:
         key = (stack.weight.shape[1:], stack.weight.dtype, stack.weight.device)
         by_size.setdefault(key, []).append(stack)
     for alike in by_size.values():
-        limit = CPU_BATCH_ELEMENTS if alike[0].weight.device.type == "cpu" else GPU_BATCH_ELEMENTS
-        room = max(1, limit // alike[0].weight[0].numel())
+        room = _room(alike[0].weight, alike[0].weight[0].numel())
         batch: list[_Stack] = []
         for piece in (piece for stack in alike for piece in stack.cut(room)):
             if batch and sum(len(x.weight) for x in batch) + len(piece.weight) > room:
@@ -187,3 +236,8 @@ def _batches(stacks: list[_Stack]) -> Iterator[list[_Stack]]:
                 batch = []
             batch.append(piece)
         yield batch
+
+
+def _room(weight: Tensor, elements: int) -> int:
+    """Matrices of so many elements that go through Newton-Schulz together where `weight` lies."""
+    return max(1, (CPU_BATCH_ELEMENTS if weight.device.type == "cpu" else GPU_BATCH_ELEMENTS) // elements)

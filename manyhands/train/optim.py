@@ -18,15 +18,18 @@ of the parameter (a stack of experts is one parameter there). `lr` is that relat
 squared gradients, which torch bounds from below instead.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from manyhands.config.run import OptimConfig
 from manyhands.errors import CheckpointError
 from manyhands.parallel.ranks import Ranks, largest_of
+from manyhands.parallel.shards import Reader, Rows, held_rows, laid_out, local, take
+from manyhands.train.adafactor_sharded import ShardedAdafactor, lies_like, state_shapes
 from manyhands.train.muon import Muon
 
 FUSED_DEVICES = {"cpu", "cuda"}
@@ -67,7 +70,8 @@ class Optimizers:
     def state_dict(self) -> dict[str, Tensor]:
         """The state as `{parameter}.{momentum_buffer | exp_avg | row_var | … | step}` → tensor; not copies.
 
-        Flat, so that it goes into a safetensors file. Rates and decays are not part of it: they are the config's.
+        Flat, so that it goes into a safetensors file, and in the same order on every process; what belongs to a
+        sharded parameter is sharded (`parallel.shards.whole` gathers it). Rates and decays are the config's.
         """
         return {
             f"{name}.{key}": tensor
@@ -76,34 +80,49 @@ class Optimizers:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the whole state by copies of `state`, on the devices of the parameters.
+        """Replace the whole state by copies of `state`, on the devices of the parameters; each tensor is whole, or lies
+        as this model does. Raises as `load` does."""
+
+        def read(entry: str, rows: Rows) -> Tensor:
+            tensor = state[entry]
+            return local(tensor) if isinstance(tensor, DTensor) else take(tensor, rows)
+
+        self.load({entry: tensor.shape for entry, tensor in state.items()}, read)
+
+    def load(self, shapes: Mapping[str, Sequence[int]], read: Reader) -> None:
+        """Replace the whole state by what `read` finds, only the rows of it that this process holds.
+
+        Args:
+            shapes: each entry of `state_dict` and the shape of the whole tensor.
+            read: gives the rows of an entry, at any device; they are copied.
 
         Raises:
             CheckpointError: an entry belongs to no parameter here, or is missing, or has another shape. Nothing is
                 changed then.
         """
         slots = {
-            f"{name}.{key}": (optimizer, param, key, shape)
+            f"{name}.{key}": (optimizer, param, key, slot)
             for optimizer, name, param in self._parameters()
-            for key, shape in _state_shapes(optimizer, param).items()
+            for key, slot in _slots(optimizer, param).items()
         }
-        for entry, tensor in state.items():
+        for entry, shape in shapes.items():
             if entry not in slots:
                 raise CheckpointError(f"optimiser state {entry} has no place in this model with this optim section")
-            expected = slots[entry][-1]
-            if tensor.shape != expected:
+            expected = slots[entry][-1].shape
+            if list(shape) != list(expected):
                 raise CheckpointError(
-                    f"optimiser state {entry} has shape {list(tensor.shape)}; the model needs {list(expected)}"
+                    f"optimiser state {entry} has shape {list(shape)}; the model needs {list(expected)}"
                 )
-        stems = {entry.rpartition(".")[0] for entry in state}
+        stems = {entry.rpartition(".")[0] for entry in shapes}
         for entry in slots:
-            if entry.rpartition(".")[0] in stems and entry not in state:
+            if entry.rpartition(".")[0] in stems and entry not in shapes:
                 raise CheckpointError(f"optimiser state {entry} is missing")
         for optimizer in self.optimizers:
             optimizer.state.clear()
-        for entry, tensor in state.items():
-            optimizer, param, key, _ = slots[entry]
-            optimizer.state[param][key] = tensor.to(param.device, copy=True)
+        for entry in shapes:
+            optimizer, param, key, slot = slots[entry]
+            found = read(entry, held_rows(param) if slot.cut else None).to(param.device, copy=True)
+            optimizer.state[param][key] = laid_out(found, param, slot.shape) if slot.cut else found
 
     def _parameters(self) -> Iterator[tuple[torch.optim.Optimizer, str, Tensor]]:
         for optimizer in self.optimizers:
@@ -112,17 +131,21 @@ class Optimizers:
                     yield optimizer, name, param
 
 
-def _state_shapes(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, torch.Size]:
-    """What an optimiser keeps for a parameter that it has trained."""
+class _Slot(NamedTuple):
+    """A tensor that an optimiser keeps for a parameter that it has trained."""
+
+    shape: torch.Size
+    cut: bool
+    """Whether it lies on the processes as the parameter does; else each has it whole."""
+
+
+def _slots(optimizer: torch.optim.Optimizer, param: Tensor) -> dict[str, _Slot]:
     if isinstance(optimizer, Muon):
-        return {"momentum_buffer": param.shape}
-    if isinstance(optimizer, torch.optim.Adafactor):
-        if param.ndim < 2:
-            return {"step": torch.Size(), "variance": param.shape}
-        *stack, rows, columns = param.shape
-        row_var, col_var = torch.Size([*stack, rows, 1]), torch.Size([*stack, 1, columns])
-        return {"step": torch.Size(), "row_var": row_var, "col_var": col_var}
-    return {"step": torch.Size(), "exp_avg": param.shape, "exp_avg_sq": param.shape}
+        return {"momentum_buffer": _Slot(param.shape, True)}
+    if isinstance(optimizer, torch.optim.Adafactor | ShardedAdafactor):
+        return {key: _Slot(shape, lies_like(param, key)) for key, shape in state_shapes(param).items()}
+    moment = _Slot(param.shape, True)
+    return {"step": _Slot(torch.Size(), False), "exp_avg": moment, "exp_avg_sq": moment}
 
 
 def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
@@ -154,7 +177,9 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
             Muon(muon, config.lr, momentum=config.momentum, nesterov=config.nesterov, ns_steps=config.ns_steps)
         )
     if others and config.name == "adafactor":
-        optimizers.append(torch.optim.Adafactor(others, config.lr, eps=ADAFACTOR_EPS))
+        sharded = any(isinstance(param, DTensor) for group in others for _, param in group["params"])
+        adafactor = ShardedAdafactor if sharded else torch.optim.Adafactor
+        optimizers.append(adafactor(others, config.lr, eps=ADAFACTOR_EPS))
     elif others:
         fused = {param.device.type for group in others for _, param in group["params"]} <= FUSED_DEVICES
         optimizers.append(

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from manyhands.config import BuiltConfig, ModelConfig
 from manyhands.config.attention import AttentionConfig
+from manyhands.parallel.shards import local, share
 
 
 def clips(config: BuiltConfig) -> bool:
@@ -62,8 +63,8 @@ def _mla(gamma_H: Tensor, config: AttentionConfig) -> dict[str, Tensor]:
 
 
 def _scale_rows(linear: nn.Module, factor: Tensor) -> None:
-    """Multiply output i of `linear` (weight `[out, in]`, bias `[out]` if any) by `factor[i]`."""
+    """Multiply output i of `linear` (weight `[out, in]`, bias `[out]` if any) by `factor[i]`, on the rows held here."""
     assert isinstance(linear, nn.Linear)
-    linear.weight.mul_(factor.to(linear.weight.dtype)[:, None])
+    local(linear.weight).mul_(share(factor, linear.weight).to(linear.weight.dtype)[:, None])
     if linear.bias is not None:
-        linear.bias.mul_(factor.to(linear.bias.dtype))
+        local(linear.bias).mul_(share(factor, linear.bias).to(linear.bias.dtype))

@@ -37,8 +37,8 @@ GROUPS = {
 }
 
 
-def build_model(frozen: str | None = None) -> nn.Module:
-    """A tree of modules that has every kind of parameter name a decoder has."""
+def build_model(frozen: str | None = None, experts: int = E) -> nn.Module:
+    """A tree of modules that has every kind of parameter name a decoder has; so many experts are in a stack."""
     generator = torch.Generator().manual_seed(0)
     root = nn.Module()
     for path, (_, shape) in GROUPS.items():
@@ -48,6 +48,7 @@ def build_model(frozen: str | None = None) -> nn.Module:
             if not hasattr(module, parent):
                 module.add_module(parent, nn.Module())
             module = module.get_submodule(parent)
+        shape = (experts, *shape[1:]) if "experts" in parents else shape
         param = nn.Parameter(torch.randn(shape, generator=generator), requires_grad=path != frozen)
         module.register_parameter(leaf, param)
     return root
