@@ -13,6 +13,8 @@ from manyhands.errors import StorageError, UserError
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TOKENIZER, GENERATION = "tokenizer.json", "generation_config.json"
 """What files of a checkpoint are called that several rooms name."""
+TUNED, TUNED_WEIGHTS = "tuned.json", "tuned.safetensors"
+"""Of a checkpoint that holds what tuning trains, and not the whole model."""
 RUN, JOURNAL, STATE = "run.yaml", "journal.jsonl", "state.json"
 TRAIN_TOKENS, VALID_TOKENS, PREPARED = "train.npy", "valid.npy", "data.json"
 """The same of a run."""

@@ -36,7 +36,9 @@ def sections(config: type[BaseModel], path: str = "") -> Iterator[tuple[str, typ
 
 
 def heading(path: str, config: type[BaseModel]) -> str:
-    """Of a section; a model of another kind than a decoder says so in the file."""
+    """Of a section; a model of another kind than a decoder says so in the file, and a tuning its method."""
+    if "method" in config.model_fields:
+        return f"## `{path}` with `method: {config.model_fields['method'].default}`"
     kind = config.model_fields["kind"].default if path == "model" else "decoder"
     return (
         f"## `{path}` with `kind: {kind}`"

@@ -55,6 +55,10 @@ NAMES = {
 HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}
 FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
+    "tune": {
+        *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
+        *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
+    },
     "generate": {
         "trace",
         "trace_limit",

@@ -6,7 +6,7 @@ every target tensor, the files on both sides, and how far the two models agree o
 """
 
 import json
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
-from manyhands.checkpoint.find import open_checkpoint
+from manyhands.checkpoint.find import find, open_found
+from manyhands.checkpoint.merge import Edit, edits_of
 from manyhands.checkpoint.model import EncoderDecoderModel, LoadedModel, from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
 from manyhands.checkpoint.room import check_room
@@ -25,6 +26,7 @@ from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.target import claim
 from manyhands.checkpoint.tensors import DTYPES, Header
+from manyhands.checkpoint.tuned import Change, Tuned
 from manyhands.config.kinds import longest_sequence
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckFailed, CheckpointError
@@ -53,7 +55,10 @@ class Conversion:
         *,
         drop_extras: bool = False,
         tokenizer: str | Path | None = None,
+        edits: Mapping[str, Edit] | None = None,
     ) -> None:
+        """`edits` change tensors of ours on the way."""
+        self.edits = edits or {}
         self.source, self.family, config, origin = source, family, source.config, source.origin
         self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
         self.tokenizer, self.unread = tokenizer_of(source.path if tokenizer is None else Path(tokenizer))
@@ -81,6 +86,14 @@ class Conversion:
             names |= dict.fromkeys(p.theirs for p in of_ours)
         return list(names)
 
+    def edited(self, target: str) -> bool:
+        """Whether an edit changes it."""
+        return any(self._edit(piece) is not None for piece in self.pieces.get(target, ()))
+
+    def _edit(self, piece: Piece) -> Edit | None:
+        edit = self.edits.get(piece.ours)
+        return edit if edit is not None and edit.touches(piece) else None
+
     def value(self, target: str) -> Tensor:
         """A target tensor, contiguous."""
         if target not in self.pieces:
@@ -97,7 +110,9 @@ class Conversion:
     def _part(self, piece: Piece, dtype: torch.dtype) -> Tensor:
         """What a target piece holds, in the target's layout."""
         origin = self._origins.get(_key(piece))
-        if origin is not None and self.source.logical[origin.theirs].decode is None:
+        if self._edit(piece) is not None:
+            part = self._ours(piece.ours)[piece.ours_index]
+        elif origin is not None and self.source.logical[origin.theirs].decode is None:
             part = self.source.value(origin.theirs)[origin.theirs_index]
             part = part.transpose(-2, -1) if origin.transpose else part
         else:
@@ -109,7 +124,9 @@ class Conversion:
         if self._last is None or self._last[0] != name:
             self._last = None
             shape = tensor_shapes(self.source.config)[name]
-            self._last = (name, our_tensor(self.source, name, shape, None, torch.device("cpu")))
+            tensor = our_tensor(self.source, name, shape, None, torch.device("cpu"))
+            edit = self.edits.get(name)
+            self._last = (name, tensor if edit is None else edit.apply(tensor))
         return self._last[1]
 
 
@@ -142,12 +159,15 @@ def convert(
     refuses.
     """
     claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
-    source = open_checkpoint(source_path, ignore_fields)
-    sources = [source_path, source.path]
+    found = find(source_path)
+    change = Change.at(found)
+    source = open_found(found if change is None else change.base, ignore_fields)
+    edits = None if change is None else edits_of(change, source)
+    sources = [source_path, found, source.path]
     ours = source.family.model_type == "manyhands"
     own = family_named(source.family.model_type)  # in its own names, whatever the source's are
     family = family_named(to, "--to") if to else nearest(source.config) if ours else own
-    plan = Conversion(source, family, dtype, drop_extras=drop_extras, tokenizer=tokenizer)
+    plan = Conversion(source, family, dtype, drop_extras=drop_extras, tokenizer=tokenizer, edits=edits)
     if agreement:  # before hours of writing: both models are then held whole, one after the other
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")
     with building(target_path, overwrite=overwrite, sources=sources) as partial:
@@ -174,8 +194,10 @@ def convert(
             "target_tensors": written,
             "beside": {"copied": beside.copied, "left": beside.left},
             "notes": beside.line,
-            "agreement": _agreement(plan, partial) if agreement else None,
+            "agreement": _agreement(plan, partial, found) if agreement else None,
         }
+        if change is not None:
+            receipt["tuned"] = _merged(plan, change.tuned, written)
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
 
@@ -193,7 +215,9 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
         if became[name]:
             how = "kept as it is, not computed with" if name in plan.extras else "converted"
             same_dtype = {written[target]["dtype"] for target in became[name]} == {logical.header.dtype}
-            if logical.decode is not None:
+            if any(plan.edited(target) for target in became[name]):
+                how = "tuned"
+            elif logical.decode is not None:
                 how = f"decoded to {logical.header.dtype}"
             elif same_dtype and how == "converted":
                 how = "moved, bit for bit"
@@ -208,6 +232,22 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
     return fates
 
 
+def _merged(plan: Conversion, tuned: Tuned, written: Mapping[str, Any]) -> dict[str, Any]:
+    """What the edits changed: tensors of the target, and those of them that are as they would be without. Raises
+    `CheckFailed` where nothing changed."""
+    without = Conversion(plan.source, plan.family, plan.dtype, drop_extras=not plan.extras)
+    edited = [name for name in plan.pieces if plan.edited(name)]
+    same = [name for name in edited if tensor_sha256(without.value(name)) == written[name]["sha256"]]
+    if len(same) == len(edited):
+        raise CheckFailed(f"what was tuned of {tuned.base.source} changes none of its tensors, so nothing was written")
+    return {
+        "method": tuned.tune.method,
+        "base": tuned.base.model_dump(mode="json"),
+        "changed": len(edited) - len(same),
+        "unchanged": same,
+    }
+
+
 def _run(model: LoadedModel, ids: Tensor) -> Output:
     """An encoder-decoder is given the ids on both sides."""
     if isinstance(model, EncoderDecoderModel):
@@ -216,12 +256,13 @@ def _run(model: LoadedModel, ids: Tensor) -> Output:
 
 
 @torch.no_grad()
-def _agreement(plan: Conversion, directory: Path) -> dict[str, Any]:
-    """Both models on the same sample tokens, in float32: logits and experts."""
+def _agreement(plan: Conversion, directory: Path, tuned: Path) -> dict[str, Any]:
+    """Both models on the same sample tokens, in float32: logits and experts. `tuned` holds what the edits are from."""
     config = plan.source.config
     length = min(SAMPLE_TOKENS, longest_sequence(config) or SAMPLE_TOKENS)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    before = _run(from_source(plan.source, decode=True), ids)
+    original = load_model(tuned, verified=True, decode=True) if plan.edits else from_source(plan.source, decode=True)
+    before = _run(original, ids)
     after = _run(load_model(directory, verified=True, decode=True), ids)
     difference = float((before.logits - after.logits).abs().max())
     pairs = [(r.expert_ids, after.routings[layer].expert_ids) for layer, r in before.routings.items()]

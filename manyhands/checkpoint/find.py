@@ -10,7 +10,7 @@ from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
 from manyhands.checkpoint.runs import resolve_checkpoint
 from manyhands.checkpoint.source import Source, open_source
 from manyhands.errors import CheckpointError
-from manyhands.files import CONFIG, RUN, TOKENIZER
+from manyhands.files import CONFIG, RUN, TOKENIZER, TUNED
 from manyhands.text.tokenizer_files import TIKTOKEN
 
 
@@ -58,6 +58,10 @@ def open_found(directory: Path, ignore_fields: Collection[str] = ()) -> Source:
     """
     if is_gguf(directory):
         return open_gguf(directory, ignore_fields)
+    if (directory / TUNED).is_file():
+        raise CheckpointError(
+            f"{directory} holds what tuning changed of a model, and no whole one: manyhands convert makes one of it"
+        )
     source = open_source(directory, ignore_fields)
     if not (directory / MANIFEST).is_file():
         if source.family.model_type == "manyhands":

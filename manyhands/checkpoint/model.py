@@ -23,6 +23,7 @@ from manyhands.checkpoint.budget import Budget, share
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.gguf.files import is_gguf
+from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.room import check_room
@@ -31,13 +32,14 @@ from manyhands.checkpoint.save import write_directory, write_rest
 from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.source import Source, open_source, stored_twice
 from manyhands.checkpoint.stored import hold_stored, open_store, read_tensor
+from manyhands.checkpoint.tuned import Change
 from manyhands.checkpoint.unpacked import Unpacked
 from manyhands.config import BuiltConfig, EncoderDecoderConfig, ModelConfig
 from manyhands.config.decoder import as_decoder
 from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
-from manyhands.files import CONFIG, TOKENIZER, cannot_write
+from manyhands.files import CONFIG, TOKENIZER, TUNED, cannot_write
 from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
 from manyhands.moe import Router
 from manyhands.text import Tokenizer
@@ -159,6 +161,8 @@ def load(
     without a tokenizer can be had through `load_model`.
     """
     directory = find(path)
+    if (changed := Change.at(directory)) is not None:
+        directory = changed.base
     if not is_gguf(directory) and not has_tokenizer(directory):
         raise CheckpointError(
             f"{directory}: there is no {TOKENIZER}{instead(directory)}; mh.load_model loads the model without it"
@@ -171,7 +175,7 @@ def load(
             f"{source.config.vocab_size}; they do not belong together"
         )
     on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
-    model = from_source(source, dtype, device, experts_implementation, decode, on_disk)
+    model = _model(source, dtype, device, experts_implementation, decode, on_disk, changed)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -210,12 +214,16 @@ def load_model(
     `UserError` if memory does not hold the model: all names, shapes, dtypes and sizes are checked before any weight
     is allocated.
     """
-    if verified and not is_gguf(directory):
+    if not verified and (Path(directory) / TUNED).is_file():
+        verify(directory)
+    if (changed := Change.at(Path(directory))) is not None:
+        source = open_found(changed.base, ignore_fields)
+    elif verified and not is_gguf(directory):
         source = open_source(directory, ignore_fields)
     else:
         source = open_directory(directory, ignore_fields)
     on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
-    return from_source(source, dtype, device, experts_implementation, decode, on_disk)
+    return _model(source, dtype, device, experts_implementation, decode, on_disk, changed)
 
 
 def save(
@@ -329,6 +337,25 @@ def from_source(
     model.origin = source.origin
     model.requires_grad_(not records)  # what is not packed is not trained alone
     return model.eval()
+
+
+def _model(
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    implementation: str,
+    decode: bool,
+    on_disk: "OnDisk | None",
+    changed: Change | None,
+) -> LoadedModel:
+    """With what tuning changed put into it."""
+    if changed is not None and on_disk is not None:
+        raise UserError(f"{changed.directory} is tuned; memory is for a whole model: manyhands convert makes one of it")
+    model = from_source(source, dtype, device, implementation, decode, on_disk)
+    if changed is not None:
+        changed.put_into(model)
+        model.eval()
+    return model
 
 
 class OnDisk(NamedTuple):

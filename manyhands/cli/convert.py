@@ -125,6 +125,11 @@ def convert(
             f"{found['largest_logit_difference']:.2g} at most (their spread is {found['logits_std']:.2g})"
             + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
         )
+    if merged := receipt.get("tuned"):
+        same = (
+            f", {len(merged['unchanged'])} of those that were trained are as they were" if merged["unchanged"] else ""
+        )
+        print(f"{merged['method']}: {merged['changed']} tensors are not the base's{same}")
     if receipt["notes"]:
         print(shown(receipt["notes"]))
     print(f"what became of every tensor: {shown(Path(target) / RECEIPT)}")

@@ -23,6 +23,7 @@ from manyhands.cli import (
     simulate,
     trace,
     train,
+    tune,
 )
 from manyhands.errors import ManyhandsError
 from manyhands.terminal import shown
@@ -38,6 +39,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("train")(train.train)
+app.command("tune")(tune.tune)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)

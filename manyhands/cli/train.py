@@ -1,12 +1,15 @@
 """`manyhands train`: start or continue a run."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from manyhands.errors import ConfigError
 from manyhands.files import RUN
+
+if TYPE_CHECKING:
+    from manyhands.train.finish import Summary
 
 
 def train(
@@ -50,11 +53,22 @@ def train(
         assert preset is not None
         run, directory = load_preset(preset, changes), out or Path("runs") / preset
 
-    from manyhands.train.loop import train as start
     from manyhands.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    summary = start(directory, run, quiet=quiet or json_output)
+    if run.tune is None:
+        from manyhands.train.loop import train as start
+
+        summary = start(directory, run, quiet=quiet or json_output)
+    else:
+        from manyhands.tune.run import tune
+
+        summary = tune(directory, run, quiet=quiet or json_output)
+    show_summary(summary, json_output)
+
+
+def show_summary(summary: "Summary", json_output: bool) -> None:
+    """What a finished run reached, for a person or for a program."""
     if json_output:
         import json
         from dataclasses import asdict

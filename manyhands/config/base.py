@@ -77,6 +77,12 @@ def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
     if problem["type"] == "extra_forbidden":
         names = sorted(parent.model_fields) if parent else []
         return f"unknown field {path!r}; " + suggest(str(problem["loc"][-1]), names)
+    if problem["type"] in ("union_tag_not_found", "union_tag_invalid"):  # one of several classes, by a field's value
+        tag = problem["ctx"]["discriminator"].strip("'")
+        known = problem["ctx"].get("expected_tags") or ", ".join(f"'{name}'" for name in _tags(cls, parts, tag))
+        return f"{path}.{tag}: " + (
+            f"{problem['ctx']['tag']!r} is none of {known}" if "tag" in problem["ctx"] else f"which of {known} is it?"
+        )
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     if problem["type"] == "missing":
@@ -84,6 +90,13 @@ def _one_line(cls: type[Strict], problem: ErrorDetails) -> str:
     if not path:  # a rule about several fields; its own message names them
         return message
     return f"{path} = {short_repr(problem['input'])}: {message}"
+
+
+def _tags(cls: type[Strict], parts: list[str], tag: str) -> list[str]:
+    """The values of `tag` that say of which class the field at `parts` is."""
+    here, *below = parts
+    classes = _strict_classes(cls.model_fields[here].annotation)
+    return _tags(classes[0], below, tag) if below else [str(c.model_fields[tag].default) for c in classes]
 
 
 def short_repr(value: Any) -> str:
@@ -122,7 +135,8 @@ def _walk(cls: type[Strict], loc: tuple[int | str, ...]) -> tuple[list[str], typ
         classes = [] if field is None else _strict_classes(field.annotation)
         here = classes[0] if classes else None
         if len(classes) > 1:
-            kinds = {str(c.model_fields["kind"].default): c for c in classes if "kind" in c.model_fields}
+            tags = [(tag, c) for c in classes for tag in ("kind", "method") if tag in c.model_fields]
+            kinds = {str(c.model_fields[tag].default): c for tag, c in tags}
     return names, here
 
 

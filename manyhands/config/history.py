@@ -20,7 +20,17 @@ _KIND = ("optim.name", "optim.router_optim")
 _ORDER = ("seed", "sequence_length", "batch_size", "dtype")
 _WATCHED = ("log_every", "eval_every", "save_every", "save_seconds", "keep_checkpoints", "trackers")
 _COMPUTED = ("device", "experts_implementation", "recompute")
-SAME = ("start", "trainable", "data.", "tokenizer.", "spans.", "model.", *_KIND, *(f"train.{name}" for name in _ORDER))
+SAME = (
+    "start",
+    "trainable",
+    "data.",
+    "tokenizer.",
+    "spans.",
+    "model.",
+    "tune",
+    *_KIND,
+    *(f"train.{name}" for name in _ORDER),
+)
 """Names, or beginnings of names, of the fields that make a run what it is."""
 FREE = (
     *(f"train.{name}" for name in _WATCHED + _COMPUTED),
@@ -89,8 +99,9 @@ def differences(before: "RunConfig", after: "RunConfig") -> dict[str, tuple[Any,
             if old != new:
                 found[section] = (old, new)
             continue
-        if type(old) is not type(new):  # a model of another kind
-            found[f"{section}.kind"] = (before.model.kind, after.model.kind)
+        if type(old) is not type(new):  # a model of another kind, another method of tuning
+            tag = "method" if section == "tune" else "kind"
+            found[f"{section}.{tag}"] = (getattr(old, tag), getattr(new, tag, None))
             continue
         for name in type(old).model_fields:
             if getattr(old, name) != getattr(new, name):

@@ -62,9 +62,15 @@ def dump_run(run: RunConfig) -> str:
     A field of no section is left out where it says nothing, and so is `spans` where nothing learns from spans: files of
     runs that do not use it stay as they were.
     """
-    idle = {name for name in ("start", "trainable") if getattr(run, name) == type(run).model_fields[name].default}
+    idle: dict[str, Any] = {
+        name: True
+        for name in ("start", "trainable", "tune")
+        if getattr(run, name) == type(run).model_fields[name].default
+    }
     if run.model.kind != "encoder_decoder":
-        idle.add("spans")
+        idle["spans"] = True
+    if not run.data.valid:
+        idle["data"] = {"valid"}
     return yaml.safe_dump(run.model_dump(mode="json", exclude=idle), sort_keys=False, allow_unicode=True)
 
 

@@ -10,6 +10,7 @@ from manyhands.config.history import SAME, Change, settings_at
 from manyhands.config.kinds import ByKind, longest_sequence
 from manyhands.config.numbers import Count, Rate, Size
 from manyhands.config.parallel import ParallelConfig
+from manyhands.config.tune import TuneConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -22,6 +23,8 @@ class DataConfig(Strict):
     text_field: str = "text"
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the text's bytes kept for validation: whole documents, chosen by a hash of their names and `seed`."""
+    valid: tuple[str, ...] = ()
+    """Sources of the validation text, named as `sources` are; then all of `sources` is trained on."""
     seed: int = 0
     tokenizer: str | None = None
     """A `tokenizer.json`, or its directory; without one a byte-level BPE of `model.vocab_size` is trained."""
@@ -180,6 +183,8 @@ class RunConfig(Strict):
     train: TrainConfig = TrainConfig()
     trace: TraceConfig = TraceConfig()
     parallel: ParallelConfig = ParallelConfig()
+    tune: TuneConfig | None = Field(default=None, discriminator="method")
+    """How the model of `start` is tuned; None: the run trains a model."""
     history: tuple[Change, ...] = ()
     """Settings that changed while the run went on (`train --resume` writes it); `history=[]` starts without."""
 
@@ -209,6 +214,10 @@ class RunConfig(Strict):
                 if path.startswith(SAME) or name not in getattr(type(getattr(self, section, None)), "model_fields", {}):
                     raise ValueError(f"history: {path!r} is not a setting that may change while a run goes on")
             settings_at(self, change.step)
+        if self.tune is not None and self.start is None:
+            raise ValueError(f"tune.method = {self.tune.method!r} changes a model that is there: start says which")
+        if self.tune is not None and self.saves_changes and self.trainable != ("*",):
+            raise ValueError(f"trainable: tune.method = {self.tune.method!r} itself says what is trained; leave it out")
         moe, ep = self.model.moe, self.parallel.ep
         if self.describes_model and ep > 1 and (moe is None or moe.router.num_experts % ep):
             raise ValueError(
@@ -223,3 +232,8 @@ class RunConfig(Strict):
     def describes_model(self) -> bool:
         """Whether `model` is this run's: one that starts from a checkpoint need not say what that holds."""
         return self.start is None or "model" in self.model_fields_set
+
+    @property
+    def saves_changes(self) -> bool:
+        """Whether a checkpoint holds only what is trained, and names the model that it began with."""
+        return self.tune is not None and self.tune.method != "full"

@@ -54,12 +54,12 @@ def prepare_data(
     done = directory / PREPARED
     if not done.is_file():
         directory.mkdir(parents=True, exist_ok=True)
-        documents = read_documents(run.data.sources, run.data.text_field, say)
-        train, valid = split_documents(documents, run.data.valid_fraction, run.data.seed)
-        total = sum(document.num_bytes for document in documents)
+        train, valid = _documents(run, say)
+        total = sum(document.num_bytes for document in [*train, *valid])
         if total < MIN_BYTES:
             raise DataError(f"{', '.join(run.data.sources)}: {total} bytes of text are too few; {MIN_BYTES} are needed")
-        say(f"read {len(documents):,} documents, {total / 1e6:.1f} MB ({len(valid):,} for validation)")
+        count = len(train) + len(valid)
+        say(f"read {count:,} documents, {total / 1e6:.1f} MB ({len(valid):,} for validation)")
         tokenizer = _tokenizer(run, train, say, ready_made)
         tokenizer.save(tokenizer_path)
         if Tokenizer.from_file(tokenizer_path).eos_token_id != tokenizer.eos_token_id:
@@ -84,6 +84,19 @@ def prepare_data(
         reached,
         digests,
     )
+
+
+def _documents(run: RunConfig, say: Callable[[str], None]) -> tuple[list[Document], list[Document]]:
+    """What is trained on, and what is not. Raises `DataError` for a text that is to be both."""
+    documents = read_documents(run.data.sources, run.data.text_field, say)
+    if not run.data.valid:
+        return split_documents(documents, run.data.valid_fraction, run.data.seed)
+    valid = read_documents(run.data.valid, run.data.text_field, say)
+    trained = {document.text: document.name for document in documents}
+    for document in valid:
+        if (name := trained.get(document.text)) is not None:
+            raise DataError(f"data.valid: {document.name} is trained on too, as {name} of data.sources: leave one out")
+    return documents, valid
 
 
 def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:

@@ -35,6 +35,15 @@ class LayerBalance:
 
 
 @dataclass(frozen=True, slots=True)
+class Before:
+    """The figures of `Summary` of the same names, at step 0."""
+
+    valid_loss: float
+    valid_bits_per_byte: float
+    valid_perplexity: float
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run reached."""
 
@@ -52,6 +61,8 @@ class Summary:
     skipped: int
     checkpoint: Path
     report: Path
+    before: Before | None = None
+    """With a tuning: what the model that it began with reached on the same text."""
     budget: str | None = None
     """With a time budget: the steps it was turned into, and when."""
     warnings: tuple[str, ...] = ()
@@ -62,12 +73,14 @@ class Summary:
         others = ", ".join(f"{name} {value:.3f}" for name, value in self.compressors.items())
         lines = [
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
-            + (f", updates skipped as spikes: {self.skipped}" if self.skipped else ""),
-            f"validation: {self.valid_bits_per_byte:.3f} bits per byte, perplexity {self.valid_perplexity:.2f}"
-            f"  (on the same text: {others})"
-            if math.isfinite(self.valid_bits_per_byte)
-            else f"validation: loss {self.valid_loss:.4f}, perplexity {self.valid_perplexity:.2f}",
+            + (f", updates skipped as spikes: {self.skipped}" if self.skipped else "")
         ]
+        if self.before is not None:
+            lines.append(f"before:     {_reached(self.before)}")
+        lines.append(
+            f"validation: {_reached(self)}"
+            + (f"  (on the same text: {others})" if math.isfinite(self.valid_bits_per_byte) else "")
+        )
         for layer, b in self.balance.items():
             dropped = f", dropped {b.dropped:.1%}" if b.dropped else ""
             lines.append(
@@ -78,6 +91,21 @@ class Summary:
             lines.append(self.budget)
         lines += [f"warning: {warning}" for warning in self.warnings]
         return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}"]
+
+
+def _reached(figures: Summary | Before) -> str:
+    if math.isfinite(figures.valid_bits_per_byte):
+        return f"{figures.valid_bits_per_byte:.3f} bits per byte, perplexity {figures.valid_perplexity:.2f}"
+    return f"loss {figures.valid_loss:.4f}, perplexity {figures.valid_perplexity:.2f}"
+
+
+def _before(records: list[dict[str, Any]]) -> Before | None:
+    """What was reached before the first step, if somebody looked."""
+    found = [record for record in records if record["kind"] == "eval" and record["step"] == 0]
+    if not found:
+        return None
+    bits = found[-1]["valid_bits_per_byte"]
+    return Before(found[-1]["valid_loss"], float("nan") if bits is None else bits, found[-1]["valid_perplexity"])
 
 
 def finish(
@@ -104,6 +132,7 @@ def finish(
         skipped=sum(bool(record["skipped"]) for record in steps),
         checkpoint=checkpoint,
         report=report,
+        before=_before(records),
         budget=_budget(records, last["step"]),
         warnings=tuple(_warnings(run, evaluation, balance)),
     )

@@ -3,8 +3,10 @@
 import torch
 from torch import nn
 
+from manyhands.checkpoint.tuned import Tuned, described
 from manyhands.config import RunConfig
 from manyhands.models import AnyModel, build, init_weights
+from manyhands.models.tuned import adapt
 from manyhands.parallel.ranks import Ranks
 from manyhands.train.data import RunData
 from manyhands.train.guard import SpikeGuard
@@ -17,17 +19,40 @@ from manyhands.train.trainable import freeze
 
 def fresh_state(run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: Start | None) -> TrainState:
     """The state at step 0, with the weights of `start` if there is one. Raises `CheckpointError` if it is damaged."""
+    model = _model(run, start)
+    model.train()
+    if not run.saves_changes:
+        freeze(model, run.trainable)
+    optimizers = build_optimizers(model, run.optim)
+    batches = task.batches(data, run, ranks)
+    progress = Progress(max_steps=run.train.max_steps)
+    return TrainState(model, optimizers, batches, SpikeGuard(run.guard), progress, _tuned(run, start))
+
+
+def _tuned(run: RunConfig, start: Start | None) -> Tuned | None:
+    if not run.saves_changes:
+        return None
+    assert run.tune is not None and start is not None
+    return Tuned(tune=run.tune, base=described(start.described()))
+
+
+def _model(run: RunConfig, start: Start | None) -> AnyModel:
+    device = pick_device(run.train.device)
+    if run.saves_changes:
+        assert run.tune is not None and start is not None
+        torch.manual_seed(run.train.seed)
+        # what is frozen need not be float32; but where that is computed in, a weight is widened once, not in each step
+        dtype = torch.float32 if run.train.dtype == "float32" else None
+        model = start.model(run.train.experts_implementation, dtype, device)
+        adapt(model, run.tune)
+        return model
     model = build(run.model, run.train.experts_implementation)
     seed_noise(model, run.train.seed)
-    model.to(pick_device(run.train.device))
+    model.to(device)
     init_weights(model, run.train.seed)
     if start is not None:
         start.load_into(model)
-    model.train()
-    freeze(model, run.trainable)
-    optimizers = build_optimizers(model, run.optim)
-    batches = task.batches(data, run, ranks)
-    return TrainState(model, optimizers, batches, SpikeGuard(run.guard), Progress(max_steps=run.train.max_steps))
+    return model
 
 
 def seed_noise(model: AnyModel, seed: int) -> None:

@@ -14,6 +14,7 @@ from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
 from manyhands.config.history import go_on, repeat, settings_at
 from manyhands.config.load import dump_run, load_run
+from manyhands.config.tune import EsftTuning
 from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation
@@ -23,6 +24,7 @@ from manyhands.train.budget import with_plan
 from manyhands.train.course import Course
 from manyhands.train.data import RunData, prepare_data
 from manyhands.train.dtype import settle_dtype
+from manyhands.train.experts import as_chosen, choose_experts
 from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
@@ -190,6 +192,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
         run = with_model(run, start.config)
     elif before is not None and run.start is not None and run.start == before.start:
         run = with_model(run, before.model)
+    if before is not None:
+        run = as_chosen(run, before)
     task = task or task_of(run)
     check_ready(run)
     run, before = settle_dtype(run, before)
@@ -204,13 +208,19 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             run, changes = go_on(before, run, step, str(directory.path))
         if newest is None and start is None and run.start is not None:  # begun before, never saved
             start = Start.open(run.start)
+        base = start
+        if newest is not None and run.saves_changes:
+            base = Start.of_tuned(newest[1])
         with Screen(str(path), run.train.max_steps, quiet) as screen:
             with signals.preparing():
                 data = prepare_data(directory.data_dir, run, screen.note, start.tokenizer if start else None)
+                if isinstance(run.tune, EsftTuning) and run.tune.experts is None:
+                    assert base is not None
+                    run = choose_experts(run, base, data, task, ranks)
             directory.clean_partial()  # only now: whatever is wrong with the command was said before
             write_atomic(directory.config_file, dump_run(run))
             now = settings_at(run, step)
-            state = fresh_state(now, data, task, ranks, start)
+            state = fresh_state(now, data, task, ranks, base)
             if newest is not None:
                 state.load(newest[1])
             progress = state.progress
@@ -227,6 +237,8 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
                 if newest is not None:
                     say_changes(before or run, now, changes, progress, journal, screen)
                     screen.note(where(progress, run))
+                if run.tune is not None and not progress.step:
+                    trainer.validate()
                 finished = course.ended
                 if not finished:
                     trainer.fit(signals)

@@ -6,9 +6,11 @@ import os
 import torch
 
 from manyhands.config import RunConfig
+from manyhands.config.tune import EsftTuning
 from manyhands.errors import ConfigError
 from manyhands.kernels import check_name
 from manyhands.models import build
+from manyhands.models.tuned import adapt
 from manyhands.text.tokenizer import smallest_vocabulary
 from manyhands.train.optim import build_optimizers
 from manyhands.train.seq2seq import check_spans
@@ -39,8 +41,14 @@ def check_ready(run: RunConfig) -> None:
         raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
     with torch.device("meta"):
         model = build(run.model, run.train.experts_implementation)
-    freeze(model, run.trainable)
-    build_optimizers(model, run.optim)
+    if isinstance(run.tune, EsftTuning) and run.tune.experts is None:  # chosen when the data has been read
+        model.requires_grad_(False)
+    elif run.tune is not None and run.saves_changes:
+        adapt(model, run.tune)
+    else:
+        freeze(model, run.trainable)
+    if count_trained(model):
+        build_optimizers(model, run.optim)
     _check_memory(count_parameters(model)[0], count_trained(model), run.train.device)
 
 

@@ -1,24 +1,21 @@
 """A start from a checkpoint: its model, its weights, its tokenizer, in the place of new ones."""
 
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from manyhands.checkpoint.find import open_checkpoint
-from manyhands.checkpoint.manifest import MANIFEST, read_manifest
+from manyhands.checkpoint.find import open_checkpoint, open_found
+from manyhands.checkpoint.identity import model_digests
 from manyhands.checkpoint.model import load_model
 from manyhands.checkpoint.sidecars import read_tokenizer
+from manyhands.checkpoint.tuned import Change
 from manyhands.config import BuiltConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
-from manyhands.families.gguf import is_gguf, read_series
-from manyhands.files import CONFIG
+from manyhands.families.gguf import is_gguf
 from manyhands.models import AnyModel
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer
-
-_STATE = ("optimizer.safetensors", "rng.safetensors")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +39,24 @@ class Start:
             )
         return cls(source, opened.path, opened.config)
 
+    @classmethod
+    def of_tuned(cls, directory: Path) -> "Start | None":
+        """The model that a run's verified checkpoint was tuned from; None for a checkpoint that is a whole model.
+
+        Raises `CheckpointError` if it is no longer there, or is another one.
+        """
+        change = Change.at(directory)
+        return None if change is None else cls(change.tuned.base.source, change.base, open_found(change.base).config)
+
     def tokenizer(self) -> Tokenizer:
         """Raises `ConfigError` if there is none."""
         if not is_gguf(self.path) and not has_tokenizer(self.path):
             raise ConfigError(f"start = {self.source!r} has no tokenizer: say data.tokenizer=FILE")
         return read_tokenizer(self.path)
+
+    def model(self, implementation: str, dtype: torch.dtype | None, device: torch.device) -> AnyModel:
+        """The model as it lies there, mapped where that can be; `dtype` None: as stored."""
+        return load_model(self.path, dtype=dtype, device=device, experts_implementation=implementation)
 
     def load_into(self, model: AnyModel) -> None:
         """Give `model` its weights, in float32."""
@@ -55,13 +65,7 @@ class Start:
 
     def described(self) -> dict[str, str | dict[str, str]]:
         """For the journal: what the run started from, with the SHA-256 of the files that make the model."""
-        if (self.path / MANIFEST).is_file():
-            digests = {name: entry.sha256 for name, entry in read_manifest(self.path).files.items()}
-        else:
-            files = [part.path for part in read_series(self.path)[1]] if is_gguf(self.path) else self.path.iterdir()
-            digests = {path.name: _digest(path) for path in sorted(files) if _is_model(path.name)}
-        of_model = {name: digest for name, digest in digests.items() if _is_model(name)}
-        return {"source": self.source, "directory": str(self.path.resolve()), "sha256": of_model}
+        return {"source": self.source, "directory": str(self.path.resolve()), "sha256": model_digests(self.path)}
 
 
 def with_model(run: RunConfig, config: BuiltConfig) -> RunConfig:
@@ -86,13 +90,3 @@ def _same(said: Strict, found: Strict, path: str, start: str | None) -> None:
             f"{path}.{name} = {mine!r} contradicts start = {start!r}, whose model has {theirs!r}: "
             "leave the model section away"
         )
-
-
-def _is_model(name: str) -> bool:
-    """Whether a file says what the model is, or holds its weights. A run's checkpoint has its training state beside."""
-    return name == CONFIG or (name.endswith((".safetensors", ".gguf")) and name not in _STATE)
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

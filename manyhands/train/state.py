@@ -10,9 +10,11 @@ import torch
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
+from manyhands.checkpoint.tuned import Tuned, write_tuned
 from manyhands.errors import CheckpointError
-from manyhands.files import STATE, WEIGHTS
+from manyhands.files import STATE, TUNED_WEIGHTS, WEIGHTS
 from manyhands.models import AnyModel
+from manyhands.models.tuned import load_trained
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
 from manyhands.train.task import Batches
@@ -45,6 +47,8 @@ class TrainState:
     batches: Batches
     guard: SpikeGuard
     progress: Progress
+    tuned: Tuned | None = None
+    """Of a run that saves only what it trains: how, and of which model."""
 
     def save(self, directory: Path, tokenizer_path: Path) -> None:
         """Write a complete checkpoint at `directory`, or leave things as they were. Raises `StorageError`."""
@@ -63,7 +67,10 @@ class TrainState:
             "rng": rng_meta,
         }
         with building(directory, own=True) as partial:
-            save_model(partial, self.model, tokenizer_path)
+            if self.tuned is None:
+                save_model(partial, self.model, tokenizer_path)
+            else:
+                write_tuned(partial, self.tuned, self.model)
             save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
             save_tensors(partial / "rng.safetensors", rng_tensors)
             (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
@@ -79,10 +86,14 @@ class TrainState:
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
         device = str(next(self.model.parameters()).device)
-        try:
-            self.model.load_state_dict(load_tensors(directory / WEIGHTS, device))
-        except RuntimeError as error:
-            raise CheckpointError(f"{directory}: not this run's model: {' '.join(str(error).split())[:300]}") from None
+        if self.tuned is not None:
+            load_trained(self.model, load_tensors(directory / TUNED_WEIGHTS, device), str(directory / TUNED_WEIGHTS))
+        else:
+            try:
+                self.model.load_state_dict(load_tensors(directory / WEIGHTS, device))
+            except RuntimeError as error:
+                said = " ".join(str(error).split())[:300]
+                raise CheckpointError(f"{directory}: not this run's model: {said}") from None
         self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))
         self.batches.load_state_dict(document["batches"])
         self.guard.load_state_dict(document["guard"])

@@ -13,7 +13,38 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from manyhands.config import suggest
 from manyhands.errors import ConfigError
+
+GROUPS: dict[str, tuple[str, ...]] = {
+    "all": ("*",),
+    "experts": ("*.mlp.experts.*",),
+    "shared": ("*.mlp.shared_expert*",),
+    "dense": ("*.mlp.gate_proj.*", "*.mlp.up_proj.*", "*.mlp.down_proj.*"),
+    "attention": ("*.self_attn.*", "*.cross_attn.*"),
+    "router": ("*.mlp.router.*",),
+    "norms": ("*norm.*",),
+    "embedding": ("embed_tokens.*",),
+    "head": ("lm_head.*",),
+}
+"""Parts of a model by name, as patterns; a model has not all of them."""
+
+
+def patterns_of(groups: Sequence[str], names: Iterable[str]) -> tuple[str, ...]:
+    """The patterns that are these parts of a model whose parameters have these names.
+
+    Raises `ConfigError` for a part that nobody knows, or that the model has not.
+    """
+    known, found = list(names), list[str]()
+    for group in groups:
+        if group not in GROUPS:
+            raise ConfigError(f"train: {group!r} is no part of a model; " + suggest(group, list(GROUPS)))
+        there = [pattern for pattern in GROUPS[group] if any(fnmatchcase(name, pattern) for name in known)]
+        if not there:
+            has = [other for other, some in GROUPS.items() if any(fnmatchcase(n, p) for n in known for p in some)]
+            raise ConfigError(f"train: this model has no {group!r}; it has {', '.join(has)}")
+        found += there
+    return tuple(dict.fromkeys(found))
 
 
 def chosen(names: Iterable[str], patterns: Sequence[str]) -> set[str]:

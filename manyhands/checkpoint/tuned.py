@@ -1,0 +1,116 @@
+"""A checkpoint that holds only what tuning trains, and says of which model.
+
+tuned.json          how it is tuned (`RunConfig.tune`), and the base: where it was, the SHA-256 of its files
+tuned.safetensors   what is trained, by our names (`models/tuned.py`)
+
+The base is never copied. It is looked for where it was, and must be the same to the last byte.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from manyhands import strict_json
+from manyhands.checkpoint.find import find
+from manyhands.checkpoint.hub import is_hub_name
+from manyhands.checkpoint.identity import model_digests
+from manyhands.checkpoint.state import load_tensors, save_tensors
+from manyhands.config import Strict, parse
+from manyhands.config.tune import TuneConfig
+from manyhands.errors import CheckpointError, ConfigError
+from manyhands.files import TUNED, TUNED_WEIGHTS
+from manyhands.models import AnyModel
+from manyhands.models.tuned import adapt, load_trained, settle, trained_state
+
+_LIMIT = 16 << 20  # bytes of tuned.json: the names of experts in 1,000 layers
+_Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Base(Strict):
+    """The model that was tuned."""
+
+    source: str
+    """As it was named."""
+    directory: str
+    """Where that was: a directory, or a GGUF file."""
+    sha256: dict[str, _Hash]
+    """Of each file that makes the model."""
+
+    def check(self, path: Path, whose: str) -> None:
+        """That `path` holds this very model. Raises `CheckpointError` naming the file that differs."""
+        found = model_digests(path)
+        for name in sorted(self.sha256.keys() | found.keys()):
+            if found.get(name) != self.sha256.get(name):
+                how = "is missing" if name not in found else "was not there" if name not in self.sha256 else "differs"
+                raise CheckpointError(f"{whose} tunes {self.source}, and {path} is another model: its {name} {how}")
+
+
+class Tuned(Strict):
+    """What `tuned.json` says."""
+
+    format: Literal["manyhands tuned"] = "manyhands tuned"
+    version: Literal[1] = 1
+    tune: Annotated[TuneConfig, Field(discriminator="method")]
+    base: Base
+
+
+def write_tuned(directory: Path, tuned: Tuned, model: AnyModel) -> None:
+    """Into an existing directory; use it inside `building`. Raises `StorageError` if the disk refuses."""
+    (directory / TUNED).write_text(tuned.model_dump_json(indent=1) + "\n", encoding="utf-8")
+    save_tensors(directory / TUNED_WEIGHTS, trained_state(model))
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """An opened checkpoint of this kind."""
+
+    directory: Path
+    tuned: Tuned
+    base: Path
+    """The model that was tuned, verified: a directory, or a GGUF file."""
+
+    @classmethod
+    def at(cls, directory: Path) -> "Change | None":
+        """Of a verified directory; None: it holds no tuning, but a model.
+
+        Raises `CheckpointError` if it is damaged, or its base is not where it was, or is another one.
+        """
+        path = directory / TUNED
+        if not path.is_file():
+            return None
+        values = strict_json.read_object(path, _LIMIT, CheckpointError)
+        try:
+            tuned = parse(Tuned, values, str(path))
+        except ConfigError as error:
+            raise CheckpointError(str(error)) from None
+        return cls(directory, tuned, _find(directory, tuned.base))
+
+    def put_into(self, model: AnyModel) -> None:
+        """Make of the base the model that this holds. Raises `CheckpointError` if that does not fit."""
+        try:
+            adapt(model, self.tuned.tune)
+        except ConfigError as error:
+            raise CheckpointError(f"{self.directory / TUNED}: {error}") from None
+        where = self.directory / TUNED_WEIGHTS
+        load_trained(model, load_tensors(where), str(where))
+        settle(model)
+
+
+def _find(directory: Path, base: Base) -> Path:
+    for place in dict.fromkeys((base.directory, base.source)):
+        if Path(place).exists() or (place == base.source and is_hub_name(place)):
+            path = find(place)
+            base.check(path, str(directory))
+            return path
+    raise CheckpointError(
+        f"{directory} holds what tuning changed of {base.source}, which is no longer at {base.directory}"
+    )
+
+
+def described(base: Mapping[str, object]) -> Base:
+    """From what `Start.described` says."""
+    return parse(Base, json.loads(json.dumps(base)))
