@@ -6,7 +6,6 @@ tuned.safetensors   what is trained, by our names (`models/tuned.py`)
 The base is never copied. It is looked for where it was, and must be the same to the last byte.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,4 +112,4 @@ def _find(directory: Path, base: Base) -> Path:
 
 def described(base: Mapping[str, object]) -> Base:
     """From what `Start.described` says."""
-    return parse(Base, json.loads(json.dumps(base)))
+    return parse(Base, base)
