@@ -40,7 +40,9 @@ from manyhands.config.shapes import tensor_shapes
 from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import CONFIG, TOKENIZER, TUNED, cannot_write
+from manyhands.layers.adapted import base_name
 from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
+from manyhands.models.adapted import is_adapted, refuse_adapted
 from manyhands.moe import Router
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer, instead
@@ -63,13 +65,13 @@ class Loaded(nn.Module):
     @property
     def records(self) -> dict[str, Record]:
         """What of it lies in packed records, by their names in `state_dict`; empty for a model that is not packed."""
-        held = {name for name, _ in self.named_buffers()}
+        held = {base_name(name) for name, _ in self.named_buffers()}
         found = {} if self.origin is None else self.origin.records
         return {name: record for name, record in found.items() if name in held}
 
     def train(self, mode: bool = True) -> Self:
-        """Raises `UserError` for packed weights, which have no gradient."""
-        if mode and (self.records or self.budget is not None):
+        """Raises `UserError` for packed weights, which have no gradient; adapters beside them have."""
+        if mode and (self.records or self.budget is not None) and not is_adapted(self):
             raise UserError(
                 "packed weights cannot be trained; load_model(…, decode=True) or `manyhands convert` unpacks them"
             )
@@ -243,10 +245,11 @@ def save(
     stays, unless it is an empty folder, or `overwrite` is given and it is whole and unchanged what this program wrote.
 
     Raises `UserError` for a target that may not be written, `ConfigError` naming the field that the family cannot
-    express, `StorageError` if the disk refuses.
+    express or for a model with adapters, `StorageError` if the disk refuses.
     """
     if isinstance(model, LoadedModel) and model.budget is not None:
         raise UserError("its experts are on disk: load it without memory to save it, or copy its directory")
+    refuse_adapted(model, "save")
     origin = model.origin if isinstance(model, LoadedModel) else None
     records = model.records if isinstance(model, LoadedModel) else {}
     sources = [] if origin is None else [origin.path]
@@ -286,8 +289,9 @@ def save(
 def save_model(directory: str | Path, model: AnyModel, tokenizer_path: str | Path | None = None) -> None:
     """Write our own format into an existing directory; use it inside `building`, which makes it a checkpoint.
 
-    Raises `StorageError` if the disk refuses.
+    Raises `StorageError` if the disk refuses, `ConfigError` for a model with adapters.
     """
+    refuse_adapted(model, "save")
     try:
         write_directory(Path(directory), FAMILIES["manyhands"], model.config, dict(model.state_dict()))
         if tokenizer_path is not None:

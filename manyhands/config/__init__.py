@@ -1,5 +1,6 @@
 """Frozen, strict descriptions of a model and of a run. Imports no torch."""
 
+from manyhands.config.adapter import LoraConfig
 from manyhands.config.attention import AttentionConfig, RopeConfig
 from manyhands.config.base import Strict, parse, suggest
 from manyhands.config.decoder import ModelConfig
@@ -34,6 +35,7 @@ __all__ = [
     "GuardConfig",
     "HierarchicalExpertsConfig",
     "LocalExpertsConfig",
+    "LoraConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimConfig",

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from manyhands.config import suggest
 from manyhands.errors import ConfigError
+from manyhands.kernels.frozen import frozen_product, keeps_for_backward
 from manyhands.kernels.native import available, linear, missing, step, views
 from manyhands.kernels.native.library import CLinear
 from manyhands.quant import Layout, PackedLinear
@@ -32,6 +33,8 @@ def packed_product(x: Tensor, record: Tensor, layout: Layout, implementation: st
         return linear(x, packed)  # which has no gradient
     if implementation == "native":
         raise no_native(x)
+    if keeps_for_backward(x):  # the record, not the weights
+        return frozen_product(x, packed.dequantize, layout.matrices[0].outputs)
     weight, bias = packed.dequantize()
     return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 

@@ -52,7 +52,7 @@ def _weighted_rows(rows_ND: Tensor, weights_TK: Tensor, p: Permutation) -> Tenso
     if rows_ND.device.type == "cpu" and rows_ND.dtype == torch.float32:
         starts = torch.arange(0, T * K, K)
         return F.embedding_bag(p.row_TK.flatten(), rows_ND, starts, mode="sum", per_sample_weights=weights.flatten())
-    picked_TKD = rows_ND.index_select(0, p.row_TK.flatten()).view(T, K, -1)
+    picked_TKD = rows_ND.index_select(0, p.row_TK.flatten()).view(T, K, rows_ND.shape[1])
     return torch.bmm(weights[:, None], picked_TKD).squeeze(1)
 
 

@@ -49,26 +49,25 @@ class PackedExperts:
 
     def dequantize(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """up [E, 2F or F, D], down [E, D, F], up_bias, down_bias, all float32: exactly what the records stand for."""
-        up, down = self.layout.matrices
-        ups, downs, biases = [], [], []
-        for e in range(self.num_experts):
-            ups.append(_weights(self, e, "up", up))
-            downs.append(_weights(self, e, "down", down))
-            biases.append((_bias(self, e, "up_bias", up), _bias(self, e, "down_bias", down)))
-        up_bias = torch.stack([b for b, _ in biases if b is not None]) if self.layout.bias else None
-        down_bias = torch.stack([b for _, b in biases if b is not None]) if self.layout.bias else None
-        return torch.stack(ups), torch.stack(downs), up_bias, down_bias
+        every = range(self.num_experts)
+        ups, downs = (torch.stack([self.weights(e, name) for e in every]) for name in ("up", "down"))
+        biases = [[b for e in every if (b := self.bias(e, name)) is not None] for name in ("up", "down")]
+        up_bias, down_bias = (torch.stack(of_one) if self.layout.bias else None for of_one in biases)
+        return ups, downs, up_bias, down_bias
 
+    def weights(self, expert: int, name: str) -> Tensor:
+        """Matrix `up` [2F or F, D] or `down` [D, F] of one expert, float32."""
+        section = self.section(expert, name)
+        assert section is not None
+        return decode(section, self.section(expert, f"{name}_scales"), self._matrix(name))
 
-def _weights(packed: PackedExperts, expert: int, name: str, matrix: Matrix) -> Tensor:
-    section = packed.section(expert, name)
-    assert section is not None
-    return decode(section, packed.section(expert, f"{name}_scales"), matrix)
+    def bias(self, expert: int, name: str) -> Tensor | None:
+        """Its bias [2F or F] or [D], float32, if it has one."""
+        section = self.section(expert, f"{name}_bias")
+        return None if section is None else unpack_bias(section, self._matrix(name))
 
-
-def _bias(packed: PackedExperts, expert: int, name: str, matrix: Matrix) -> Tensor | None:
-    section = packed.section(expert, name)
-    return None if section is None else unpack_bias(section, matrix)
+    def _matrix(self, name: str) -> Matrix:
+        return self.layout.matrices[("up", "down").index(name)]
 
 
 def pack_bias(bias: Tensor, matrix: Matrix) -> Tensor:
