@@ -103,7 +103,7 @@ def test_targets() -> None:
     assert names["shared"] == shared
     routed = [f"layers.{i}.mlp.experts.{n}_proj" for i in (1, 2) for n in ("gate_up", "down")]
     assert names["routed"] == routed
-    assert sorted(sum(names.values(), [])) == sorted(parts), "every matrix is in one group"
+    assert sorted(name for group in names.values() for name in group) == sorted(parts), "every matrix is in one group"
     assert [p.name for p in chosen_parts(parts, ("q_proj",))] == [f"layers.{i}.self_attn.q_proj" for i in range(3)]
     assert [p.name for p in chosen_parts(parts, ("experts.down_proj",))] == routed[1::2]
     assert [p.name for p in chosen_parts(parts, ("layers.2.self_attn.v_proj",))] == ["layers.2.self_attn.v_proj"]

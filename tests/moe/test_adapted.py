@@ -65,7 +65,7 @@ def adapted(bank: ExpertBank, r: int = R, only: str | None = None, seed: int = 5
     """LoRA whose B is not zero, so that it matters."""
     up = "gate_up_proj" if bank.activation in GATED else "up_proj"
     names = (up, "down_proj") if only is None else (up if only == "up" else only,)
-    experts = AdaptedExperts(bank, {name: (r, SCALE) for name in names})
+    experts = AdaptedExperts(bank, dict.fromkeys(names, (r, SCALE)))
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for low in experts.low_ranks().values():
@@ -124,15 +124,15 @@ def assert_as_merged(case: Case, experts: AdaptedExperts, dtype: torch.dtype, ho
 
 
 CASES = {
-    "all experts": dict(T=24, D=32, F=16, E=4, K=2),
-    "idle experts": dict(T=3, D=16, F=8, E=16, K=2),
-    "one expert takes all": dict(T=9, D=16, F=8, E=4, K=1, ids=torch.full((9, 1), 2)),
-    "dropped pairs": dict(T=12, D=16, F=8, E=4, K=3, drop=0.4),
-    "all dropped": dict(T=4, D=16, F=8, E=4, K=2, drop=1.1),
-    "no token": dict(T=0, D=16, F=8, E=4, K=2),
-    "biases, as gpt-oss": dict(T=20, D=16, F=8, E=4, K=2, activation="swiglu_oai", bias=True),
-    "no gate": dict(T=20, D=16, F=8, E=4, K=2, activation="relu", bias=True),
-    "widths that grouped_mm does not take": dict(T=10, D=10, F=6, E=3, K=2, bias=True),
+    "all experts": {"T": 24, "D": 32, "F": 16, "E": 4, "K": 2},
+    "idle experts": {"T": 3, "D": 16, "F": 8, "E": 16, "K": 2},
+    "one expert takes all": {"T": 9, "D": 16, "F": 8, "E": 4, "K": 1, "ids": torch.full((9, 1), 2)},
+    "dropped pairs": {"T": 12, "D": 16, "F": 8, "E": 4, "K": 3, "drop": 0.4},
+    "all dropped": {"T": 4, "D": 16, "F": 8, "E": 4, "K": 2, "drop": 1.1},
+    "no token": {"T": 0, "D": 16, "F": 8, "E": 4, "K": 2},
+    "biases, as gpt-oss": {"T": 20, "D": 16, "F": 8, "E": 4, "K": 2, "activation": "swiglu_oai", "bias": True},
+    "no gate": {"T": 20, "D": 16, "F": 8, "E": 4, "K": 2, "activation": "relu", "bias": True},
+    "widths that grouped_mm does not take": {"T": 10, "D": 10, "F": 6, "E": 3, "K": 2, "bias": True},
 }
 
 
