@@ -68,6 +68,13 @@ class LowRank(nn.Module):
         """s·B·A, float32 at least: what a merge adds to W."""
         return self.scale * (self.lora_B @ self.lora_A)
 
+    def forward(self, x: Tensor) -> Tensor:
+        """What is added to W·x, beside one matrix: [..., in] -> [..., out] in x's dtype. Experts' are `low_rank`'s."""
+        return F.linear(self.scale * F.linear(x, self.lora_A.to(x.dtype)), self.lora_B.to(x.dtype))
+
+    if TYPE_CHECKING:
+        __call__ = forward  # so that calls are typed
+
 
 class AdaptedLinear(LowRank):
     """A linear layer, plain or packed, with LoRA beside it: y = base(x) + s·B·(A·dropout(x))."""
@@ -83,9 +90,7 @@ class AdaptedLinear(LowRank):
         """[..., in] -> [..., out] in x's dtype."""
         x = in_autocast(x)
         into = F.dropout(x, self.dropout, self.training) if self.dropout else x
-        low = F.linear(into, self.lora_A.to(x.dtype))
-        added = F.linear(self.scale * low, self.lora_B.to(x.dtype))
-        return self._base(x) + added
+        return self._base(x) + super().forward(into)
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
