@@ -131,6 +131,7 @@ FLAGS = {
         "json_output",
         "kv_bits",
         "load",
+        "network",
         "machine",
         "memory",
         "model",

@@ -12,6 +12,7 @@ from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
     from manyhands.plan.machine import Machine
+    from manyhands.plan.network import Network
     from manyhands.plan.report import Ask, Section
     from manyhands.plan.storage import Storage
     from manyhands.plan.subject import Subject
@@ -59,7 +60,10 @@ def plan(
         str | None, typer.Option(metavar="SIZE/s", help="What the disk reads: 2GB/s.  Default: the machine's.")
     ] = None,
     trace: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="With --memory: the hit rate of this recorded routing.")
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Recorded routing: with --memory its hit rate, with --scale its rows and load."
+        ),
     ] = None,
     load: Annotated[Path | None, typer.Option(help="A recorded load: journal.jsonl, or eval --json's output.")] = None,
     price: Annotated[float | None, typer.Option(help="USD per device and hour.")] = None,
@@ -72,6 +76,13 @@ def plan(
         int, typer.Option(min=1, max=1 << 24, help="With --scale: per layer and step.")
     ] = TOKENS_PER_DEVICE,
     imbalance: Annotated[float, typer.Option(min=1.0, max=1e4, help="With --scale: busiest / mean load.")] = 1.0,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK",
+            help="With --scale, between any devices: 20us,5GB/s, or benchmarks/scale.py's file.",
+        ),
+    ] = None,
     flops: Annotated[str | None, typer.Option(help="Scaling law: the best model for so many FLOPs, 1e20.")] = None,
     include_rumours: Annotated[
         bool, typer.Option("--include-rumours", help="Compute with figures nobody confirmed.")
@@ -104,6 +115,7 @@ def plan(
         "--flops": flops,
         "--devices": devices,
         "--imbalance": imbalance != 1.0,
+        "--network": network,
         "--tokens-per-device": tokens_per_device != TOKENS_PER_DEVICE,
     }
     _refuse_ignored(subjects, {option for option, value in given.items() if value})
@@ -130,6 +142,7 @@ def plan(
         "devices": devices,
         "tokens_per_device": tokens_per_device,
         "imbalance": imbalance,
+        "network": _network(network),
         "flops": quantity(flops, "--flops", 1e12, 1e30) if flops else None,
     }
     if values["memory"] and not values["disk"] and values["machine"] is None:
@@ -139,16 +152,20 @@ def plan(
     if devices is not None and values["machine"] is not None:
         from manyhands.plan.report.scale import check_devices
 
-        check_devices(subjects[0], values["machine"], devices)
+        check_devices(subjects[0], values["machine"], devices, values["network"])
     positions = [s.sizes.positions for s in subjects if s.sizes is not None and s.sizes.positions is not None]
     values["context"] = length(context, "--context") if context else min([PLAN_CONTEXT, *positions])
     asks = [
         Ask(**values, storage=storage or _default(subject)) for subject, storage in zip(subjects, asked, strict=True)
     ]
     if trace is not None:
-        from manyhands.cli.replayed import replayed
+        from manyhands.cli.replayed import on_devices, replayed
 
-        asks = [replace(asks[0], hits=replayed(trace, subjects[0], asks[0]))]
+        if memory is not None:
+            asks = [replace(asks[0], hits=replayed(trace, subjects[0], asks[0]))]
+        if scale:
+            found, source = on_devices(trace, subjects[0], asks[0])
+            asks = [replace(asks[0], recorded=found, recorded_source=source)]
     sections = _sections(subjects, asks)
     if plot is not None:
         from manyhands.plan.report.plot import draw
@@ -173,10 +190,13 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
         raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")
     if first.config is None and "--load" in given:
         raise ConfigError(f"--load has no meaning for {first.name}: it is not of a family that manyhands runs")
-    if "--scale" not in given and (about := given & {"--devices", "--imbalance", "--tokens-per-device"}):
+    of_scale = {"--devices", "--imbalance", "--tokens-per-device", "--network"}
+    if "--scale" not in given and (about := given & of_scale):
         raise ConfigError(f"{min(about)} goes with --scale")
-    if "--trace" in given and "--memory" not in given:
-        raise ConfigError("--trace goes with --memory")
+    if "--trace" in given and not given & {"--memory", "--scale"}:
+        raise ConfigError("--trace goes with --memory or --scale")
+    if given >= {"--trace", "--scale", "--imbalance"}:
+        raise ConfigError("--imbalance is what --trace says of the busiest device: leave one of them out")
     if "--gpu-hours" in given and "--tokens" not in given:
         raise ConfigError("--gpu-hours goes with --tokens")
 
@@ -223,6 +243,20 @@ def _load(path: Path | None, subject: "Subject") -> "Load | None":
     from manyhands.plan.load_file import read_load
 
     return read_load(path, subject.config)
+
+
+def _network(text: str | None) -> "Network | None":
+    """One way between any two devices; a machine's links are what --machine says."""
+    if text is None:
+        return None
+    from manyhands.cli.network import ways
+
+    found = ways(text)
+    if found.within is not None or found.between.source.startswith("a link"):
+        raise ConfigError(
+            f"--network {text}: a machine's links come with --machine {text}; expected LATENCY,RATE or a file"
+        )
+    return found.between
 
 
 def _positive(value: float | None, what: str) -> float | None:

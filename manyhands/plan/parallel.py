@@ -1,9 +1,8 @@
-"""Expert parallelism on paper: what an all-to-all moves, how long it takes, how many devices hold the model.
+"""Expert parallelism on paper: how often a token travels, how many devices hold the model.
 
-E experts, K per token, R equal shards of them (devices or nodes), T tokens per device, D width.
+E experts, K per token, R equal shards of them (devices or nodes).
 """
 
-from dataclasses import dataclass
 from math import ceil, comb
 
 DISPATCH_BYTES = 1 + 4 / 128
@@ -27,24 +26,6 @@ def remote_copies(num_experts: int, per_token: int, shards: int, limit: int | No
     """
     distinct = distinct_shards(num_experts, per_token, shards)
     return (min(distinct, limit) if limit else distinct) * (shards - 1) / shards
-
-
-@dataclass(frozen=True, slots=True)
-class AllToAll:
-    """One direction of one layer, per device."""
-
-    copies: float
-    """Per token, that travel."""
-    bytes: float
-    seconds: float
-
-
-def all_to_all(
-    tokens: int, width: int, copies: float, element_bytes: float, bandwidth: float, imbalance: float = 1.0
-) -> AllToAll:
-    """T·copies·D·bytes over the link, times the busiest device's share (max / mean load)."""
-    volume = tokens * copies * width * element_bytes
-    return AllToAll(copies, volume, volume / bandwidth * imbalance)
 
 
 def smallest_count(weights: float, memory: float, reserve: float = 0.1) -> int:

@@ -9,8 +9,12 @@ from manyhands.plan.storage import BF16, Storage
 from manyhands.plan.traffic import Load
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from manyhands.plan.budget import Hits
     from manyhands.plan.machine import Machine
+    from manyhands.plan.network import Network
+    from manyhands.plan.routes import Recorded
     from manyhands.plan.subject import Subject
 
 CONTEXTS = (1024, 4096, 32768, 131072)
@@ -48,6 +52,11 @@ class Ask:
     tokens_per_device: int = TOKENS_PER_DEVICE
     imbalance: float = 1.0
     """Busiest over mean load."""
+    network: "Network | None" = None
+    """What joins any device with any other; None: the machine's links and network."""
+    recorded: "Mapping[int, Recorded] | None" = None
+    """What a trace says of a number of devices that share experts; None: uniform routing, and `imbalance`."""
+    recorded_source: str = ""
     flops: float | None = None
     """A training budget for the scaling law."""
 

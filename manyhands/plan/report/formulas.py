@@ -49,8 +49,22 @@ COST = Formula("cost", "device hours · price", "the price given")
 SHARDS = Formula(
     "distinct shards", "R·(1 - C(E - E/R, K)/C(E, K))", "hypergeometric; node limit: arXiv 2412.19437 §2.1.2"
 )
-ALL_TO_ALL = Formula("all-to-all", "T·copies·D·bytes / bandwidth · imbalance", "arXiv 2412.19437 §3.2")
-EXPERT_TIME = Formula("expert arithmetic", "2·T·(K·expert + shared) / rate · imbalance", "arXiv 2006.16668")
+ALL_TO_ALL = Formula("all-to-all", "α + T·copies·D·bytes / bandwidth · imbalance", "arXiv 2412.19437 §3.2")
+RECORDED = Formula("busiest / mean", "Σ max over devices / Σ mean, mean over layers", "the trace")
+EXPERT_TIME = Formula("expert arithmetic", "2·T·(K·expert·imbalance + shared) / rate", "arXiv 2006.16668")
+STEP = Formula(
+    "step on N devices",
+    "arithmetic + busiest device's more + (exchange - hidden) + max(0, gathering + hidden - arithmetic - busiest)",
+    "arXiv 2412.19437 §3.2, 2304.11277 §3",
+)
+EXCHANGE = Formula("exchange of a step", "2·sparse layers·(dispatch + combine)", "arXiv 2006.16668 §3.2")
+GATHERED = Formula(
+    "gathering", "3·L·log2(members)·α + parameters·(2 + 2 + 4)·(members - 1)/members / bandwidth", "arXiv 2304.11277 §3"
+)
+STATE = Formula(
+    "memory of a device", "16·parameters/N + 2 gathered blocks in bf16", "arXiv 1910.02054 §3.1, moments in float32"
+)
+EFFICIENCY = Formula("efficiency", "mean device's arithmetic / step", "the same step")
 HOLD = Formula("smallest number of devices", "⌈weights / (memory·(1 - reserve))⌉", "10% of each device kept free")
 LAW = Formula(
     "joint scaling law", "min over N of a·Ê^δ·N^(α+γ·lnÊ) + b·Ê^ω·D^(β+ζ·lnÊ) + c with 6·N·D = C", "arXiv 2502.05172"

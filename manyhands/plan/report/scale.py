@@ -1,21 +1,17 @@
 """Sections of `--scale`: expert parallelism on paper, and the scaling law."""
 
+from dataclasses import replace
+
 from manyhands.errors import ConfigError
 from manyhands.format import show
 from manyhands.plan import law
 from manyhands.plan.machine import Machine
-from manyhands.plan.parallel import (
-    COMBINE_BYTES,
-    DISPATCH_BYTES,
-    all_to_all,
-    distinct_shards,
-    per_device,
-    remote_copies,
-    smallest_count,
-)
+from manyhands.plan.network import Network
+from manyhands.plan.parallel import COMBINE_BYTES, DISPATCH_BYTES, distinct_shards, per_device, smallest_count
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
+from manyhands.plan.routes import LINKS, NET, NODE, Fabric, Route, node_limit, routes
 from manyhands.plan.sizes import Sizes
 from manyhands.plan.storage import weight_bytes
 from manyhands.plan.subject import Subject
@@ -25,49 +21,47 @@ def parallel(subject: Subject, ask: Ask, machine: Machine) -> Section:
     """All-to-all of one layer and direction, by number of expert-parallel devices."""
     sizes = subject.sizes
     assert sizes is not None
-    if machine.link is None:
-        raise ConfigError(
-            f"--scale: no link between devices is known of {machine.title}: choose a machine that has one"
-        )
-    E, tokens = sizes.num_experts, ask.tokens_per_device
-    counts = [ask.devices] if ask.devices else [n for n in _COUNTS if _possible(E, n, machine)]
+    fabric = fabric_of(machine, ask.network)
+    E, tokens, D = sizes.num_experts, ask.tokens_per_device, sizes.hidden_size
+    counts = [ask.devices] if ask.devices else [n for n in COUNTS if possible(E, n, fabric)]
     weights = weight_bytes(subject.counts, ask.storage)
     experts = subject.counts.by_component["routed experts"] * ask.storage.routed / 8
     rows: list[tuple[Cell, ...]] = []
     for devices in counts:
-        ways = _route(sizes, machine, devices)
-        copies, bandwidth, how = max(ways, key=lambda way: way[0] / way[1])
-        send = all_to_all(tokens, sizes.hidden_size, copies, DISPATCH_BYTES, bandwidth, ask.imbalance)
-        back = all_to_all(tokens, sizes.hidden_size, copies, COMBINE_BYTES, bandwidth, ask.imbalance)
+        recorded = ask.recorded.get(devices) if ask.recorded else None
+        ways = routes(sizes, fabric, devices, ask.imbalance, recorded)
+        way = max(ways, key=lambda way: way.copies * way.imbalance / way.over.bandwidth)
+        load = recorded.load if recorded is not None else ask.imbalance
         held = per_device(experts, weights - experts, E, devices)
-        work = f"{tokens}·{copies:.4g}·{sizes.hidden_size}"
-        over = f" / {show(bandwidth, 'B/s')}·{ask.imbalance:g}"
+        work = f"{tokens}·{way.copies:.4g}·{D}"
         rows.append(
             (
-                f"{devices} ({how})",
-                Figure("copies", copies, "", f.SHARDS, _shards(sizes, machine, devices, how)),
-                Figure("dispatch", send.bytes, "B", f.ALL_TO_ALL, f"{work}·{DISPATCH_BYTES:g}"),
-                Figure("dispatch time", send.seconds, "s", f.ALL_TO_ALL, f"{work}·{DISPATCH_BYTES:g}{over}"),
-                Figure("combine time", back.seconds, "s", f.ALL_TO_ALL, f"{work}·{COMBINE_BYTES:g}{over}"),
-                _arithmetic(subject, ask, machine),
+                f"{devices} ({way.how})",
+                Figure("copies", way.copies, "", f.SHARDS, _shards(sizes, fabric, devices, way, ask)),
+                Figure(
+                    "dispatch", way.bytes(tokens, D, DISPATCH_BYTES), "B", f.ALL_TO_ALL, f"{work}·{DISPATCH_BYTES:g}"
+                ),
+                *(_time(name, way, tokens, D, b, work, ask) for name, b in _DIRECTIONS),
+                *_busiest(way, load, ask),
+                _arithmetic(subject, ask, machine, load),
                 Figure("weights", held, "B", f.WEIGHTS, f"⌈{E}/{devices}⌉ of {E} experts, and all else"),
             )
         )
     least = smallest_count(weights, machine.memory)
     work = f"⌈{weights:,.0f} / ({machine.memory:,.0f}·0.9)⌉ = {least}, up to equal shares and whole nodes"
     note = f"equal shares of {E} experts, whole nodes, in {ask.storage.name}"
-    figures = [Figure("devices that hold the weights", _holding(E, least, machine), "", f.HOLD, work, note)]
-    columns = ("devices", "copies", "dispatch", "time", "combine", "experts", "weights")
-    link = show(machine.link, "B/s") if machine.link else "none"
-    network = show(machine.network, "B/s") if machine.network else "none"
+    figures = [Figure("devices that hold the weights", _holding(E, least, fabric), "", f.HOLD, work, note)]
+    recorded_too = ("busiest rows", "busiest load") if ask.recorded else ()
+    columns = ("devices", "copies", "dispatch", "time", "combine", *recorded_too, "experts", "weights")
+    busiest = (
+        f"busiest / mean as recorded: {ask.recorded_source}" if ask.recorded else f"busiest / mean = {ask.imbalance:g}"
+    )
     notes = [
-        f"one layer, one direction, {tokens:,} tokens per device of {machine.title}: FP8 out, bf16 back; "
-        f"busiest / mean = {ask.imbalance:g}",
-        f"node: within one, over its link ({link}); net: {machine.node} devices per node, over the network "
-        f"({network}); links: beyond a node too, but the nodes' own links take longer than the network",
+        f"one layer, one direction, {tokens:,} tokens per device of {machine.title}: FP8 out, bf16 back; {busiest}",
+        _ways_note(fabric, ask),
         "experts: their arithmetic on one device; weights: a device's experts and a copy of all else",
     ]
-    if sizes.node_limit:
+    if sizes.node_limit and not fabric.alike:
         notes.append(
             f"a token's experts lie in at most {sizes.node_limit} of {sizes.groups} groups, which bounds its copies "
             "between nodes"
@@ -75,79 +69,99 @@ def parallel(subject: Subject, ask: Ask, machine: Machine) -> Section:
     return Section("parallel", "Expert parallelism", figures, Table(columns, tuple(rows)), notes)
 
 
-_COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
+COUNTS = (2, 4, 8, 16, 32, 64, 128, 256)
+_DIRECTIONS = (("dispatch time", DISPATCH_BYTES), ("combine time", COMBINE_BYTES))
 
 
-def _possible(num_experts: int, devices: int, machine: Machine) -> bool:
+def fabric_of(machine: Machine, network: Network | None) -> Fabric:
+    """How the devices of a machine talk. Raises `ConfigError` where nobody says."""
+    found = Fabric.of(machine, network)
+    if found is None:
+        raise ConfigError(
+            f"--scale: no link between devices is known of {machine.title}: choose a machine that has one, or say what "
+            "there is with --network LATENCY,RATE"
+        )
+    return found
+
+
+def possible(num_experts: int, devices: int, fabric: Fabric) -> bool:
     """Equal shares for every device, and whole nodes, joined by a network, beyond one."""
-    whole = devices <= machine.node or (machine.network is not None and devices % machine.node == 0)
-    return num_experts % devices == 0 and whole
+    return num_experts % devices == 0 and fabric.whole(devices)
 
 
-def _holding(num_experts: int, least: int, machine: Machine) -> int | None:
+def _holding(num_experts: int, least: int, fabric: Fabric) -> int | None:
     """The smallest possible number of devices from `least` on; None if there is none."""
-    return next((n for n in range(least, num_experts + 1) if _possible(num_experts, n, machine)), None)
+    return next((n for n in range(least, num_experts + 1) if possible(num_experts, n, fabric)), None)
 
 
-def check_devices(subject: Subject, machine: Machine, devices: int) -> None:
+def _time(name: str, way: Route, tokens: int, width: int, element: float, work: str, ask: Ask) -> Figure:
+    """The busiest device's; latency counts where it is given."""
+    network = way.over if ask.network is not None else way.over.model_copy(update={"latency": 0.0})
+    seconds = replace(way, over=network).seconds(tokens, width, element)
+    latency = f"{network.latency:g} + " if network.latency else ""
+    working = f"{latency}{work}·{element:g} / {show(network.bandwidth, 'B/s')}·{way.imbalance:.4g}"
+    return Figure(name, seconds, "s", f.ALL_TO_ALL, working)
+
+
+def _busiest(way: Route, load: float, ask: Ask) -> list[Figure]:
+    """What a trace says of the busiest device."""
+    if not ask.recorded:
+        return []
+    found = {"busiest rows": way.imbalance, "busiest load": load}
+    return [Figure(name, value, "", f.RECORDED, ask.recorded_source) for name, value in found.items()]
+
+
+def _ways_note(fabric: Fabric, ask: Ask) -> str:
+    link = show(fabric.link.bandwidth, "B/s")
+    if fabric.alike:
+        return (
+            f"every device reaches every other at {link}, {show(fabric.link.latency, 's')} for a collective: --network"
+        )
+    network = show(fabric.network.bandwidth, "B/s") if fabric.network else "none"
+    return (
+        f"node: within one, over its link ({link}); net: {fabric.node} devices per node, over the network "
+        f"({network}); links: beyond a node too, but the nodes' own links take longer than the network"
+    )
+
+
+def check_devices(subject: Subject, machine: Machine, devices: int, network: Network | None = None) -> None:
     """Raises `ConfigError` for a number of devices that cannot share the experts evenly."""
+    fabric = fabric_of(machine, network)
     experts = subject.sizes.num_experts if subject.sizes is not None else 0
     if experts and experts % devices:
         raise ConfigError(f"--devices {devices} does not divide the {experts} experts of {subject.name}")
-    if devices > machine.node and machine.network is None:
+    if fabric.node < devices and fabric.network is None:
         raise ConfigError(
-            f"--devices {devices}: {machine.title} has {machine.node} per node and no network between nodes is known"
+            f"--devices {devices}: {machine.title} has {fabric.node} per node and no network between nodes is known"
         )
-    if experts and not _possible(experts, devices, machine):
+    if experts and not possible(experts, devices, fabric):
         raise ConfigError(
-            f"--devices {devices} is no whole number of nodes: {machine.title} has {machine.node} per node"
+            f"--devices {devices} is no whole number of nodes: {machine.title} has {fabric.node} per node"
         )
 
 
-def _route(sizes: Sizes, machine: Machine, devices: int) -> list[tuple[float, float, str]]:
-    """(copies per token, bytes per second, where) of each kind of way that a token's copies take, at the same time.
-
-    Within a node a copy goes to each device. Beyond, one goes to each node over the network, to one device of it, and
-    from there over the node's own links to the others that want it.
-    """
+def _shards(sizes: Sizes, fabric: Fabric, devices: int, way: Route, ask: Ask) -> str:
+    if ask.recorded:
+        return ask.recorded_source
     E, K = sizes.num_experts, sizes.experts_per_token
-    assert machine.link is not None
-    if devices <= machine.node:
-        return [(remote_copies(E, K, devices), machine.link, "node")]
-    assert machine.network is not None
-    nodes = devices // machine.node
-    limit = _node_limit(sizes, nodes)
-    wanted = distinct_shards(E, K, devices)
-    inside = min(wanted, limit * machine.node) if limit else wanted
-    over = remote_copies(E, K, nodes, limit), machine.network, "net"
-    return [over, (inside * (devices - nodes) / devices, machine.link, "links")]
-
-
-def _node_limit(sizes: Sizes, nodes: int) -> int | None:
-    """Nodes that one token's groups of experts can lie in; a group may span several nodes."""
-    return sizes.node_limit * max(1, nodes // sizes.groups) if sizes.node_limit else None
-
-
-def _shards(sizes: Sizes, machine: Machine, devices: int, how: str) -> str:
-    E, K = sizes.num_experts, sizes.experts_per_token
-    nodes = devices // machine.node
-    if how == "links":
+    nodes = max(1, devices // fabric.node)
+    if way.how == LINKS:
         return f"{distinct_shards(E, K, devices):.4g} distinct of {devices} devices·({devices} - {nodes})/{devices}"
-    shards = devices if how == "node" else nodes
+    shards = devices if way.how == NODE else nodes
     distinct = distinct_shards(E, K, shards)
-    limit = _node_limit(sizes, shards) if how == "net" else None
+    limit = node_limit(sizes, shards) if way.how == NET else None
     capped = f"min({distinct:.4g}, {limit})" if limit else f"{distinct:.4g}"
     return f"{capped} distinct of {shards}·({shards} - 1)/{shards}"
 
 
-def _arithmetic(subject: Subject, ask: Ask, machine: Machine) -> Cell:
+def _arithmetic(subject: Subject, ask: Ask, machine: Machine, load: float) -> Cell:
     sizes, rate = subject.sizes, machine.rate(ask.storage.rate)
     if sizes is None or rate is None:
         return "–"
     parts = subject.counts.by_component
     one = parts["routed experts"] / (sizes.num_experts * sizes.sparse_layers)
     shared = parts.get("shared experts", 0) / sizes.sparse_layers
-    flops = 2 * ask.tokens_per_device * (sizes.experts_per_token * one + shared) * ask.imbalance
+    flops = 2 * ask.tokens_per_device * (sizes.experts_per_token * one * load + shared)
     each = rate[1] / machine.devices
     return Figure("experts", flops / each, "s", f.EXPERT_TIME, f"{flops:.4g} / {show(each, 'FLOP/s')} ({rate[0]})")
 

@@ -42,8 +42,11 @@ def build_sections(subject: Subject, ask: Ask) -> list[Section]:
         sections.append(training(subject, ask))
     if ask.scale and ask.machine is not None:
         from manyhands.plan.report.scale import parallel
+        from manyhands.plan.report.scale_out import scale_out
 
         sections.append(parallel(subject, ask, ask.machine))
+        if (further := scale_out(subject, ask, ask.machine)) is not None:
+            sections.append(further)
     if ask.flops is not None:
         from manyhands.plan.report.scale import scaling
 
