@@ -211,6 +211,14 @@ FLAGS = {
         "json_output",
         "overwrite",
     },
+    "upcycle": {
+        *("model", "target", "experts", "top_k", "granularity", "drop", "noise", "seed", "to", "dtype"),
+        *("max_shard_size", "overwrite", "ignore_field", "json_output"),
+    },
+    "prune": {
+        *("model", "target", "keep", "by", "merge", "data", "text_field", "trace", "max_batches", "measure", "curve"),
+        *("seed", "to", "dtype", "max_shard_size", "drop_extras", "overwrite", "ignore_field", "json_output"),
+    },
     "lab claims": {"check", "document", "only", "brief", "markdown", "json_output"},
     "lab run": {"data", "every", "experiments", "json_output", "quick", "report", "seeds"},
     "trace show": {"trace", "verify", "json_output"},

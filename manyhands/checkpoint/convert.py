@@ -171,35 +171,42 @@ def convert(
     if agreement:  # before hours of writing: both models are then held whole, one after the other
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")
     with building(target_path, overwrite=overwrite, sources=sources) as partial:
-        (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
-        written: dict[str, Any] = {}
-
-        def value(name: str) -> Tensor:
-            tensor = plan.value(name)
-            written[name] = describe(plan.headers[name], tensor_sha256(tensor)) | {"from": plan.read_from(name)}
-            if progress is not None:
-                progress(name, len(written), len(plan.headers))
-            return tensor
-
-        write_shards(partial, plan.headers, value, max_shard_size)
-        beside = write_beside(partial, plan.tokenizer, source.path, source.values, plan.unread)
-        receipt = {
-            "manyhands": __version__,
-            "source": describe_source(source),
-            "target": {
-                "model_type": family.model_type,
-                "files": hash_files(partial, written_in(partial)),
-            },
-            "source_tensors": _fates(plan, written),
-            "target_tensors": written,
-            "beside": {"copied": beside.copied, "left": beside.left},
-            "notes": beside.line,
-            "agreement": _agreement(plan, partial, found) if agreement else None,
-        }
+        receipt = write_conversion(partial, plan, max_shard_size=max_shard_size, progress=progress)
+        receipt["agreement"] = _agreement(plan, partial, found) if agreement else None
         if change is not None:
-            receipt["tuned"] = _merged(plan, change.tuned, written)
+            receipt["tuned"] = _merged(plan, change.tuned, receipt["target_tensors"])
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
+
+
+def write_conversion(
+    partial: Path, plan: Conversion, *, max_shard_size: int = MAX_SHARD_SIZE, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Everything that a conversion writes but its receipt, which is returned; use it inside `building`."""
+    (partial / CONFIG).write_text(json.dumps(plan.config, indent=2) + "\n", encoding="utf-8")
+    written: dict[str, Any] = {}
+
+    def value(name: str) -> Tensor:
+        tensor = plan.value(name)
+        written[name] = describe(plan.headers[name], tensor_sha256(tensor)) | {"from": plan.read_from(name)}
+        if progress is not None:
+            progress(name, len(written), len(plan.headers))
+        return tensor
+
+    write_shards(partial, plan.headers, value, max_shard_size)
+    beside = write_beside(partial, plan.tokenizer, plan.source.path, plan.source.values, plan.unread)
+    return {
+        "manyhands": __version__,
+        "source": describe_source(plan.source),
+        "target": {
+            "model_type": plan.family.model_type,
+            "files": hash_files(partial, written_in(partial)),
+        },
+        "source_tensors": _fates(plan, written),
+        "target_tensors": written,
+        "beside": {"copied": beside.copied, "left": beside.left},
+        "notes": beside.line,
+    }
 
 
 def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
@@ -288,4 +295,4 @@ def _agreement(plan: Conversion, directory: Path, tuned: Path) -> dict[str, Any]
     return result
 
 
-__all__ = ["RECEIPT", "Conversion", "Header", "Progress", "convert"]
+__all__ = ["RECEIPT", "Conversion", "Header", "Progress", "convert", "write_conversion"]

@@ -18,12 +18,14 @@ from manyhands.cli import (
     lab,
     models,
     plan,
+    prune,
     quantize,
     serve,
     simulate,
     trace,
     train,
     tune,
+    upcycle,
 )
 from manyhands.errors import ManyhandsError
 from manyhands.terminal import shown
@@ -47,6 +49,8 @@ app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
+app.command("upcycle")(upcycle.upcycle)
+app.command("prune")(prune.prune)
 app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)

@@ -2,22 +2,15 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
 from manyhands import terminal
 from manyhands.cli.options import IgnoreField
+from manyhands.cli.progress import tensors_bar
+from manyhands.cli.sampled import BATCH, SEQUENCE, sample_of
 from manyhands.defaults import GROUP_SIZE
-from manyhands.errors import DataError
-
-if TYPE_CHECKING:
-    from manyhands.checkpoint.source import Source
-    from manyhands.quantize.receipt import Sample
-    from manyhands.text import Document, Tokenizer
-
-SEQUENCE, BATCH = 256, 8
-BUILT_IN = "the standard library's sources"
 
 
 def quantize(
@@ -81,33 +74,14 @@ def quantize(
 
         documents = read_documents(data, text_field)
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from manyhands.checkpoint.find import open_checkpoint
     from manyhands.quantize.quantize import quantize as run
 
     source = open_checkpoint(model, ignore_field or ())
-    sample = _sample(source, documents, data or [], max_batches)
-    columns = (
-        TextColumn("{task.fields[tensor]}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("tensors", total=None, tensor="")
-        receipt = run(
-            source,
-            target,
-            packed,
-            sample,
-            measure=measure,
-            overwrite=overwrite,
-            progress=lambda name, done, total: bar.update(
-                task, completed=done, total=total, tensor=terminal.shown(name[-50:])
-            ),
-        )
+    calibrate = documents is not None
+    sample = sample_of(source, documents, data or [], max_batches or (4 if calibrate else 1), calibrate)
+    with tensors_bar() as progress:
+        receipt = run(source, target, packed, sample, measure=measure, overwrite=overwrite, progress=progress)
     if json_output:
         import json
 
@@ -115,54 +89,6 @@ def quantize(
     else:
         _print(receipt, Path(target))
     _warn(receipt["routing_agreement"], linear, experts)
-
-
-def _sample(
-    source: "Source", documents: "list[Document] | None", names: list[str], max_batches: int | None
-) -> "Sample | None":
-    """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer."""
-    from manyhands.checkpoint.sidecars import tokenizer_of
-    from manyhands.files import TOKENIZER
-    from manyhands.quantize.receipt import Sample
-    from manyhands.text import read_documents
-    from manyhands.text.tokenizer_files import instead
-
-    tokenizer, unread = tokenizer_of(source.path)
-    if tokenizer is None:
-        if documents is not None:
-            why = unread or f"there is no {TOKENIZER}{instead(source.directory)}"
-            raise DataError(f"{source.directory}: {why}; and --data is text")
-        return None
-    calibrate = documents is not None
-    if documents is None:
-        try:
-            documents = read_documents(["stdlib"])
-        except DataError:  # a Python without its sources
-            return None
-    S = min(SEQUENCE, source.decoder("packing").max_position_embeddings)
-    ids = _encode(documents, tokenizer, (max_batches or (4 if calibrate else 1)) * BATCH * S + 1)
-    least = 2 if calibrate else 1  # rows: some to calibrate with, and others to measure on
-    if len(ids) <= least:
-        raise DataError(f"{' '.join(names)}: {len(ids)} tokens are too few: {least + 1} are needed")
-
-    import torch
-
-    S = min(S, (len(ids) - 1) // least)
-    rows = [ids[start : start + S + 1] for start in range(0, len(ids) - S, S)]
-    measured = max(1, len(rows) // 4) if calibrate else len(rows)
-    return Sample(torch.tensor(rows), ", ".join(names) if names else BUILT_IN, len(rows) - measured)
-
-
-def _encode(documents: "list[Document]", tokenizer: "Tokenizer", enough: int) -> list[int]:
-    """The first tokens of the documents, in order, as training reads them."""
-    from manyhands.text import encode_documents
-
-    ids: list[int] = []
-    for document in documents:
-        ids += encode_documents([document], tokenizer).tolist()
-        if len(ids) >= enough:
-            break
-    return ids[:enough]
 
 
 def _print(receipt: dict[str, Any], target: Path) -> None:
