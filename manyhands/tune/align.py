@@ -35,7 +35,7 @@ def matching(values_FF: Floats) -> Ints:
     """[F]: a column for each row, each column once, with the largest sum of values (Jonker and Volgenant 1987).
 
     Columns have prices. Those that undercut each other settle most rows; each row that is left then takes the shortest
-    chain of moves that ends in a free column (Dijkstra on costs less prices). O(F³) at worst; at F = 1,408 it takes about a
+    chain of moves that ends in a free column (Dijkstra on costs less prices). O(F³) at worst; F = 1,408 takes about a
     second.
     """
     cost_FF = values_FF.max(initial=0.0) - values_FF
