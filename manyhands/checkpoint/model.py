@@ -289,12 +289,16 @@ def save(
 def save_model(directory: str | Path, model: AnyModel, tokenizer_path: str | Path | None = None) -> None:
     """Write our own format into an existing directory; use it inside `building`, which makes it a checkpoint.
 
+    `tokenizer_path` is a `tokenizer.json`, or a directory of a tokenizer's files, whose chat template is kept.
     Raises `StorageError` if the disk refuses, `ConfigError` for a model with adapters.
     """
     refuse_adapted(model, "save")
     try:
         write_directory(Path(directory), FAMILIES["manyhands"], model.config, dict(model.state_dict()))
-        if tokenizer_path is not None:
+        if tokenizer_path is not None and Path(tokenizer_path).is_dir():
+            for path in sorted(Path(tokenizer_path).iterdir()):
+                shutil.copyfile(path, Path(directory) / path.name)
+        elif tokenizer_path is not None:
             shutil.copyfile(tokenizer_path, Path(directory) / TOKENIZER)
     except OSError as error:
         raise cannot_write(directory, error) from error

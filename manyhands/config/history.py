@@ -26,6 +26,7 @@ SAME = (
     "data.",
     "tokenizer.",
     "spans.",
+    "rows",
     "model.",
     "tune",
     *_KIND,
@@ -98,6 +99,9 @@ def differences(before: "RunConfig", after: "RunConfig") -> dict[str, tuple[Any,
         if not isinstance(old, Strict):
             if old != new:
                 found[section] = (old, new)
+            continue
+        if section == "rows" and new is None:
+            found[section] = (old, new)
             continue
         if type(old) is not type(new):  # a model of another kind, another method of tuning
             tag = "method" if section == "tune" else "kind"

@@ -59,12 +59,12 @@ def described_model(run: RunConfig, where: str) -> BuiltConfig:
 def dump_run(run: RunConfig) -> str:
     """The resolved run as YAML; `parse_run` reads it back to an equal value.
 
-    A field of no section is left out where it says nothing, and so is `spans` where nothing learns from spans: files of
-    runs that do not use it stay as they were.
+    A field of no section is left out where it says nothing, and so are `rows`, and `spans` where nothing learns from
+    spans: files of runs that do not use them stay as they were.
     """
     idle: dict[str, Any] = {
         name: True
-        for name in ("start", "trainable", "tune")
+        for name in ("start", "trainable", "rows", "tune")
         if getattr(run, name) == type(run).model_fields[name].default
     }
     if run.model.kind != "encoder_decoder":

@@ -10,6 +10,7 @@ from manyhands.config.history import SAME, Change, settings_at
 from manyhands.config.kinds import ByKind, longest_sequence
 from manyhands.config.numbers import Count, Rate, Size
 from manyhands.config.parallel import ParallelConfig
+from manyhands.config.rows import RowsConfig
 from manyhands.config.tune import TuneConfig
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -174,6 +175,8 @@ class RunConfig(Strict):
     data: DataConfig = DataConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
     spans: SpansConfig = SpansConfig()
+    rows: RowsConfig | None = None
+    """Learn from rows (conversations, prompts and completions, texts) in the place of plain text."""
     model: ByKind = ModelConfig()
     """A decoder, unless `kind` says otherwise."""
     balance: BalanceConfig = BalanceConfig()

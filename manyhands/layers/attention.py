@@ -3,7 +3,8 @@
 B batch, S queries, L keys (L = S without a cache), H heads, G key/value heads, d head width.
 
 A batch is a rectangle, or ragged: B = 1, and the S tokens are those of several sequences, one behind the other, each
-with a cache of its own (`Positions.rows`). All tokens are projected at once; each sequence attends by itself.
+with a cache of its own or all without (`Positions.rows`). All tokens are projected at once; each sequence attends by
+itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,7 +50,7 @@ class Positions:
 
 
 Caches = LayerCache | Sequence[LayerCache] | None
-"""One for a rectangle, one for each row of a ragged batch."""
+"""One for a rectangle, one for each row of a ragged batch; None without."""
 
 
 def each_row(
@@ -57,16 +58,18 @@ def each_row(
 ) -> tuple[Tensor, Tensor | None]:
     """`core(*parts, positions, cache)` [B, H, S, d], of a ragged batch for each sequence by itself.
 
-    The parts are [B, ·, S, ·]. What the core says besides (QK-Clip) is a rectangle's alone.
+    The parts are [B, ·, S, ·]. What the core says besides, the largest logits [H], is over all sequences.
     """
     if not positions.rows:
         return core(*parts, positions, caches)
-    assert isinstance(caches, Sequence)
+    assert caches is None or isinstance(caches, Sequence)
+    each: Sequence[LayerCache | None] = [None] * len(positions.rows) if caches is None else caches
     done = [
-        core(*(part[:, :, tokens] for part in parts), row, cache)[0]
-        for (tokens, row), cache in zip(positions.rows, caches, strict=True)
+        core(*(part[:, :, tokens] for part in parts), row, cache)
+        for (tokens, row), cache in zip(positions.rows, each, strict=True)
     ]
-    return torch.cat(done, 2), None
+    largest = [found_H for _, found_H in done if found_H is not None]
+    return torch.cat([y for y, _ in done], 2), torch.stack(largest).amax(0) if largest else None
 
 
 def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:

@@ -134,6 +134,7 @@ def find_rows(
     lengths: Sequence[int],
     real: Sequence[Tensor | None],
     device: torch.device,
+    clip_above: float | None = None,
 ) -> Positions:
     """Where the last `counts` tokens of sequences of these `lengths` are, one sequence behind the other.
 
@@ -148,7 +149,7 @@ def find_rows(
     rows, start = [], 0
     for S, L, real_1L in every:
         tokens = slice(start, start + S)
-        rows.append((tokens, _look(config, (cos[:, :, tokens], sin[:, :, tokens]), S, L, real_1L)))
+        rows.append((tokens, _look(config, (cos[:, :, tokens], sin[:, :, tokens]), S, L, real_1L, clip_above)))
         start += S
     return Positions((cos, sin), None, causal=False, rows=tuple(rows))
 
@@ -271,6 +272,7 @@ class Decoder(nn.Module):
         clip_above: float | None = None,
         keep_outputs: bool = False,
         edit: Edits | None = None,
+        documents: Sequence[int] | None = None,
     ) -> Hidden:
         """Everything but the head.
 
@@ -280,10 +282,16 @@ class Decoder(nn.Module):
         outputs in the routings; `edit` gives layers a routing to follow, or changes it (`manyhands.moe.edit`): a replay
         has a row for each of the B·S tokens of this call.
 
-        Raises `ConfigError` for an edit of a layer without router, or that the layer cannot follow.
+        `documents` packs: B = 1, and the S tokens are those of texts of these lengths, one behind the other. Each has
+        positions of its own and sees nothing of the others, as if it were alone; there is no padding and no cache.
+
+        Raises `ConfigError` for an edit of a layer without router, or that the layer cannot follow; for `documents`
+        that are not so, or with a router that gives each sequence as a whole its share.
         """
         self._check(edit)
         S = ids_BS.shape[1]
+        if documents is not None:
+            self._check_documents(ids_BS, documents, mask_BS is None and cache is None)
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
         if mask_BS is not None and mask_BS.shape != ids_BS.shape:
             raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
@@ -292,7 +300,11 @@ class Decoder(nn.Module):
                 raise ConfigError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
             real_BL = cache.extend(ids_BS, mask_BS)
         length = S if cache is None else cache.length
-        positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
+        if documents is None:
+            positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
+        else:
+            none = [None] * len(documents)
+            positions = find_rows(self.config, documents, documents, none, ids_BS.device, clip_above)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         x = self.embed(ids_BS, dtype)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
@@ -355,6 +367,20 @@ class Decoder(nn.Module):
         """Before any cache is extended."""
         if edit:
             check_edits(edit, {layer: mlp.router.config for layer, mlp in self.sparse_layers().items()})
+
+    def _check_documents(self, ids_BS: Tensor, documents: Sequence[int], alone: bool) -> None:
+        if not alone or len(ids_BS) != 1 or min(documents, default=0) < 1 or sum(documents) != ids_BS.shape[1]:
+            raise ConfigError(
+                f"documents: {len(documents)} of {sum(documents)} tokens in all, for ids {list(ids_BS.shape)}; they "
+                "are for ids [1, S] of S tokens in all, each has one at least, and there is neither mask nor cache"
+            )
+        for layer, mlp in self.sparse_layers().items():
+            router = mlp.router.config
+            if router.select == "soft" or (router.limited(self.training) and router.capacity_per == "sequence"):
+                raise ConfigError(
+                    f"layer {layer}: its router shares out each sequence as a whole, so that packed documents would "
+                    "have to do with each other: run each as a row of its own"
+                )
 
     def _hidden(
         self, states: Tensor, routings: dict[int, Routing], largest: dict[int, Tensor], cache: Cache | None

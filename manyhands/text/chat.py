@@ -101,11 +101,13 @@ class ChatTemplate:
         tools: Sequence[Any] | None = None,
         documents: Sequence[Any] | None = None,
         own: Collection[str] = (),
+        marked: bool = False,
         **variables: Any,
     ) -> tuple[str, bytes]:
         """`render`, and a byte for each character that says where it comes from (`origin.py`).
 
         `own` names the variables that are the model's (`pad_token`) beside bos and eos; the others are somebody's text.
+        `marked` puts marks around what stands in the template's `{% generation %}` blocks (`marks.py`).
         """
         tokens = {"bos_token": bos_token, "eos_token": eos_token}
         variables |= {name: token for name, token in tokens.items() if token is not None}
@@ -114,13 +116,13 @@ class ChatTemplate:
         own_names = [name for name in (*own, *tokens) if isinstance(variables.get(name), str)]
         if not messages:
             raise DataError("there are no messages to apply the chat template to")
-        kind, text, origin = self._render(variables, own_names)
+        kind, text, origin = self._render(variables, own_names, marked)
         for convert in (_parsed, _written):  # tool calls have arguments as an object or as JSON; a template knows one
             if kind != b"?" or not ("TypeError" in text or "UndefinedError" in text):  # `'{}' | length`, `'{}'.items()`
                 break
             other = {**variables, "messages": _with_arguments(variables["messages"], convert)}
             if other["messages"] != variables["messages"]:
-                again = self._render(other, own_names)
+                again = self._render(other, own_names, marked)
                 kind, text, origin = again if again[0] != b"?" else (kind, text, origin)
         if kind == b"!":
             raise DataError(f"the chat template refuses these messages: {_line(text)}")
@@ -128,10 +130,11 @@ class ChatTemplate:
             raise CheckpointError(f"the chat template failed: {_line(text)}")
         return text, origin
 
-    def _render(self, variables: dict[str, Any], own: list[str]) -> tuple[bytes, str, bytes]:
+    def _render(self, variables: dict[str, Any], own: list[str], marked: bool) -> tuple[bytes, str, bytes]:
         """The worker's answer."""
+        asked = {"template": self.source, "variables": variables, "own": own, "marked": marked}
         try:
-            request = json.dumps({"template": self.source, "variables": variables, "own": own}).encode()
+            request = json.dumps(asked).encode()
         except (TypeError, ValueError, RecursionError) as error:
             raise DataError(f"the messages are not plain JSON values: {_line(str(error))}") from None
         if len(request) > _INPUT_BYTES:

@@ -6,8 +6,9 @@ A template comes with a checkpoint from anywhere, so it is run as if it were an 
 in a process that has no secrets, cannot open a file or a socket, has little memory, and is killed by the kernel when
 the time is over. `chat.py` is the other end.
 
-Request on stdin: 4 bytes of length, then JSON `{"template": …, "variables": {…}, "own": […]}`; the variables named in
-`own` are the template's (`bos_token`), the others came with the messages. Answer on stdout: one byte of kind (`=` the
+Request on stdin: 4 bytes of length, then JSON `{"template": …, "variables": {…}, "own": […], "marked": false}`; the
+variables named in `own` are the template's (`bos_token`), the others came with the messages; `marked` asks for the
+marks of `marks.py` around what the model wrote. Answer on stdout: one byte of kind (`=` the
 text, `!` the template refused the messages, `?` it failed), 4 bytes of length, UTF-8; behind a text 4 bytes of length
 and one byte per character, which say where it comes from (`origin.py`).
 """
@@ -45,7 +46,8 @@ def main() -> None:
     sys.path += sys.argv[1:]
     global origin
     origin = _origin()
-    compiled = lru_cache(maxsize=1)(_environment().from_string)
+    environments = [_environment(marked) for marked in (False, True)]
+    compiled = lru_cache(maxsize=2)(lambda template, marked: environments[marked].from_string(template))
     _lock_up()
     requests, answers = sys.stdin.buffer, sys.stdout.buffer
     answers.write(b"+")
@@ -62,7 +64,7 @@ def main() -> None:
         answers.flush()
 
 
-def _answer(compiled: "Callable[[str], Template]", request: dict[str, Any]) -> tuple[bytes, str]:
+def _answer(compiled: "Callable[[str, bool], Template]", request: dict[str, Any]) -> tuple[bytes, str]:
     try:
         pieces, size = [], 0
         own = set(request["own"])
@@ -70,7 +72,7 @@ def _answer(compiled: "Callable[[str], Template]", request: dict[str, Any]) -> t
             name: origin.own(value) if name in own else origin.foreign(value)
             for name, value in request["variables"].items()
         }
-        for piece in compiled(request["template"]).generate(**variables):
+        for piece in compiled(request["template"], request["marked"]).generate(**variables):
             pieces.append(piece)
             size += len(piece.encode("utf-8", "surrogatepass"))
             if size > OUTPUT:
@@ -98,7 +100,7 @@ def _origin() -> Any:
     return module
 
 
-def _environment() -> Any:
+def _environment(marked: bool) -> Any:
     """jinja2 as chat templates expect it: transformers' whitespace rules, tags, filters and functions."""
     import jinja2.debug
     import jinja2.runtime
@@ -119,6 +121,9 @@ def _environment() -> Any:
         def parse(self, parser: Parser) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if marked:
+                before, after = (nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in origin.MARKS)
+                body = [before, *body, after]
             return nodes.Scope(body, lineno=line)
 
     class Refusal(TemplateError):

@@ -16,11 +16,10 @@ from pathlib import Path
 
 from manyhands.errors import DataError
 from manyhands.text.document import Document
-from manyhands.text.formats import SUFFIXES, known_suffix, memory_for_text, read_file
+from manyhands.text.formats import SUFFIXES, WHOLE, known_suffix, memory_for_text, read_file
 from manyhands.text.hub import read_hub
 
 _log = logging.getLogger(__name__)
-_WHOLE = (".txt", ".md", ".py")  # suffixes of files that are one text
 _SHOWN = 3  # names of files that were left out
 _NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -50,7 +49,7 @@ def read_documents(
         if source.startswith("hf:"):
             documents += read_hub(source, text_field)
         else:
-            found, unknown = _files(source)
+            found, unknown = files_of(source)
             alone = Path(source).expanduser().is_file()
             undecodable = []
             for path, name in found:
@@ -69,15 +68,21 @@ def read_documents(
                                 f"{path}: up to here the texts are longer than half of the memory ({most >> 20:,} MiB)"
                             )
             if source != "stdlib":
-                _say_left_out(say, source, unknown, f"of an unknown kind; known are {', '.join(SUFFIXES)}")
-                _say_left_out(say, source, undecodable, "not UTF-8 text")
+                say_left_out(say, source, unknown)
+                say_left_out(say, source, undecodable, "not UTF-8 text")
         documents[before:] = [document for document in documents[before:] if document.text.strip()]
         if len(documents) == before and not repeated:
             raise DataError(f"{source}: there is no text in it")
     return documents
 
 
-def _say_left_out(say: Callable[[str], None], source: str, names: Sequence[str], why: str) -> None:
+def say_left_out(
+    say: Callable[[str], None],
+    source: str,
+    names: Sequence[str],
+    why: str = f"of an unknown kind; known are {', '.join(SUFFIXES)}",
+) -> None:
+    """One line of the files of a source that are not read, if there are any."""
     if names:
         shown = ", ".join(names[:_SHOWN]) + (", …" if len(names) > _SHOWN else "")
         say(f"{source}: left out {len(names):,} file{'s' if len(names) > 1 else ''} ({shown}): {why}")
@@ -85,7 +90,7 @@ def _say_left_out(say: Callable[[str], None], source: str, names: Sequence[str],
 
 def _decodable(path: Path) -> bool:
     """Whether a file that is one text is UTF-8; rows say for themselves, with their number."""
-    if not path.name.lower().endswith(_WHOLE):
+    if not path.name.lower().endswith(WHOLE):
         return True
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
@@ -100,7 +105,7 @@ def _decodable(path: Path) -> bool:
     return True
 
 
-def _files(source: str) -> tuple[list[tuple[Path, str]], list[str]]:
+def files_of(source: str) -> tuple[list[tuple[Path, str]], list[str]]:
     """The files of one source and their names, sorted by name, never empty; and the names of those of unknown kinds."""
     if source == "stdlib":
         root = Path(sysconfig.get_paths()["stdlib"])

@@ -38,16 +38,16 @@ def spelled_out(
     origin: bytes,
     special: Mapping[int, str],
     spell: Callable[[str], list[int]],
-) -> list[int]:
-    """The ids of `encoding`, which is that of `text`; special tokens that are not the template's are `spell`ed.
+) -> list[list[int]]:
+    """For each token of `encoding`, which is that of `text`, itself; or `spell`ed, if special and not the template's.
 
     `origin` has a byte for each character, `special` the text of each special token.
     """
     spell = cache(spell)
-    ids: list[int] = []
+    ids: list[list[int]] = []
     for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
         own = token_id not in special or _own(text, origin, start, end, special[token_id])
-        ids += [token_id] if own else spell(text[start:end])
+        ids.append([token_id] if own else spell(text[start:end]))
     return ids
 
 

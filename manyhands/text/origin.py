@@ -11,6 +11,8 @@ from operator import index
 from typing import Any, Self, SupportsIndex
 
 OWN, FOREIGN, UNKNOWN = b"\0", b"\1", b"\2"
+MARKS = "\ufdd2\ufdd3"
+"""Where what the model wrote begins and ends, in a text that is rendered with marks: no characters of any text."""
 _SHADOW = 0x100000
 """Plane 16, private use: stands for arguments while Python formats them."""
 

@@ -45,6 +45,23 @@ def split_documents(
     return train, valid
 
 
+def hold_out(digests: Sequence[bytes], sizes: Sequence[int], valid_fraction: float, seed: int) -> list[bool]:
+    """Which of the rows are held out, about `valid_fraction` of the sum of `sizes`; those of one digest go together.
+
+    Rows are whole: in the order of a hash of their digests and the seed. Raises `DataError` if a side would be empty.
+    """
+    groups: dict[bytes, list[int]] = {}
+    for row, digest in enumerate(digests):
+        groups.setdefault(digest, []).append(row)
+    order = sorted(groups, key=lambda digest: hashlib.sha256(f"{seed}\0".encode() + digest).digest())
+    target = valid_fraction * sum(sizes)
+    chosen = _chosen([sum(sizes[row] for row in groups[digest]) for digest in order], target) or {0}
+    if len(order) <= len(chosen):
+        raise DataError(f"too few rows to hold out {valid_fraction:.3g} of them: {len(order)} different ones in all")
+    held = {row for number in chosen for row in groups[order[number]]}
+    return [row in held for row in range(len(digests))]
+
+
 def _chosen(sizes: Sequence[int], target: float) -> set[int]:
     """Which of `sizes`, in their order, make up about `target`."""
     chosen: set[int] = set()

@@ -48,7 +48,7 @@ class TokenFile:
         path = Path(path)
         try:
             ids = np.load(path, mmap_mode="r", allow_pickle=False)
-            info = TokenInfo(**read_object(_info_path(path), 1 << 20, DataError))
+            info = TokenInfo(**read_object(info_path(path), 1 << 20, DataError))
         except OSError as error:
             raise DataError(f"{path}: cannot be read: {error.strerror or error}") from None
         except (ValueError, TypeError, EOFError) as error:
@@ -103,13 +103,14 @@ def write_tokens(
     ids = encode_documents(documents, tokenizer, progress)
     info = TokenInfo(len(ids), sum(document.num_bytes for document in documents), len(documents))
     # Nested, so that neither file is replaced unless both could be written.
-    with writing(_info_path(path)) as info_file, writing(path) as ids_file:
+    with writing(info_path(path)) as info_file, writing(path) as ids_file:
         info_file.write(json.dumps(asdict(info)).encode())
         np.save(ids_file, ids, allow_pickle=False)
     return info
 
 
-def _info_path(path: Path) -> Path:
+def info_path(path: Path) -> Path:
+    """The file beside a token file that says what is in it."""
     return path.with_name(path.name + ".json")
 
 

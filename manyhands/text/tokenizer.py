@@ -12,7 +12,7 @@ import itertools
 import json
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -27,6 +27,7 @@ from manyhands.errors import CheckpointError, DataError
 from manyhands.files import TOKENIZER, write_atomic, writing
 from manyhands.text import disarm
 from manyhands.text.chat import ChatTemplate, Message
+from manyhands.text.marks import has_blocks, read_marks, touching, without_marks
 from manyhands.text.pretokenizers import RULES, Pre, pre_tokenizer
 from manyhands.text.stream import StreamDecoder
 from manyhands.text.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles, read_tokenizer_files
@@ -286,20 +287,49 @@ class Tokenizer:
         variables |= {"tools": tools, "documents": documents}
         if not tokenize:
             return self.render_chat(messages, add_generation_prompt=add_generation_prompt, **variables)
+        return self.encode_chat(messages, add_generation_prompt, **variables)[0]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        *,
+        marked: bool = False,
+        **variables: Any,
+    ) -> tuple[list[int], list[bool] | None]:
+        """Token ids as in `apply_chat_template`; and, if they are to be `marked`, which of them the model wrote.
+
+        Those that touch the template's `{% generation %}` blocks, from the first of a block to its last. None where
+        there are no blocks, or where the template looks into what it wrote there, so that it cannot be marked.
+        """
+        variables = {"add_generation_prompt": add_generation_prompt, **variables}
+        marked = marked and has_blocks(self.chat_template or "")
+        if marked:
+            messages, variables = without_marks(messages), without_marks(variables)
         named = {"bos_token": None, "eos_token": None, **self.files.named_tokens}
         own = [name for name in named if name not in variables]
-        text, origin = self._template.render_with_origin(
-            messages, add_generation_prompt=add_generation_prompt, own=own, **{**named, **variables}
-        )
+        rendered = {**named, **variables}
+        text, origin = self._template.render_with_origin(messages, own=own, **rendered)
         _check_text(text)
-        if not any(origin):
-            return self.encode(text, parse_special=True)
+        if not any(origin) and not marked:
+            return self.encode(text, parse_special=True), None
         encoding = self._parsing.encode(text, add_special_tokens=False)
         origin = disarm.spells(origin, not disarm.holds([messages, list(variables.values())], self._special))
-        return disarm.spelled_out(encoding, text, origin, self._special_names, self._spell)
+        pieces = disarm.spelled_out(encoding, text, origin, self._special_names, self.spell)
+        ids = [token_id for piece in pieces for token_id in piece]
+        if not marked:
+            return ids, None
+        found = read_marks(self._template.render_with_origin(messages, own=own, marked=True, **rendered)[0])
+        if found is None or found[0] != text:
+            return ids, None
+        inside = touching(encoding.offsets, found[1])
+        return ids, [flag for flag, piece in zip(inside, pieces, strict=True) for _ in piece]
 
-    def _spell(self, text: str) -> list[int]:
-        """`text` as it is inside a text: without the space that SentencePiece puts in front of a whole one."""
+    def spell(self, text: str) -> list[int]:
+        """Token ids of `text` inside a text: without the space that SentencePiece puts in front of a whole one.
+
+        Special tokens are the letters they are written with.
+        """
         front, both = self.encode("\n"), self.encode("\n" + text)
         return both[len(front) :] if both[: len(front)] == front else self.encode(text)
 
@@ -308,6 +338,11 @@ class Tokenizer:
         if self.chat_template is None:
             raise CheckpointError("this model has no chat template: it continues text, it was not made to answer")
         return ChatTemplate(self.chat_template)
+
+    @property
+    def special_ids(self) -> Set[int]:
+        """Ids of the special tokens, which stand for no text."""
+        return self._special_names.keys()
 
     @cached_property
     def _special_names(self) -> dict[int, str]:

@@ -10,9 +10,10 @@ import json
 import lzma
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from manyhands import strict_json
 from manyhands.config import RunConfig
@@ -72,8 +73,8 @@ def prepare_data(
             directory / TRAIN_TOKENS, train, tokenizer, _progress(sum(len(document.text) for document in train), say)
         )
         write_tokens(directory / VALID_TOKENS, valid, tokenizer)
-        _finish(done, compressors(valid))
-    reached, digests = _checked(done, say)
+        finish_prepared(done, compressors(valid), FILES)
+    reached, digests = read_prepared(done, FILES, say)
     tokenizer = Tokenizer.from_file(tokenizer_path)
     vocab = run.model.vocab_size
     return RunData(
@@ -112,15 +113,15 @@ def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
     return progress
 
 
-def _finish(done: Path, reached: dict[str, float]) -> None:
-    """Write `data.json`: from now on the files beside it are the run's."""
-    write_atomic(done, json.dumps({"compressors": reached, "sha256": _digests(done.parent)}))
+def finish_prepared(done: Path, reached: dict[str, float], files: Sequence[str], **more: Any) -> None:
+    """Write `data.json`: from now on `files` beside it are the run's. `more` is what a person may want to know."""
+    write_atomic(done, json.dumps({"compressors": reached, "sha256": _digests(done.parent, files), **more}))
 
 
-def _digests(directory: Path) -> dict[str, str]:
+def _digests(directory: Path, files: Sequence[str]) -> dict[str, str]:
     """The SHA-256 of each file."""
     digests = {}
-    for name in FILES:
+    for name in files:
         try:
             with open(directory / name, "rb") as file:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
@@ -129,25 +130,30 @@ def _digests(directory: Path) -> dict[str, str]:
     return digests
 
 
-def _checked(done: Path, say: Callable[[str], None]) -> tuple[dict[str, float], dict[str, str]]:
-    """What compressors reach, and the digests of unchanged files, from `data.json`. An older one is given digests."""
+def read_prepared(
+    done: Path, files: Sequence[str], say: Callable[[str], None]
+) -> tuple[dict[str, float], dict[str, str]]:
+    """What compressors reach, and the digests of unchanged files, from `data.json`. An older one is given digests.
+
+    Raises `DataError` for a file that is not what was prepared.
+    """
     again = "put back what was there, or start a new run"
     try:
         with open(done, "rb") as file:
             values = strict_json.loads(file.read(1 << 20))
         reached = {str(name): float(value) for name, value in values["compressors"].items()}
         written = values.get("sha256")
-        if written is not None and set(written) != set(FILES):
+        if written is not None and set(written) != set(files):
             raise ValueError("sha256 names other files")
     except OSError as error:
         raise DataError(f"{done}: cannot be read: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{done}: damaged: it does not say what was prepared; {again}") from None
-    digests = _digests(done.parent)
+    digests = _digests(done.parent, files)
     if written is None:
         say(f"{done.parent}: prepared before files were hashed; what is there now is taken as right")
-        _finish(done, reached)
-    elif changed := [name for name in FILES if digests[name] != written[name]]:
+        finish_prepared(done, reached, files)
+    elif changed := [name for name in files if digests[name] != written[name]]:
         raise DataError(f"{done.parent / changed[0]}: not what was prepared for this run: its SHA-256 differs; {again}")
     return reached, digests
 

@@ -22,7 +22,7 @@ from manyhands.parallel.ranks import Alone, Ranks, largest_of
 from manyhands.trace.journal import Journal
 from manyhands.train.budget import with_plan
 from manyhands.train.course import Course
-from manyhands.train.data import RunData, prepare_data
+from manyhands.train.data import RunData
 from manyhands.train.dtype import settle_dtype
 from manyhands.train.experts import as_chosen, choose_experts
 from manyhands.train.finish import Summary, finish
@@ -30,6 +30,7 @@ from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
 from manyhands.train.ready import check_ready
 from manyhands.train.recording import TRACES, StepTrace
+from manyhands.train.row_data import prepare
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.seq2seq import task_of
@@ -213,7 +214,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             base = Start.of_tuned(newest[1])
         with Screen(str(path), run.train.max_steps, quiet) as screen:
             with signals.preparing():
-                data = prepare_data(directory.data_dir, run, screen.note, start.tokenizer if start else None)
+                data = prepare(directory.data_dir, run, screen.note, start.tokenizer if start else None)
                 if isinstance(run.tune, EsftTuning) and run.tune.experts is None:
                     assert base is not None
                     run = choose_experts(run, base, data, task, ranks)

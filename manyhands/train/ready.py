@@ -13,6 +13,7 @@ from manyhands.models import build
 from manyhands.models.tuned import adapt
 from manyhands.text.tokenizer import smallest_vocabulary
 from manyhands.train.optim import build_optimizers
+from manyhands.train.rows import check_rows
 from manyhands.train.seq2seq import check_spans
 from manyhands.train.state import count_parameters, count_trained, pick_device
 from manyhands.train.trainable import freeze
@@ -37,6 +38,8 @@ def check_ready(run: RunConfig) -> None:
             + (f", with spans.sentinels = {sentinels}" if sentinels else "")
         )
     check_spans(run)
+    if run.rows is not None:
+        check_rows(run)
     if run.data.tokenizer is not None and not os.path.exists(os.path.expanduser(run.data.tokenizer)):
         raise ConfigError(f"data.tokenizer = {run.data.tokenizer!r}: there is no such file")
     with torch.device("meta"):

@@ -17,8 +17,10 @@ from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.errors import StorageError
+from manyhands.files import TOKENIZER
 from manyhands.models import AnyModel
 from manyhands.moe import Routing
+from manyhands.text.packing import RowBatch
 from manyhands.trace.fingerprint import routed
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
@@ -55,17 +57,16 @@ class StepTrace:
             if self.recorder is None:
                 self.recorder = self._begin(step, run)
             T = len(next(iter(routings.values())).expert_ids)
-            ids = micro[:, :-1] if isinstance(micro, Tensor) and micro.dim() == 2 else None  # another task's may be any
-            B, S = (1, T) if ids is None or ids.numel() != T else ids.shape
+            ids, lengths = _texts_of(micro, T)
             self.recorder.add(
                 routings,
-                -1 if ids is None or ids.numel() != T else ids.reshape(-1),
-                sequence=(self._texts + torch.arange(B)).repeat_interleave(S).numpy(),
-                position=torch.arange(S).repeat(B).numpy(),
+                ids,
+                sequence=(self._texts + torch.arange(len(lengths))).repeat_interleave(torch.tensor(lengths)).numpy(),
+                position=torch.cat([torch.arange(length) for length in lengths]).numpy(),
                 phase=Phase.TRAINING,
                 step=next(passes),
             )
-            self._texts += B
+            self._texts += len(lengths)
         except StorageError as error:
             self._note(f"the trace ends here: {error}")
             self._refused = True
@@ -74,7 +75,7 @@ class StepTrace:
         names = (f"step-{step:06d}" + (f"-{number}" if number else "") for number in itertools.count())
         moe = self._model.config.moe
         assert moe is not None
-        known = self._tokenizer is not None and self._tokenizer.is_file()
+        vocabulary = self._tokenizer and (self._tokenizer / TOKENIZER if self._tokenizer.is_dir() else self._tokenizer)
         return Recorder(
             next(path for name in names if not os.path.lexists(path := self._folder / name)),
             **routed(self._model.config),
@@ -82,8 +83,8 @@ class StepTrace:
             limit=run.trace.max_bytes,
             every=run.trace.every,
             source=f"recorded by manyhands train {__version__}",
-            tokenizer_sha256=hashlib.sha256(self._tokenizer.read_bytes()).hexdigest()
-            if known and self._tokenizer is not None
+            tokenizer_sha256=hashlib.sha256(vocabulary.read_bytes()).hexdigest()
+            if vocabulary and vocabulary.is_file()
             else None,
         )
 
@@ -98,3 +99,13 @@ class StepTrace:
                 self.recorder.close()
             except StorageError as refused:
                 self._note(str(refused))
+
+
+def _texts_of(micro: Any, T: int) -> tuple[Tensor | int, list[int]]:
+    """The ids [T] of a micro-batch's tokens and the lengths of its texts; −1 and [T] for what another task may give."""
+    if isinstance(micro, RowBatch):
+        ids_BS = micro.in_a_row()[0] if micro.packed else micro.padded()[0]
+        return ids_BS.reshape(-1), micro.lengths if micro.packed else [ids_BS.shape[1]] * len(ids_BS)
+    if isinstance(micro, Tensor) and micro.dim() == 2 and micro[:, :-1].numel() == T:
+        return micro[:, :-1].reshape(-1), [micro.shape[1] - 1] * len(micro)
+    return -1, [T]

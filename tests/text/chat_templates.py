@@ -143,3 +143,93 @@ TOOLS = [
         },
     }
 ]
+
+CHATML_MARKED = """\
+{%- for message in messages %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<|im_start|>assistant\\n' }}
+        {%- generation %}
+            {{- message.content + '<|im_end|>' }}
+        {%- endgeneration %}
+        {{- '\\n' }}
+    {%- else %}
+        {{- '<|im_start|>' + message['role'] + '\\n' + message.content + '<|im_end|>' + '\\n' }}
+    {%- endif %}
+{%- endfor %}
+{%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+LLAMA3_MARKED = """\
+{{- bos_token }}
+{%- for message in messages %}
+{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' }}
+{%- if message['role'] == 'assistant' %}
+    {%- generation %}{{- message['content'] | trim + '<|eot_id|>' }}{% endgeneration %}
+{%- else %}{{- message['content'] | trim + '<|eot_id|>' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}
+"""
+
+GEMMA_MARKED = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] %}
+    {{- '<start_of_turn>' + role + '\\n' }}
+    {%- if role == 'model' %}{% generation %}{{ message['content'] | trim }}{{ '<end_of_turn>\\n' }}{% endgeneration %}
+    {%- else %}{{ message['content'] | trim }}{{ '<end_of_turn>\\n' }}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}
+"""
+
+DEEPSEEK_MARKED = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {%- if message['role'] == 'system' %}{{ message['content'] }}{% endif %}
+    {%- if message['role'] == 'user' %}{{ '<｜User｜>' + message['content'] }}{% endif %}
+    {%- if message['role'] == 'assistant' %}
+        {{- '<｜Assistant｜>' }}
+        {%- generation %}{{- message['content'] + '<｜end▁of▁sentence｜>' }}{% endgeneration %}
+    {%- endif %}
+{%- endfor -%}
+{% if add_generation_prompt %}{{ '<｜Assistant｜>' }}{% endif %}
+"""
+
+QWEN3 = """\
+{%- set ns = namespace(last=-1) %}
+{%- for message in messages %}{% if message.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for message in messages %}
+    {{- '<|im_start|>' + message.role + '\\n' }}
+    {%- if message.role == 'assistant' %}
+        {%- set content = message.content %}
+        {%- set thought = '' %}
+        {%- if '</think>' in content %}
+            {%- set thought = content.split('</think>')[0].split('<think>')[-1].strip('\\n') %}
+            {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+        {%- endif %}
+        {%- if loop.index0 > ns.last %}{{ '<think>\\n' + thought + '\\n</think>\\n\\n' + content }}
+        {%- else %}{{ content }}{% endif %}
+    {%- else %}{{ message.content }}{% endif %}
+    {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+
+QWEN3_MARKED = (
+    QWEN3.replace("{%- if loop.index0 > ns.last %}", "{%- generation %}{%- if loop.index0 > ns.last %}")
+    .replace(
+        "{%- else %}{{ content }}{% endif %}\n",
+        "{%- else %}{{ content }}{% endif %}{{ '<|im_end|>' }}{% endgeneration %}\n",
+    )
+    .replace("{{- '<|im_end|>\\n' }}", "{{- '\\n' if message.role == 'assistant' else '<|im_end|>\\n' }}")
+)
+
+MARKED = {
+    "chatml": (CHATML_MARKED, "<|im_end|>"),
+    "llama3": (LLAMA3_MARKED, "<|eot_id|>"),
+    "mistral": (MISTRAL, "</s>"),
+    "gemma": (GEMMA_MARKED, "<end_of_turn>"),
+    "deepseek": (DEEPSEEK_MARKED, "<｜end▁of▁sentence｜>"),
+    "qwen3": (QWEN3_MARKED, "<|im_end|>"),
+}
+"""With `{% generation %}` blocks, and what ends a turn in them."""

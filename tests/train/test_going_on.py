@@ -141,7 +141,7 @@ def test_every_field_is_either_the_run_itself_or_recorded_or_free(text: Path) ->
     from manyhands.config.history import FREE, SAME
 
     run = small_run(text)
-    whole = ("start", "trainable")
+    whole = ("start", "trainable", "rows", "tune")
     assert set(whole) <= set(SAME)
     sections = [section for section in type(run).model_fields if section not in ("history", *whole)]
     fields = [f"{section}.{name}" for section in sections for name in type(getattr(run, section)).model_fields]

@@ -24,7 +24,7 @@ BAD = {
 @pytest.mark.parametrize("change", BAD)
 def test_before_any_work(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(loop, "prepare_data", lambda *args: pytest.fail("it began to work"))
+    monkeypatch.setattr(loop, "prepare", lambda *args: pytest.fail("it began to work"))
     monkeypatch.setattr("manyhands.train.ready.os.sysconf", lambda name: 1 << 15)  # a machine of 1 GiB
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=BAD[change]) as caught:
