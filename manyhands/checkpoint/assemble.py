@@ -1,6 +1,7 @@
 """Tensors from pieces: ours from a family's files, and theirs from ours. Every byte is copied at most once."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -17,15 +18,23 @@ def our_tensor(
     shape: tuple[int, ...],
     dtype: torch.dtype | None,
     device: torch.device,
+    own: slice | None = None,
 ) -> Tensor:
     """One of our tensors, in `dtype` (None: as stored, the widest if its pieces differ).
 
-    On the CPU a tensor that is stored as it is wanted stays the file itself, mapped.
+    On the CPU a tensor that is stored as it is wanted stays the file itself, mapped. Of `own` entries along dimension 0
+    only those are kept, and read where they are stored one by one.
     """
     pieces, stored = source.pieces[name], stored_dtype(source, name)
     dtype = stored if dtype is None else dtype
     if is_whole(source, name) and device.type == "cpu" and dtype == stored:
-        return source.value(pieces[0].theirs)[pieces[0].theirs_index]
+        mapped = source.value(pieces[0].theirs)[pieces[0].theirs_index]
+        return mapped if own is None else mapped[own]
+    if own is not None:
+        if not all(piece.ours_index and isinstance(piece.ours_index[0], int) for piece in pieces):
+            return our_tensor(source, name, shape, dtype, device)[own].clone()
+        pieces = [_moved(piece, own.start) for piece in pieces if piece.ours_index[0] in range(own.start, own.stop)]
+        shape = (own.stop - own.start, *shape[1:])
     try:
         out = torch.empty(shape, dtype=dtype, device=device)
     except RuntimeError as error:  # also torch.OutOfMemoryError
@@ -45,6 +54,13 @@ def our_tensor(
     for theirs in by_name:  # again: to read a page maps its neighbours, so the ends of some came back
         source.release(theirs)
     return out
+
+
+def _moved(piece: Piece, start: int) -> Piece:
+    """Its place in our tensor from entry `start` on."""
+    first, *rest = piece.ours_index
+    assert isinstance(first, int)
+    return replace(piece, ours_index=(first - start, *rest))
 
 
 def stored_dtype(source: Source, name: str) -> torch.dtype:

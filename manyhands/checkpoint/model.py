@@ -18,13 +18,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.budget import Budget, share
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.origin import Origin
+from manyhands.checkpoint.own import banks, keep_own, read_state
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
@@ -43,7 +43,8 @@ from manyhands.files import CONFIG, TOKENIZER, TUNED, cannot_write
 from manyhands.layers.adapted import base_name
 from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
 from manyhands.models.adapted import is_adapted, refuse_adapted
-from manyhands.moe import Router
+from manyhands.moe import ExpertBank, Router
+from manyhands.moe.crew import Crew, CrewExperts
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer, instead
 
@@ -153,11 +154,14 @@ def load(
     cache_policy: str = "lfu",
     pin: Sequence[Sequence[int]] | None = None,
     cache_bytes: int | None = None,
+    crew: Crew | None = None,
 ) -> tuple[LoadedModel, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
     A path becomes a verified directory (`find`), that an opened checkpoint whose every tensor has its place in the
     model (`open_found`), and that the model (`from_source`), which holds weights and keeps no file open.
+
+    With a `crew` the others hold most of the experts, and run them for this process (`moe/crew.py`); it leads.
 
     The other arguments are `load_model`'s. Raises `CheckpointError` naming what is missing or damaged; a model
     without a tokenizer can be had through `load_model`.
@@ -177,7 +181,7 @@ def load(
             f"{source.config.vocab_size}; they do not belong together"
         )
     on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
-    model = _model(source, dtype, device, experts_implementation, decode, on_disk, changed)
+    model = _model(source, dtype, device, experts_implementation, decode, on_disk, changed, crew)
     model.tokenizer = tokenizer
     return model, tokenizer
 
@@ -316,14 +320,18 @@ def from_source(
     implementation: str = "auto",
     decode: bool = False,
     on_disk: "OnDisk | None" = None,
+    crew: Crew | None = None,
 ) -> LoadedModel:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
-    device = torch.device(device)
+    device = torch.device(device) if crew is None else crew.ranks.device
     if on_disk is not None:
+        if crew is not None:
+            raise UserError("memory keeps experts on disk for one process: leave it out, or start one process")
         if device.type != "cpu" or dtype is not None or decode:
             raise UserError("memory keeps packed experts on disk: not with another device, a dtype or decode")
         return _from_disk(source, implementation, on_disk)
-    check_room(source, dtype, device, decode)
+    own = None if crew is None else _share(source, crew)
+    check_room(source, dtype, device, decode, own=own)
     try:
         with torch.device("meta"):
             model = _empty(source.config, implementation)
@@ -332,19 +340,48 @@ def from_source(
     except RuntimeError as error:  # sizes that are fine one by one, with a product over 2⁶³
         reason = " ".join(str(error).split())[:120]
         raise CheckpointError(f"{source.directory / CONFIG}: no such model can be built: {reason}") from None
-    routers = [f"{name}." for name, module in model.named_modules() if isinstance(module, Router)]
-    inside = {name for record in records.values() for name in record.sections}
-    state = {name: source.files.tensor(name).to(device) for name in records}
-    for name, shape in tensor_shapes(source.config).items():
-        if name in inside:
-            continue
-        wanted = torch.float32 if name.rpartition(".")[0] + "." in routers else dtype
-        state[name] = our_tensor(source, name, shape, wanted, device)
+    if own is not None:
+        keep_own(model, own)
+    state = read_state(source, model, records, dtype, device, own)
     _check_tied(source)
     model.load_state_dict(state, assign=True)
     model.origin = source.origin
-    model.requires_grad_(not records)  # what is not packed is not trained alone
+    if crew is not None:
+        for layer, moe in model.sparse_layers().items():
+            moe.experts = CrewExperts(moe.experts, crew, layer)
+    model.requires_grad_(not records and crew is None)  # what is not packed is not trained alone
     return model.eval()
+
+
+def own_experts(
+    directory: str | Path, crew: Crew, *, experts_implementation: str = "auto", ignore_fields: Collection[str] = ()
+) -> dict[int, ExpertBank]:
+    """By layer the experts that this process holds for the leader of `crew`, which loads `directory` with it.
+
+    Raises what `load_model` does.
+    """
+    source = open_found(Path(directory), ignore_fields)
+    own, device = _share(source, crew), crew.ranks.device
+    check_room(source, None, device, own=own, alone=True)
+    with torch.device("meta"):
+        model = Model(source.decoder("several processes"), experts_implementation)
+        hold_records(model, source.records, experts_implementation)
+    keep_own(model, own)
+    inside = tuple(f"{name}." for name in banks(model))
+    state = read_state(source, model, source.records, None, device, own, lambda name: name.startswith(inside))
+    for prefix, bank in banks(model).items():
+        weights = {name.removeprefix(f"{prefix}."): x for name, x in state.items() if name.startswith(f"{prefix}.")}
+        bank.load_state_dict(weights, assign=True)
+    return {layer: moe.experts.requires_grad_(False).eval() for layer, moe in model.sparse_layers().items()}
+
+
+def _share(source: Source, crew: Crew) -> slice:
+    """The experts of this process. Raises `ConfigError` and `UserError` where there are none to share out."""
+    moe = source.decoder("several processes").moe
+    if moe is None:
+        raise UserError(f"{source.path}: a dense model has no experts that several processes could share: start one")
+    assert crew.num_experts == moe.router.num_experts, "the crew is another model's"
+    return crew.own
 
 
 def _model(
@@ -355,11 +392,16 @@ def _model(
     decode: bool,
     on_disk: "OnDisk | None",
     changed: Change | None,
+    crew: Crew | None = None,
 ) -> LoadedModel:
     """With what tuning changed put into it."""
+    if changed is not None and crew is not None:
+        raise UserError(
+            f"{changed.directory} is tuned; processes share whole models: manyhands convert makes one of it"
+        )
     if changed is not None and on_disk is not None:
         raise UserError(f"{changed.directory} is tuned; memory is for a whole model: manyhands convert makes one of it")
-    model = from_source(source, dtype, device, implementation, decode, on_disk)
+    model = from_source(source, dtype, device, implementation, decode, on_disk, crew)
     if changed is not None:
         changed.put_into(model)
         model.eval()

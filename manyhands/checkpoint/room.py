@@ -27,17 +27,30 @@ class Room(NamedTuple):
     mapped: int
 
 
-def room_for(source: Source, dtype: torch.dtype | None = None, decode: bool = False) -> Room:
-    """What `from_source` with these arguments takes on the CPU."""
+def room_for(
+    source: Source,
+    dtype: torch.dtype | None = None,
+    decode: bool = False,
+    own: slice | None = None,
+    alone: bool = False,
+) -> Room:
+    """What `from_source` with these arguments takes on the CPU; of experts `own`, and with `alone` nothing else."""
     records = {} if decode else source.records
     inside = {name for record in records.values() for name in record.sections}
-    copied, mapped = 0, sum(source.files.stored[name].size for name in records)
+    moe = source.config.moe
+    part = 1.0 if own is None or moe is None else (own.stop - own.start) / moe.router.num_experts
+
+    def held(name: str) -> float:
+        """Which part of a tensor is."""
+        return part if ".experts." in name else float(not alone)
+
+    copied, mapped = 0, sum(int(source.files.stored[name].size * held(name)) for name in records)
     for name, shape in tensor_shapes(source.config).items():
         if name in inside:
             continue
         stored = stored_dtype(source, name)
         wanted = stored if dtype is None else dtype
-        size = torch.Size(shape).numel() * wanted.itemsize
+        size = int(torch.Size(shape).numel() * wanted.itemsize * held(name))
         if wanted == stored and is_whole(source, name):
             mapped += size
         else:
@@ -51,15 +64,19 @@ def check_room(
     device: torch.device = CPU,
     decode: bool = False,
     remedy: str | None = None,
+    own: slice | None = None,
+    alone: bool = False,
 ) -> None:
     """Refuse what no load could hold: more to copy than is free now, or more in all than this process may ever have.
+
+    `own` and `alone` are `room_for`'s.
 
     Raises `UserError` that says how much it is, how much there is, and what runs it in less (`remedy`, if the caller
     knows better).
     """
     if device.type != "cpu":
         return  # one tensor at a time passes through here
-    copied, mapped = room_for(source, dtype, decode)
+    copied, mapped = room_for(source, dtype, decode, own, alone)
     free, usable = free_memory(), usable_memory()
     if free is not None and copied > free * (1 - SPARE):
         there = f"{format.show(free, 'B')} is free"
