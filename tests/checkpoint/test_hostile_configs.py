@@ -21,7 +21,7 @@ def good(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def nothing_is_read(monkeypatch):
-    monkeypatch.setattr("manyhands.checkpoint.model.our_tensor", None)  # reading would be a TypeError
+    monkeypatch.setattr("manyhands.checkpoint.own.our_tensor", None)  # reading would be a TypeError
 
 
 def yarn(**fields):

@@ -31,7 +31,7 @@ def sharded(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def nothing_is_read(request, monkeypatch):
     if "good" not in request.node.name:
-        monkeypatch.setattr("manyhands.checkpoint.model.our_tensor", None)  # reading would be a TypeError
+        monkeypatch.setattr("manyhands.checkpoint.own.our_tensor", None)  # reading would be a TypeError
 
 
 def entry(**fields):

@@ -216,7 +216,7 @@ def test_a_tensor_that_does_not_fit_is_named_before_any_is_read(directory, fault
     tensors = load_file(directory / "model.safetensors")
     plant(tensors)
     change(directory, tensors)
-    monkeypatch.setattr("manyhands.checkpoint.model.our_tensor", None)  # reading would be a TypeError
+    monkeypatch.setattr("manyhands.checkpoint.own.our_tensor", None)  # reading would be a TypeError
     with pytest.raises(CheckpointError, match=message) as caught:
         load_model(directory)
     assert str(directory / "model.safetensors") in str(caught.value)
