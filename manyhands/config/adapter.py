@@ -17,15 +17,16 @@ MOST_RANK = 4096
 class LoraConfig(Strict):
     """Low-rank adapters. Routers, norms, embeddings and the head stay as they are."""
 
-    r: int = Field(16, ge=1, le=MOST_RANK, strict=True)
-    """The rank."""
-    alpha: float = Field(32.0, gt=0.0)
+    r: int = Field(8, ge=1, le=MOST_RANK, strict=True)
+    """Rank of A and B."""
+    alpha: float = Field(16.0, gt=0.0)
     """PEFT's `lora_alpha`: what is added is multiplied by alpha/r."""
-    rslora: bool = False
-    """Divide by √r in the place of r, so that a higher rank learns at the same rate."""
-    targets: tuple[str, ...] = ("attention", "routed")
-    """Groups (attention, dense, shared, routed), or ends of names: `q_proj`, `experts.down_proj`,
-    `layers.3.self_attn.o_proj`. Routed experts' gate and up are one matrix, `gate_up_proj`."""
+    use_rslora: bool = False
+    """Multiply by alpha/√r in the place of alpha/r, so that a higher rank learns at the same rate."""
+    targets: tuple[str, ...] = TARGET_GROUPS
+    """`attention`, `dense` (feed-forward networks), `shared` and `routed` (experts), or ends of names as PEFT's
+    `target_modules` has them (`q_proj`, `experts.down_proj`, `layers.3.self_attn.o_proj`). What a model lacks is passed
+    over among the four; a name must be there. Routed experts' gate and up are one matrix, `gate_up_proj`."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Of what goes into A, in training. Not with routed experts, as in PEFT."""
 
@@ -38,4 +39,4 @@ class LoraConfig(Strict):
     @property
     def scale(self) -> float:
         """s, which B·A is multiplied by."""
-        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+        return self.alpha / (math.sqrt(self.r) if self.use_rslora else self.r)

@@ -69,19 +69,29 @@ def _group(name: str) -> str:
 
 
 def chosen_parts(parts: Mapping[str, Part], targets: Iterable[str]) -> list[Part]:
-    """Those that `targets` name, in the model's order. Raises `ConfigError` for a target that names none."""
+    """Those that `targets` name, in the model's order; a group that the model lacks is passed over.
+
+    Raises `ConfigError` for a name that is not there, and where nothing is left.
+    """
     wanted: set[str] = set()
+    targets = list(targets)
     for target in targets:
         if target in TARGET_GROUPS:
-            matched = {name for name, part in parts.items() if part.group == target}
-        else:
-            matched = {name for name in parts if name == target or name.endswith(f".{target}")}
+            wanted |= {name for name, part in parts.items() if part.group == target}
+            continue
+        matched = {name for name in parts if name == target or name.endswith(f".{target}")}
         if not matched:
-            there = {part.group for part in parts.values()} | {name.rpartition(".")[2] for name in parts}
-            near = difflib.get_close_matches(target, sorted(there), n=3, cutoff=0.5) or sorted(there)
-            raise ConfigError(f"targets: {target!r} names no matrix of this model that can have LoRA; there are {near}")
+            raise _no_target(target, parts)
         wanted |= matched
+    if not wanted:
+        raise _no_target(", ".join(targets), parts)
     return [part for name, part in parts.items() if name in wanted]
+
+
+def _no_target(target: str, parts: Mapping[str, Part]) -> ConfigError:
+    there = sorted({part.group for part in parts.values()} | {name.rpartition(".")[2] for name in parts})
+    near = difflib.get_close_matches(target, there, n=3, cutoff=0.5) or there
+    return ConfigError(f"targets: {target!r} names no matrix of this model that can have LoRA; there are {near}")
 
 
 def adapt(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
@@ -100,6 +110,8 @@ def adapt(model: nn.Module, config: LoraConfig, seed: int = 0) -> None:
         )
     put(model, {part.name: (config.r, config.scale) for part in parts}, config.dropout)
     device = next(model.parameters()).device
+    if device.type == "meta":
+        return
     generator = torch.Generator(device=device).manual_seed(seed)
     for low in low_ranks(model).values():
         low.reset_parameters(generator)

@@ -125,6 +125,7 @@ def test_targets() -> None:
         ({"alpha": 0.0}, "alpha = 0"),
         ({"dropout": 0.1}, "routed experts have none"),
         ({"dropout": 1.0}, "dropout = 1"),
+        ({"targets": ("q_proj", "experts.gate_proj")}, "'experts.gate_proj' names no matrix"),
     ],
 )
 def test_refused(fields, message) -> None:
@@ -134,9 +135,16 @@ def test_refused(fields, message) -> None:
     assert not is_adapted(model) and all(p.requires_grad for p in model.parameters())
 
 
-def test_dense_models_have_no_routed_experts() -> None:
-    with pytest.raises(ConfigError, match="'routed' names no matrix"):
-        adapt(tiny(moe=None), LoraConfig())
+def test_groups_that_a_model_lacks() -> None:
+    dense = tiny(moe=None)
+    with pytest.raises(ConfigError, match="'routed, shared' names no matrix"):
+        adapt(dense, LoraConfig(targets=("routed", "shared")))
+    adapt(dense, LoraConfig())
+    assert {name.rpartition(".")[2] for name in low_ranks(dense)} == {f"{n}_proj" for n in "qkvo"} | {
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
 
 
 def test_twice_is_refused() -> None:
@@ -159,7 +167,7 @@ def test_the_seed_decides() -> None:
 
 def test_scales() -> None:
     assert LoraConfig(r=16, alpha=8.0).scale == 0.5
-    assert LoraConfig(r=16, alpha=8.0, rslora=True).scale == 2.0
+    assert LoraConfig(r=16, alpha=8.0, use_rslora=True).scale == 2.0
 
 
 def test_taken_away() -> None:
