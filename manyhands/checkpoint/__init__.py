@@ -9,6 +9,7 @@ reading     find.py         a path, a run or a hub name -> a verified directory,
             room.py         whether a model fits into memory, before it is read
             assemble.py     one tensor from its pieces; experts.py one expert of a stack
             model.py        all of them: `load`, `Model`, `save`
+            adapters/       LoRA as PEFT keeps it: read and written
 writing     save.py         a model in a family's format; sidecars.py what lies beside it
             convert.py      from files to files, with a receipt (receipt.py)
             origin.py       what a loaded model remembers of its files

@@ -275,6 +275,21 @@ def test_what_only_the_version_says(version, old, base, tmp_path) -> None:
     assert off(logits(again), logits(model)) < 1e-6
 
 
+@pytest.mark.parametrize(("version", "old"), [("0.18.1", False), ("0.19.0", True), ("0.20.0", False)])
+def test_the_layout_of_older_pefts_of_gpt_oss(version, old, base, tmp_path) -> None:
+    """Parameters [E, in, out]: only 0.19.0 changed in and out over. Gate and up alone, D = 2F."""
+    directory = base("gpt_oss")
+    model = stirred(directory, ("gate_up_proj",))
+    save_adapter(model, tmp_path / "adapter")
+    file, config = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    if old:
+        save_file(old_layout(load_file(file), 8), file)
+    config.write_text(json.dumps({**json.loads(config.read_text()), "peft_version": version}))
+    again = load_model(directory)
+    load_adapter(again, tmp_path / "adapter")
+    assert off(logits(again), logits(model)) < 1e-6
+
+
 def test_our_own_models(tmp_path) -> None:
     """A model of one's own is named as the family it would be written as."""
     from ..models.tiny_models import tiny  # type: ignore[import-not-found,unused-ignore]

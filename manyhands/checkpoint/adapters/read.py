@@ -6,8 +6,9 @@ r"""An adapter in PEFT's files -> A and B of each of our matrices. Three layouts
     fused, before    the same with in and out changed over: A [E·r, out], B [in, r·E]         (PEFT ≤ 0.19.0)
 
 A is expert-major; in B's columns the expert is fastest. Which of the two fused layouts a tensor has is decided by its
-shape; where in = out (OLMoE's gate and up, gpt-oss's down) by another tensor of the file, else by `peft_version`, else it is refused.
-Where only one parameter of the experts is adapted there is no `base_layer`, and only the config says which it is.
+shape; where in = out (OLMoE's gate and up, gpt-oss's down) by another tensor of the file, else by `peft_version`, else
+it is refused. Where only one parameter of the experts is adapted there is no `base_layer`, and only the config says
+which it is.
 
 E experts, r rank.
 """
