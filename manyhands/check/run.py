@@ -6,6 +6,7 @@ from math import inf
 
 import torch
 
+from manyhands.check.adapted import adapted_jobs
 from manyhands.check.attentions import ATTENTIONS, AttentionCheck
 from manyhands.check.cases import CASES, possible
 from manyhands.check.coverage import counting, coverage_row, expected
@@ -233,6 +234,8 @@ def _part_jobs(seed: int, backends: list[str], dtypes: list[str]) -> Iterator[Jo
             yield name, "attention", dtype, lambda c=attention, d=dtype: _only(c.rows(d))  # type: ignore[misc]
     for what, dtype, rows in part_jobs(seed, dtypes):
         yield what, "decoding", dtype, lambda r=rows: _only(r())  # type: ignore[misc]
+    for what, base, dtype, rows in adapted_jobs(seed, dtypes):
+        yield what, base, dtype, lambda r=rows: _only(r())  # type: ignore[misc]
     for dtype in dtypes:
         yield "loss head", "chunks", dtype, lambda d=dtype: _only(loss_head(seed, d))  # type: ignore[misc]
     if "float32" in dtypes:
