@@ -71,7 +71,7 @@ def _recorded(tokens: Tokens, sizes: Sizes, fabric: Fabric, devices: int) -> Rec
     return Recorded(
         float(x.load_L.mean()),
         {how: float(way.remote_L.mean()) / T for how, way in ways.items()},
-        {how: float(x.port_L(way).mean()) for how, way in ways.items()},
+        {how: float(x.port_L(way, fabric.link.duplex).mean()) for how, way in ways.items()},
     )
 
 

@@ -1,7 +1,7 @@
 """What talking between devices takes: α + β·bytes for one collective (Hockney, Parallel Computing 20(3), 1994).
 
-α is the time of a collective that moves next to nothing, 1/β the bytes per second of the busiest device in its busier
-direction. Two figures, measured at a few sizes (`benchmarks/scale.py`) or read off a data sheet.
+α is the time of a collective that moves next to nothing, 1/β the bytes per second of the busiest device. Two figures,
+measured at a few sizes (`benchmarks/scale.py`) or read off a data sheet.
 """
 
 from collections.abc import Sequence
@@ -21,13 +21,17 @@ class Network(Strict):
     """α, seconds of a collective."""
     bandwidth: Positive
     """1/β, bytes per second."""
+    duplex: bool = True
+    """Whether a device sends and gets at this rate at once. Not so where a processor copies both, as on loopback: then
+    the mean of what it sends and gets counts, and not the larger."""
     ranks: Annotated[int, Field(strict=True, ge=2)] | None = None
     """How many took part when it was measured; another number has another α."""
     source: Annotated[str, Field(max_length=1000)] = ""
     """Who measured it, and where."""
 
     def seconds(self, bytes: float, collectives: float = 1) -> float:
-        """Of `collectives` in turn that move `bytes` in all, counted at the busiest device in each."""
+        """Of `collectives` in turn that move `bytes` in all, counted at the busiest device in each: those of its busier
+        direction, or the mean of both (`duplex`)."""
         return collectives * self.latency + bytes / self.bandwidth
 
 

@@ -48,12 +48,13 @@ def splits(device_TLK: Ints, rank_T: Ints, layout: Layout) -> tuple[Ints, Ints]:
     return counted((cell_TL1 + device_TLK).ravel()), counted((cell_TL1 + first_TLK)[new_TLK])
 
 
-def busiest_port(rows_LGRR: Ints) -> Ints:
-    """[L] of rows between the R members of each of G sets, the most that one of them sends to or gets from others."""
+def busiest_port(rows_LGRR: Ints) -> tuple[Ints, Ints]:
+    """[L] of rows between the R members of each of G sets, the most that one of them sends to or gets from others, and
+    the most that one of them sends and gets.
+    """
     own_LGR = np.diagonal(rows_LGRR, axis1=-2, axis2=-1)
-    both = np.maximum(rows_LGRR.sum(-1) - own_LGR, rows_LGRR.sum(-2) - own_LGR)
-    found: Ints = both.max(axis=(1, 2))
-    return found
+    sent_LGR, got_LGR = rows_LGRR.sum(-1) - own_LGR, rows_LGRR.sum(-2) - own_LGR
+    return np.maximum(sent_LGR, got_LGR).max((1, 2)), (sent_LGR + got_LGR).max((1, 2))
 
 
 @dataclass
@@ -63,18 +64,26 @@ class Way:
     remote_L: Ints
     """That leave their rank (or node)."""
     busiest_L: Ints
-    """Of the busiest rank in each pass: what the pass waits for."""
+    """Of the busiest rank in each pass, in its busier direction: what the pass waits for."""
+    both_L: Ints
+    """Of the busiest rank in each pass, sent and got together."""
 
     @classmethod
     def of(cls, layers: int) -> "Way":
         """Before the first pass."""
-        return cls(np.zeros(layers, np.int64), np.zeros(layers, np.int64))
+        return cls(*(np.zeros(layers, np.int64) for _ in range(3)))
 
     def add(self, rows_LGRR: Ints) -> None:
         """A pass's rows between the R members of each of G sets."""
         own_L = np.trace(rows_LGRR, axis1=-2, axis2=-1).sum(1)
         self.remote_L += rows_LGRR.sum((1, 2, 3)) - own_L
-        self.busiest_L += busiest_port(rows_LGRR)
+        one_way_L, both_L = busiest_port(rows_LGRR)
+        self.busiest_L += one_way_L
+        self.both_L += both_L
+
+    def waited(self, duplex: bool) -> npt.NDArray[np.float64]:
+        """[L] rows of the busiest rank: of its busier direction, or the mean of both (`Network.duplex`)."""
+        return self.busiest_L.astype(np.float64) if duplex else self.both_L / 2
 
 
 @dataclass
@@ -115,9 +124,9 @@ class Exchange:
         """[L] busiest over mean rank, pass by pass, by time: what is waited for."""
         return _ratio(self.waited_L, self.load_LWR.reshape(len(self.load_LWR), -1).mean(1))
 
-    def port_L(self, way: Way) -> npt.NDArray[np.float64]:
+    def port_L(self, way: Way, duplex: bool = True) -> npt.NDArray[np.float64]:
         """[L] rows of the busiest rank over those of the mean one, pass by pass."""
-        return _ratio(way.busiest_L, way.remote_L / self.layout.size)
+        return _ratio(way.waited(duplex), way.remote_L / self.layout.size)
 
 
 def exchanged(

@@ -88,7 +88,7 @@ class Report:
     def _through(self, network: Network, rows: Way, way: str) -> float:
         assert self.settings.row_bytes is not None
         out, back = self.settings.row_bytes
-        K, busiest = self.manifest.num_experts_per_tok, int(rows.busiest_L.sum()) / self.exchange.passes
+        K, busiest = self.manifest.num_experts_per_tok, rows.waited(network.duplex).sum() / self.exchange.passes
         extra = 0 if way == "by_pairs" else K * PER_CHOICE
         collectives = COLLECTIVES[way] * len(self.manifest.layers)
         return network.seconds(busiest * (out + extra + back), collectives)
@@ -133,6 +133,7 @@ class Report:
                 "received": (rows.sum(-2) - own).ravel().tolist(),
                 "remote": int(way.remote_L[i]),
                 "busiest": int(way.busiest_L[i]),
+                "busiest_both_ways": int(way.both_L[i]),
                 "busiest_over_mean": float(x.port_L(way)[i]),
             }
         for name, between in (("network", x.network), ("links", x.links)):

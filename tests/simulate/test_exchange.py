@@ -18,6 +18,7 @@ def by_hand(tokens: Tokens, device_of: list, layout: Layout, node: int) -> dict:
     dp, R = layout
     found: dict = {name: Counter() for name in ("pairs", "tokens", "net", "links", "load")}
     busiest: dict = {name: Counter() for name in ("pairs", "tokens", "net", "links", "load")}
+    both: dict = {name: Counter() for name in found}
     number = -1
     for step in np.unique(tokens.step):
         ids = tokens.expert_ids[tokens.step == step]
@@ -49,7 +50,8 @@ def by_hand(tokens: Tokens, device_of: list, layout: Layout, node: int) -> dict:
                 found["remote", name] = found.get(("remote", name), Counter())
                 found["remote", name][layer] += sum(sent[name].values())
                 busiest[name][layer] += max([*sent[name].values(), *got[name].values()], default=0)
-    return {"found": found, "busiest": busiest}
+                both[name][layer] += max((sent[name] + got[name]).values(), default=0)
+    return {"found": found, "busiest": busiest, "both": both}
 
 
 @pytest.mark.parametrize("layout", [Layout(1, 4), Layout(2, 4), Layout(3, 2), Layout(1, 1)])
@@ -81,6 +83,7 @@ def test_counted_by_loops(layout: Layout, redundant: int) -> None:
             if way is not None:
                 assert way.remote_L[layer] == rows["remote", name][layer], name
                 assert way.busiest_L[layer] == busiest[name][layer], name
+                assert way.both_L[layer] == expected["both"][name][layer], name
         assert found.waited_L[layer] == busiest["load"][layer]
     assert (found.network is None) == (layout.ep == 1)
 

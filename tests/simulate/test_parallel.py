@@ -106,6 +106,9 @@ def test_time_is_what_the_busiest_rank_moves(trace: Path) -> None:
         expected = 2 * COLLECTIVES[way] * 1e-3 + rows / 65 * (100 + extra + 200) / 1e6
         assert report.seconds(way) == pytest.approx(expected)
     assert report.seconds("by_nodes") is None
+    half = replace(report, settings=replace(report.settings, network=Network(latency=0, bandwidth=1e6, duplex=False)))
+    rows = sum(layer["by_pairs"]["busiest_both_ways"] for layer in by_layer) / 2
+    assert half.seconds("by_pairs") == pytest.approx(rows / 65 * 300 / 1e6)
     text = run(trace, "--layout", "1x4", "--network", "1ms,1MB/s", "--row-bytes", "100,200")
     assert f"by_pairs   {show(report.seconds('by_pairs'), 's')}" in text
 
@@ -123,13 +126,8 @@ def test_a_measured_network_is_read(trace: Path, tmp_path: Path) -> None:
     found = json.loads(
         run(trace, "--layout", "1x2", "--network", tmp_path / "net.json", "--row-bytes", "256", "--json")
     )
-    assert found["network"] == {
-        "format": "manyhands network",
-        "latency": 1e-4,
-        "bandwidth": 2e9,
-        "ranks": 2,
-        "source": "here",
-    }
+    kept = {"format": "manyhands network", "latency": 1e-4, "bandwidth": 2e9, "duplex": True}
+    assert found["network"] == {**kept, "ranks": 2, "source": "here"}
 
 
 @pytest.mark.parametrize(
