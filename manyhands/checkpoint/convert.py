@@ -167,6 +167,8 @@ def convert(
     ours = source.family.model_type == "manyhands"
     own = family_named(source.family.model_type)  # in its own names, whatever the source's are
     family = family_named(to, "--to") if to else nearest(source.config) if ours else own
+    if tokenizer is None and change is not None:
+        tokenizer = change.tokenizer
     plan = Conversion(source, family, dtype, drop_extras=drop_extras, tokenizer=tokenizer, edits=edits)
     if agreement:  # before hours of writing: both models are then held whole, one after the other
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")

@@ -10,7 +10,6 @@ tokenizer.json      and what lies beside it: chat template, special tokens
 manifest.json       in what manyhands wrote: SHA-256 of every file, verified on loading
 """
 
-import shutil
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -29,7 +28,7 @@ from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
-from manyhands.checkpoint.sidecars import read_tokenizer
+from manyhands.checkpoint.sidecars import copy_tokenizer, read_tokenizer
 from manyhands.checkpoint.source import Source, open_source, stored_twice
 from manyhands.checkpoint.stored import hold_stored, open_store, read_tensor
 from manyhands.checkpoint.tuned import Change
@@ -167,17 +166,18 @@ def load(
     without a tokenizer can be had through `load_model`.
     """
     directory = find(path)
+    tokens = directory
     if (changed := Change.at(directory)) is not None:
-        directory = changed.base
-    if not is_gguf(directory) and not has_tokenizer(directory):
+        directory, tokens = changed.base, changed.tokenizer
+    if not is_gguf(tokens) and not has_tokenizer(tokens):
         raise CheckpointError(
-            f"{directory}: there is no {TOKENIZER}{instead(directory)}; mh.load_model loads the model without it"
+            f"{tokens}: there is no {TOKENIZER}{instead(tokens)}; mh.load_model loads the model without it"
         )
     source = open_found(directory, ignore_fields)
-    tokenizer = read_tokenizer(directory)
+    tokenizer = read_tokenizer(tokens)
     if tokenizer.vocab_size > source.config.vocab_size:
         raise CheckpointError(
-            f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
+            f"{tokens}: the tokenizer has {tokenizer.vocab_size} tokens, the model vocab_size = "
             f"{source.config.vocab_size}; they do not belong together"
         )
     on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
@@ -299,11 +299,8 @@ def save_model(directory: str | Path, model: AnyModel, tokenizer_path: str | Pat
     refuse_adapted(model, "save")
     try:
         write_directory(Path(directory), FAMILIES["manyhands"], model.config, dict(model.state_dict()))
-        if tokenizer_path is not None and Path(tokenizer_path).is_dir():
-            for path in sorted(Path(tokenizer_path).iterdir()):
-                shutil.copyfile(path, Path(directory) / path.name)
-        elif tokenizer_path is not None:
-            shutil.copyfile(tokenizer_path, Path(directory) / TOKENIZER)
+        if tokenizer_path is not None:
+            copy_tokenizer(Path(tokenizer_path), Path(directory))
     except OSError as error:
         raise cannot_write(directory, error) from error
 

@@ -1,6 +1,7 @@
 """What lies beside the weights (tokenizer, generation settings, licences): copied, or named as left behind."""
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -76,6 +77,12 @@ def tokenizer_of(path: Path) -> tuple[Tokenizer | None, str | None]:
 def read_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer of a directory or a GGUF file. Raises `CheckpointError` if there is none, or it is damaged."""
     return read_gguf_tokenizer(read_gguf_header(path)) if is_gguf(path) else Tokenizer.from_directory(path)
+
+
+def copy_tokenizer(path: Path, target: Path) -> None:
+    """A `tokenizer.json`, or the files of a tokenizer's directory, into the directory `target`."""
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        shutil.copyfile(file, target / (file.name if path.is_dir() else TOKENIZER))
 
 
 def write_beside(

@@ -2,6 +2,7 @@
 
 tuned.json          how it is tuned (`RunConfig.tune`), and the base: where it was, the SHA-256 of its files
 tuned.safetensors   what is trained, by our names (`models/tuned.py`)
+tokenizer.json …    of a run that learnt from rows: the tokenizer, with the chat template that they were put through
 
 The base is never copied. It is looked for where it was, and must be the same to the last byte.
 """
@@ -24,6 +25,7 @@ from manyhands.errors import CheckpointError, ConfigError
 from manyhands.files import TUNED, TUNED_WEIGHTS
 from manyhands.models import AnyModel
 from manyhands.models.tuned import adapt, load_trained, settle, trained_state
+from manyhands.text.tokenizer_files import has_tokenizer
 
 _LIMIT = 16 << 20  # bytes of tuned.json: the names of experts in 1,000 layers
 _Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -87,6 +89,11 @@ class Change:
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
         return cls(directory, tuned, _find(directory, tuned.base))
+
+    @property
+    def tokenizer(self) -> Path:
+        """Where the tokenizer is: with what was tuned, if that has a chat template of its own, else with the base."""
+        return self.directory if has_tokenizer(self.directory) else self.base
 
     def put_into(self, model: AnyModel) -> None:
         """Make of the base the model that this holds. Raises `CheckpointError` if that does not fit."""

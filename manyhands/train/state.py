@@ -9,6 +9,7 @@ import torch
 
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save_model
+from manyhands.checkpoint.sidecars import copy_tokenizer
 from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
 from manyhands.checkpoint.tuned import Tuned, write_tuned
 from manyhands.errors import CheckpointError
@@ -71,6 +72,8 @@ class TrainState:
                 save_model(partial, self.model, tokenizer_path)
             else:
                 write_tuned(partial, self.tuned, self.model)
+                if tokenizer_path.is_dir():
+                    copy_tokenizer(tokenizer_path, partial)
             save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
             save_tensors(partial / "rng.safetensors", rng_tensors)
             (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
