@@ -24,7 +24,9 @@ _LEFT_OUT = {"pydoc_data", "test", "site-packages", "dist-packages", "__pycache_
 
 
 @dataclass(frozen=True, slots=True)
-class _Tuned:
+class Tuned:
+    """A tuning on few examples."""
+
     steps: list[int]
     train: list[float]
     """Nats per token on examples that are trained on."""
@@ -39,10 +41,10 @@ class _Tuned:
 def run(job: Job) -> Outcome:
     """Two models a seed, trained on code and tuned on prose twice."""
     sizes = (20, 80) if job.quick else (100, 1200)
-    base = regime(job, 500, 40, *([] if job.quick else [f"data.sources={_code()}"]))
+    base = regime(job, 500, 40, *([] if job.quick else [f"data.sources={code()}"]))
     sparse = with_experts(base, *((8, 2, 32) if job.quick else (64, 2, 64)))
     runs = {"dense": match_dense(sparse), "sparse": sparse}
-    found: dict[tuple[str, int], list[_Tuned]] = {}
+    found: dict[tuple[str, int], list[Tuned]] = {}
     for seed in job.seeds:
         for name, each in runs.items():
             trained = train_arm(job, changed(each, f"train.seed={seed}"), f"{name}-{seed}")
@@ -50,8 +52,8 @@ def run(job: Job) -> Outcome:
                 loaded, tokenizer = load(trained.directory)
                 model = only_decoder(loaded, "this experiment")
                 assert tokenizer is not None
-                ids = _prose(tokenizer, each.train.sequence_length, seed)
-                tuned = _tune(job, each, model, ids, size, seed, f"{name}, {size} examples")
+                ids = prose(tokenizer, each.train.sequence_length, seed)
+                tuned = tuned_on(job, each, model, ids, size, seed, f"{name}, {size} examples")
                 found.setdefault((name, size), []).append(tuned)
     few, many = sizes
 
@@ -97,8 +99,11 @@ def run(job: Job) -> Outcome:
     return Outcome(arms, tuple(figures), tuple(criteria), charts)
 
 
-def _tune(job: Job, run: RunConfig, model: Decoder, ids: Tensor, size: int, seed: int, name: str) -> _Tuned:
-    """In equal stretches of steps, looked at after each."""
+def tuned_on(job: Job, run: RunConfig, model: Decoder, ids: Tensor, size: int, seed: int, name: str) -> Tuned:
+    """Tuned on `size` sequences of `ids` behind those that are held out: what of the model requires a gradient.
+
+    In equal stretches of steps, looked at after each.
+    """
     held = 40 if job.quick else 300
     valid, examples = ids[:held], ids[held : held + size]
     steps = 32 if job.quick else 320
@@ -106,7 +111,7 @@ def _tune(job: Job, run: RunConfig, model: Decoder, ids: Tensor, size: int, seed
         run, f"train.max_steps={steps // _LOOKS}", "optim.name=adamw", "optim.lr=0.001", "schedule.warmup_steps=0"
     )
     order = _shuffled(examples, seed)
-    tuned = _Tuned([], [], [])
+    tuned = Tuned([], [], [])
     for look in range(_LOOKS + 1):
         if look:
             learn(job, run, order, name, model)
@@ -130,15 +135,15 @@ def _asked(ids_BS: Tensor) -> Asked:
     return Asked(ids_BS[:, :-1].contiguous(), targets, torch.ones_like(targets, dtype=torch.bool))
 
 
-def _prose(tokenizer: Tokenizer, length: int, seed: int) -> Tensor:
+def prose(tokenizer: Tokenizer, length: int, seed: int) -> Tensor:
     """[N, length + 1]: sequences of the language reference, in random order."""
     ids = [i for text in topics.topics.values() for i in tokenizer.encode(text)]
     whole = torch.tensor(ids[: len(ids) // (length + 1) * (length + 1)]).view(-1, length + 1)
     return whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))]
 
 
-def _code() -> list[str]:
-    """The standard library without what is tuned on."""
+def code() -> list[str]:
+    """The standard library without `prose`."""
     library = Path(sysconfig.get_paths()["stdlib"])
     return [
         str(path)
@@ -147,7 +152,7 @@ def _code() -> list[str]:
     ]
 
 
-def _chart(size: int, tuned: dict[str, _Tuned]) -> Chart:
+def _chart(size: int, tuned: dict[str, Tuned]) -> Chart:
     curves = []
     for name, each in tuned.items():
         curves.append(Curve(f"{name}, validation", each.steps, each.valid))
