@@ -6,14 +6,17 @@ from torch import Tensor
 
 from manyhands.errors import ConfigError
 from manyhands.kernels.experts import Bank, ExpertWeights, activate
+from manyhands.kernels.low_rank import AdaptedWeights, low_rank_experts
 from manyhands.kernels.permute import combine, gather, sort_pairs
 
 
 def supports_grouped_mm(x: Tensor, experts: Bank) -> bool:
     """grouped_mm takes float32, bfloat16 and float16, with rows that are whole multiples of 16 bytes.
 
-    Of weights that are not stacked yet only the tokens' width is known.
+    Of weights that are not stacked yet only the tokens' width is known. Beside LoRA all sizes and dtypes have a way.
     """
+    if isinstance(experts, AdaptedWeights):
+        return True
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
     lie = experts.in_memory()
@@ -28,6 +31,8 @@ def grouped_mm(x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor
 
     Weights that are not stacked yet are asked for at once: those of all experts that some token chose.
     """
+    if isinstance(experts, AdaptedWeights):
+        return low_rank_experts(x_TD, ids_TK, weights_TK, kept_TK, experts)
     lie = experts.in_memory()
     if isinstance(lie, ExpertWeights):
         return _stacked(x_TD, ids_TK, weights_TK, kept_TK, lie)

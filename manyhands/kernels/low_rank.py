@@ -33,20 +33,54 @@ class LowRankWeights(NamedTuple):
     scale: float
     """s"""
 
+    def added_to(self, weight: Tensor, ids: Sequence[int]) -> Tensor:
+        """W + s·B·A of these experts, whose W is `weight`; float32 at least."""
+        which = list(ids)
+        wide = torch.promote_types(weight.dtype, self.A.dtype)
+        return weight.detach().to(wide) + self.scale * (self.B[which] @ self.A[which])
+
+
+class AdaptedWeights(NamedTuple):
+    """A bank (`kernels.experts.Bank`) and what LoRA adds to it. `grouped_mm` runs it by the thin products, `eager` by
+    making one expert's W + s·B·A at a time."""
+
+    base: Bank
+    up: LowRankWeights | None
+    """Added to gate and up together; None: nothing is."""
+    down: LowRankWeights | None
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return self.base.num_experts
+
+    @property
+    def hidden_size(self) -> int:
+        """D."""
+        return self.base.hidden_size
+
+    @property
+    def activation(self) -> str:
+        """Between the two products."""
+        return self.base.activation
+
+    def stacked(self, ids: Sequence[int]) -> ExpertWeights:
+        """W + s·B·A of these experts, in that order, float32 at least; gradients go to A and B."""
+        own = self.base.stacked(ids)
+        up = own.up if self.up is None else self.up.added_to(own.up, ids)
+        down = own.down if self.down is None else self.down.added_to(own.down, ids)
+        return own._replace(up=up, down=down)
+
+    def in_memory(self) -> None:
+        """They are made when asked."""
+        return None
+
 
 def low_rank_experts(
-    x_TD: Tensor,
-    ids_TK: Tensor,
-    weights_TK: Tensor,
-    kept_TK: Tensor,
-    base: Bank,
-    up: LowRankWeights | None,
-    down: LowRankWeights | None,
+    x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, kept_TK: Tensor, experts: AdaptedWeights
 ) -> Tensor:
-    """y_t = Σ_k weights_tk · Expert'_{ids_tk}(x_t) over the kept pairs: [T, D] in x's dtype.
-
-    `up` is added to gate and up together, `down` to down; None: nothing is.
-    """
+    """y_t = Σ_k weights_tk · Expert'_{ids_tk}(x_t) over the kept pairs: [T, D] in x's dtype, which may be any float."""
+    base, up, down = experts
     p = sort_pairs(ids_TK, kept_TK, base.num_experts)
     ends: list[int] = p.offsets_E.tolist()
     h_N = _product(gather(x_TD, p), base, "up", up, p, ends)

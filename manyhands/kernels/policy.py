@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from manyhands.kernels.experts import Bank, ExpertWeights
+from manyhands.kernels.low_rank import AdaptedWeights
 from manyhands.kernels.moment import is_exact
 from manyhands.kernels.native.library import available, default_level
 
@@ -70,8 +71,10 @@ def native_attention_is_best(q_BHSd: Tensor, keys: int, written_out: bool) -> bo
 def grouped_mm_is_best(x: Tensor, experts: Bank) -> bool:
     """Whether `auto` takes `grouped_mm`, where it supports them: of stacked weights, and where PyTorch can trace it.
 
-    Other weights would all be made at once; one at a time is `eager`.
+    Beside LoRA always: nothing is made there. Other weights would all be made at once; one at a time is `eager`.
     """
+    if isinstance(experts, AdaptedWeights):
+        return not torch.compiler.is_compiling()
     return isinstance(experts.in_memory(), ExpertWeights) and traces_grouped_mm(x)
 
 

@@ -16,8 +16,7 @@ from torch import Tensor
 from manyhands.config.activation import GATED
 from manyhands.errors import ConfigError
 from manyhands.kernels import ExpertWeights, run_experts
-from manyhands.kernels.low_rank import LowRankWeights, low_rank_experts
-from manyhands.kernels.moment import in_autocast, transformed
+from manyhands.kernels.low_rank import AdaptedWeights, LowRankWeights
 from manyhands.layers.adapted import LowRank
 from manyhands.moe.bank import ExpertBank
 from manyhands.quant import PackedExperts
@@ -27,7 +26,7 @@ class AdaptedExperts(ExpertBank):
     """A bank around another.
 
     `implementation`: `auto` and `grouped_mm` are the two thin products; `eager` makes one expert's W + s·B·A at a time
-    and is what they are held against.
+    and is what they are held against. `native` has no kernel for it, and is refused.
     """
 
     def __init__(self, base_layer: ExpertBank, ranks: Mapping[str, tuple[int, float]]) -> None:
@@ -64,17 +63,17 @@ class AdaptedExperts(ExpertBank):
         found = {name: getattr(self, name) for name in (self.up_name, "down_proj")}
         return {name: low for name, low in found.items() if low is not None}
 
+    def weights(self) -> AdaptedWeights:
+        """The experts as backends take them."""
+        return AdaptedWeights(self.base_layer, *(self._factors(name) for name in (self.up_name, "down_proj")))
+
+    def _factors(self, name: str) -> LowRankWeights | None:
+        low: LowRank | None = getattr(self, name)
+        return None if low is None else LowRankWeights(low.lora_A, low.lora_B, low.scale)
+
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """W + s·B·A of these experts, float32 at least: what the thin products stand for."""
-        own = self.base_layer.stacked(ids)
-        return own._replace(up=self._merged(own.up, self.up_name, ids), down=self._merged(own.down, "down_proj", ids))
-
-    def _merged(self, weight: Tensor, name: str, ids: Sequence[int]) -> Tensor:
-        low: LowRank | None = getattr(self, name)
-        if low is None:
-            return weight
-        A, B, which = low.lora_A, low.lora_B, list(ids)
-        return weight.detach().to(torch.promote_types(weight.dtype, A.dtype)) + low.scale * (B[which] @ A[which])
+        return self.weights().stacked(ids)
 
     def reset_parameters(
         self, std: float = 0.0, residual_std: float | None = None, generator: torch.Generator | None = None
@@ -85,20 +84,7 @@ class AdaptedExperts(ExpertBank):
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
         name = self.implementation if implementation is None else implementation
-        if name == "eager" or transformed() or x.device.type == "meta":
-            return run_experts("eager", x, ids, weights, kept, self)
-        if name not in ("auto", "grouped_mm"):
-            raise ConfigError(
-                f"experts_implementation = {name!r} is not for experts with LoRA: use 'auto', 'grouped_mm' or 'eager'"
-            )
-        rows = in_autocast(x)
-        with torch.autocast(x.device.type, enabled=False):
-            up, down = (self._factors(which) for which in (self.up_name, "down_proj"))
-            return low_rank_experts(rows, ids, weights, kept, self.base_layer, up, down).to(x.dtype)
-
-    def _factors(self, name: str) -> LowRankWeights | None:
-        low: LowRank | None = getattr(self, name)
-        return None if low is None else LowRankWeights(low.lora_A, low.lora_B, low.scale)
+        return run_experts(name, x, ids, weights, kept, self.weights())
 
 
 def up_name(activation: str) -> str:
