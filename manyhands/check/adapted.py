@@ -17,7 +17,7 @@ from manyhands.check.compare import TOLERANCES, close
 from manyhands.check.model import DTYPES
 from manyhands.check.oracle import float64_copy
 from manyhands.check.oracle_records import unpacked
-from manyhands.check.parts import expert_output
+from manyhands.check.parts import expert_output, tolerance_of
 from manyhands.check.report import Row, Situation
 from manyhands.config import MoEConfig, RouterConfig
 from manyhands.config.activation import Activation
@@ -63,8 +63,13 @@ def _experts(seed: int, base: str, dtype: str) -> Iterator[Row]:
             right, _ = _oracle(experts, up, x, routing, gradients=False)
             with torch.no_grad():
                 found = {"y": experts(x, routing, how)}
-            yield close(at, "LoRA that is zero", found, right)
+            rounded = TOLERANCES[dtype] if base not in FORMATS else tolerance_of(_format(base), dtype)
+            yield close(at, "LoRA that is zero", found, right, tolerance=rounded)
             _stir(experts, generator)
+            right, _ = _oracle(experts, up, x, routing, gradients=False)
+            with torch.no_grad():  # records are then read natively
+                found = {"y": experts(x, routing, how)}
+            yield close(at, "experts with LoRA, no gradients", found, right, tolerance=rounded)
             found, leaves = _tested(experts, x, routing, how)
             right, expected = _oracle(experts, up, x, routing)
             yield close(at, "experts with LoRA", found, right)

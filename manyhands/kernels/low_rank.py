@@ -1,7 +1,8 @@
 """Experts W + s·B·A without ever making B·A: beside each product with W two thin ones, on the same sorted rows.
 
 LoRA (Hu et al. 2021, arXiv 2106.09685). W is a constant: stacked weights, or packed records. Gradients go to x, to the
-router's weights, to A and to B; an expert without tokens has zeros.
+router's weights, to A and to B; an expert without tokens has zeros. Where gradients are wanted records are unpacked, an
+expert at a time, forward and back, exactly; else they are read natively, which rounds rows beside int8 and int4.
 
 T tokens, K experts per token, E experts, N kept pairs, D width, F expert width, r rank.
 """
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from manyhands.kernels.experts import Bank, ExpertWeights, activate
 from manyhands.kernels.frozen import Fetch, frozen_products
+from manyhands.kernels.native import step
+from manyhands.kernels.native.packed import matrix_product
 from manyhands.kernels.permute import Permutation, combine, gather, sort_pairs
 from manyhands.quant import PackedExperts
 
@@ -111,7 +114,23 @@ def _base_product(x_N: Tensor, base: Bank, name: str, p: Permutation, ends: Sequ
             y_N = _products(x_N, weight.detach(), p, ends)
             return y_N if bias is None else y_N + bias.detach().repeat_interleave(_counts(p), 0).to(x_N.dtype)
         return frozen_products(x_N, lambda e: (weight[e], None if bias is None else bias[e]), ends, weight.shape[1])
+    if isinstance(lie, PackedExperts) and step.direct(x_N) and lie.records.device.type == "cpu":
+        return _native_products(x_N, lie, name, ends)
     return frozen_products(x_N, _made(base, name), ends, _width(base, name))
+
+
+def _native_products(x_N: Tensor, packed: PackedExperts, name: str, ends: Sequence[int]) -> Tensor:
+    """Where no gradient will come: records as they lie, rows rounded to 8 bits beside int8 and int4."""
+    starts = (0, *ends[:-1])
+    rows = [(e, slice(start, end)) for e, (start, end) in enumerate(zip(starts, ends, strict=True)) if end > start]
+    if not rows:
+        return x_N.new_empty(0, _rows_of(packed, name))
+    return torch.cat([matrix_product(x_N[of], packed, e, name) for e, of in rows])
+
+
+def _rows_of(packed: PackedExperts, name: str) -> int:
+    matrix = packed.layout.matrices[("up", "down").index(name)]
+    return matrix.parts * matrix.outputs
 
 
 def _made(base: Bank, name: str) -> Fetch:
@@ -133,7 +152,7 @@ def _width(base: Bank, name: str) -> int:
         return base.hidden_size
     lie = base.in_memory()
     if isinstance(lie, PackedExperts):
-        return lie.layout.matrices[0].parts * lie.layout.matrices[0].outputs
+        return _rows_of(lie, name)
     return base.stacked([0]).up.shape[1]
 
 

@@ -43,7 +43,7 @@ def test_a_scale_that_is_forgotten(base, monkeypatch) -> None:
 
     monkeypatch.setattr(manyhands.kernels.low_rank, "_product", forgotten)
     found = red(rows(base))
-    assert found.keys() == {"experts with LoRA", "gradients of LoRA"}
+    assert found.keys() == {"experts with LoRA", "experts with LoRA, no gradients", "gradients of LoRA"}
 
 
 def test_a_of_the_next_expert(monkeypatch) -> None:
