@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from manyhands.config.kinds import longest_sequence
 from manyhands.config.load import load_run
@@ -20,6 +20,7 @@ from manyhands.files import RUN
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder, Hidden, LanguageModel
 from manyhands.moe import LoadCounter, LoadSummary, Routing
+from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
 
@@ -49,6 +50,7 @@ def evaluate(
     progress: Callable[[int], None] | None = None,
     given: int | None = None,
     trace: Recorder | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Predict every target of `batches`, pairs of ids [B, S+1] and target mask [B, S] (`text.evaluation_batches`).
 
@@ -57,7 +59,8 @@ def evaluate(
     only a part of the text, the bytes of that part's targets are `tokenizer.byte_lengths()[targets].sum()`.
     `dtype` is the compute dtype (None: that of the weights); `progress` is called with the tokens predicted so far.
     `given` is a token that stands in front of every text and is no part of it (`<s>`): where it is the target, nothing
-    is to be predicted. `trace` is given every batch as one step, each row of it as a text.
+    is to be predicted. `trace` is given every batch as one step, each row of it as a text. `ranks` share the rows of
+    every batch, and all get the figures of the whole; without a trace.
 
     A non-causal router (expert choice) looks at later tokens, so that its loss flatters it. Nothing about the
     model changes, and no random number is drawn. Raises `DataError` if there is no target, or a token id or a
@@ -67,19 +70,22 @@ def evaluate(
     E = config.moe.router.num_experts if config.moe else 0
     load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
     nats = torch.zeros((), dtype=torch.float64, device=device)
-    tokens, texts, score = 0, 0, _scorer(model)
+    tokens, texts, score = 0, 0, _scorer(model, ranks)
     for number, (ids_BS1, mask_BS) in enumerate(batches):
         _check(ids_BS1, config.vocab_size, longest_sequence(config))
         scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
         count, full = int(scored_BS.sum()), bool(mask_BS.all())
         if not count:
             continue
+        rows, counted = own_rows(len(ids_BS1), ranks)
+        ids_BS1, mask_BS, scored_BS = ids_BS1[rows], mask_BS[rows], scored_BS[rows]
+        own = int(scored_BS.sum()) if counted else 0
         ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
         hidden = score(ids_BS1[:, :-1], None if full else mask_BS, dtype)
         states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
         loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
-        nats += loss.double() * count
-        for layer, routing in hidden.routings.items():
+        nats += loss.double() * own
+        for layer, routing in hidden.routings.items() if counted else ():
             load[layer].add(routing)
         if trace is not None:
             _record(trace, ids_BS1[:, :-1], mask_BS, hidden.routings, texts, number)
@@ -89,6 +95,9 @@ def evaluate(
             progress(tokens)
     if not tokens:
         raise DataError("there is no token to predict")
+    gather_no_more(model, ranks)
+    nats = ranks.sum(nats)
+    load = {layer: counter.over(ranks) for layer, counter in load.items()}
     mean = float(nats) / tokens
     return Evaluation(
         loss=mean,
@@ -99,9 +108,27 @@ def evaluate(
     )
 
 
-def _scorer(model: LanguageModel) -> Callable[[Tensor, Tensor | None, torch.dtype | None], Hidden]:
-    """What runs it on ids and their mask in a dtype, in evaluation."""
-    if isinstance(model, Decoder):
+def own_rows(num_rows: int, ranks: Ranks) -> tuple[slice, bool]:
+    """Which rows of a batch this rank runs, and whether they count.
+
+    Where there are fewer rows than ranks, some run the first once more: a pass of a sharded model is everybody's.
+    """
+    size = -(-num_rows // ranks.size)
+    first = ranks.rank * size
+    return (slice(first, first + size), True) if first < num_rows else (slice(0, 1), False)
+
+
+def gather_no_more(model: nn.Module, ranks: Ranks) -> None:
+    """After passes without a backward pass, which would have done it: let go of what others hold."""
+    if ranks.size > 1:
+        from manyhands.parallel.shards import reshard  # half a second that one process need not wait for
+
+        reshard(model)
+
+
+def _scorer(model: LanguageModel, ranks: Ranks) -> Callable[[Tensor, Tensor | None, torch.dtype | None], Hidden]:
+    """What runs it on ids and their mask in a dtype, in evaluation. Its modules where it may be sharded."""
+    if isinstance(model, Decoder) and ranks.size == 1:
         return Runner(model).score
 
     def score(ids_BS: Tensor, mask_BS: Tensor | None, dtype: torch.dtype | None) -> Hidden:

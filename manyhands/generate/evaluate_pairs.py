@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 
 from manyhands.errors import DataError
-from manyhands.generate.evaluate import Evaluation
+from manyhands.generate.evaluate import Evaluation, gather_no_more, own_rows
 from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.models.decoder import Hidden
 from manyhands.models.encoder_decoder import EncoderDecoder
 from manyhands.moe import LoadCounter
+from manyhands.parallel.ranks import ALONE, Ranks, sum_of
 from manyhands.text import PairBatch
 
 START_ID = 0
@@ -37,8 +38,12 @@ def run_pairs(
 
 
 @torch.no_grad()
-def evaluate_pairs(model: EncoderDecoder, batches: Iterable[PairBatch], dtype: torch.dtype | None = None) -> Evaluation:
+def evaluate_pairs(
+    model: EncoderDecoder, batches: Iterable[PairBatch], dtype: torch.dtype | None = None, ranks: Ranks = ALONE
+) -> Evaluation:
     """Predict every target of `batches`, each from what is read and from the targets before it.
+
+    `ranks` share the rows of every batch, and all get the figures of the whole.
 
     Nothing about the model changes, and no random number is drawn. Raises `DataError` if there is no target.
     """
@@ -50,16 +55,22 @@ def evaluate_pairs(model: EncoderDecoder, batches: Iterable[PairBatch], dtype: t
     nats, targets = 0.0, 0
     try:
         for batch in batches:
-            count = int(batch.target_mask_BT.sum())
-            hidden, mean = run_pairs(model, batch, dtype)
-            nats += float(mean) * count
-            targets += count
+            targets += int(batch.target_mask_BT.sum())
+            rows, counted = own_rows(len(batch), ranks)
+            own = batch.split(rows.stop - rows.start)[ranks.rank if counted else 0]
+            hidden, mean = run_pairs(model, own, dtype)
+            if not counted:
+                continue
+            nats += float(mean) * int(own.target_mask_BT.sum())
             for layer, routing in hidden.routings.items():
                 load[layer].add(routing)
     finally:
         model.train(was_training)
     if not targets:
         raise DataError("there is no token to predict")
+    gather_no_more(model, ranks)
+    [nats] = sum_of([nats], ranks)
+    load = {layer: counter.over(ranks) for layer, counter in load.items()}
     loss = nats / targets
     return Evaluation(
         loss=loss,

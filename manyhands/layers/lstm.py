@@ -34,8 +34,8 @@ class LSTM(nn.Module):
         for weight in (self.weight_ih, self.weight_hh):
             weight.uniform_(-(D**-0.5), D**-0.5, generator=generator)
         if self.bias is not None:
-            self.bias.zero_()
-            self.bias[D : 2 * D] = 1.0
+            forget_4 = torch.tensor([0.0, 1.0, 0.0, 0.0], device=weight.device)
+            self.bias.copy_(forget_4.repeat_interleave(D))
 
     def forward(self, x_BSD: Tensor, state: State | None = None, real_BS: Tensor | None = None) -> tuple[Tensor, State]:
         """[B, S, D] -> every h [B, S, D], and the state after the last token; from `state` on (None: zeros).

@@ -3,6 +3,9 @@
 Losses are plain functions of one layer's `Routing`; the caller averages them over layers. The loss-free bias is a
 controller that steps once per optimiser step.
 
+A micro-batch may be spread over `ranks`: every sum over tokens is one over all of them, so that each rank gets the loss
+of the whole; weighted by shares that add up to 1, so do the gradients.
+
 One scale for f·P: L = E·Σ_i f_i·P_i, with f_i the share of pairs (sums to 1, no gradient) and P_i the mean normalised
 score (sums to 1). L is 1 at perfect balance for any K, and may fall below 1. Other frameworks' losses are this times:
 Switch, Mesh-TF 1; DeepSeek-V3, Megatron 1; GShard Alg. 1 1/E²; Hugging Face Mixtral K.
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from manyhands.moe.hierarchy import hierarchical_load
 from manyhands.moe.routing import Routing, count_experts, top_k_stable
+from manyhands.parallel.ranks import ALONE, Ranks, total
 
 L1_RATIO = 1.2  # ReMoE, section 3.4: the penalty is found by steps of a fifth
 
@@ -29,9 +33,14 @@ def pool_layers(routings: Iterable[Routing]) -> Routing:
     return Routing.cat(list(routings))
 
 
-def masked_mean(values_T: Tensor, mask_T: Tensor) -> Tensor:
+def masked_mean(values_T: Tensor, mask_T: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Mean over the tokens whose mask is true; 0 when there are none."""
-    return (values_T * mask_T).sum() / mask_T.sum().clamp(min=1)
+    return total((values_T * mask_T).sum(), ranks) / _number(mask_T, ranks)
+
+
+def _number(mask_T: Tensor, ranks: Ranks) -> Tensor:
+    """[] int64: of the tokens whose mask is true, to divide by."""
+    return ranks.sum(mask_T.sum()).clamp(min=1)
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
@@ -46,12 +55,12 @@ def gates(routing: Routing) -> Tensor:
     return dense.scatter_add(1, routing.expert_ids.clamp(min=0), routing.weights * chosen)
 
 
-def importance_loss(routing: Routing) -> Tensor:
+def importance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """CV² of Σ_t G_te, Shazeer et al. 2017 (arXiv 1701.06538), equation 7."""
-    return cv_squared(gates(routing).sum(0))
+    return cv_squared(total(gates(routing).sum(0), ranks))
 
 
-def smooth_load(routing: Routing) -> Tensor:
+def smooth_load(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """[E]: expected number of tokens per expert if each expert's own noise were drawn again (Shazeer, appendix A).
 
     P(x, i) = Φ((logit_i − threshold_i) / σ_i), the threshold being the k-th highest noisy logit among the others.
@@ -63,11 +72,11 @@ def smooth_load(routing: Routing) -> Tensor:
         (T, P), G = routing.groups.expert_ids.shape, routing.groups.num_experts
         noisy, std = (None if t is None else t.view(T, G, -1) for t in (noisy, std))
         chances = _chances(logits.view(T, G, -1), noisy, std, K // P)
-        return hierarchical_load(routing, chances, smooth_load(routing.groups))
+        return hierarchical_load(routing, chances, smooth_load(routing.groups, ranks), ranks)
     chances = _chances(logits, noisy, std, K)
     if chances is None:
-        return routing.expert_counts().float()
-    return (chances * routing.token_mask[:, None]).sum(0)
+        return ranks.sum(routing.expert_counts()).float()
+    return total((chances * routing.token_mask[:, None]).sum(0), ranks)
 
 
 def _chances(logits: Tensor, noisy: Tensor | None, std: Tensor | None, k: int) -> Tensor | None:
@@ -81,40 +90,40 @@ def _chances(logits: Tensor, noisy: Tensor | None, std: Tensor | None, k: int) -
     return chances
 
 
-def load_loss(routing: Routing) -> Tensor:
+def load_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """CV² of the smooth load, Shazeer et al. 2017."""
-    return cv_squared(smooth_load(routing))
+    return cv_squared(smooth_load(routing, ranks))
 
 
-def mean_probability(routing: Routing) -> Tensor:
+def mean_probability(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """P [E]: mean over real tokens of the scores, normalised to sum to 1 per token."""
     mask_T = routing.token_mask
-    return (_normalised(routing.scores) * mask_T[:, None]).sum(0) / mask_T.sum().clamp(min=1)
+    return total((_normalised(routing.scores) * mask_T[:, None]).sum(0), ranks) / _number(mask_T, ranks)
 
 
-def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None) -> Tensor:
+def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
     """f·P over this micro-batch, or with f from `counts_E` [E] int: the pairs of a larger scope.
 
     For the global-batch loss (arXiv 2501.11873) pass the counts of the optimiser step so far, summed over
-    ranks and micro-batches; P stays local.
+    ranks and micro-batches; P stays the micro-batch's.
     """
-    counts_E = routing.expert_counts() if counts_E is None else counts_E
+    counts_E = ranks.sum(routing.expert_counts()) if counts_E is None else counts_E
     f_E = counts_E.float() / counts_E.sum().clamp(min=1)
-    return routing.num_experts * (f_E * mean_probability(routing)).sum()
+    return routing.num_experts * (f_E * mean_probability(routing, ranks)).sum()
 
 
-def sequence_balancing_loss(routing: Routing, num_sequences: int) -> Tensor:
+def sequence_balancing_loss(routing: Routing, num_sequences: int, ranks: Ranks = ALONE) -> Tensor:
     """f·P within each sequence, averaged over the sequences that have a real token. Rows must be [B·S]."""
-    return _per_sequence(routing, routing.expert_ids, num_sequences)
+    return _per_sequence(routing, routing.expert_ids, num_sequences, ranks)
 
 
-def complementary_sequence_loss(routing: Routing, num_sequences: int) -> Tensor:
+def complementary_sequence_loss(routing: Routing, num_sequences: int, ranks: Ranks = ALONE) -> Tensor:
     """DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, equations 17–20): f from the top-k of the unbiased scores."""
     k = routing.expert_ids.shape[1]
-    return _per_sequence(routing, top_k_stable(routing.scores, k), num_sequences)
+    return _per_sequence(routing, top_k_stable(routing.scores, k), num_sequences, ranks)
 
 
-def _per_sequence(routing: Routing, ids_TK: Tensor, num_sequences: int) -> Tensor:
+def _per_sequence(routing: Routing, ids_TK: Tensor, num_sequences: int, ranks: Ranks) -> Tensor:
     B, E = num_sequences, routing.num_experts
     T = routing.token_mask.shape[0]
     mask_BS = routing.token_mask.view(B, T // B)
@@ -124,22 +133,22 @@ def _per_sequence(routing: Routing, ids_TK: Tensor, num_sequences: int) -> Tenso
     f_BE = counts_BE.float() / counts_BE.sum(1, keepdim=True).clamp(min=1)
     p_BSE = _normalised(routing.scores).view(B, T // B, E) * mask_BS[..., None]
     p_BE = p_BSE.sum(1) / mask_BS.sum(1, keepdim=True).clamp(min=1)
-    return masked_mean(E * (f_BE * p_BE).sum(1), mask_BS.any(1))
+    return masked_mean(E * (f_BE * p_BE).sum(1), mask_BS.any(1), ranks)
 
 
-def z_loss(routing: Routing) -> Tensor:
+def z_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """mean_t logsumexp(logits_t)², ST-MoE (arXiv 2202.08906): keeps the logits small, does not balance."""
-    return masked_mean(routing.logits.logsumexp(-1) ** 2, routing.token_mask)
+    return masked_mean(routing.logits.logsumexp(-1) ** 2, routing.token_mask, ranks)
 
 
-def variance_loss(routing: Routing) -> Tensor:
+def variance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """−Σ_t Σ_e (s_te − s̄_e)²/E per token: rewards routing that differs between tokens (arXiv 2505.22323)."""
     scores_TE, mask_T = routing.scores, routing.token_mask
-    mean_E = (scores_TE * mask_T[:, None]).sum(0) / mask_T.sum().clamp(min=1)
-    return -masked_mean(((scores_TE - mean_E) ** 2).mean(1), mask_T)
+    mean_E = total((scores_TE * mask_T[:, None]).sum(0), ranks) / _number(mask_T, ranks)
+    return -masked_mean(((scores_TE - mean_E) ** 2).mean(1), mask_T, ranks)
 
 
-def orthogonality_loss(routing: Routing) -> Tensor:
+def orthogonality_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """Σ_j Σ_{k≠j} ‖projection of o_j on o_k‖² per token, o the chosen experts' outputs (arXiv 2505.22323).
 
     Rewards experts that say different things. Needs `routing.expert_outputs`; dropped pairs do not count.
@@ -151,17 +160,17 @@ def orthogonality_loss(routing: Routing) -> Tensor:
     projection_TKK = dot_TKK**2 / (norm_TK[:, None, :] + 1e-6)
     off_diagonal = ~torch.eye(o_TKD.shape[1], dtype=torch.bool, device=o_TKD.device)
     both_TKK = routing.kept[:, :, None] & routing.kept[:, None, :] & off_diagonal
-    return masked_mean((projection_TKK * both_TKK).sum((1, 2)), routing.token_mask)
+    return masked_mean((projection_TKK * both_TKK).sum((1, 2)), routing.token_mask, ranks)
 
 
-def l1_loss(routing: Routing, k: int) -> Tensor:
+def l1_loss(routing: Routing, k: int, ranks: Ranks = ALONE) -> Tensor:
     """ReMoE (arXiv 2412.14711, section 3.4): Σ_e f_e · mean_t score_te, f_e the tokens of e over its fair share T·k/E.
 
     At even load it is the mean of a token's summed scores, the L1 norm of its gates; busy experts pay more.
     """
     mask_T = routing.token_mask
-    fair = mask_T.sum().clamp(min=1) * (k / routing.num_experts)
-    return masked_mean((routing.scores * (routing.expert_counts() / fair)).sum(1), mask_T)
+    fair = _number(mask_T, ranks) * (k / routing.num_experts)
+    return masked_mean((routing.scores * (ranks.sum(routing.expert_counts()) / fair)).sum(1), mask_T, ranks)
 
 
 def l1_factor(steps: Tensor) -> Tensor:

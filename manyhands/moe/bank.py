@@ -15,8 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from manyhands.config.decoder import INITIALIZER_RANGE
-from manyhands.kernels import BACKENDS, ExpertWeights, check_name, run_experts
+from manyhands.errors import ConfigError
+from manyhands.kernels import BACKENDS, Bank, ExpertWeights, check_name, run_experts
 from manyhands.kernels.moment import unheard
+from manyhands.moe.exchange import Placement
 from manyhands.moe.routing import Routing
 from manyhands.quant import FetchedExperts, PackedExperts
 
@@ -30,6 +32,8 @@ class ExpertBank(nn.Module):
 
     activation: str
     """Between an expert's two products: a name of `manyhands.config.activation`."""
+    placement: Placement | None = None
+    """Where the experts lie, if on several processes: every call is a collective one then."""
 
     def __init__(self, implementation: str = "auto") -> None:
         super().__init__()
@@ -72,9 +76,18 @@ class ExpertBank(nn.Module):
 
     def for_native(self) -> ExpertWeights | PackedExperts | FetchedExperts | None:
         """What a native call that bypasses `forward` may point at: `fetched_experts` or `in_memory`, unless somebody
-        listens or replaced `forward`, or another backend was named. Not to be kept without watching this module."""
+        listens or replaced `forward`, another backend was named, or other processes hold some of the experts. Not to be
+        kept without watching this module."""
         ours = type(self).forward is ExpertBank.forward and unheard(self) and self.implementation in ("auto", "native")
-        return (self.fetched_experts() or self.in_memory()) if ours and BACKENDS["native"].missing() is None else None
+        ours = ours and self.placement is None and BACKENDS["native"].missing() is None
+        return (self.fetched_experts() or self.in_memory()) if ours else None
+
+    def own_experts(self) -> Bank:
+        """The experts that this process holds, numbered from 0, where they have a `placement`.
+
+        Raises `ConfigError` for a bank that cannot be shared out.
+        """
+        raise ConfigError(f"parallel.ep: {type(self).__name__} cannot lie on several processes")
 
     def reset_parameters(
         self,
@@ -96,8 +109,13 @@ class ExpertBank(nn.Module):
         T, K = routing.expert_ids.shape
         ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
         ones = torch.ones_like(ids, dtype=torch.float32)
-        return self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation).view(T, K, x_TD.shape[-1])
+        said_ND = self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation)
+        shape = T, K, x_TD.shape[-1]
+        said_TKD: Tensor = torch.ops.aten._unsafe_view(said_ND, shape)  # no view of anything, which FSDP would not bear
+        return said_TKD
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
         name = self.implementation if implementation is None else implementation
+        if self.placement is not None:
+            return self.placement.run(name, x, ids, weights, kept, self.own_experts())
         return run_experts(name, x, ids, weights, kept, self)

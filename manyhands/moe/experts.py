@@ -14,6 +14,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.kernels import ExpertWeights
 from manyhands.kernels.moment import held
 from manyhands.moe.bank import ExpertBank
+from manyhands.moe.exchange import Placement, local
 from manyhands.quant import FetchedExperts, PackedExperts
 
 
@@ -22,11 +23,18 @@ class Experts(ExpertBank):
     no gate) and `down_proj` [E, D, F], with optional `…_bias`.
 
     Fresh weights are N(0, 0.02²), biases 0; see `reset_parameters`.
+
+    With a `placement` E is the number of those that lie here. It may also be set later, on parameters that are DTensors
+    of all experts, sharded over its processes (`train/layout.py`).
     """
 
-    def __init__(self, config: MoEConfig, hidden_size: int, implementation: str = "auto") -> None:
+    def __init__(
+        self, config: MoEConfig, hidden_size: int, implementation: str = "auto", placement: Placement | None = None
+    ) -> None:
         super().__init__(implementation)
+        self.placement = placement
         E, D, F = config.router.num_experts, hidden_size, config.moe_intermediate_size
+        E = E if placement is None else placement.count
         self.activation = config.hidden_act
         self._up_name = "gate_up_proj" if self.activation in GATED else "up_proj"
         rows = 2 * F if self.activation in GATED else F
@@ -67,8 +75,8 @@ class Experts(ExpertBank):
 
     @property
     def num_experts(self) -> int:
-        """E."""
-        return int(self.down_proj.shape[0])
+        """Of all processes together."""
+        return int(self.down_proj.shape[0]) if self.placement is None else self.placement.num_experts
 
     @property
     def hidden_size(self) -> int:
@@ -78,6 +86,12 @@ class Experts(ExpertBank):
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """Of these experts, in that order."""
         return self.weights().stacked(ids)
+
+    def own_experts(self) -> ExpertWeights:
+        """The stacked weights of this process's own."""
+        up, down, up_bias, down_bias, activation = self.weights()
+        up_bias, down_bias = (None if bias is None else local(bias) for bias in (up_bias, down_bias))
+        return ExpertWeights(local(up), local(down), up_bias, down_bias, activation)
 
     def in_memory(self) -> ExpertWeights:
         """The parameters themselves."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from manyhands.config import RouterConfig
 from manyhands.moe.routing import Routing, top_k_stable
+from manyhands.parallel.ranks import ALONE, Ranks, total
 
 
 def choose_groups(
@@ -50,19 +51,20 @@ def joint_scores(groups: Routing, logits_TE: Tensor) -> Tensor:
     return (groups.scores[..., None] * logits_TE.view(T, G, -1).softmax(-1)).flatten(1)
 
 
-def hierarchical_load(routing: Routing, chances_TE: Tensor | None, load_G: Tensor) -> Tensor:
+def hierarchical_load(routing: Routing, chances_TE: Tensor | None, load_G: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """[E]: Load_H of appendix B, Load_ij = Load^i_j(X_i) · Load^p_i / |X_i|, X_i the tokens that chose group i.
 
-    `chances_TE` is each expert's chance within its group (None: the plain count), `load_G` the first level's load.
+    `chances_TE` is each expert's chance within its group (None: the plain count), `load_G` the first level's load, of
+    all `ranks`.
     """
     groups = routing.groups
     assert groups is not None
     G = groups.num_experts
     if chances_TE is None:
-        within_Ge = routing.expert_counts().float().view(G, -1)
+        within_Ge = ranks.sum(routing.expert_counts()).float().view(G, -1)
     else:
         visited_TG = torch.zeros_like(groups.scores, dtype=torch.bool).scatter(1, groups.expert_ids, True)
         visited_TG = visited_TG & routing.token_mask[:, None]
-        within_Ge = (chances_TE.view(len(visited_TG), G, -1) * visited_TG[..., None]).sum(0)
-    share_G = load_G / groups.expert_counts().clamp(min=1)
+        within_Ge = total((chances_TE.view(len(visited_TG), G, -1) * visited_TG[..., None]).sum(0), ranks)
+    share_G = load_G / ranks.sum(groups.expert_counts()).clamp(min=1)
     return (within_Ge * share_G[:, None]).flatten()

@@ -74,7 +74,8 @@ class Router(nn.Module):
                     weight.zero_()
                 elif self.config.init == "switch":
                     sigma = math.sqrt(SWITCH_SCALE / weight.shape[1])
-                    nn.init.trunc_normal_(weight, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator)
+                    drawn = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)  # whole, if sharded
+                    weight.copy_(nn.init.trunc_normal_(drawn, 0.0, sigma, -2 * sigma, 2 * sigma, generator=generator))
                 else:
                     weight.normal_(0.0, std, generator=generator)
             biases = self.bias, self.e_score_correction_bias, self.l1_steps

@@ -84,13 +84,13 @@ class Mesh:
 
 
 def mesh_of(ranks: Ranks, ep: int) -> Mesh | None:
-    """The mesh of `ranks` with the experts shared out over `ep` of them; None for one process that is alone.
+    """The mesh of `ranks` with the experts shared out over `ep` of them; None for one process.
 
     Raises `ConfigError` unless `ep` divides the number of processes. A collective call, like all below.
     """
     if ranks.size % ep:
         raise ConfigError(f"parallel.ep = {ep} does not divide the {ranks.size} processes of this job")
-    if not isinstance(ranks, Group):
+    if not isinstance(ranks, Group) or ranks.size == 1:
         return None
     whole = init_device_mesh(ranks.device.type, (ranks.size // ep, ep), mesh_dim_names=("dp", "ep"))
     return Mesh(whole, whole["dp", "ep"]._flatten("world"))  # kept: asked for again at the root, torch warns

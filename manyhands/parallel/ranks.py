@@ -6,7 +6,7 @@ ranks, and whoever decides (skip this update, stop, save) decides from numbers t
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +44,28 @@ class Alone:
     def max(self, value: Tensor) -> Tensor:
         """`value` itself."""
         return value
+
+
+ALONE = Alone()
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return ranks.sum(value)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return total(grad, ctx.ranks), None
+
+
+def total(value: Tensor, ranks: Ranks) -> Tensor:
+    """`ranks.sum`, with a gradient: what every rank makes of the sum, added up."""
+    if ranks.size == 1:
+        return value
+    found: Tensor = _Total.apply(value, ranks)  # type: ignore[no-untyped-call]
+    return found
 
 
 def sum_of(numbers: list[float], ranks: Ranks) -> list[float]:

@@ -9,13 +9,19 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 Rows = slice | None
 """Which rows of a tensor a process holds; None: the tensor is whole there (or has no rows)."""
 Reader = Callable[[str, Rows], Tensor]
 """Reads those rows of the tensor of that name, of a file for instance."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether each process holds some rows of it."""
+    return isinstance(tensor, DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -62,6 +68,11 @@ def share(full: Tensor, like: Tensor) -> Tensor:
     return take(full, held_rows(like))
 
 
+def put(tensor: Tensor, full: Tensor) -> None:
+    """Give `tensor` the values of `full`, of which only the rows that this process holds are looked at."""
+    local(tensor.detach()).copy_(share(full, tensor))
+
+
 def laid_out(rows: Tensor, like: Tensor, shape: torch.Size) -> Tensor:
     """A tensor of `shape` of which this process holds `rows`, cut along its rows as `like` is."""
     if not isinstance(like, DTensor):
@@ -77,3 +88,10 @@ def sum_over_shards_(value: Tensor, like: Tensor) -> Tensor:
             if cuts_rows(placement):
                 dist.all_reduce(value, group=like.device_mesh.get_group(dim))
     return value
+
+
+def reshard(model: nn.Module) -> None:
+    """After passes without a backward pass: parameters are their shards again, whoever looks at them."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()

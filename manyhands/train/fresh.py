@@ -1,5 +1,6 @@
 """A run's state before its first step: the model, new or from a checkpoint, its optimisers and its batches."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -7,19 +8,27 @@ from manyhands.checkpoint.tuned import Tuned, described
 from manyhands.config import RunConfig
 from manyhands.models import AnyModel, build, init_weights
 from manyhands.models.tuned import adapt
+from manyhands.parallel.group import Mesh
 from manyhands.parallel.ranks import Ranks
 from manyhands.train.data import RunData
 from manyhands.train.guard import SpikeGuard
+from manyhands.train.layout import build_on
 from manyhands.train.optim import build_optimizers
 from manyhands.train.start import Start
 from manyhands.train.state import Progress, TrainState, pick_device
 from manyhands.train.task import Task
+from manyhands.train.together import check_together
 from manyhands.train.trainable import freeze
 
 
-def fresh_state(run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: Start | None) -> TrainState:
-    """The state at step 0, with the weights of `start` if there is one. Raises `CheckpointError` if it is damaged."""
-    model = _model(run, start)
+def fresh_state(
+    run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: Start | None, mesh: Mesh | None = None
+) -> TrainState:
+    """The state at step 0, with the weights of `start` if there is one, sharded over `mesh` if there is one.
+
+    Raises `CheckpointError` if the start is damaged, `ConfigError` for what only one process can train.
+    """
+    model = _model(run, start) if mesh is None else _sharded(run, ranks, start, mesh)
     model.train()
     if not run.saves_changes:
         freeze(model, run.trainable)
@@ -55,6 +64,15 @@ def _model(run: RunConfig, start: Start | None) -> AnyModel:
     return model
 
 
+def _sharded(run: RunConfig, ranks: Ranks, start: Start | None, mesh: Mesh) -> AnyModel:
+    check_together(run, ranks.size)
+    model = build_on(run, mesh, pick_device(run.train.device))
+    seed_rank(run.train.seed, ranks)
+    if start is not None:
+        start.load_into(model)
+    return model
+
+
 def seed_noise(model: AnyModel, seed: int) -> None:
     """The global generator as it always was when a run began: after torch's own filling of linear layers.
 
@@ -67,3 +85,9 @@ def seed_noise(model: AnyModel, seed: int) -> None:
             nn.Linear.reset_parameters(part)
         elif isinstance(part, nn.Embedding):
             part.reset_parameters()
+
+
+def seed_rank(seed: int, ranks: Ranks) -> None:
+    """The global generator of one of several processes: noise while training differs from rank to rank."""
+    state = np.random.SeedSequence([seed % (1 << 64), ranks.rank]).generate_state(1, np.uint64)
+    torch.manual_seed(int(state[0]) % (1 << 63))

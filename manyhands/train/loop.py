@@ -122,7 +122,7 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """The task's validation; recorded and shown."""
-        result = self.task.validate(self.state.model, self.data, self.course.run, self.dtype)
+        result = self.task.validate(self.state.model, self.data, self.course.run, self.dtype, self.ranks)
         record = self.journal.write(
             "eval",
             step=self.state.progress.step,

@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor
 
 from manyhands.config.run import OptimConfig
 from manyhands.errors import CheckpointError
-from manyhands.parallel.ranks import Ranks, largest_of
 from manyhands.parallel.shards import Reader, Rows, held_rows, laid_out, local, take
 from manyhands.train.adafactor_sharded import ShardedAdafactor, lies_like, state_shapes
 from manyhands.train.muon import Muon
@@ -201,23 +200,3 @@ def group_of(name: str, param: Tensor) -> str:
     if param.ndim < 2 or parts[-1].endswith("bias") or "relative_attention_bias" in parts:
         return "vector"
     return "gate_up" if parts[-1] == "gate_up_proj" else "hidden"
-
-
-@torch.no_grad()
-def sum_gradients(params: Iterable[Tensor], ranks: Ranks) -> None:
-    """Replace every gradient by its sum over the ranks; what one rank had no use for counts as zero there.
-
-    For parameters that each rank holds whole. Afterwards all have the same gradients, and with them the same norm.
-    """
-    if ranks.size == 1:
-        return
-    trained = [p for p in params if p.requires_grad]
-    used = largest_of([p.grad is not None for p in trained], ranks)
-    for param, somewhere in zip(trained, used, strict=True):
-        if somewhere:
-            param.grad = ranks.sum(torch.zeros_like(param) if param.grad is None else param.grad)
-
-
-def grad_norm(params: Iterable[Tensor]) -> Tensor:
-    """The joint L2 norm of all gradients, a scalar; NaN or Inf if any gradient is."""
-    return torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])

@@ -16,12 +16,12 @@ from manyhands.config.decoder import as_decoder
 from manyhands.engine.mode import evaluating
 from manyhands.errors import ConfigError, DataError
 from manyhands.files import TRAIN_TOKENS
-from manyhands.generate.evaluate import Evaluation
+from manyhands.generate.evaluate import Evaluation, gather_no_more, own_rows
 from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.layers.linear import Linear
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import LoadCounter
-from manyhands.parallel.ranks import Ranks
+from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text.packing import RowBatch, RowBatches, in_order
 from manyhands.text.pairs import NO_TARGET
 from manyhands.train.data import RunData
@@ -62,10 +62,13 @@ class Rows:
         """None: targets are a part of the text, so bits per byte of it would say nothing."""
         return {}
 
-    def validate(self, model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype) -> Evaluation:
+    def validate(
+        self, model: Decoder, data: RunData, run: RunConfig, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Evaluation:
         """The loss on all rows that are held out."""
         sizes = run.train.sequence_length, run.train.batch_size
-        return evaluate_rows(model, in_order(rows_of(data).valid_rows, *sizes, rows_config(run).packing), dtype)
+        batches = in_order(rows_of(data).valid_rows, *sizes, rows_config(run).packing)
+        return evaluate_rows(model, batches, dtype, ranks=ranks)
 
 
 def check_rows(run: RunConfig) -> None:
@@ -125,11 +128,12 @@ def evaluate_rows(
     batches: Iterable[RowBatch],
     dtype: torch.dtype | None = None,
     say: Callable[[int], None] | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Nats per target over all `batches`, and the experts' load over all that is read. No bits per byte.
 
     Nothing about the model changes, and no random number is drawn. Raises `DataError` if there is no target. `say` is
-    given the targets so far.
+    given the targets so far. `ranks` share the sequences of every batch, and all get the figures of the whole.
     """
     E = model.config.moe.router.num_experts if model.config.moe else 0
     device = model.embed_tokens.weight.device
@@ -137,13 +141,20 @@ def evaluate_rows(
     nats, targets = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(list(model.modules())):
         for batch in batches:
-            hidden, labels_T = run_rows(model, batch, dtype)
-            nats += target_loss(model, hidden.states, labels_T).double() * batch.targets
             targets += batch.targets
-            for layer, routing in hidden.routings.items():
-                load[layer].add(routing)
+            rows, counted = own_rows(len(batch), ranks)
+            own = batch.split(rows.stop - rows.start)[ranks.rank if counted else 0]
+            hidden, labels_T = run_rows(model, own, dtype)
+            loss = target_loss(model, hidden.states, labels_T)
+            if counted:
+                nats += loss.double() * own.targets
+                for layer, routing in hidden.routings.items():
+                    load[layer].add(routing)
             if say is not None:
                 say(targets)
+    gather_no_more(model, ranks)
+    nats = ranks.sum(nats)
+    load = {layer: counter.over(ranks) for layer, counter in load.items()}
     if not targets:
         raise DataError("there is no token to predict")
     mean = float(nats) / targets

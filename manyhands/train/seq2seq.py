@@ -14,7 +14,7 @@ from manyhands.files import TRAIN_TOKENS
 from manyhands.generate.evaluate import Evaluation
 from manyhands.generate.evaluate_pairs import START_ID, evaluate_pairs, run_pairs
 from manyhands.models.encoder_decoder import EncoderDecoder
-from manyhands.parallel.ranks import Ranks
+from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text import PairBatch, PairBatches, SpanBatches, SpanRule, Tokenizer, pad_pairs, span_evaluation
 from manyhands.text.pairs import Pair
 from manyhands.train.rows import Rows
@@ -69,10 +69,13 @@ class SpanCorruption(_OfPairs):
             sha256=data.sha256[TRAIN_TOKENS],
         )
 
-    def validate(self, model: EncoderDecoder, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
+    def validate(
+        self, model: EncoderDecoder, data: "RunData", run: RunConfig, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Evaluation:
         """The loss on the whole validation text, with the same spans in every run."""
         sizes = run.train.sequence_length, run.train.batch_size
-        return evaluate_pairs(model, span_evaluation(data.valid.ids, span_rule(data.tokenizer, run), *sizes), dtype)
+        batches = span_evaluation(data.valid.ids, span_rule(data.tokenizer, run), *sizes)
+        return evaluate_pairs(model, batches, dtype, ranks)
 
 
 class SequencePairs(_OfPairs):
@@ -87,9 +90,11 @@ class SequencePairs(_OfPairs):
         sizes = run.train.batch_size, run.train.seed
         return PairBatches(self.train, *sizes, START_ID, ranks.rank, ranks.size, self.sha256)
 
-    def validate(self, model: EncoderDecoder, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
+    def validate(
+        self, model: EncoderDecoder, data: "RunData", run: RunConfig, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Evaluation:
         """The loss on all validation pairs."""
-        return evaluate_pairs(model, self._valid_batches(run.train.batch_size), dtype)
+        return evaluate_pairs(model, self._valid_batches(run.train.batch_size), dtype, ranks)
 
     def _valid_batches(self, size: int) -> Iterable[PairBatch]:
         for first in range(0, len(self.valid), size):

@@ -7,6 +7,7 @@ import torch
 
 from manyhands.checkpoint.find import open_checkpoint, open_found
 from manyhands.checkpoint.identity import model_digests
+from manyhands.checkpoint.each import each_tensor
 from manyhands.checkpoint.model import load_model
 from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.tuned import Change
@@ -14,6 +15,7 @@ from manyhands.config import BuiltConfig, RunConfig, Strict, parse
 from manyhands.errors import ConfigError, UserError
 from manyhands.families.gguf import is_gguf
 from manyhands.models import AnyModel
+from manyhands.parallel.shards import is_sharded, put
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer
 
@@ -59,7 +61,12 @@ class Start:
         return load_model(self.path, dtype=dtype, device=device, experts_implementation=implementation)
 
     def load_into(self, model: AnyModel) -> None:
-        """Give `model` its weights, in float32."""
+        """Give `model` its weights, in float32; a sharded one reads what lies with it."""
+        if any(map(is_sharded, model.parameters())):
+            state = model.state_dict()
+            for name, value in each_tensor(self.path):
+                put(state[name], value)
+            return
         weights = load_model(self.path, dtype=torch.float32).state_dict()
         model.load_state_dict(weights)
 

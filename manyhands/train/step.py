@@ -16,8 +16,10 @@ from manyhands.models import AnyModel, Decoder
 from manyhands.moe import LoadCounter, Routing, balance_objective
 from manyhands.moe.control import Control
 from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
+from manyhands.parallel.shards import local
+from manyhands.train.gradients import clip_gradients, grad_norm, sum_gradients
 from manyhands.train.guard import SpikeGuard, first_non_finite
-from manyhands.train.optim import Optimizers, grad_norm, sum_gradients
+from manyhands.train.optim import Optimizers
 from manyhands.train.qk_clip import clips, qk_clip_
 from manyhands.train.task import Count, Forward, LanguageModelling, Task
 
@@ -86,8 +88,8 @@ def train_step(
         for layer, routing in loss.routings.items():  # once per forward, outside anything that recomputes
             counters[layer].add(routing)
             control.observe(layer, routing, of_sequences)
-        step_counts = {layer: ranks.sum(counter.counts) for layer, counter in counters.items()}
-        balance, terms = balance_objective(loss.routings, run.balance, count.sequences, step_counts, routers)
+        step_counts = _counts(counters, ranks)
+        balance, terms = balance_objective(loss.routings, run.balance, count.sequences, step_counts, routers, ranks)
         (loss.mean * of_targets + balance * of_sequences).backward()  # type: ignore[no-untyped-call]
         loss_sum += float(loss.mean.detach()) * of_targets
         for name, value in terms.items():
@@ -99,14 +101,16 @@ def train_step(
     loss_sum, *sums = sum_of([loss_sum, *terms_sum.values()], ranks)
     terms_sum = dict(zip(terms_sum, sums, strict=True))
     sum_gradients(model.parameters(), ranks)
-    norm = grad_norm(model.parameters())  # looked at before it scales anything: a NaN would hide where it came from
+    norm = grad_norm(
+        model.parameters(), ranks
+    )  # looked at before it scales anything: a NaN would hide where it came from
     objective = loss_sum + sum(terms_sum.values()) + float(norm)
     if any(largest_of([not abs(objective) < float("inf")], ranks)):  # true for NaN as well
-        raise TrainingHalted(f"step {step}: {_culprit(model, loss_sum)} is not finite; no weight was changed")
+        raise TrainingHalted(f"step {step}: {_culprit(model, loss_sum, ranks)} is not finite; no weight was changed")
     skipped = guard.observe(loss_sum, float(norm))
     if not skipped:
         if run.optim.grad_clip is not None:
-            torch.nn.utils.clip_grads_with_norm_(model.parameters(), run.optim.grad_clip, norm)
+            clip_gradients(model.parameters(), run.optim.grad_clip, norm)
         optimizers.set_lr(lr)
         optimizers.step()
         control.step(counters, ranks)
@@ -123,12 +127,28 @@ def _total(counts: Iterable[Count], ranks: Ranks) -> Count:
     return Count(*map(int, sum_of([float(sum(column)) for column in columns], ranks)))
 
 
-def _culprit(model: AnyModel, loss: float) -> str:
-    """The first weight, then the loss, then the first gradient that is NaN or Inf."""
+def _counts(counters: Mapping[int, LoadCounter], ranks: Ranks) -> dict[int, Tensor]:
+    """The pairs of every expert in the step so far, of all ranks, per layer."""
+    if not counters:
+        return {}
+    return dict(zip(counters, ranks.sum(torch.stack([counter.counts for counter in counters.values()])), strict=True))
+
+
+def _culprit(model: AnyModel, loss: float, ranks: Ranks) -> str:
+    """The first weight, then the loss, then the first gradient that is NaN or Inf on any rank."""
     named = list(model.named_parameters())
-    if weight := first_non_finite(named):
+    if weight := _first(((name, p) for name, p in named), ranks):
         return f"weight {weight}"
     if not abs(loss) < float("inf"):
         return "the loss"
-    gradient = first_non_finite((name, p.grad) for name, p in named)
+    gradient = _first(((name, p.grad) for name, p in named), ranks)
     return f"the gradient of {gradient}" if gradient else "a balance term"
+
+
+def _first(named: Iterable[tuple[str, Tensor | None]], ranks: Ranks) -> str | None:
+    """The first that is not finite on any rank: each looks at what lies with it."""
+    tensors = [(name, None if t is None else local(t.detach())) for name, t in named]
+    names = [name for name, _ in tensors]
+    own = first_non_finite(tensors)
+    [after] = largest_of([0.0 if own is None else len(names) - names.index(own)], ranks)
+    return names[len(names) - int(after)] if after else None

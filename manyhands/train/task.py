@@ -20,7 +20,7 @@ from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.models import LanguageModel
 from manyhands.moe import Routing
-from manyhands.parallel.ranks import Ranks
+from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text import PackedBatches, evaluation_batches
 
 if TYPE_CHECKING:
@@ -92,8 +92,10 @@ class Task(Protocol):
     def figures(self, loss: float, data: "RunData") -> dict[str, float]:
         """What a step's journal record says of its loss, beside the loss itself."""
 
-    def validate(self, model: Any, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
-        """How well the model does on what it was not trained on."""
+    def validate(
+        self, model: Any, data: "RunData", run: RunConfig, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Evaluation:
+        """How well the model does on what it was not trained on; `ranks` share the work and get the same answer."""
 
 
 class LanguageModelling:
@@ -123,10 +125,12 @@ class LanguageModelling:
         info = data.train.info
         return {"bits_per_byte": loss / math.log(2) * info.num_tokens / info.num_bytes}
 
-    def validate(self, model: LanguageModel, data: "RunData", run: RunConfig, dtype: torch.dtype) -> Evaluation:
+    def validate(
+        self, model: LanguageModel, data: "RunData", run: RunConfig, dtype: torch.dtype, ranks: Ranks = ALONE
+    ) -> Evaluation:
         """The loss on the whole validation text."""
         batches = evaluation_batches(data.valid.ids, run.train.sequence_length, run.train.batch_size)
-        return evaluate(model, batches, num_bytes=data.valid.info.num_bytes, dtype=dtype)
+        return evaluate(model, batches, num_bytes=data.valid.info.num_bytes, dtype=dtype, ranks=ranks)
 
 
 def next_token_loss(model: LanguageModel, ids_BS1: Tensor, targets_BS: Tensor, how: Forward) -> Loss:

@@ -38,18 +38,18 @@ RECIPE = Recipe(
             "manyhands/moe/balance.py",
             '''
 
-def entropy_loss(routing: Routing) -> Tensor:
+def entropy_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """−mean_t H(p_t), p the scores that sum to 1 per token: rewards routers that are not sure of themselves."""
     p_TE = _normalised(routing.scores)
-    return masked_mean((p_TE * p_TE.clamp(min=1e-20).log()).sum(-1), routing.token_mask)
+    return masked_mean((p_TE * p_TE.clamp(min=1e-20).log()).sum(-1), routing.token_mask, ranks)
 ''',
         ),
         Edit(
             "manyhands/moe/objective.py",
             """    if config.entropy_coef:
-        terms["entropy"] = balance.entropy_loss(routing)
+        terms["entropy"] = balance.entropy_loss(routing, ranks)
 """,
-            after="""        terms["z_loss"] = balance.z_loss(routing)
+            after="""        terms["z_loss"] = balance.z_loss(routing, ranks=ranks)
 """,
         ),
         Edit(

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 
 from manyhands.config.run import OptimConfig
 from manyhands.errors import CheckpointError
+from manyhands.train.gradients import grad_norm
 from manyhands.train.muon import Muon
-from manyhands.train.optim import Optimizers, build_optimizers, grad_norm
+from manyhands.train.optim import Optimizers, build_optimizers
 
 D, F, E, V = 8, 6, 3, 20
 

@@ -1,0 +1,93 @@
+"""A model on a mesh of processes: experts shared out over `ep` and then over `dp`, everything else over all (FSDP2).
+
+    gradients      sums over the processes, never means: a loss is divided by the global number of targets already
+    compute dtype  blocks are gathered in it; routers, norms, embedding and head in float32, as one process holds them
+
+B blocks; E experts; W processes.
+"""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+
+# Not public, and the only way to have two meshes in one unit: experts as a unit of their own would return views.
+from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+from torch.distributed.tensor import DTensor, Shard
+
+from manyhands.config import RunConfig
+from manyhands.layers.norm import LayerNorm, RMSNorm
+from manyhands.models import AnyModel, EncoderDecoder, build, init_weights
+from manyhands.moe import Experts, Router
+from manyhands.moe.exchange import Placement
+from manyhands.parallel.drawing import DrawnWhole
+from manyhands.parallel.group import Mesh
+
+FLOAT32 = MixedPrecisionPolicy(cast_forward_inputs=False)
+
+
+def build_on(run: RunConfig, mesh: Mesh, device: torch.device) -> AnyModel:
+    """The run's model with its fresh weights, sharded over `mesh`: those of one process, of which none holds all."""
+    with torch.device("meta"):
+        model = build(run.model, run.train.experts_implementation)
+    lay_out(model, mesh, run.parallel.dispatch, getattr(torch, run.train.dtype))
+    model.to_empty(device=device)
+    with DrawnWhole():
+        init_weights(model, run.train.seed)
+    return model
+
+
+def lay_out(
+    model: AnyModel,
+    mesh: Mesh,
+    dispatch: Literal["by_pairs", "by_tokens"] = "by_pairs",
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Shard `model` over `mesh`, in place; from here on its parameters are DTensors and every pass is collective.
+
+    `dtype` is what it computes in. Frozen parameters stay frozen. Raises `ConfigError` if the experts cannot be
+    shared out.
+    """
+    shared: set[nn.Parameter] = set()
+    for layer in model.sparse_layers().values():
+        if mesh.ep.size() > 1:  # else all processes hold the same experts, as they do everything else
+            assert isinstance(layer.experts, Experts)
+            share_out(layer.experts, mesh, dispatch)
+            shared.update(layer.experts.parameters())
+    over_dp = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh.dp, shard_mesh_dim=0))
+    low = dtype != torch.float32
+    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if low else FLOAT32
+    for block in _blocks(model):
+        for router in [part for part in block.modules() if isinstance(part, Router)]:
+            fully_shard(router, mesh=mesh.world, mp_policy=FLOAT32)
+        norms: list[nn.Module] = [part for part in block.modules() if isinstance(part, RMSNorm | LayerNorm)]
+        if low and norms:
+            fully_shard(norms, mesh=mesh.world, mp_policy=FLOAT32)
+        fully_shard(
+            block, mesh=mesh.world, mp_policy=policy, shard_placement_fn=lambda p: over_dp if p in shared else None
+        )
+    fully_shard(model, mesh=mesh.world, mp_policy=FLOAT32)
+    register_fsdp_forward_method(model, "hidden")  # what training calls, not `forward`
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # or gloo is asked for a reduction that it lacks
+
+
+def share_out(experts: Experts, mesh: Mesh, dispatch: Literal["by_pairs", "by_tokens"]) -> None:
+    """Leave this process its experts of those over `mesh.ep`, as DTensors of all. Raises `ConfigError`."""
+    placement = Placement.even(mesh.ep.get_group(), experts.num_experts, dispatch)
+    own = slice(placement.first, placement.first + placement.count)
+    for name, p in list(experts.named_parameters(recurse=False)):
+        shard = DTensor.from_local(p.detach()[own].clone(), mesh.ep, [Shard(0)], run_check=False)
+        experts.register_parameter(name, nn.Parameter(shard, p.requires_grad))
+    experts.placement = placement
+
+
+def _blocks(model: AnyModel) -> Iterable[nn.Module]:
+    """Units that are gathered and let go of together, in the order in which they run."""
+    if isinstance(model, EncoderDecoder):
+        return [*model.encoder.layers, *model.decoder.layers]
+    return list(model.layers)
