@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
+from manyhands.checkpoint.each import each_tensor
 from manyhands.checkpoint.find import open_checkpoint, open_found
 from manyhands.checkpoint.identity import model_digests
-from manyhands.checkpoint.each import each_tensor
 from manyhands.checkpoint.model import load_model
 from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.tuned import Change
