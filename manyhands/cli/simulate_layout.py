@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from manyhands.cli.size import size
 from manyhands.config.parallel import layout_named
 from manyhands.errors import UserError
-from manyhands.format import show
+from manyhands.format import number, show
 from manyhands.terminal import shown
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ def _layers(report: "Report") -> list[list[str]]:
     x, plain, T = report.exchange, report.plain, report.exchange.tokens
     uniform, nodes = report.uniform, x.network is not None
     head = ["layer", "rows by pairs", "by tokens", *(["by nodes"] if nodes else []), "ranks", "if uniform"]
-    head += [*(["nodes"] if nodes else []), "busiest rows", "load", "by pass"]
+    head += [*(["nodes", "if uniform"] if nodes else []), "busiest rows", "load", "by pass"]
     head += ["contiguous", "by pass"] if plain is not None else []
     lines = [head]
     L = len(report.manifest.layers)
@@ -114,8 +114,8 @@ def _layers(report: "Report") -> list[list[str]]:
 
         line = [name, per_token(x.by_pairs.remote_L), per_token(x.by_tokens.remote_L)]
         line += [per_token(x.network.remote_L)] if x.network is not None else []
-        line += [per_token(x.tokens_LWR.sum((1, 2))), "–" if uniform is None else f"{uniform:.3f}"]
-        line += [per_token(x.nodes_L)] if nodes else []
+        line += [per_token(x.tokens_LWR.sum((1, 2))), number(uniform)]
+        line += [per_token(x.nodes_L), number(report.uniform_nodes)] if nodes else []
         line += [mean(x.port_L(x.by_pairs)), mean(x.load_L), mean(x.waiting_L)]
         line += [mean(plain.load_L), mean(plain.waiting_L)] if plain is not None else []
         lines.append(line)

@@ -71,8 +71,17 @@ class Report:
     @property
     def uniform(self) -> float | None:
         """Distinct ranks per token were routing uniform; None with copies, which the formula does not know."""
-        E, K, R = self.manifest.num_experts, self.manifest.num_experts_per_tok, self.settings.layout.ep
-        return None if self.settings.redundant or E % R else distinct_shards(E, K, R)
+        return self._uniform(self.settings.layout.ep)
+
+    @property
+    def uniform_nodes(self) -> float | None:
+        """The same of nodes; None where there is one."""
+        s = self.settings
+        return self._uniform(s.layout.ep // s.node) if s.node is not None and s.node < s.layout.ep else None
+
+    def _uniform(self, shards: int) -> float | None:
+        E, K = self.manifest.num_experts, self.manifest.num_experts_per_tok
+        return None if self.settings.redundant or E % shards else distinct_shards(E, K, shards)
 
     def seconds(self, way: str) -> float | None:
         """Of a pass, all layers: out and back, in turn. `way`: by_pairs, by_tokens, by_nodes; None where not known."""
@@ -114,6 +123,7 @@ class Report:
             "redundant": s.redundant,
             "slots": self.slots.experts_LS.tolist() if s.placement != "contiguous" else None,
             "distinct_ranks_if_uniform": self.uniform,
+            "distinct_nodes_if_uniform": self.uniform_nodes,
             "most_nodes": x.most_nodes or None,
             "network": s.network.model_dump() if s.network is not None else None,
             "links": s.links.model_dump() if s.links is not None else None,

@@ -58,7 +58,8 @@ def test_the_table_and_the_json_agree(trace: Path) -> None:
     assert line[4:7] == [
         f"{x:.3f}" for x in (first["distinct_ranks"], distinct_shards(8, 2, 4), first["distinct_nodes"])
     ]
-    assert line[8:10] == [f"{first['load_over_mean'][name]:.3f}" for name in ("all", "by_pass")]
+    assert line[7] == f"{distinct_shards(8, 2, 2):.3f}"
+    assert line[9:11] == [f"{first['load_over_mean'][name]:.3f}" for name in ("all", "by_pass")]
     ranks = [line.split() for line in text if line[:1].isdigit()][2:]
     assert [int(rank[1].replace(",", "")) for rank in ranks] == [
         sum(layer["by_pairs"]["sent"][w] for layer in found["by_layer"]) for w in range(8)
