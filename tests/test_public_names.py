@@ -57,6 +57,7 @@ FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "tune": {
         *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
+        *("r", "alpha", "targets", "num_experts", "top_k"),
         *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
     },
     "generate": {

@@ -16,7 +16,7 @@ from torch import Tensor
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.find import find, open_found
-from manyhands.checkpoint.merge import Edit, edits_of
+from manyhands.checkpoint.merge import Edit, Edited, edits_of
 from manyhands.checkpoint.model import EncoderDecoderModel, LoadedModel, from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
 from manyhands.checkpoint.room import check_room
@@ -58,7 +58,7 @@ class Conversion:
         edits: Mapping[str, Edit] | None = None,
     ) -> None:
         """`edits` change tensors of ours on the way."""
-        self.edits = edits or {}
+        self.edits, self.edited_parts = edits or {}, Edited()
         self.source, self.family, config, origin = source, family, source.config, source.origin
         self.dtype = DTYPES[origin.main_dtype] if dtype is None else dtype
         self.tokenizer, self.unread = tokenizer_of(source.path if tokenizer is None else Path(tokenizer))
@@ -85,6 +85,11 @@ class Conversion:
             of_ours = [origin] if origin is not None else self.source.pieces[piece.ours]
             names |= dict.fromkeys(p.theirs for p in of_ours)
         return list(names)
+
+    def _written(self, name: str) -> torch.dtype:
+        """What one of our tensors is written as."""
+        theirs = next(target for target, pieces in self.pieces.items() if any(piece.ours == name for piece in pieces))
+        return DTYPES[self.headers[theirs].dtype]
 
     def edited(self, target: str) -> bool:
         """Whether an edit changes it."""
@@ -125,8 +130,9 @@ class Conversion:
             self._last = None
             shape = tensor_shapes(self.source.config)[name]
             tensor = our_tensor(self.source, name, shape, None, torch.device("cpu"))
-            edit = self.edits.get(name)
-            self._last = (name, tensor if edit is None else edit.apply(tensor))
+            if (edit := self.edits.get(name)) is not None:
+                tensor = self.edited_parts.run(name, edit, tensor, self._written(name))
+            self._last = (name, tensor)
         return self._last[1]
 
 
@@ -176,7 +182,7 @@ def convert(
         receipt = write_conversion(partial, plan, max_shard_size=max_shard_size, progress=progress)
         receipt["agreement"] = _agreement(plan, partial, found) if agreement else None
         if change is not None:
-            receipt["tuned"] = _merged(plan, change.tuned, receipt["target_tensors"])
+            receipt["tuned"] = _merged(plan.edited_parts, change.tuned)
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
 
@@ -241,19 +247,15 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
     return fates
 
 
-def _merged(plan: Conversion, tuned: Tuned, written: Mapping[str, Any]) -> dict[str, Any]:
-    """What the edits changed: tensors of the target, and those of them that are as they would be without. Raises
-    `CheckFailed` where nothing changed."""
-    without = Conversion(plan.source, plan.family, plan.dtype, drop_extras=not plan.extras)
-    edited = [name for name in plan.pieces if plan.edited(name)]
-    same = [name for name in edited if tensor_sha256(without.value(name)) == written[name]["sha256"]]
-    if len(same) == len(edited):
+def _merged(parts: Edited, tuned: Tuned) -> dict[str, Any]:
+    """What the edits did. Raises `CheckFailed` where nothing changed."""
+    if not parts.changed:
         raise CheckFailed(f"what was tuned of {tuned.base.source} changes none of its tensors, so nothing was written")
     return {
         "method": tuned.tune.method,
         "base": tuned.base.model_dump(mode="json"),
-        "changed": len(edited) - len(same),
-        "unchanged": same,
+        "changed": sorted(set(parts.changed)),
+        "unchanged": sorted(set(parts.same)),
     }
 
 
@@ -284,7 +286,8 @@ def _agreement(plan: Conversion, directory: Path, tuned: Path) -> dict[str, Any]
         "logits_std": float(before.logits.std()),
         "same_experts": same / total if total else None,
     }
-    lossless = all(
+    rounded = any(edit.must_change for edit in plan.edits.values()) and plan.dtype != torch.float32
+    lossless = not rounded and all(
         plan.source.logical[name].header.dtype == plan.headers[target].dtype
         for target in plan.pieces
         for name in plan.read_from(target)

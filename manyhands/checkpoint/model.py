@@ -41,7 +41,7 @@ from manyhands.families import FAMILIES, family_named, nearest
 from manyhands.files import CONFIG, TOKENIZER, TUNED, cannot_write
 from manyhands.layers.adapted import base_name
 from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
-from manyhands.models.adapted import is_adapted, refuse_adapted
+from manyhands.models.adapted import refuse_adapted
 from manyhands.moe import ExpertBank, Router
 from manyhands.moe.crew import Crew, CrewExperts
 from manyhands.text import Tokenizer
@@ -70,8 +70,9 @@ class Loaded(nn.Module):
         return {name: record for name, record in found.items() if name in held}
 
     def train(self, mode: bool = True) -> Self:
-        """Raises `UserError` for packed weights, which have no gradient; adapters beside them have."""
-        if mode and (self.records or self.budget is not None) and not is_adapted(self):
+        """Raises `UserError` for packed weights, which have no gradient; what stands beside them has."""
+        beside = self.budget is None and any(parameter.requires_grad for parameter in self.parameters())
+        if mode and (self.records or self.budget is not None) and not beside:
             raise UserError(
                 "packed weights cannot be trained; load_model(…, decode=True) or `manyhands convert` unpacks them"
             )

@@ -126,10 +126,10 @@ def convert(
             + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
         )
     if merged := receipt.get("tuned"):
-        same = (
-            f", {len(merged['unchanged'])} of those that were trained are as they were" if merged["unchanged"] else ""
+        print(
+            f"{merged['method']}: {len(merged['changed'])} matrices are no longer the base's; "
+            f"{len(merged['unchanged'])} that were to change are as they were"
         )
-        print(f"{merged['method']}: {merged['changed']} tensors are not the base's{same}")
     if receipt["notes"]:
         print(shown(receipt["notes"]))
     print(f"what became of every tensor: {shown(Path(target) / RECEIPT)}")

@@ -23,8 +23,12 @@ def tune(
         typer.Option(help="What to measure on, and never to train on. Default: a twentieth of --data. Repeatable."),
     ] = None,
     method: Annotated[
-        Literal["full", "esft"],
-        typer.Option(help="What is trained: the model's own weights, or the experts that this data uses most."),
+        Literal["full", "lora", "esft", "molora", "mov", "perft"],
+        typer.Option(
+            help="full: the model's own weights. esft: the experts that this data uses most. Beside a frozen model: "
+            "lora (low rank, experts too), molora and mov (a router mixes adapters; dense models), perft (thin experts "
+            "beside a mixture)."
+        ),
     ] = "full",
     train: Annotated[
         str | None,
@@ -33,6 +37,22 @@ def tune(
             help="full: what is trained: all, experts, shared, dense, attention, router, norms, embedding, head. "
             "Default: all but the routers.",
         ),
+    ] = None,
+    r: Annotated[int | None, typer.Option("--r", help="Rank of the adapters. Default: by the method.")] = None,
+    alpha: Annotated[float | None, typer.Option(help="What adapters add is scaled by alpha/r. Default: 2·r.")] = None,
+    targets: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME,…",
+            help="Where adapters stand: attention, dense, shared, routed, or names of matrices (q_proj). Default: "
+            "attention and what the model's layers are, dense or routed.",
+        ),
+    ] = None,
+    num_experts: Annotated[
+        int | None, typer.Option(help="molora, mov, perft: adapters beside each layer. Default: 4.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="molora, mov, perft: adapters that a token takes. Default: all; perft 2.")
     ] = None,
     by: Annotated[
         Literal["token", "gate"] | None,
@@ -104,7 +124,12 @@ def tune(
             section: {key: value for key, value in fields.items() if value is not None}
             for section, fields in given.items()
         }
-        fields: dict[str, Any] = {"by": by, "threshold": threshold}
+        config = open_checkpoint(model).config
+        names = None if targets is None else [target.strip() for target in targets.split(",")]
+        if names is None and method == "lora":
+            names = ["attention", "routed" if config.sparse_layers else "dense"]
+        fields: dict[str, Any] = {"r": r, "alpha": 2 * r if alpha is None and r is not None else alpha}
+        fields |= {"targets": names, "num_experts": num_experts, "top_k": top_k, "by": by, "threshold": threshold}
         if experts is not None:
             from manyhands.tune.expert_cfg import read_expert_cfg
 
@@ -114,7 +139,6 @@ def tune(
         fields = {key: value for key, value in fields.items() if value is not None}
         how = parse(METHODS[method], {"method": method, **fields}, f"--method {method}")
         parts = [part.strip() for part in train.split(",")] if train is not None else []
-        config = open_checkpoint(model).config
         if trace is not None:
             if not isinstance(how, EsftTuning):
                 raise UserError(f"--trace is what --method esft chooses experts from; --method is {method}")

@@ -240,3 +240,8 @@ class RunConfig(Strict):
     def saves_changes(self) -> bool:
         """Whether a checkpoint holds only what is trained, and names the model that it began with."""
         return self.tune is not None and self.tune.method != "full"
+
+    @property
+    def puts_beside(self) -> bool:
+        """Whether everything that is trained stands beside the model, whose weights may then be packed."""
+        return self.saves_changes and self.tune is not None and self.tune.method != "esft"

@@ -3,14 +3,16 @@
 `method` says which of these descriptions it is; a field of another method is refused.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
+from manyhands.config.adapter import LoraConfig
 from manyhands.config.base import Strict
 from manyhands.config.numbers import Layers, Multiplier, Size
 
 Fraction = Annotated[float, Field(gt=0.0, le=1.0)]
+Rank = Annotated[int, Field(strict=True, ge=1, le=4096)]
 Targets = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(min_length=1)]
 
 
@@ -20,18 +22,10 @@ class FullTuning(Strict):
     method: Literal["full"] = "full"
 
 
-class LoraTuning(Strict):
-    """LoRA (arXiv 2106.09685): W + (alpha/r)·B·A, with A and B trained; for routed experts a stack of each."""
+class LoraTuning(LoraConfig):
+    """LoRA (arXiv 2106.09685): W + (alpha/r)·B·A, with A and B trained; of routed experts a stack of each."""
 
     method: Literal["lora"] = "lora"
-    r: Annotated[int, Field(strict=True, ge=1, le=4096)] = 8
-    """Rank of A and B."""
-    alpha: Multiplier = 16.0
-    use_rslora: bool = False
-    """Scale by alpha/√r in the place of alpha/r (arXiv 2312.03732)."""
-    targets: Targets = ("attention", "dense", "shared", "routed")
-    """`attention`, `dense` (feed-forward networks), `shared` and `routed` (experts), or names of layers as PEFT's
-    `target_modules` has them (`q_proj`). What a model lacks is passed over among the four; a name must be there."""
 
 
 class EsftTuning(Strict):
@@ -52,40 +46,49 @@ class EsftTuning(Strict):
     """Train everything that is no expert as well, the router too."""
 
 
-class MoloraTuning(Strict):
-    """A soft mixture of LoRA adapters on the linear layers of a dense model (MoLoRA, arXiv 2309.05444)."""
+class Mixture(Strict):
+    """Adapters that a router mixes."""
 
-    method: Literal["molora"] = "molora"
-    num_experts: Layers = 4
+    num_experts: Annotated[int, Field(strict=True, ge=2, le=4096)] = 4
     """Adapters beside each layer."""
     top_k: Layers | None = None
     """Adapters that a token takes; None: all, each by its share."""
-    r: Annotated[int, Field(strict=True, ge=1, le=4096)] = 4
+
+    @model_validator(mode="after")
+    def _enough(self) -> Self:
+        if self.top_k is not None and self.top_k > self.num_experts:
+            raise ValueError(
+                f"top_k = {self.top_k}: there are num_experts = {self.num_experts} adapters beside a layer"
+            )
+        return self
+
+
+class MoloraTuning(Mixture):
+    """A mixture of LoRA adapters beside the linear layers of a dense model (MoLoRA, arXiv 2309.05444)."""
+
+    method: Literal["molora"] = "molora"
+    r: Rank = 4
+    """Of each adapter."""
     alpha: Multiplier = 8.0
     targets: Targets = ("attention", "dense")
-    """As for lora."""
+    """As for lora; no routed experts."""
 
 
-class MovTuning(Strict):
-    """A soft mixture of vectors that scale what a layer says (MoV, arXiv 2309.05444), on a dense model."""
+class MovTuning(Mixture):
+    """A mixture of vectors that scale what a linear layer says (MoV, arXiv 2309.05444), in a dense model."""
 
     method: Literal["mov"] = "mov"
-    num_experts: Layers = 4
-    """Vectors beside each layer."""
-    top_k: Layers | None = None
-    """Vectors that a token takes; None: all, each by its share."""
     targets: Targets = ("k_proj", "v_proj", "up_proj")
-    """As for lora; the paper scales keys, values and what is inside the feed-forward network."""
+    """As for lora, no routed experts; the paper scales keys, values and what is inside the feed-forward network."""
 
 
-class PerftTuning(Strict):
+class PerftTuning(Mixture):
     """Thin experts with a router of their own beside the frozen experts of a mixture (PERFT-R, arXiv 2411.08212)."""
 
     method: Literal["perft"] = "perft"
-    num_experts: Layers = 4
-    """Thin experts beside each layer's own."""
-    top_k: Layers = 2
-    r: Annotated[int, Field(strict=True, ge=1, le=4096)] = 8
+    top_k: Layers | None = 2
+    """Thin experts that a token takes; None: all, each by its share."""
+    r: Rank = 8
     """Their width."""
     alpha: Multiplier = 16.0
 

@@ -8,22 +8,28 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from manyhands.config.tune import EsftTuning, TuneConfig
+from manyhands.config.tune import EsftTuning, LoraTuning, MoloraTuning, MovTuning, PerftTuning, TuneConfig
 from manyhands.errors import CheckpointError, ConfigError
+from manyhands.models.adapted import adapt as put_lora
 from manyhands.models.build import AnyModel
+from manyhands.models.mixed import mix
 from manyhands.moe import Experts, MoELayer
 from manyhands.moe.chosen import ChosenExperts
 
 
-def adapt(model: AnyModel, how: TuneConfig) -> None:
+def adapt(model: AnyModel, how: TuneConfig, seed: int = 0) -> None:
     """Freeze `model` and put into it what `how` trains, in place; on any device, `meta` too.
 
-    What is new begins so that nothing is changed yet. What is trained is float32. Raises `ConfigError` for a model that
-    cannot be tuned so.
+    What is new begins so that nothing is changed yet, and is drawn with `seed`. What is trained is float32. Raises
+    `ConfigError` for a model that cannot be tuned so.
     """
     model.requires_grad_(False)
     if isinstance(how, EsftTuning):
         _choose(model, how)
+    elif isinstance(how, LoraTuning):
+        put_lora(model, how, seed)
+    elif isinstance(how, MoloraTuning | MovTuning | PerftTuning):
+        mix(model, how, seed)
     for parameter in model.parameters():
         if parameter.requires_grad and parameter.dtype != torch.float32:
             parameter.data = parameter.data.float()

@@ -49,11 +49,11 @@ def _model(run: RunConfig, start: Start | None) -> AnyModel:
     device = pick_device(run.train.device)
     if run.saves_changes:
         assert run.tune is not None and start is not None
-        torch.manual_seed(run.train.seed)
+        torch.manual_seed(run.train.seed)  # of what is noisy while training
         # what is frozen need not be float32; but where that is computed in, a weight is widened once, not in each step
         dtype = torch.float32 if run.train.dtype == "float32" else None
         model = start.model(run.train.experts_implementation, dtype, device)
-        adapt(model, run.tune)
+        adapt(model, run.tune, run.train.seed)
         return model
     model = build(run.model, run.train.experts_implementation)
     seed_noise(model, run.train.seed)

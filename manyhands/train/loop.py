@@ -188,7 +188,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
     directory = RunDirectory(path)
     directory.check_ours()
     before = load_run(directory.config_file) if directory.config_file.is_file() else None
-    start = None if run.start is None or before is not None else Start.open(run.start)
+    start = None if run.start is None or before is not None else Start.open(run.start, run.puts_beside)
     if start is not None:
         run = with_model(run, start.config)
     elif before is not None and run.start is not None and run.start == before.start:
@@ -208,7 +208,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
             before = with_plan(before, newest[1] if newest else None)
             run, changes = go_on(before, run, step, str(directory.path))
         if newest is None and start is None and run.start is not None:  # begun before, never saved
-            start = Start.open(run.start)
+            start = Start.open(run.start, run.puts_beside)
         base = start
         if newest is not None and run.saves_changes:
             base = Start.of_tuned(newest[1])

@@ -9,6 +9,7 @@ import torch
 from manyhands.config import EncoderDecoderConfig, RunConfig
 from manyhands.config.history import settings_at
 from manyhands.config.kinds import BuiltConfig
+from manyhands.models import AnyModel, build
 from manyhands.trace.journal import Journal
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
@@ -22,7 +23,7 @@ def announce(
 ) -> None:
     """The `start` record; `start` is the checkpoint that the run has just begun from."""
     moe = run.model.moe
-    parameters, active = count_parameters(state.model)
+    parameters, active = count_parameters(_whole(run) if run.saves_changes else state.model)
     trained = count_trained(state.model)
     more: dict[str, Any] = {} if trained == parameters else {"trained_parameters": trained}
     if start is not None:
@@ -49,6 +50,12 @@ def announce(
         screen.note("a dense model: model.moe is not set, so there are no experts")
     if warning := not_causal(run.model):
         screen.note(f"warning: {warning}")
+
+
+def _whole(run: RunConfig) -> AnyModel:
+    """The model that is tuned: what lies in memory has adapters as well, and may be packed."""
+    with torch.device("meta"):
+        return build(run.model)
 
 
 def not_causal(config: BuiltConfig) -> str | None:

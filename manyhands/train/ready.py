@@ -52,7 +52,8 @@ def check_ready(run: RunConfig) -> None:
         freeze(model, run.trainable)
     if count_trained(model):
         build_optimizers(model, run.optim)
-    _check_memory(count_parameters(model)[0], count_trained(model), run.train.device)
+    trained = count_trained(model)  # beside them what is frozen stays the file, and its loader looks whether it fits
+    _check_memory(trained if run.saves_changes else count_parameters(model)[0], trained, run.train.device)
 
 
 def _check_memory(parameters: int, trained: int, device: str) -> None:

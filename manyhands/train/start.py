@@ -31,13 +31,14 @@ class Start:
     config: BuiltConfig
 
     @classmethod
-    def open(cls, source: str) -> "Start":
-        """The checkpoint, run or hub name `source`. Raises `CheckpointError`; `UserError` for packed weights."""
+    def open(cls, source: str, packed: bool = False) -> "Start":
+        """The checkpoint, run or hub name `source`. Raises `CheckpointError`; `UserError` for packed weights, unless
+        `packed` says that they stay as they are."""
         opened = open_checkpoint(source)
-        if opened.records:
+        if opened.records and not packed:
             raise UserError(
-                f"start = {source!r}: packed weights cannot be trained; "
-                f"unpack them first: manyhands convert {source} DIRECTORY"
+                f"start = {source!r}: packed weights cannot be trained; unpack them first: manyhands convert {source} "
+                "DIRECTORY, or put adapters beside them: manyhands tune --method lora"
             )
         return cls(source, opened.path, opened.config)
 

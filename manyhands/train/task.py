@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from manyhands.config import RunConfig
 from manyhands.files import TRAIN_TOKENS
 from manyhands.generate.evaluate import Evaluation, evaluate
 from manyhands.layers.cross_entropy import linear_cross_entropy
+from manyhands.layers.linear import Linear
 from manyhands.models import LanguageModel
 from manyhands.moe import Routing
 from manyhands.parallel.ranks import ALONE, Ranks
@@ -144,5 +146,10 @@ def next_token_loss(model: LanguageModel, ids_BS1: Tensor, targets_BS: Tensor, h
         keep_outputs=how.keep_outputs,
     )
     targets_T, mask_T = ids_BS1[:, 1:].flatten(), targets_BS.to(ids_BS1.device).flatten()
-    mean = linear_cross_entropy(hidden.states.flatten(0, 1), model.head_weight, targets_T, mask_T, model.head_bias)
+    states_TD = hidden.states.flatten(0, 1)
+    if type(model.lm_head) not in (Linear, type(None)):  # packed: it has no weight
+        mean = F.cross_entropy(model.head(states_TD[mask_T]).float(), targets_T[mask_T], reduction="sum")
+        mean = mean / max(1, int(mask_T.sum()))
+    else:
+        mean = linear_cross_entropy(states_TD, model.head_weight, targets_T, mask_T, model.head_bias)
     return Loss(mean, hidden.routings, hidden.max_logits)

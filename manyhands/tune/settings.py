@@ -19,7 +19,7 @@ from manyhands.errors import ConfigError
 from manyhands.train.trainable import patterns_of
 
 RATES = {"full": 1e-4, "esft": 1e-4, "lora": 1e-3, "molora": 1e-3, "mov": 3e-3, "perft": 1e-3}
-"""Learning rates. MoV's is larger: a vector has few numbers, each of which begins at 1."""
+"""Learning rates. MoV's is larger: a vector has few numbers, each of which begins at nothing."""
 _LONGEST = 512  # tokens of a sequence, where the model takes as many
 
 
