@@ -30,30 +30,28 @@ from manyhands.moe.router import Router
 from manyhands.moe.routing import Routing
 
 
-class Mixed(nn.Module):
-    """M adapters' router."""
-
-    def __init__(self, num_experts: int, top_k: int | None, inputs: int, device: torch.device) -> None:
-        super().__init__()
-        taken = num_experts if top_k is None else top_k
-        config = RouterConfig(num_experts=num_experts, num_experts_per_tok=taken, norm_topk_prob=top_k is not None)
-        self.router = Router(config, inputs).to(device)
-
-    def shares(self, x_TD: Tensor) -> Tensor:
-        """[T, M] float32, zero for those a token does not take."""
-        routing = self.router(x_TD)
-        if self.router.config.num_experts_per_tok == self.router.config.num_experts:
-            return routing.scores
-        return torch.zeros_like(routing.scores).scatter(-1, routing.expert_ids, routing.weights)
+def _router(num_experts: int, top_k: int | None, inputs: int, device: torch.device) -> Router:
+    taken = num_experts if top_k is None else top_k
+    config = RouterConfig(num_experts=num_experts, num_experts_per_tok=taken, norm_topk_prob=top_k is not None)
+    return Router(config, inputs).to(device)
 
 
-class LowRankMixture(Mixed):
+def _shares(router: Router, x_TD: Tensor) -> Tensor:
+    """[T, M] float32, zero for those a token does not take."""
+    routing = router(x_TD)
+    if router.config.num_experts_per_tok == router.config.num_experts:
+        return routing.scores
+    return torch.zeros_like(routing.scores).scatter(-1, routing.expert_ids, routing.weights)
+
+
+class LowRankMixture(nn.Module):
     """s·Σ_e p_e B_e (A_e x). Fresh: A uniform in ±1/√in, B zero, so that nothing is changed yet."""
 
     def __init__(
         self, num_experts: int, top_k: int | None, inputs: int, outputs: int, r: int, alpha: float, device: torch.device
     ) -> None:
-        super().__init__(num_experts, top_k, inputs, device)
+        super().__init__()
+        self.router = _router(num_experts, top_k, inputs, device)
         self.scale = alpha / r
         self.lora_A = nn.Parameter(torch.empty(num_experts, r, inputs, device=device))
         self.lora_B = nn.Parameter(torch.empty(num_experts, outputs, r, device=device))
@@ -70,18 +68,19 @@ class LowRankMixture(Mixed):
         """[T, in] -> [T, out] in x's dtype."""
         M, r, inputs = self.lora_A.shape
         low = F.linear(x_TD, self.lora_A.view(M * r, inputs).to(x_TD.dtype)).view(-1, M, r)
-        mixed = (low * (self.scale * self.shares(x_TD)).to(low.dtype)[..., None]).view(-1, M * r)
+        mixed = (low * (self.scale * _shares(self.router, x_TD)).to(low.dtype)[..., None]).view(-1, M * r)
         return F.linear(mixed, self.lora_B.transpose(0, 1).reshape(-1, M * r).to(x_TD.dtype))
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
 
-class VectorMixture(Mixed):
+class VectorMixture(nn.Module):
     """1 + Σ_e p_e d_e. Fresh: every d is 0, so that nothing is changed yet."""
 
     def __init__(self, num_experts: int, top_k: int | None, inputs: int, outputs: int, device: torch.device) -> None:
-        super().__init__(num_experts, top_k, inputs, device)
+        super().__init__()
+        self.router = _router(num_experts, top_k, inputs, device)
         self.scales = nn.Parameter(torch.empty(num_experts, outputs, device=device))
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
@@ -91,7 +90,7 @@ class VectorMixture(Mixed):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, in] -> [T, out] in x's dtype: what the layer's output is multiplied by."""
-        return 1.0 + F.linear(self.shares(x_TD).to(x_TD.dtype), self.scales.T.to(x_TD.dtype))
+        return 1.0 + F.linear(_shares(self.router, x_TD).to(x_TD.dtype), self.scales.T.to(x_TD.dtype))
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
