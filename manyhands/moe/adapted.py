@@ -19,6 +19,7 @@ from manyhands.kernels import ExpertWeights, run_experts
 from manyhands.kernels.low_rank import AdaptedWeights, LowRankWeights
 from manyhands.layers.adapted import LowRank
 from manyhands.moe.bank import ExpertBank
+from manyhands.moe.exchange import local
 from manyhands.quant import PackedExperts
 
 
@@ -65,11 +66,17 @@ class AdaptedExperts(ExpertBank):
 
     def weights(self) -> AdaptedWeights:
         """The experts as backends take them."""
-        return AdaptedWeights(self.base_layer, *(self._factors(name) for name in (self.up_name, "down_proj")))
+        return AdaptedWeights(self.base_layer, *self._both())
+
+    def own_experts(self) -> AdaptedWeights:
+        """The same of this process's own experts: their A and B lie with them."""
+        return AdaptedWeights(
+            self.base_layer.own_experts(), *(self._factors(name) for name in (self.up_name, "down_proj"))
+        )
 
     def _factors(self, name: str) -> LowRankWeights | None:
         low: LowRank | None = getattr(self, name)
-        return None if low is None else LowRankWeights(low.lora_A, low.lora_B, low.scale)
+        return None if low is None else LowRankWeights(local(low.lora_A), local(low.lora_B), low.scale)
 
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """W + s·B·A of these experts, float32 at least: what the thin products stand for."""
@@ -84,6 +91,8 @@ class AdaptedExperts(ExpertBank):
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
         name = self.implementation if implementation is None else implementation
+        if self.placement is not None:
+            return self.placement.run(name, x, ids, weights, kept, self.own_experts())
         return run_experts(name, x, ids, weights, kept, self.weights())
 
 

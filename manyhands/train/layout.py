@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Shard
 from manyhands.config import RunConfig
 from manyhands.layers.norm import LayerNorm, RMSNorm
 from manyhands.models import AnyModel, EncoderDecoder, build, init_weights
-from manyhands.moe import Experts, Router
+from manyhands.moe import ExpertBank, Router
 from manyhands.moe.exchange import Placement
 from manyhands.parallel.drawing import DrawnWhole
 from manyhands.parallel.group import Mesh
@@ -53,7 +53,6 @@ def lay_out(
     shared: set[nn.Parameter] = set()
     for layer in model.sparse_layers().values():
         if mesh.ep.size() > 1:  # else all processes hold the same experts, as they do everything else
-            assert isinstance(layer.experts, Experts)
             share_out(layer.experts, mesh, dispatch)
             shared.update(layer.experts.parameters())
     over_dp = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh.dp, shard_mesh_dim=0))
@@ -76,14 +75,20 @@ def lay_out(
             module.set_force_sum_reduction_for_comms(True)  # or gloo is asked for a reduction that it lacks
 
 
-def share_out(experts: Experts, mesh: Mesh, dispatch: Literal["by_pairs", "by_tokens"]) -> None:
-    """Leave this process its experts of those over `mesh.ep`, as DTensors of all. Raises `ConfigError`."""
+def share_out(experts: ExpertBank, mesh: Mesh, dispatch: Literal["by_pairs", "by_tokens"]) -> None:
+    """Leave this process its experts of those over `mesh.ep`, as DTensors of all, and what is beside them (LoRA).
+
+    Raises `ConfigError` for experts that cannot be shared out.
+    """
     placement = Placement.even(mesh.ep.get_group(), experts.num_experts, dispatch)
     own = slice(placement.first, placement.first + placement.count)
-    for name, p in list(experts.named_parameters(recurse=False)):
-        shard = DTensor.from_local(p.detach()[own].clone(), mesh.ep, [Shard(0)], run_check=False)
-        experts.register_parameter(name, nn.Parameter(shard, p.requires_grad))
-    experts.placement = placement
+    experts.own_experts()  # which a bank that cannot be shared out refuses
+    for part in experts.modules():
+        for name, p in list(part.named_parameters(recurse=False)):
+            shard = DTensor.from_local(p.detach()[own].clone(), mesh.ep, [Shard(0)], run_check=False)
+            part.register_parameter(name, nn.Parameter(shard, p.requires_grad))
+        if isinstance(part, ExpertBank):
+            part.placement = placement
 
 
 def _blocks(model: AnyModel) -> Iterable[nn.Module]:

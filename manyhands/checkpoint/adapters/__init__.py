@@ -8,6 +8,6 @@ write.py    both forms: an expert at a time, and fused
 """
 
 from manyhands.checkpoint.adapters.read import Adapter, load_adapter, read_adapter
-from manyhands.checkpoint.adapters.write import FORMS, save_adapter, write_adapter
+from manyhands.checkpoint.adapters.write import FORMS, adapter_of, save_adapter, write_adapter
 
-__all__ = ["FORMS", "Adapter", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]
+__all__ = ["FORMS", "Adapter", "adapter_of", "load_adapter", "read_adapter", "save_adapter", "write_adapter"]

@@ -30,6 +30,7 @@ from manyhands.errors import ConfigError
 from manyhands.families import Family
 from manyhands.kernels.low_rank import LowRankWeights
 from manyhands.models.adapted import low_ranks
+from manyhands.parallel.shards import whole
 
 Form = Literal["per-expert", "fused"]
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -42,14 +43,24 @@ def save_adapter(model: nn.Module, directory: str | Path, *, form: Form | None =
 
     Raises `ConfigError` for a model without adapters, or with one that PEFT's files cannot say.
     """
+    origin = getattr(model, "origin", None)
+    config: BuiltConfig = model.config  # type: ignore[assignment]
+    family = None if origin is None else origin.family
+    write_adapter(adapter_of(model), directory, config, family, form=form, overwrite=overwrite)
+
+
+def adapter_of(model: nn.Module) -> Adapter:
+    """What LoRA adds to `model`. Collective where it is sharded over processes: each gets the whole.
+
+    Raises `ConfigError` for a model without adapters.
+    """
     lows = low_ranks(model)
     if not lows:
         raise ConfigError("save_adapter: the model has no adapter; adapt(model, …) puts one there")
-    matrices = {part: LowRankWeights(low.lora_A.detach(), low.lora_B.detach(), low.scale) for part, low in lows.items()}
+    pairs = {part: [whole(t.detach()) for t in (low.lora_A, low.lora_B)] for part, low in lows.items()}
     origin = getattr(model, "origin", None)
-    config: BuiltConfig = model.config  # type: ignore[assignment]
-    adapter = Adapter(matrices, None if origin is None else str(origin.path))
-    write_adapter(adapter, directory, config, None if origin is None else origin.family, form=form, overwrite=overwrite)
+    matrices = {part: LowRankWeights(A, B, lows[part].scale) for part, (A, B) in pairs.items()}
+    return Adapter(matrices, None if origin is None else str(origin.path))
 
 
 def write_adapter(
