@@ -70,9 +70,10 @@ class AdaptedExperts(ExpertBank):
 
     def own_experts(self) -> AdaptedWeights:
         """The same of this process's own experts: their A and B lie with them."""
-        return AdaptedWeights(
-            self.base_layer.own_experts(), *(self._factors(name) for name in (self.up_name, "down_proj"))
-        )
+        return AdaptedWeights(self.base_layer.own_experts(), *self._both())
+
+    def _both(self) -> tuple[LowRankWeights | None, LowRankWeights | None]:
+        return self._factors(self.up_name), self._factors("down_proj")
 
     def _factors(self, name: str) -> LowRankWeights | None:
         low: LowRank | None = getattr(self, name)

@@ -1,6 +1,7 @@
 """Adapters as PEFT's files, with PEFT itself as the oracle: what we write it loads, what it wrote we load."""
 
 import json
+import random
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ from manyhands.families import FAMILIES
 from manyhands.models.adapted import adapt, adapter_state, is_adapted, low_ranks, merge
 
 from ..families.references import CASES, V, make  # type: ignore[import-not-found,unused-ignore]
+from .test_hostile_fuzz import edited  # type: ignore[import-not-found,unused-ignore]
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -420,3 +422,43 @@ def test_what_exists_stays(base, tmp_path) -> None:
 
 def test_every_case_of_the_oracles_is_there() -> None:
     assert {*PEFT_READS, "gpt_oss"} <= set(CASES)
+
+
+def spoilt(data: bytes, rng: random.Random) -> bytes:
+    """Bytes changed, cut or added; or what the header of a safetensors file says."""
+    kind = rng.random()
+    if kind < 0.4:
+        size = int.from_bytes(data[:8], "little")
+        header = edited(data[8 : 8 + size], rng)
+        return len(header).to_bytes(8, "little") + header + data[8 + size :]
+    if kind < 0.6:
+        return data[: rng.randrange(len(data))]
+    if kind < 0.7:
+        return data + rng.randbytes(8)
+    changed = bytearray(data)
+    for _ in range(rng.randint(1, 4)):
+        changed[rng.randrange(min(len(data), 4096))] = rng.randrange(256)
+    return bytes(changed)
+
+
+def test_spoilt_at_random(base, tmp_path) -> None:
+    """An adapter, or one line. Never another error, and never long."""
+    directory = base("olmoe")
+    save_adapter(stirred(directory, ("o_proj", "routed")), tmp_path / "adapter", form="fused")
+    model, rng = load_model(directory), random.Random(0)
+    file, config = (tmp_path / "adapter" / name for name in ("adapter_model.safetensors", "adapter_config.json"))
+    tensors, fields = file.read_bytes(), config.read_text()
+    read = 0
+    for _ in range(120):
+        if rng.random() < 0.5:
+            config.write_bytes(edited(fields.encode(), rng))
+        else:
+            file.write_bytes(spoilt(tensors, rng))
+        try:
+            read_adapter(tmp_path / "adapter", model.config, FAMILIES["olmoe"])
+            read += 1
+        except CheckpointError as error:
+            assert "\n" not in str(error) and len(str(error)) < 1000
+        file.write_bytes(tensors)
+        config.write_text(fields)
+    assert 10 < read < 110, read
