@@ -12,12 +12,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
 from manyhands.cli.main import main as command_line
 from manyhands.config.load import parse_run
 from manyhands.config.parallel import Layout
-from manyhands.moe import Experts, exchange
+from manyhands.moe import Experts
 from manyhands.parallel.shards import local
 from manyhands.plan.count import count_model
 from manyhands.plan.host import usable_cores
@@ -25,6 +26,7 @@ from manyhands.plan.network import Network
 from manyhands.simulate.exchange import Way
 from manyhands.simulate.parallel import Settings, laid_out
 from manyhands.strict_json import loads
+from manyhands.train import loop
 
 D, LAYERS, E, K, F, B, S = 256, 4, 16, 4, 256, 16, 128
 WORDS = ("hands", "work", "light", "many", "expert", "router", "token", "layer", "load", "step", "batch", "mesh", "dp")
@@ -172,30 +174,19 @@ def train_as_told(asked: dict[str, Any]) -> None:
 
 
 def _watch(steps: list[Spent]) -> None:
-    """Count what goes through `moe.exchange`, a `Spent` for each optimiser step."""
-    from manyhands.train import loop
+    """Count what goes through all-to-alls, which only the exchange of tokens uses here: a `Spent` for each step."""
+    real, real_forward, real_step = dist.all_to_all_single, Experts.forward, loop.train_step
 
-    real_exchange, real_swap, real_forward, real_step = (
-        exchange.exchange,
-        exchange._swap,
-        Experts.forward,
-        loop.train_step,
-    )
-
-    def timed(rows: Tensor, send: list[int], receive: list[int], group: Any) -> Tensor:
+    def timed(arriving: Tensor, rows: Tensor, *splits: list[int], group: Any, async_op: bool = False) -> Any:
         began = time.perf_counter()
-        arrived = real_exchange(rows, send, receive, group)
-        spent, own = steps[-1], send[group.rank()]
+        work = real(arriving, rows, *splits, group=group, async_op=async_op)
+        spent = steps[-1]
         spent.seconds += time.perf_counter() - began
-        spent.bytes += (sum(send) - own) * rows.element_size() * math.prod(rows.shape[1:])
-        spent.rows.append(sum(send) - own)
-        return arrived
-
-    def swapped(counts_R: Tensor, placement: Any) -> Tensor:
-        began = time.perf_counter()
-        theirs = real_swap(counts_R, placement)
-        steps[-1].seconds += time.perf_counter() - began
-        return theirs
+        if splits:  # without, it is how many rows come
+            away = sum(splits[1]) - splits[1][group.rank()]
+            spent.bytes += away * rows.element_size() * math.prod(rows.shape[1:])
+            spent.rows.append(away)
+        return work if work is None else _Waiting(work, steps)
 
     def forward(self: Experts, *args: Any, **options: Any) -> Tensor:
         steps[-1].experts[id(self)] = sum(local(p.detach()).nbytes for p in self.parameters())
@@ -205,6 +196,19 @@ def _watch(steps: list[Spent]) -> None:
         steps.append(Spent())
         return real_step(*args, **options)
 
-    exchange.exchange, exchange._swap = timed, swapped
+    dist.all_to_all_single = timed
     Experts.forward = forward  # type: ignore[method-assign]
     loop.train_step = step
+
+
+class _Waiting:
+    """An exchange under way, with a clock around the wait for it."""
+
+    def __init__(self, work: Any, steps: list[Spent]) -> None:
+        self._work, self._steps = work, steps
+
+    def wait(self) -> Any:
+        began = time.perf_counter()
+        found = self._work.wait()
+        self._steps[-1].seconds += time.perf_counter() - began
+        return found

@@ -12,10 +12,11 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 from manyhands.config.parallel import Layout
 from manyhands.models import Decoder
-from manyhands.moe import Routing, exchange
+from manyhands.moe import Routing
 from manyhands.parallel.group import Group, mesh_of
 from manyhands.simulate.parallel import Settings, laid_out
 from manyhands.trace.recording import Phase, Recorder
@@ -53,13 +54,13 @@ def _pass(ranks: Group, model: Decoder, dispatch: Literal["by_pairs", "by_tokens
     for layer in model.sparse_layers().values():
         layer.experts.placement = replace(layer.experts.placement, dispatch=dispatch)
     ids = torch.randint(0, 300, (8, 32), generator=torch.Generator().manual_seed(7))
-    real, sizes = exchange.exchange, []
+    real, sizes = dist.all_to_all_single, []
 
-    def watched(rows: torch.Tensor, send: list[int], receive: list[int], group: Any) -> torch.Tensor:
-        sizes.append(send)
-        return real(rows, send, receive, group)
+    def watched(arriving: torch.Tensor, rows: torch.Tensor, *splits: list[int], **how: Any) -> Any:
+        sizes.extend(splits[1:])  # of what is sent; where nobody says, it is the exchange of how many rows come
+        return real(arriving, rows, *splits, **how)
 
-    with torch.no_grad(), mock.patch.object(exchange, "exchange", watched):
+    with torch.no_grad(), mock.patch.object(dist, "all_to_all_single", watched):
         out = model.hidden(ids.chunk(ranks.size)[ranks.rank])
     return sizes[:: CALLS[dispatch]], {n: (r.expert_ids.numpy(), r.kept.numpy()) for n, r in out.routings.items()}
 
