@@ -149,6 +149,8 @@ FLAGS = {
     },
     "convert": {
         "ignore_field",
+        "adapter",
+        "as_adapter",
         "source",
         "target",
         "to",

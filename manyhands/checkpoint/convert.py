@@ -13,10 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from manyhands.checkpoint.adapters.fields import CONFIG as ADAPTER_CONFIG
+from manyhands.checkpoint.adapters.file import WEIGHTS as ADAPTER_WEIGHTS
+from manyhands.checkpoint.adapters.read import Adapter, attach, read_adapter
 from manyhands.checkpoint.assemble import our_tensor
 from manyhands.checkpoint.files import building, written_in
 from manyhands.checkpoint.find import find, open_found
-from manyhands.checkpoint.merge import Edit, Edited, edits_of
+from manyhands.checkpoint.merge import Edit, Edited, edits_of, lora_edits, without_delta
 from manyhands.checkpoint.model import EncoderDecoderModel, LoadedModel, from_source, load_model
 from manyhands.checkpoint.receipt import RECEIPT, describe, describe_source, hash_files, tensor_sha256
 from manyhands.checkpoint.room import check_room
@@ -26,10 +29,10 @@ from manyhands.checkpoint.sidecars import tokenizer_of, write_beside
 from manyhands.checkpoint.source import Source
 from manyhands.checkpoint.target import claim
 from manyhands.checkpoint.tensors import DTYPES, Header
-from manyhands.checkpoint.tuned import Change, Tuned
+from manyhands.checkpoint.tuned import Change
 from manyhands.config.kinds import longest_sequence
 from manyhands.config.shapes import tensor_shapes
-from manyhands.errors import CheckFailed, CheckpointError
+from manyhands.errors import CheckFailed, CheckpointError, UserError
 from manyhands.families import Family, Piece, family_named, nearest
 from manyhands.files import CONFIG
 from manyhands.models import Output
@@ -90,6 +93,10 @@ class Conversion:
         """What one of our tensors is written as."""
         theirs = next(target for target, pieces in self.pieces.items() if any(piece.ours == name for piece in pieces))
         return DTYPES[self.headers[theirs].dtype]
+
+    def unedited(self) -> "Conversion":
+        """The same without edits."""
+        return Conversion(self.source, self.family, self.dtype, drop_extras=not self.extras)
 
     def edited(self, target: str) -> bool:
         """Whether an edit changes it."""
@@ -152,6 +159,7 @@ def convert(
     overwrite: bool = False,
     ignore_fields: Collection[str] = (),
     tokenizer: str | Path | None = None,
+    adapter: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write `source_path` as family `to` (None: its own; for ours, the nearest) and return the receipt.
@@ -159,17 +167,26 @@ def convert(
     With `agreement` both models are run on sample tokens before the new directory appears; without a change of dtype
     they must agree, else `CheckFailed` is raised and nothing is written. `overwrite` replaces a target that this
     program wrote; any other that exists and is not empty is a `UserError`. `ignore_fields` are `load_model`'s, and
-    stand in the receipt. `tokenizer` names a directory whose tokenizer is taken in the place of the source's.
+    stand in the receipt. `tokenizer` names a directory whose tokenizer is taken in the place of the source's. `adapter`
+    is a LoRA adapter in PEFT's files, which is merged: W + s·B·A in float32, rounded once.
 
-    Raises what `Conversion` does, before anything is written, and `StorageError` if the disk
+    Raises what `Conversion` does, before anything is written, `CheckpointError` for an adapter that is not one of this
+    model's, `CheckFailed` if a tensor that it adapts is not changed, or another is, and `StorageError` if the disk
     refuses.
     """
-    claim(target_path, overwrite=overwrite, sources=[source_path], hashes=False)
+    sources = [source_path, *([] if adapter is None else [adapter])]
+    claim(target_path, overwrite=overwrite, sources=sources, hashes=False)
     found = find(source_path)
     change = Change.at(found)
     source = open_found(found if change is None else change.base, ignore_fields)
     edits = None if change is None else edits_of(change, source)
-    sources = [source_path, found, source.path]
+    sources += [found, source.path]
+    added: Adapter | None = None
+    if adapter is not None:
+        if change is not None:
+            raise UserError(f"{source_path} is tuned: merge that first, then the adapter into what comes of it")
+        added = read_adapter(adapter, source.config, source.family)
+        edits = lora_edits(added.matrices)
     ours = source.family.model_type == "manyhands"
     own = family_named(source.family.model_type)  # in its own names, whatever the source's are
     family = family_named(to, "--to") if to else nearest(source.config) if ours else own
@@ -180,9 +197,15 @@ def convert(
         check_room(source, decode=True, remedy="--no-agreement converts it without running it")
     with building(target_path, overwrite=overwrite, sources=sources) as partial:
         receipt = write_conversion(partial, plan, max_shard_size=max_shard_size, progress=progress)
-        receipt["agreement"] = _agreement(plan, partial, found) if agreement else None
+        _check_others(plan, receipt)
         if change is not None:
-            receipt["tuned"] = _merged(plan.edited_parts, change.tuned)
+            what = {"method": change.tuned.tune.method, "base": change.tuned.base.model_dump(mode="json")}
+            receipt["tuned"] = what | plan.edited_parts.described()
+        if added is not None and adapter is not None:
+            files = hash_files(Path(adapter), [Path(adapter) / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)])
+            receipt["adapter"] = {"files": files, "base": added.base} | plan.edited_parts.described()
+            receipt["adapter"]["adds_nothing_to"] = without_delta(added.matrices, plan.edits)
+        receipt["agreement"] = _agreement(plan, partial, found, added) if agreement else None
         (partial / RECEIPT).write_text(json.dumps(receipt, indent=1) + "\n", encoding="utf-8")
     return receipt
 
@@ -247,16 +270,23 @@ def _fates(plan: Conversion, written: dict[str, Any]) -> dict[str, Any]:
     return fates
 
 
-def _merged(parts: Edited, tuned: Tuned) -> dict[str, Any]:
-    """What the edits did. Raises `CheckFailed` where nothing changed."""
-    if not parts.changed:
-        raise CheckFailed(f"what was tuned of {tuned.base.source} changes none of its tensors, so nothing was written")
-    return {
-        "method": tuned.tune.method,
-        "base": tuned.base.model_dump(mode="json"),
-        "changed": sorted(set(parts.changed)),
-        "unchanged": sorted(set(parts.same)),
-    }
+def _check_others(plan: Conversion, receipt: Mapping[str, Any]) -> None:
+    """What no edit touches is as it was: the same bytes where it moved whole. Raises `CheckFailed`."""
+    if not plan.edits:
+        return
+    written, fates = receipt["target_tensors"], receipt["source_tensors"]
+    for name, entry in written.items():
+        if plan.edited(name):
+            continue
+        pieces, read = plan.pieces.get(name, []), entry["from"]
+        whole = len(read) == 1 and all(not p.transpose and not p.theirs_index and not p.ours_index for p in pieces)
+        fate = fates.get(read[0]) if whole else None
+        if fate is not None and fate["dtype"] == entry["dtype"] and fate["shape"] == entry["shape"]:
+            same = fate["sha256"] == entry["sha256"]
+        else:
+            same = tensor_sha256(plan.unedited().value(name)) == entry["sha256"]
+        if not same:
+            raise CheckFailed(f"{name}: changed, and was not tuned, so nothing was written")
 
 
 def _run(model: LoadedModel, ids: Tensor) -> Output:
@@ -267,12 +297,18 @@ def _run(model: LoadedModel, ids: Tensor) -> Output:
 
 
 @torch.no_grad()
-def _agreement(plan: Conversion, directory: Path, tuned: Path) -> dict[str, Any]:
-    """Both models on the same sample tokens, in float32: logits and experts. `tuned` holds what the edits are from."""
+def _agreement(plan: Conversion, directory: Path, tuned: Path, adapter: Adapter | None) -> dict[str, Any]:
+    """Both models on the same sample tokens, in float32: logits and experts. `tuned`, or an adapter, is what the edits
+    are from."""
     config = plan.source.config
     length = min(SAMPLE_TOKENS, longest_sequence(config) or SAMPLE_TOKENS)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=torch.Generator().manual_seed(0))
-    original = load_model(tuned, verified=True, decode=True) if plan.edits else from_source(plan.source, decode=True)
+    if plan.edits and adapter is None:
+        original = load_model(tuned, verified=True, decode=True)
+    else:
+        original = from_source(plan.source, decode=True)
+    if adapter is not None:
+        attach(original, adapter)
     before = _run(original, ids)
     after = _run(load_model(directory, verified=True, decode=True), ids)
     difference = float((before.logits - after.logits).abs().max())

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from manyhands.config.tune import EsftTuning, LoraTuning
 from manyhands.errors import CheckFailed, CheckpointError, ConfigError
 from manyhands.families import Piece
 from manyhands.files import TUNED_WEIGHTS
+from manyhands.kernels.low_rank import LowRankWeights
 from manyhands.models import build
 from manyhands.models.adapted import merged
 
@@ -23,8 +25,8 @@ from manyhands.models.adapted import merged
 class Edit:
     """What becomes of one of our tensors."""
 
-    apply: Callable[[Tensor], Tensor]
-    """Stored tensor -> the edited one, float32: it is rounded once, when it is written."""
+    apply: Callable[[Tensor, int | None], Tensor]
+    """(stored tensor, None), or (one expert of a stack, its number) -> the edited one, float32: rounded once."""
     experts: frozenset[int] | None = None
     """Of a stack: those that change, the others stay bit for bit. None: all of the tensor."""
     must_change: bool = False
@@ -45,28 +47,37 @@ class Edited:
     """Those that were to change and came out as they were."""
 
     def run(self, name: str, edit: Edit, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The edited tensor, looked at as it will be written, in `dtype`, expert by expert.
+        """The edited tensor as it will be written, in `dtype`; made, and looked at, an expert at a time.
 
-        Raises `CheckFailed` for one that must change and did not, and one that must not and did.
+        Raises `CheckFailed` for a part that must change and did not, and where shapes differ.
         """
-        edited = edit.apply(tensor)
+        if edit.experts is None:
+            return self._part(name, edit, tensor, None, dtype)
+        out = tensor.to(dtype, copy=True)  # what is not edited stays, bit for bit
+        for e in sorted(edit.experts):
+            out[e] = self._part(f"{name}[{e}]", edit, tensor[e], e, dtype)
+        return out
+
+    def described(self) -> dict[str, Any]:
+        """For a receipt. Raises `CheckFailed` where nothing changed."""
+        if not self.changed:
+            raise CheckFailed("what was tuned changes no tensor of its base, so nothing was written")
+        return {"changed": sorted(set(self.changed)), "unchanged": sorted(set(self.same))}
+
+    def _part(self, part: str, edit: Edit, tensor: Tensor, expert: int | None, dtype: torch.dtype) -> Tensor:
+        edited = edit.apply(tensor, expert)
         if edited.shape != tensor.shape:
             raise CheckFailed(
-                f"{name}: {list(edited.shape)} in the place of {list(tensor.shape)}, so nothing was written"
+                f"{part}: {list(edited.shape)} in the place of {list(tensor.shape)}, so nothing was written"
             )
-        for e in range(len(tensor)) if edit.experts is not None else (None,):
-            which = slice(None) if e is None else slice(e, e + 1)
-            part, wanted = name if e is None else f"{name}[{e}]", edit.experts is None or e in edit.experts
-            same = torch.equal(edited[which].to(dtype), tensor[which].to(dtype))
-            if wanted and same and edit.must_change:
-                raise CheckFailed(
-                    f"{part}: what was tuned changes nothing in {str(dtype).removeprefix('torch.')}, so nothing was "
-                    "written: try --dtype float32"
-                )
-            if not wanted and not same:
-                raise CheckFailed(f"{part}: changed, and was not tuned, so nothing was written")
-            if wanted:
-                (self.same if same else self.changed).append(part)
+        edited = edited.to(dtype)
+        same = torch.equal(edited, tensor.to(dtype))
+        if same and edit.must_change:
+            raise CheckFailed(
+                f"{part}: what was tuned changes nothing in {str(dtype).removeprefix('torch.')}, so nothing was "
+                "written: try --dtype float32"
+            )
+        (self.same if same else self.changed).append(part)
         return edited
 
 
@@ -74,11 +85,10 @@ def edits_of(change: Change, source: Source) -> Mapping[str, Edit]:
     """Our names -> edits of `source`, its base. Raises `ConfigError` for a method whose result is no model of the
     base's kind, `CheckpointError` if the file does not fit."""
     directory, how = change.directory, change.tuned.tune
-    state = load_tensors(directory / TUNED_WEIGHTS)
     if isinstance(how, LoraTuning):
-        parts = {name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")}
-        edits = lora_edits({part: (state[f"{part}.lora_A"], state[f"{part}.lora_B"], how.scale) for part in parts})
+        edits = lora_edits(lora_parts(change))
     elif isinstance(how, EsftTuning):
+        state = load_tensors(directory / TUNED_WEIGHTS)
         chosen = {bank: (how.experts or {}).get(layer, ()) for bank, layer in _banks(source.config).items()}
         edits = {name: _put(tensor, chosen.get(name.rpartition(".")[0])) for name, tensor in state.items()}
     else:
@@ -89,22 +99,46 @@ def edits_of(change: Change, source: Source) -> Mapping[str, Edit]:
     return edits
 
 
-def lora_edits(parts: Mapping[str, tuple[Tensor, Tensor, float]]) -> dict[str, Edit]:
-    """Part (`models.adapted.parts_of`) -> (A, B, s) as edits W + s·B·A of our tensors. Where B·A is 0 there is none."""
+def lora_parts(change: Change) -> dict[str, LowRankWeights]:
+    """A, B and s by part, of a checkpoint of LoRA. Raises `ConfigError` for another method."""
+    how = change.tuned.tune
+    if not isinstance(how, LoraTuning):
+        raise ConfigError(f"{change.directory}: {how.method} has no LoRA: PEFT has no file for what it adds")
+    state = load_tensors(change.directory / TUNED_WEIGHTS)
+    parts = [name.removesuffix(".lora_A") for name in state if name.endswith(".lora_A")]
+    return {part: LowRankWeights(state[f"{part}.lora_A"], state[f"{part}.lora_B"], how.scale) for part in parts}
+
+
+def lora_edits(parts: Mapping[str, LowRankWeights]) -> dict[str, Edit]:
+    """Part (`models.adapted.parts_of`) -> (A, B, s) as edits W + s·B·A of our tensors. Where A or B is 0 there is none.
+
+    W + s·B·A is computed in float32.
+    """
     edits = {}
     for part, (A, B, scale) in parts.items():
-        name = part if ".mlp.experts." in part else f"{part}.weight"
-        if A.dim() == 2:
-            if A.any() and B.any():
-                edits[name] = Edit(partial(_add, A=A, B=B, scale=scale), must_change=True)
-        else:
-            some = frozenset((A.flatten(1).any(1) & B.flatten(1).any(1)).nonzero().flatten().tolist())
-            if some:
-                edits[name] = Edit(partial(_add, A=A, B=B, scale=scale), some, must_change=True)
+        name = part if A.dim() == 3 else f"{part}.weight"
+        there = A.flatten(-2).any(-1) & B.flatten(-2).any(-1)
+        if bool(there.any()):
+            some = frozenset(there.nonzero().flatten().tolist()) if A.dim() == 3 else None
+            edits[name] = Edit(partial(_add, A=A, B=B, scale=scale), some, must_change=True)
     return edits
 
 
-def _add(weight: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+def without_delta(parts: Mapping[str, LowRankWeights], edits: Mapping[str, Edit]) -> list[str]:
+    """Matrices, or experts of them, that are adapted in name alone: A or B is zero."""
+    found = []
+    for part, pair in parts.items():
+        edit = edits.get(part if pair.A.dim() == 3 else f"{part}.weight")
+        if edit is None:
+            found.append(part)
+        elif edit.experts is not None:
+            found += [f"{part}[{e}]" for e in range(len(pair.A)) if e not in edit.experts]
+    return found
+
+
+def _add(weight: Tensor, expert: int | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    if expert is not None:
+        A, B = A[expert], B[expert]
     return merged(weight.float(), A, B, scale)
 
 
@@ -119,11 +153,11 @@ def _banks(config: BuiltConfig) -> dict[str, int]:
 def _put(tensor: Tensor, experts: tuple[int, ...] | None) -> Edit:
     """A tensor in the place of the stored one; with `experts`, of a stack, in theirs."""
     if experts is None:
-        return Edit(lambda _: tensor)
+        return Edit(lambda _, __: tensor)
+    place = {e: i for i, e in enumerate(experts)}
 
-    def put(whole: Tensor) -> Tensor:
-        edited = whole.float().clone()
-        edited[list(experts)] = tensor
-        return edited
+    def put(_: Tensor, expert: int | None) -> Tensor:
+        assert expert is not None
+        return tensor[place[expert]]
 
     return Edit(put, frozenset(experts))

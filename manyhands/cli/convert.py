@@ -1,6 +1,7 @@
 """`manyhands convert`: a checkpoint from one family's format to another's, with a receipt."""
 
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,6 +46,18 @@ def convert(
         str | None,
         typer.Option(metavar="DIR", help="A directory with the tokenizer to write, if not the source's."),
     ] = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="A LoRA adapter of the model, as PEFT keeps it: merged into what is written."),
+    ] = None,
+    as_adapter: Annotated[
+        Literal["per-expert", "fused"] | None,
+        typer.Option(
+            "--as-adapter",
+            help="Write the adapter alone, of a tuned SOURCE or of --adapter, as PEFT reads it: experts one by one "
+            "(vLLM and llama.cpp too) or all together.",
+        ),
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the receipt.")] = False,
 ) -> None:
     """Write a checkpoint in another family's format; receipt.json says what became of every tensor.
@@ -72,6 +85,11 @@ def convert(
     if not to_gguf and (file_type is not None or without_vocabulary):
         flag = "--without-vocabulary" if file_type is None else "--type"
         raise UserError(f"{flag} is for a GGUF file, and {target} does not end in .gguf")
+    if as_adapter is not None:
+        _as_adapter(source, target, as_adapter, adapter, overwrite, ignore_field or (), json_output)
+        return
+    if to_gguf and adapter is not None:
+        raise UserError("--adapter merges into a directory; convert that to a GGUF file afterwards")
     if to_gguf and dtype is not None:
         raise UserError("--dtype is for a directory; how a GGUF file stores weights is --type")
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
@@ -105,6 +123,7 @@ def convert(
             overwrite=overwrite,
             ignore_fields=ignore_field or (),
             tokenizer=tokenizer,
+            adapter=adapter,
             progress=progress,
         )
     if json_output:
@@ -125,6 +144,12 @@ def convert(
             f"{found['largest_logit_difference']:.2g} at most (their spread is {found['logits_std']:.2g})"
             + ("" if experts is None else f"; {experts:.2%} of the experts chosen are the same")
         )
+    if merged := receipt.get("adapter"):
+        nothing = len(merged["adds_nothing_to"])
+        print(
+            f"adapter {shown(adapter or '')}: {len(merged['changed'])} matrices, experts one by one, have changed"
+            + (f"; to {nothing} it adds nothing" if nothing else "")
+        )
     if merged := receipt.get("tuned"):
         print(
             f"{merged['method']}: {len(merged['changed'])} matrices are no longer the base's; "
@@ -133,3 +158,27 @@ def convert(
     if receipt["notes"]:
         print(shown(receipt["notes"]))
     print(f"what became of every tensor: {shown(Path(target) / RECEIPT)}")
+
+
+def _as_adapter(
+    source: str,
+    target: str,
+    form: Literal["per-expert", "fused"],
+    adapter: str | None,
+    overwrite: bool,
+    ignore_fields: Collection[str],
+    json_output: bool,
+) -> None:
+    import json
+
+    from manyhands.checkpoint.adapters.export import export_adapter
+
+    written = export_adapter(
+        source, target, form=form, adapter=adapter, overwrite=overwrite, ignore_fields=ignore_fields
+    )
+    if json_output:
+        print(json.dumps(written))
+        return
+    ranks = sorted(set(written["ranks"].values()))
+    rank = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}"
+    print(f"LoRA on {len(written['ranks'])} matrices of {shown(written['base'] or source)}, {rank}: {shown(target)}")

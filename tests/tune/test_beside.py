@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -111,21 +112,29 @@ def test_resumes_bit_for_bit(
         assert left.keys() == right.keys() and all(torch.equal(left[key], right[key]) for key in left)
 
 
-def test_a_merge_that_loses_an_expert_is_refused(
+def test_merged_by_way_of_pefts_files_and_not_if_an_expert_is_lost(
     base: Path, other_text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     arguments = ["--data", str(other_text), "--method", "lora", *TUNE, "--lr", "0.02", "--out", str(run), "--quiet"]
     assert manyhands("tune", str(base), *arguments).returncode == 0
-    real = merging.merged
+    for form in ("per-expert", "fused"):  # the same by way of PEFT's files
+        alone, merged = str(tmp_path / form), str(tmp_path / f"merged {form}")
+        assert manyhands("convert", str(run), alone, "--as-adapter", form).returncode == 0
+        assert manyhands("convert", str(base), merged, "--adapter", alone).returncode == 0
+    assert manyhands("convert", str(run), str(tmp_path / "by us")).returncode == 0
+    files = [
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("by us", "merged fused", "merged per-expert")
+    ]
+    assert files[0] == files[1] == files[2]
+    refused = manyhands("convert", str(run), str(tmp_path / "twice"), "--adapter", alone)
+    assert refused.returncode == 2 and "is tuned: merge that first" in refused.stderr
+    real = merging._add
 
-    def forgets(weight: torch.Tensor, A: torch.Tensor, B: torch.Tensor, scale: float) -> torch.Tensor:
-        found = real(weight, A, B, scale)
-        if weight.dim() == 3:
-            found[5] = weight[5]
-        return found
+    def forgets(weight: torch.Tensor, expert: int | None, **factors: Any) -> torch.Tensor:
+        return weight.float() if expert == 5 else real(weight, expert, **factors)
 
-    monkeypatch.setattr(merging, "merged", forgets)
+    monkeypatch.setattr(merging, "_add", forgets)
     said = manyhands("convert", str(run), str(tmp_path / "merged"))
     assert said.returncode != 0 and "[5]: what was tuned changes nothing in float32" in said.stderr
     assert not (tmp_path / "merged").exists()
