@@ -86,6 +86,11 @@ def convert(
         flag = "--without-vocabulary" if file_type is None else "--type"
         raise UserError(f"{flag} is for a GGUF file, and {target} does not end in .gguf")
     if as_adapter is not None:
+        if to_gguf or to is not None or dtype is not None or tokenizer is not None:
+            raise UserError(
+                "--as-adapter writes a directory of the adapter alone, in float32 and under the model's own names: not "
+                "with NAME.gguf, --to, --dtype or --tokenizer"
+            )
         _as_adapter(source, target, as_adapter, adapter, overwrite, ignore_field or (), json_output)
         return
     if to_gguf and adapter is not None:

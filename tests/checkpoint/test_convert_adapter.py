@@ -209,6 +209,12 @@ def test_from_the_command_line(base, tmp_path) -> None:
         (["other", "--as-adapter", "fused"], "is a model: --adapter DIR says which adapter of it"),
         (["other", "--adapter", str(directory)], "adapter_config.json: does not exist"),
         (["other", "--adapter", str(tmp_path / "nowhere")], "adapter_config.json: does not exist"),
+        (
+            ["other", "--adapter", str(adapter / WEIGHTS)],
+            "is a file; name the directory that holds adapter_config.json",
+        ),
+        (["other.gguf", "--adapter", str(adapter), "--as-adapter", "fused"], "--as-adapter writes a directory"),
+        (["other", "--adapter", str(adapter), "--as-adapter", "fused", "--dtype", "float16"], "not with NAME.gguf"),
     ):
         refused = manyhands("convert", str(directory), str(tmp_path / arguments[0]), *arguments[1:])
         assert refused.returncode == 2 and message in refused.stderr and len(refused.stderr.splitlines()) == 1

@@ -67,6 +67,8 @@ def _first(patterns: dict[str, Any], names: Iterable[str], default: Any) -> Any:
 def read_fields(directory: Path) -> Fields:
     """Raises `CheckpointError` for what is missing, malformed, or would change what the model computes."""
     path = directory / CONFIG
+    if directory.is_file():
+        raise CheckpointError(f"{directory}: is a file; name the directory that holds {CONFIG}")
     values = read_json(path, _LIMIT)
 
     def bad(name: str, expected: str) -> CheckpointError:
