@@ -184,6 +184,7 @@ def theirs(folder: Path) -> Callable[[Tensor], float]:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     base = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", experts_implementation="grouped_mm")
     model = peft.PeftModel.from_pretrained(base, folder / "adapter", is_trainable=True).train()
 
