@@ -29,6 +29,8 @@ class RowBatch:
     sequences: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
     """Of each its rows: what is read [n − 1] int64, and the labels [n − 1] int64, `NO_TARGET` if nothing is asked."""
     packed: bool
+    reference: tuple[tuple[float, ...], ...] = ()
+    """Of each its rows' log-likelihoods by the model that preferences are learnt from; empty without."""
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -51,7 +53,8 @@ class RowBatch:
     def split(self, size: int | None) -> "list[RowBatch]":
         """Parts of `size` sequences."""
         size = size or len(self)
-        return [RowBatch(self.sequences[i : i + size], self.packed) for i in range(0, len(self), size)]
+        parts = [slice(i, i + size) for i in range(0, len(self), size)]
+        return [RowBatch(self.sequences[part], self.packed, self.reference[part]) for part in parts]
 
     def in_a_row(self) -> tuple[Tensor, Tensor]:
         """What is read and the labels, [1, T] both, of rows one behind the other."""
@@ -85,12 +88,19 @@ class RowBatches:
         *,
         packed: bool = True,
         sha256: str | None = None,
+        group: int = 1,
+        reference: npt.NDArray[np.float64] | None = None,
     ) -> None:
-        """Raises `DataError` for a row that is longer than a sequence, `ConfigError` if the processes cannot share a
+        """Each `group` rows stay together, in one sequence. `reference` [R] goes along with the rows.
+
+        Raises `DataError` for a row that is longer than a sequence, `ConfigError` if the processes cannot share a
         batch evenly."""
         self.rows, self.packed, self.sequence_length, self.seed = rows, packed, sequence_length, seed
-        if int(rows.lengths.max()) > sequence_length + 1:
-            raise DataError(f"a row of {int(rows.lengths.max())} tokens is longer than sequence_length + 1")
+        self.group, self.reference, self.places = group, reference, places_of(rows, group)
+        if int(self.places.max()) > sequence_length:
+            raise DataError(
+                f"a row of {int(self.places.max()) + group} tokens is longer than sequence_length + {group}"
+            )
         identity: dict[str, int | float | str] = {
             **({} if sha256 is None else {"sha256": sha256}),
             "sequence_length": sequence_length,
@@ -98,6 +108,7 @@ class RowBatches:
             "num_rows": len(rows),
             "packed": packed,
             "seed": seed,
+            **({} if group == 1 else {"group": group}),
         }
         self._known: dict[int, list[list[int]]] = {}
         self.walk = Walk(self._order, identity, batch_size, rank, world_size)
@@ -107,11 +118,9 @@ class RowBatches:
 
     def __next__(self) -> RowBatch:
         places_B, epochs_B = self.walk.take()
-        return batch_of(
-            self.rows,
-            [self._bins(epoch)[place] for place, epoch in zip(places_B.tolist(), epochs_B.tolist(), strict=True)],
-            self.packed,
-        )
+        where = zip(places_B.tolist(), epochs_B.tolist(), strict=True)
+        bins = [self._bins(epoch)[place] for place, epoch in where]
+        return batch_of(self.rows, bins, self.packed, self.reference)
 
     def state_dict(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
@@ -128,26 +137,49 @@ class RowBatches:
         """Which rows each sequence of an epoch holds."""
         if epoch not in self._known:
             self._known = {known: bins for known, bins in self._known.items() if known == epoch - 1}
-            order = shuffled(bits_of(self.seed, epoch), len(self.rows))
-            if self.packed:
-                places = (self.rows.lengths[order] - 1).tolist()
-                self._known[epoch] = [[int(order[i]) for i in bin] for bin in best_fit(places, self.sequence_length)]
-            else:
-                self._known[epoch] = [[number] for number in order.tolist()]
+            order = shuffled(bits_of(self.seed, epoch), len(self.places))
+            self._known[epoch] = bins_of(self.places, order, self.sequence_length, self.packed, self.group)
         return self._known[epoch]
 
 
-def batch_of(rows: RowFile, bins: Sequence[Sequence[int]], packed: bool) -> RowBatch:
+def places_of(rows: RowFile, group: int) -> npt.NDArray[np.int64]:
+    """[R / group]: the places of each `group` rows."""
+    places_G: npt.NDArray[np.int64] = (rows.lengths - 1).reshape(-1, group).sum(1)
+    return places_G
+
+
+def bins_of(
+    places: npt.NDArray[np.int64], order: npt.NDArray[np.int64], room: int, packed: bool, group: int
+) -> list[list[int]]:
+    """Which rows each sequence holds, where groups of rows with these `places` are taken in `order`."""
+    bins = best_fit(places[order].tolist(), room) if packed else [[number] for number in range(len(order))]
+    return [[int(order[i]) * group + k for i in bin for k in range(group)] for bin in bins]
+
+
+def batch_of(
+    rows: RowFile,
+    bins: Sequence[Sequence[int]],
+    packed: bool,
+    reference: npt.NDArray[np.float64] | None = None,
+) -> RowBatch:
     """The rows of these numbers, several to a sequence."""
-    return RowBatch(tuple(tuple(_row(rows, number) for number in bin) for bin in bins), packed)
+    known = () if reference is None else tuple(tuple(reference[list(bin)].tolist()) for bin in bins)
+    return RowBatch(tuple(tuple(_row(rows, number) for number in bin) for bin in bins), packed, known)
 
 
-def in_order(rows: RowFile, sequence_length: int, batch_size: int, packed: bool = True) -> Iterator[RowBatch]:
+def in_order(
+    rows: RowFile,
+    sequence_length: int,
+    batch_size: int,
+    packed: bool = True,
+    group: int = 1,
+    reference: npt.NDArray[np.float64] | None = None,
+) -> Iterator[RowBatch]:
     """All rows once, for validation: always in the same batches."""
-    places = (rows.lengths - 1).tolist()
-    bins = best_fit(places, sequence_length) if packed else [[number] for number in range(len(rows))]
+    places = places_of(rows, group)
+    bins = bins_of(places, np.arange(len(places)), sequence_length, packed, group)
     for first in range(0, len(bins), batch_size):
-        yield batch_of(rows, bins[first : first + batch_size], packed)
+        yield batch_of(rows, bins[first : first + batch_size], packed, reference)
 
 
 def best_fit(places: Sequence[int], room: int) -> list[list[int]]:

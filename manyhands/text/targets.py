@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from manyhands.errors import CheckpointError, DataError, UserError
 from manyhands.text.chat import Message
-from manyhands.text.rows import ChatRow, PairRow, Row, TextRow
+from manyhands.text.row import ChatRow, PairRow, PreferenceRow, Row, TextRow
 from manyhands.text.tokenizer import Tokenizer
 
 Turns = Literal["every", "last"]
@@ -54,7 +54,13 @@ class Targets:
         self.end: int = tokenizer.eos_token_id
         self.stops = tokenizer.eos_token_ids
 
-    def example(self, row: Row) -> Example:
+    def examples(self, row: Row) -> list[Example]:
+        """`row` in tokens; of a preference the better answer and the worse. Raises what `example` does."""
+        if isinstance(row, PreferenceRow):
+            return [self.example(row.chosen), self.example(row.rejected)]
+        return [self.example(row)]
+
+    def example(self, row: TextRow | ChatRow | PairRow) -> Example:
         """`row` in tokens. Raises `DataError` naming the row, `CheckpointError` for a template that fails."""
         if isinstance(row, TextRow):
             front = self.tokenizer.front_ids

@@ -28,6 +28,7 @@ from manyhands.train.experts import as_chosen, choose_experts
 from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
+from manyhands.train.preferences import with_reference
 from manyhands.train.ready import check_ready
 from manyhands.train.recording import TRACES, StepTrace
 from manyhands.train.row_data import prepare
@@ -215,6 +216,7 @@ def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None 
         with Screen(str(path), run.train.max_steps, quiet) as screen:
             with signals.preparing():
                 data = prepare(directory.data_dir, run, screen.note, start.tokenizer if start else None)
+                data = with_reference(data, directory.data_dir, run, base, screen.note)
                 if isinstance(run.tune, EsftTuning) and run.tune.experts is None:
                     assert base is not None
                     run = choose_experts(run, base, data, task, ranks)

@@ -8,8 +8,11 @@ data/data.json             written last: what was prepared, and the SHA-256 of e
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from manyhands.checkpoint.sidecars import write_beside
 from manyhands.config import RunConfig
@@ -17,10 +20,12 @@ from manyhands.config.rows import RowsConfig
 from manyhands.errors import ConfigError, DataError
 from manyhands.files import PREPARED, TRAIN_TOKENS, VALID_TOKENS
 from manyhands.text import Tokenizer
+from manyhands.text.cut import Cut
 from manyhands.text.formats import memory_for_text
 from manyhands.text.plain import plain_template
+from manyhands.text.row import ChatRow, Form, PreferenceRow, Row, digest_of, named
 from manyhands.text.row_file import RowFile, beside, write_rows
-from manyhands.text.rows import ChatRow, Form, Row, digest_of, read_rows
+from manyhands.text.rows import read_rows
 from manyhands.text.split import hold_out
 from manyhands.text.targets import Example, Targets
 from manyhands.train.data import RunData, finish_prepared, prepare_data, read_prepared
@@ -33,35 +38,11 @@ class RowData(RunData):
     """What a tuning trains and validates on. `train` and `valid` are the rows' tokens, one row behind the other."""
 
     train_rows: RowFile
+    """With `rows.dpo_beta` each better answer and, behind it, the worse."""
     valid_rows: RowFile
-
-
-@dataclass(slots=True)
-class Cut:
-    """What became of rows that are longer than a sequence."""
-
-    longest: int
-    cut: int = 0
-    """Texts in several pieces, and conversations and pairs without their ends."""
-    lost: list[str] = field(default_factory=list)
-    """Where rows are whose targets all lie behind the cut, which are left out."""
-
-    def pieces(self, example: Example, is_text: bool) -> Iterator[Example]:
-        """`example` in the room there is. A text is cut into pieces that overlap by one token, so that none is lost."""
-        if len(example.ids) <= self.longest:
-            yield example
-            return
-        self.cut += 1
-        step = self.longest - 1
-        starts = range(0, len(example.ids) - 1, step) if is_text else [0]
-        for start in starts:
-            part = slice(start, start + self.longest)
-            learnt = example.learnt[part].copy()
-            learnt[0] = False
-            if learnt.any():
-                yield Example(example.where, example.ids[part], learnt)
-            elif not is_text:
-                self.lost.append(example.where)
+    train_reference: npt.NDArray[np.float64] | None = None
+    """[R]: the rows' log-likelihoods by the model that preferences start from (`preferences.py`)."""
+    valid_reference: npt.NDArray[np.float64] | None = None
 
 
 def prepare(
@@ -137,23 +118,40 @@ def tokenizer_of(run: RunConfig, ready_made: Callable[[], Tokenizer] | None) -> 
 
 def examples_of(
     run: RunConfig, sources: Sequence[str], targets: Targets, say: Callable[[str], None]
-) -> Iterator[tuple[Row, Example]]:
-    """The rows of `sources`, and what of them is learnt. Raises what `read_rows` and `Targets.example` do."""
-    columns = rows_config(run).columns
-    form: Form | None = None if columns == "auto" else columns
+) -> Iterator[tuple[Row, list[Example]]]:
+    """The rows of `sources`, and what of them is learnt: one example of each, two of a preference.
+
+    Raises what `read_rows` and `Targets.example` do, and `ConfigError` for preferences without `rows.dpo_beta`, for
+    other rows with it, and for conversations without a template.
+    """
+    rows = rows_config(run)
+    form: Form | None = None if rows.columns == "auto" else rows.columns
     for row in read_rows(sources, run.data.text_field, form, say):
-        if isinstance(row, ChatRow) and targets.tokenizer.chat_template is None:
+        preference = isinstance(row, PreferenceRow)
+        if preference is (rows.dpo_beta is None):
+            said = (
+                "are learnt by DPO: say rows.dpo_beta=0.1" if preference else "have nothing rejected: no rows.dpo_beta"
+            )
+            raise ConfigError(f"{row.where}: rows of {named(row.form)} {said}")
+        parts = (row.chosen, row.rejected) if isinstance(row, PreferenceRow) else (row,)
+        if targets.tokenizer.chat_template is None and any(isinstance(part, ChatRow) for part in parts):
             raise ConfigError(
                 "the model has no chat template, and these are conversations: say rows.chat_template=plain, or a file"
             )
-        yield row, targets.example(row)
+        yield row, targets.examples(row)
+
+
+def cut_of(run: RunConfig) -> Cut:
+    """The room of a row: a sequence's, of which the two answers of a preference share one."""
+    places = run.train.sequence_length if rows_config(run).dpo_beta is None else run.train.sequence_length // 2
+    return Cut(places + 1)
 
 
 def _examples(
     run: RunConfig, targets: Targets, say: Callable[[str], None]
 ) -> tuple[list[Example], list[Example], dict[str, object]]:
     """What is trained on, what is held out, and what to write down about them."""
-    cut = Cut(run.train.sequence_length + 1)
+    cut = cut_of(run)
     given = list(_kept(run, run.data.sources, targets, cut, say))
     if run.data.valid:
         valid = list(_kept(run, run.data.valid, targets, cut, say))
@@ -194,8 +192,8 @@ def _kept(
 ) -> Iterator[tuple[bytes, list[Example]]]:
     """The digest of each row, and its pieces. Raises `DataError` for more than half of the memory holds."""
     room = most = memory_for_text()
-    for row, example in examples_of(run, sources, targets, say):
-        pieces = list(cut.pieces(example, row.form == "text"))
+    for row, examples in examples_of(run, sources, targets, say):
+        pieces = cut.fit(row, examples)
         room -= sum(piece.ids.nbytes + piece.learnt.nbytes for piece in pieces) + 200
         if room < 0:
             raise DataError(f"{row.where}: up to here the rows take more than half of the memory ({most >> 20:,} MiB)")

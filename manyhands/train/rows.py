@@ -56,7 +56,11 @@ class Rows:
             clip_above=how.clip_above,
             keep_outputs=how.keep_outputs,
         )
-        return Loss(target_loss(model, hidden.states, labels_T), hidden.routings, hidden.max_logits)
+        return Loss(self.mean(model, micro, hidden.states, labels_T), hidden.routings, hidden.max_logits)
+
+    def mean(self, model: Decoder, micro: RowBatch, states: Tensor, labels_T: Tensor) -> Tensor:
+        """The loss of a micro-batch from the model's states, mean over what `count` calls targets."""
+        return target_loss(model, states, labels_T)
 
     def figures(self, loss: float, data: RunData) -> dict[str, float]:
         """None: targets are a part of the text, so bits per byte of it would say nothing."""
@@ -68,7 +72,7 @@ class Rows:
         """The loss on all rows that are held out."""
         sizes = run.train.sequence_length, run.train.batch_size
         batches = in_order(rows_of(data).valid_rows, *sizes, rows_config(run).packing)
-        return evaluate_rows(model, batches, dtype, ranks=ranks)
+        return evaluate_rows(model, batches, dtype, ranks=ranks, task=self)
 
 
 def check_rows(run: RunConfig) -> None:
@@ -76,6 +80,8 @@ def check_rows(run: RunConfig) -> None:
     model = as_decoder(run.model, "learning from rows")
     if run.start is None and run.data.tokenizer is None:
         raise ConfigError("rows: name the tokenizer that cuts them (data.tokenizer), or the model they tune (start)")
+    if rows_config(run).dpo_beta is not None and run.start is None:
+        raise ConfigError("rows.dpo_beta: preferences are learnt by a model that is there: start says which")
     if not rows_config(run).packing:
         return
     unpacked = "say rows.packing=false"
@@ -129,8 +135,9 @@ def evaluate_rows(
     dtype: torch.dtype | None = None,
     say: Callable[[int], None] | None = None,
     ranks: Ranks = ALONE,
+    task: Rows | None = None,
 ) -> Evaluation:
-    """Nats per target over all `batches`, and the experts' load over all that is read. No bits per byte.
+    """The loss per target of `task` (None: `Rows`, in nats) over all `batches`, and the experts' load over all tokens.
 
     Nothing about the model changes, and no random number is drawn. Raises `DataError` if there is no target. `say` is
     given the targets so far. `ranks` share the sequences of every batch, and all get the figures of the whole.
@@ -138,16 +145,17 @@ def evaluate_rows(
     E = model.config.moe.router.num_experts if model.config.moe else 0
     device = model.embed_tokens.weight.device
     load = {layer: LoadCounter.empty(E, device) for layer in model.config.sparse_layers}
+    learnt = task or Rows()
     nats, targets = torch.zeros((), dtype=torch.float64, device=device), 0
     with evaluating(list(model.modules())):
         for batch in batches:
-            targets += batch.targets
+            targets += learnt.count(batch).targets
             rows, counted = own_rows(len(batch), ranks)
             own = batch.split(rows.stop - rows.start)[ranks.rank if counted else 0]
             hidden, labels_T = run_rows(model, own, dtype)
-            loss = target_loss(model, hidden.states, labels_T)
+            loss = learnt.mean(model, own, hidden.states, labels_T)
             if counted:
-                nats += loss.double() * own.targets
+                nats += loss.double() * learnt.count(own).targets
                 for layer, routing in hidden.routings.items():
                     load[layer].add(routing)
             if say is not None:

@@ -17,6 +17,7 @@ from manyhands.models.encoder_decoder import EncoderDecoder
 from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text import PairBatch, PairBatches, SpanBatches, SpanRule, Tokenizer, pad_pairs, span_evaluation
 from manyhands.text.pairs import Pair
+from manyhands.train.preferences import Preferences
 from manyhands.train.rows import Rows
 from manyhands.train.task import Batches, Count, Forward, LanguageModelling, Loss, Task
 
@@ -104,7 +105,7 @@ class SequencePairs(_OfPairs):
 def task_of(run: RunConfig) -> Task:
     """What a run learns unless it is told: rows, spans for an encoder-decoder, the next token for the others."""
     if run.rows is not None:
-        return Rows()
+        return Rows() if run.rows.dpo_beta is None else Preferences(run.rows.dpo_beta)
     return SpanCorruption() if isinstance(run.model, EncoderDecoderConfig) else LanguageModelling()
 
 

@@ -11,7 +11,7 @@ from manyhands.config import RunConfig
 from manyhands.terminal import clean, shown
 from manyhands.text import Tokenizer
 from manyhands.text.targets import Example, Targets
-from manyhands.train.row_data import Cut, examples_of, rows_config, tokenizer_of
+from manyhands.train.row_data import cut_of, examples_of, rows_config, tokenizer_of
 
 LEARNT, GIVEN = "bold green", "dim"
 BEGIN, END = "⟦", "⟧"
@@ -33,15 +33,18 @@ def show_data(
     rows = rows_config(run)
     targets = Targets(tokenizer, rows.turns, rows.append_stop)
     count = 0
-    for row, example in islice(examples_of(run, run.data.sources, targets, say), number):
-        cut = Cut(run.train.sequence_length + 1)
-        pieces = list(cut.pieces(example, row.form == "text"))
+    for row, examples in islice(examples_of(run, run.data.sources, targets, say), number):
+        cut = cut_of(run)
+        pieces = cut.fit(row, examples)
         for at, piece in enumerate(pieces):
-            part = f", part {at + 1} of {len(pieces)}" if len(pieces) > 1 else ", cut" if cut.cut else ""
-            console.print(Text(f"{shown(example.where)}{part}: {_counts(piece)}", style="bold"))
+            if row.form == "preference":
+                part = ", " + ("chosen", "rejected")[at] + ", cut" * cut.cut
+            else:
+                part = f", part {at + 1} of {len(pieces)}" if len(pieces) > 1 else ", cut" * cut.cut
+            console.print(Text(f"{shown(row.where)}{part}: {_counts(piece)}", style="bold"))
             console.print(picture(piece, tokenizer, colour=console.is_terminal and not console.no_color))
         if not pieces:
-            console.print(Text(f"{shown(example.where)}: left out: nothing to learn before the cut", style="bold red"))
+            console.print(Text(f"{shown(row.where)}: left out: nothing to learn before the cut", style="bold red"))
         count += 1
     return count
 

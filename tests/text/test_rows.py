@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from manyhands.errors import DataError
-from manyhands.text.rows import ChatRow, PairRow, Row, TextRow, digest_of, read_rows, row_of
+from manyhands.text.row import ChatRow, PairRow, PreferenceRow, Row, TextRow, digest_of, row_of
+from manyhands.text.rows import read_rows
 from manyhands.text.stdlib_rows import stdlib_rows
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -61,6 +62,19 @@ def test_every_form_from_every_file(tmp_path: Path, name: str, suffix: str) -> N
         assert first.given == (name == "chats") and first.tools == (tuple(TOOLS) if name == "tools" else None)
 
 
+def test_preferences(tmp_path: Path) -> None:
+    """With a prompt, or with what both conversations begin with."""
+    worse = [CHAT[0], {"role": "assistant", "content": "no"}]
+    texts = row_of({"prompt": "a", "chosen": "b", "rejected": "c"}, "x:1")
+    assert isinstance(texts, PreferenceRow) and texts.chosen == PairRow("x:1", "a", "b")
+    told = row_of({"prompt": CHAT[:1], "chosen": CHAT[1:], "rejected": worse[1:]}, "x:1")
+    implied = row_of({"chosen": CHAT, "rejected": worse}, "x:1")
+    assert told == implied and digest_of(told) == digest_of(implied) != digest_of(texts)
+    assert isinstance(told, PreferenceRow) and isinstance(told.chosen, ChatRow) and told.chosen.given == 1
+    path = write(tmp_path / "x.jsonl", [{"chosen": CHAT, "rejected": worse}])
+    assert digest_of(rows(path)[0]) == digest_of(told)
+
+
 def test_what_a_table_fills_up_is_taken_out(tmp_path: Path) -> None:
     """One type for all messages gives each the fields of all, null where it has none."""
     pa, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
@@ -104,7 +118,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "it has nothing"),
     "half a pair": ({"prompt": "a"}, "it has prompt"),
     "null": ({"messages": None}, "not a row of"),
-    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preferences are not learnt yet"),
+    "half a preference": ({"prompt": "a", "chosen": "b"}, "it has chosen, prompt"),
+    "the same twice": ({"prompt": "a", "chosen": "b", "rejected": "b"}, "chosen and rejected are the same"),
+    "no beginning": ({"chosen": CHAT, "rejected": CHAT[1:]}, "no 'prompt', and chosen and rejected do not begin"),
+    "a text without prompt": ({"chosen": "a", "rejected": "b"}, "field 'chosen' is str, not a list of messages"),
     "text of a number": ({"text": 1}, "field 'text' is int, not a string"),
     "an empty text": ({"text": " \n"}, "field 'text' is empty"),
     "an empty prompt": ({"prompt": "", "completion": "b"}, "field 'prompt' is empty"),

@@ -10,7 +10,7 @@ from tokenizers import processors
 
 from manyhands.errors import CheckpointError, DataError
 from manyhands.text import Tokenizer
-from manyhands.text.rows import ChatRow, PairRow, TextRow, row_of
+from manyhands.text.row import ChatRow, PairRow, TextRow, row_of
 from manyhands.text.targets import Example, Targets
 
 from .chat_templates import CHATML, DEEPSEEK, LLAMA3, MARKED, QWEN3, TOOLS
