@@ -123,7 +123,8 @@ def files_of(source: str) -> tuple[list[tuple[Path, str]], list[str]]:
     elif glob.has_magic(source):
         found, what = list(_matches(str(path))), "matches"
     else:
-        raise DataError(f"{source}: no such file or folder (or 'stdlib', or hf:NAME)")
+        rows = ": rows are learnt by a run with a section rows" if source == "stdlib-docstrings" else ""
+        raise DataError(f"{source}: no such file or folder (or 'stdlib', or hf:NAME){rows}")
     unknown = sorted(name for file, name in found if not known_suffix(file))
     found = sorted(((file, name) for file, name in found if known_suffix(file)), key=lambda pair: pair[1])
     if not found:

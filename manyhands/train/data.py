@@ -23,7 +23,8 @@ from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split
 
 MIN_BYTES = 1024
 FILES = (TOKENIZER, TRAIN_TOKENS, VALID_TOKENS)
-_SAY_SECONDS = 10.0
+SAY_SECONDS = 10.0
+"""Between two lines that say how far it is."""
 _COMPRESS_AT_MOST = 4_000_000  # bytes: xz -9e takes about a second per megabyte
 
 
@@ -106,7 +107,7 @@ def _progress(total: int, say: Callable[[str], None]) -> Callable[[int], None]:
 
     def progress(done: int) -> None:
         nonlocal said
-        if done < total and time.monotonic() - said >= _SAY_SECONDS:
+        if done < total and time.monotonic() - said >= SAY_SECONDS:
             said = time.monotonic()
             say(f"tokenised {done / 1e6:,.0f} of {total / 1e6:,.0f} million characters")
 

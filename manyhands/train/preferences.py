@@ -132,7 +132,8 @@ def with_reference(
         if base is None:
             raise ConfigError("rows.dpo_beta: preferences are learnt by a model that is there: start says which")
         say("asking the model what it says of both answers of every row")
-        model = base.model(run.train.experts_implementation, torch.float32, pick_device(run.train.device))
+        dtype = torch.float32 if run.train.dtype == "float32" else None  # else as it lies there, mapped
+        model = base.model(run.train.experts_implementation, dtype, pick_device(run.train.device))
         assert isinstance(model, Decoder)
         for name, rows in sides.items():
             with writing(_path(directory, name)) as file:

@@ -7,6 +7,7 @@ data/data.json             written last: what was prepared, and the SHA-256 of e
 
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from manyhands.text.row_file import RowFile, beside, write_rows
 from manyhands.text.rows import read_rows
 from manyhands.text.split import hold_out
 from manyhands.text.targets import Example, Targets
-from manyhands.train.data import RunData, finish_prepared, prepare_data, read_prepared
+from manyhands.train.data import SAY_SECONDS, RunData, finish_prepared, prepare_data, read_prepared
 
 TOKENIZER_FILES = "tokenizer"
 
@@ -192,7 +193,11 @@ def _kept(
 ) -> Iterator[tuple[bytes, list[Example]]]:
     """The digest of each row, and its pieces. Raises `DataError` for more than half of the memory holds."""
     room = most = memory_for_text()
-    for row, examples in examples_of(run, sources, targets, say):
+    said = time.monotonic()
+    for number, (row, examples) in enumerate(examples_of(run, sources, targets, say), start=1):
+        if time.monotonic() - said >= SAY_SECONDS:
+            said = time.monotonic()
+            say(f"read {number:,} rows")
         pieces = cut.fit(row, examples)
         room -= sum(piece.ids.nbytes + piece.learnt.nbytes for piece in pieces) + 200
         if room < 0:
