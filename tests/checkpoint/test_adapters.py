@@ -163,25 +163,30 @@ def trained_by_peft(directory: Path, adapter: Path, seed: int = 1, **fields: Any
     return logits(model)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "olmoe", "mixtral", "gpt_oss"])
+THEIRS: dict[str, dict[str, Any]] = {
+    "experts and attention": {"target_modules": ["q_proj", "o_proj"], "target_parameters": FUSED},
+    "down alone": {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True},
+    "gate and up alone": {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    "patterns": {
+        "target_modules": ["q_proj"],
+        "target_parameters": FUSED,
+        "rank_pattern": {"q_proj": 3},
+        "alpha_pattern": {"q_proj": 5, "experts.down_proj": 4},
+    },
+}
+
+
 @pytest.mark.parametrize(
-    "fields",
+    ("family", "fields"),
     [
-        {"target_modules": ["q_proj", "o_proj"], "target_parameters": FUSED},
-        {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"], "use_rslora": True},
-        {"target_modules": ["v_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
-        {
-            "target_modules": ["q_proj"],
-            "target_parameters": FUSED,
-            "rank_pattern": {"q_proj": 3},
-            "alpha_pattern": {"q_proj": 5, "experts.down_proj": 4},
-        },
+        *((family, "experts and attention") for family in ("qwen3_moe", "mixtral")),
+        *(("olmoe", fields) for fields in THEIRS),
+        *(("gpt_oss", fields) for fields in THEIRS if fields != "patterns"),
     ],
-    ids=["experts and attention", "down alone", "gate and up alone", "patterns"],
 )
 def test_we_load_pefts(family, fields, base, tmp_path) -> None:
     directory = base(family)
-    expected = trained_by_peft(directory, tmp_path / "adapter", **fields)
+    expected = trained_by_peft(directory, tmp_path / "adapter", **THEIRS[fields])
     model = load_model(directory)
     load_adapter(model, tmp_path / "adapter")
     assert off(logits(model), expected) < 1e-5
