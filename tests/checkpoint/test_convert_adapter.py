@@ -17,6 +17,7 @@ from manyhands.checkpoint import merge as merging
 from manyhands.checkpoint.adapters import load_adapter, save_adapter
 from manyhands.checkpoint.adapters.export import export_adapter
 from manyhands.checkpoint.convert import convert
+from manyhands.checkpoint.gguf.export import export
 from manyhands.checkpoint.model import load_model
 from manyhands.checkpoint.source import open_source
 from manyhands.config import PackedConfig, Packing
@@ -128,6 +129,16 @@ def test_packed_models_are_unpacked_and_merged(base, tmp_path) -> None:
     convert(tmp_path / "packed", tmp_path / "merged", adapter=adapter, to="mixtral", dtype=torch.float32)
     expected = adapted_logits(tmp_path / "packed", adapter)
     assert float((their_logits(tmp_path / "merged") - expected).abs().max()) < 1e-5 * float(expected.std())
+
+
+def test_a_gguf_file(base, tmp_path) -> None:
+    """Whose tensors have other names than the adapter's."""
+    adapter = adapter_of(base("olmoe"), tmp_path / "adapter")
+    export(base("olmoe"), tmp_path / "model.gguf", file_type="f32", with_vocabulary=False)
+    for source, target in ((tmp_path / "model.gguf", "from gguf"), (base("olmoe"), "merged")):
+        convert(source, tmp_path / target, adapter=adapter)
+    ours, right = (load_file(tmp_path / name / "model.safetensors") for name in ("from gguf", "merged"))
+    assert ours.keys() == right.keys() and all(torch.equal(ours[name], right[name]) for name in right)
 
 
 def test_a_delta_that_rounding_takes_away(base, tmp_path) -> None:

@@ -121,7 +121,11 @@ def _order(found: Names, part: str, piece: Piece) -> None:
 
 
 def candidates(family: Family, config: BuiltConfig) -> list[Names]:
-    """How an adapter of a model may be named: as its family does, or as the one that our own models are written as."""
+    """How an adapter of a model may be named: as its family does, or as the one that our own models are written as.
+
+    Of a GGUF file as the family does in its own files: the names that PEFT knows.
+    """
+    family = FAMILIES[family.model_type]
     found = [names_of(family, config)]
     if family.model_type == "manyhands":
         with suppress(ConfigError):  # no published family may say what this model is
