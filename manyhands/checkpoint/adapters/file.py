@@ -1,7 +1,9 @@
 """`adapter_model.safetensors`: A and B in pairs, each checked by its header before anything is read."""
 
 import re
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -54,11 +56,15 @@ class AdapterFile:
     def pair(self, module: str) -> tuple[Tensor, Tensor]:
         """A and B, float32 copies."""
         try:
-            with safe_open(self.path, "pt") as file:
-                a, b = (file.get_tensor(self.pairs[module][side]).float() for side in "AB")
+            a, b = (self._opened.get_tensor(self.pairs[module][side]).float() for side in "AB")
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: cannot be read: {error}") from None
         return a, b
+
+    @cached_property
+    def _opened(self) -> Any:
+        """Once: of experts one by one there are tens of thousands, and opening reads what all of them are called."""
+        return safe_open(self.path, "pt")
 
     def bad_shapes(self, module: str, expected: str) -> CheckpointError:
         """An error that says what a module's tensors are, and what they should be."""
