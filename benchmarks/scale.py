@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scale_network import FIT, measure, remote, trace_rows
+from scale_network import FIT, UNSEEN, measure, remote, trace_rows
 from scale_train import Trained, forecast, prepared, train, train_as_told
 
 from manyhands.parallel.group import Group, joined
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--trace", type=Path, help="whose exchanges are forecast; default: made up, and skewed")
-    parser.add_argument("--row-bytes", type=int, default=2048, help="of a token on its way: width 512 in float32")
+    parser.add_argument("--row-bytes", type=int, default=1024, help="of a token on its way: width 256 in float32")
     parser.add_argument("--network", type=Path, help="keep the fit of the last number of ranks in this file")
     parser.add_argument("--only", choices=["network", "training"])
     parser.add_argument("--steps", type=int, default=12)
@@ -106,7 +106,7 @@ def network_of(ranks: int, arguments: argparse.Namespace) -> dict[str, Any]:
         where = f"{ranks} processes on {usable_cores()} cores{busy}"
         print(f"{where}: α {latency * 1e6:.0f} µs, {bandwidth / 1e9:.2f} GB/s")
         for size in sorted(samples):
-            seen = "fitted" if size in FIT else "unseen"
+            seen = "fitted" if size in FIT else "unseen" if size in UNSEEN else "beyond the cache"
             print(_line(f"  {size / 1e6:8.3f} MB, {seen}", samples[size], network.seconds(size)))
         print(_line(f"  {len(both)} exchanges of a trace, skew {result['skew']:.2f}", trace, predicted), flush=True)
     return result
@@ -144,7 +144,7 @@ def _told(here: Trained, predicted: dict[str, float] | None, arguments: argparse
             share = predicted["exchange"] / predicted["step"]
             print(f"    forecast: {speed:7,.0f} tokens/s ({apart:+.0%}), exchange {share:4.0%} of a step")
             print(f"    rows sent: {here.rows:,}; by the trace {predicted['rows']:,.0f}", flush=True)
-    return {**vars(here), "forecast": predicted}
+    return {name: value for name, value in vars(here).items() if name != "trace"} | {"forecast": predicted}
 
 
 if __name__ == "__main__":

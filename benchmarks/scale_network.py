@@ -16,9 +16,11 @@ from manyhands.simulate.tokens import Tokens
 from manyhands.trace.foreign import opened
 from manyhands.trace.placement import contiguous
 
-FIT = (32_768, 524_288, 4_194_304)
-"""Bytes that a rank sends to others, of the sizes that are fitted."""
-UNSEEN = (131_072, 1_572_864, 6_291_456)
+FIT = (65_536, 524_288, 2_097_152)
+"""Bytes that a rank sends to others, of the sizes that are fitted: up to what the training of `scale.py` sends."""
+UNSEEN = (131_072, 1_048_576, 1_572_864)
+BEYOND = (6_291_456,)
+"""More than a core's cache holds."""
 REPEATED = 4
 MOST_EXCHANGES = 12
 """Of a trace: layers of its largest pass."""
@@ -28,7 +30,7 @@ def measure(ranks: Group, asked: dict[str, Any]) -> dict[str, Any]:
     """Seconds of each size, and of each exchange of the trace, out and back: the slowest rank's, in the best round."""
     R, row = ranks.size, asked["row_bytes"] // 4
     rows_XRR = np.array(asked["rows"], np.int64)
-    even = {size: [size // (R - 1) // 4] * R for size in (*FIT, *UNSEEN)}
+    even = {size: [size // (R - 1) // 4] * R for size in (*FIT, *UNSEEN, *BEYOND)}
     best: dict[Any, float] = {}
     for _ in range(asked["rounds"]):
         for size, parts in even.items():
@@ -36,25 +38,28 @@ def measure(ranks: Group, asked: dict[str, Any]) -> dict[str, Any]:
             best[size] = min(best.get(size, seconds), seconds)
         for i, rows_RR in enumerate(rows_XRR):
             out, back = rows_RR[ranks.rank].tolist(), rows_RR[:, ranks.rank].tolist()
-            seconds = timed(ranks, out, back, row) + timed(ranks, back, out, row)
-            best["trace", i] = min(best.get(("trace", i), seconds), seconds)
+            for way, sizes in (("out", (out, back)), ("back", (back, out))):
+                seconds = timed(ranks, *sizes, row)
+                best[way, i] = min(best.get((way, i), seconds), seconds)
     return {
         "even": {size: best[size] for size in even},
-        "trace": [best["trace", i] for i in range(len(rows_XRR))],
+        "trace": [best["out", i] + best["back", i] for i in range(len(rows_XRR))],
     }
 
 
 def timed(ranks: Group, send: list[int], receive: list[int], width: int) -> float:
-    """Seconds of an all-to-all of float32 rows, the slowest rank's mean of `REPEATED` in turn, as a step has them.
+    """Seconds of an all-to-all of float32 rows, of the slowest rank: the best of `REPEATED` in turn.
 
     One goes before, untimed: memory is touched, and both ends are awake.
     """
     rows, arrived = torch.ones(sum(send), width), torch.ones(sum(receive), width)
     dist.all_to_all_single(arrived, rows, receive, send, group=ranks.group)
-    began = time.perf_counter()
+    seconds = []
     for _ in range(REPEATED):
+        began = time.perf_counter()
         dist.all_to_all_single(arrived, rows, receive, send, group=ranks.group)
-    return float(ranks.max(torch.tensor((time.perf_counter() - began) / REPEATED, dtype=torch.float64)))
+        seconds.append(time.perf_counter() - began)
+    return float(ranks.max(torch.tensor(seconds, dtype=torch.float64)).min())
 
 
 def trace_rows(path: Path | None, ranks: int) -> npt.NDArray[np.int64]:
