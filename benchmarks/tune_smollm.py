@@ -28,7 +28,7 @@ METHODS: dict[str, list[str]] = {
     "full": ["--method", "full", "--train", "all"],
     "experts": ["--method", "full", "--train", "experts,router"],
     "rest": ["--method", "full", "--train", "attention,norms,router"],
-    "esft": ["--method", "esft"],
+    "esft": ["--method", "esft", "-s", "tune.sample_tokens=8192"],
     "lora": ["--method", "lora"],
 }
 """`dense` tunes the model that the mixture was made from; the others the mixture."""
@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=600.0, help="for each method")
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--held-bytes", type=int, default=40_000, help="of the held-out text, read twice per method")
     parser.add_argument("--lr", type=float, default=1e-4)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the mixture's file")
     parser.add_argument("--json", type=Path, help="also write the figures here")
@@ -56,7 +57,7 @@ def main() -> None:
     work: Path = given.work
     work.mkdir(parents=True, exist_ok=True)
     gguf = given.gguf or fetch(work)
-    text, held = write_text(work)
+    text, held = write_text(work, given.held_bytes)
     receipt = grow(gguf, work, given)
     found = receipt["agreement"]
     print(
@@ -86,14 +87,15 @@ def fetch(work: Path) -> Path:
     return target
 
 
-def write_text(work: Path) -> tuple[Path, Path]:
-    """Nine tenths of the language reference to learn from, and a tenth that is held out; by topic."""
+def write_text(work: Path, held_bytes: int) -> tuple[Path, Path]:
+    """Nine tenths of the language reference to learn from, and of a tenth so many bytes that are held out; by topic."""
     names = sorted(topics.topics)
     random.Random(0).shuffle(names)
     held = len(names) // 10
     paths = work / "learn.txt", work / "held.txt"
-    for path, some in zip(paths, (names[held:], names[:held]), strict=True):
-        path.write_text("\n\n".join(topics.topics[name] for name in some), encoding="utf-8")
+    for path, some, most in zip(paths, (names[held:], names[:held]), (None, held_bytes), strict=True):
+        text = "\n\n".join(topics.topics[name] for name in some).encode()[:most]
+        path.write_bytes(text.decode(errors="ignore").encode())
     return paths
 
 

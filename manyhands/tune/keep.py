@@ -47,10 +47,11 @@ def parse_keep(text: str, num_experts: int) -> int:
         raise UserError(f"--keep {text}: a number of experts (48), or a share of them (0.75, 75%)") from None
     if percent:
         number /= 100
-    count = number * num_experts if percent or "." in text else number
+    share = percent or "." in text
+    count = number * num_experts if share else number
     if count.denominator != 1 or not 1 <= count <= num_experts:
-        shares = f"{float(number):.4g} of {num_experts} experts are {float(count):.4g}"
-        raise UserError(f"--keep {text}: {shares}; from 1 to {num_experts} can stay")
+        which = f"{float(count):.4g} of {num_experts} experts" if share else f"a layer has {num_experts} experts"
+        raise UserError(f"--keep {text}: {which}; a whole number from 1 to {num_experts} can stay")
     return int(count)
 
 

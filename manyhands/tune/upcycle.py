@@ -49,7 +49,7 @@ def upcycle(
     """
     dense = source.decoder("upcycling")
     config = upcycled_config(dense, asked)
-    check_layer_fits(source, asked.num_experts * 3.0, 0, "fewer --experts take less")
+    check_layer_fits(source, asked.num_experts * 2.0, 0, "fewer --experts take less")
     changes = upcycled_tensors(source, asked, dtype)
     conversion = plan(source, config, changes, to or nearest(config).model_type, dtype)
     written = conversion.dtype
