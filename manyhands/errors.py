@@ -10,7 +10,9 @@
     ├─ DiskError              1 / 500   experts that lie on disk could not be read while the model ran
     ├─ TrainingHalted         3 / 500   a guard stopped the run: NaN, Inf, too many spikes
     ├─ CheckFailed            4 / 500   a fast path disagrees with the oracle
-    └─ Interrupted          143 / 503   SIGTERM (SIGINT: 130); the state was saved
+    ├─ Interrupted          143 / 503   SIGTERM (SIGINT: 130); the state was saved
+    ├─ ProcessLost            1 / 500   another process of this job died without a word
+    └─ EndedElsewhere         1 / 500   another process of this job failed and said why; this one says nothing
 
 Raise `UserError` and its children for a user's mistake; `assert` is for our own bugs.
 """
@@ -75,3 +77,22 @@ class Interrupted(ManyhandsError):
 
     exit_code = 143
     http_status = 503
+
+
+class ProcessLost(ManyhandsError):
+    """Another process of the same job (torchrun) is no longer there, and did not say why."""
+
+
+class EndedElsewhere(ManyhandsError):
+    """Another process of the same job failed and said why. This one ends with its exit code, and prints nothing."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__(f"another process of this job failed with exit code {exit_code}, and said why")
+        self.exit_code = exit_code
+
+
+def exit_code_of(error: BaseException) -> int:
+    """What a process that `error` ends exits with."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return error.exit_code if isinstance(error, ManyhandsError) else 1

@@ -18,7 +18,14 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 TIMEOUT = 120.0
 """Seconds after which a test has hung."""
-PRELOADED = ["torch", "torch.distributed.fsdp", "torch.distributed.tensor", "manyhands.models", "manyhands.train.loop"]
+PRELOADED = [
+    "torch",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "manyhands.models",
+    "manyhands.train.loop",
+    "tests.small_runs",
+]
 
 
 def on_processes(size: int, work: Callable[..., T], *args: Any, timeout: float = TIMEOUT) -> list[T]:
@@ -82,7 +89,7 @@ def _rank(
         dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         group = dist.group.WORLD
         assert group is not None
-        value = work(Group(group, rank, size, torch.device("cpu")), *args)
+        value = work(Group(group, rank, size, torch.device("cpu"), store), *args)
         dist.barrier()
         dist.destroy_process_group()
         writer.send((None, value))

@@ -4,7 +4,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ class _Table:
     size: int
     barrier: threading.Barrier
     values: list[Tensor | None] = field(default_factory=list)
+    said: Any = None
+    claimed: list[int] = field(default_factory=list)
 
 
 @dataclass
@@ -30,11 +32,27 @@ class ThreadRanks:
     def size(self) -> int:
         return self.table.size
 
+    @property
+    def local_size(self) -> int:
+        return self.size
+
     def sum(self, value: Tensor) -> Tensor:
         return torch.stack(self._gather(value)).sum(0)
 
     def max(self, value: Tensor) -> Tensor:
         return torch.stack(self._gather(value)).amax(0)
+
+    def tell(self, message: Any) -> Any:
+        if self.rank == 0:
+            self.table.said = message
+        self.table.barrier.wait()
+        said = self.table.said
+        self.table.barrier.wait()
+        return said
+
+    def first_to_fail(self, exit_code: int) -> int | None:
+        self.table.claimed.append(exit_code)
+        return None if len(self.table.claimed) == 1 else self.table.claimed[0]
 
     def _gather(self, value: Tensor) -> list[Tensor]:
         self.table.values[self.rank] = value.detach().clone()

@@ -32,7 +32,9 @@ from manyhands.files import beside, cannot_write, sync_directory, write_atomic
 BUILDING = ".building"
 _DELETING = ".deleting"
 _LEFT_OVER = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-\d+(-\d+)?")
-_CHECKPOINT = re.compile(r"(config|state|tokenizer)\.json|(model.*|optimizer|rng)\.safetensors(\.index\.json)?")
+_CHECKPOINT = re.compile(
+    r"(config|state|tokenizer)\.json|(model.*|optimizer|rng(-\d+-of-\d+)?)\.safetensors(\.index\.json)?"
+)
 """A training checkpoint's files, for one that an older version half wrote or half deleted without a mark."""
 _log = logging.getLogger(__name__)
 

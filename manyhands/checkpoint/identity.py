@@ -7,7 +7,8 @@ from manyhands.checkpoint.manifest import MANIFEST, read_manifest
 from manyhands.families.gguf import is_gguf, read_series
 from manyhands.files import CONFIG
 
-_STATE = ("optimizer.safetensors", "rng.safetensors")
+_STATE = ("optimizer", "rng")
+"""How the names of a run's files begin that hold no weights."""
 
 
 def model_digests(path: Path) -> dict[str, str]:
@@ -22,7 +23,7 @@ def model_digests(path: Path) -> dict[str, str]:
 
 def _is_model(name: str) -> bool:
     """A run's checkpoint has its training state beside the model."""
-    return name == CONFIG or (name.endswith((".safetensors", ".gguf")) and name not in _STATE)
+    return name == CONFIG or (name.endswith((".safetensors", ".gguf")) and not name.startswith(_STATE))
 
 
 def _digest(path: Path) -> str:

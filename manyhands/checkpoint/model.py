@@ -10,7 +10,7 @@ tokenizer.json      and what lies beside it: chat template, special tokens
 manifest.json       in what manyhands wrote: SHA-256 of every file, verified on loading
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -291,15 +291,22 @@ def save(
         )
 
 
-def save_model(directory: str | Path, model: AnyModel, tokenizer_path: str | Path | None = None) -> None:
+def save_model(
+    directory: str | Path,
+    model: AnyModel,
+    tokenizer_path: str | Path | None = None,
+    weights: Mapping[str, Tensor] | None = None,
+) -> None:
     """Write our own format into an existing directory; use it inside `building`, which makes it a checkpoint.
 
     `tokenizer_path` is a `tokenizer.json`, or a directory of a tokenizer's files, whose chat template is kept.
+    `weights` are the model's by name, whole, where it holds but parts of them (None: its own).
     Raises `StorageError` if the disk refuses, `ConfigError` for a model with adapters.
     """
     refuse_adapted(model, "save")
     try:
-        write_directory(Path(directory), FAMILIES["manyhands"], model.config, dict(model.state_dict()))
+        ours, dtype = model.state_dict() if weights is None else weights, model.embed_tokens.weight.dtype
+        write_directory(Path(directory), FAMILIES["manyhands"], model.config, ours, dtype=dtype)
         if tokenizer_path is not None:
             copy_tokenizer(Path(tokenizer_path), Path(directory))
     except OSError as error:

@@ -17,6 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from manyhands.checkpoint.safetensors.shards import write_file
+from manyhands.checkpoint.tensors import NAMES, Header
+from manyhands.checkpoint.whole import Whole
 from manyhands.errors import CheckpointError
 from manyhands.files import cannot_write
 
@@ -30,6 +33,15 @@ def save_tensors(path: str | Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
     except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+def save_whole(path: str | Path, tensors: Whole) -> None:
+    """The same file, byte for byte, from tensors that may lie on several processes, one by one."""
+    headers = {name: Header(NAMES[part.dtype], tuple(part.shape)) for name, part in tensors.parts.items()}
+    try:
+        write_file(Path(path), headers, lambda name: tensors[name].detach().cpu())
+    except OSError as error:
         raise cannot_write(path, error) from error
 
 
@@ -123,3 +135,11 @@ def set_rng_state(tensors: Mapping[str, Tensor], meta: Any) -> None:
         np.random.set_state((algorithm, keys.cpu().numpy().astype(np.uint32), position, has_gauss, cached))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise CheckpointError(f"the state of the random generators is malformed: {error}") from error
+
+
+def seed_rng(*where: int) -> None:
+    """Begin every generator of this process anew, from a place in a run that nothing else is seeded with."""
+    words = np.random.SeedSequence([number % (1 << 64) for number in where]).generate_state(3)
+    torch.manual_seed(int(words[0]))  # the GPUs' as well
+    random.seed(int(words[1]))
+    np.random.seed(int(words[2]))

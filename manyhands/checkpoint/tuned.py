@@ -18,13 +18,14 @@ from manyhands import strict_json
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.hub import is_hub_name
 from manyhands.checkpoint.identity import model_digests
-from manyhands.checkpoint.state import load_tensors, save_tensors
+from manyhands.checkpoint.state import load_tensors, save_whole
+from manyhands.checkpoint.whole import Whole
 from manyhands.config import Strict, parse
 from manyhands.config.tune import TuneConfig
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.files import TUNED, TUNED_WEIGHTS
 from manyhands.models import AnyModel
-from manyhands.models.tuned import adapt, load_trained, settle, trained_state
+from manyhands.models.tuned import adapt, load_trained, settle
 from manyhands.text.tokenizer_files import has_tokenizer
 
 _LIMIT = 16 << 20  # bytes of tuned.json: the names of experts in 1,000 layers
@@ -59,10 +60,13 @@ class Tuned(Strict):
     base: Base
 
 
-def write_tuned(directory: Path, tuned: Tuned, model: AnyModel) -> None:
-    """Into an existing directory; use it inside `building`. Raises `StorageError` if the disk refuses."""
+def write_tuned(directory: Path, tuned: Tuned, trained: Whole) -> None:
+    """Into an existing directory; use it inside `building`. `trained` is the model's `trained_state`.
+
+    Raises `StorageError` if the disk refuses.
+    """
     (directory / TUNED).write_text(tuned.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    save_tensors(directory / TUNED_WEIGHTS, trained_state(model))
+    save_whole(directory / TUNED_WEIGHTS, trained)
 
 
 @dataclass(frozen=True, slots=True)

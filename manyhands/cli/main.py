@@ -1,6 +1,7 @@
 """The command line: verbs, exit codes, one line per mistake."""
 
 import sys
+import time
 import traceback
 from typing import Annotated
 
@@ -27,9 +28,11 @@ from manyhands.cli import (
     tune,
     upcycle,
 )
-from manyhands.errors import ManyhandsError
+from manyhands.errors import EndedElsewhere, ManyhandsError
 from manyhands.terminal import shown
 from manyhands.version import __version__
+
+_LISTEN_SECONDS = 0.5  # torchrun ends a job when a process ends: the one that says why must come first
 
 app = typer.Typer(
     name="manyhands",
@@ -86,7 +89,10 @@ def main() -> None:
     except ManyhandsError as error:
         if debug:
             traceback.print_exc()
-        print(f"manyhands: {shown(error)}", file=sys.stderr)
+        if isinstance(error, EndedElsewhere):
+            time.sleep(_LISTEN_SECONDS)
+        else:
+            print(f"manyhands: {shown(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # the reader of our output left, as `| head` does
         sys.stderr.close()

@@ -9,6 +9,7 @@ from manyhands.errors import ConfigError
 from manyhands.files import RUN
 
 if TYPE_CHECKING:
+    from manyhands.config import RunConfig
     from manyhands.train.finish import Summary
 
 
@@ -33,37 +34,30 @@ def train(
     The run's directory holds the resolved run.yaml, the journal, the checkpoints and report.html. Starting the same
     run again continues it; SIGTERM or Ctrl-C saves first. start=PATH begins from a checkpoint in the place of new
     weights.
+
+    On N processes, which share out batch, weights and optimiser: torchrun --nproc-per-node N -m manyhands train …;
+    parallel.ep=M keeps each set of experts on M of them. A run goes on with any number of processes.
     """
-    from manyhands.config.load import load_preset, load_run
+    from manyhands.parallel.started import alike
 
-    changes = list(overrides or [])
-    if data:
-        changes.append("data.sources=[" + ", ".join(_quoted(source) for source in data) + "]")
-    if sum(source is not None for source in (preset, config, resume)) != 1:
-        raise ConfigError("say what to train: one of --preset NAME, --config FILE, --resume DIRECTORY")
-    if resume is not None:
-        if out is not None:
-            raise ConfigError("--resume continues in the run's own directory: leave --out away")
-        if not (resume / RUN).is_file():
-            raise ConfigError(f"--resume {resume}: there is no run.yaml in it, so it is not a run's directory")
-        run, directory = load_run(resume / RUN, changes), resume
-    elif config is not None:
-        run, directory = load_run(config, changes), out or Path("runs") / config.stem
-    else:
-        assert preset is not None
-        run, directory = load_preset(preset, changes), out or Path("runs") / preset
+    with alike():
+        run, directory = _asked(list(overrides or []), preset, config, resume, out, data)
 
+    from manyhands.parallel.group import joined
     from manyhands.train.memory import keep_freed_memory
 
     keep_freed_memory()
-    if run.tune is None:
-        from manyhands.train.loop import train as start
+    with joined(run.train.device) as ranks:
+        if run.tune is None:
+            from manyhands.train.loop import train as start
 
-        summary = start(directory, run, quiet=quiet or json_output)
-    else:
-        from manyhands.tune.run import tune
+            summary = start(directory, run, quiet=quiet or json_output, ranks=ranks)
+        else:
+            from manyhands.tune.run import tune
 
-        summary = tune(directory, run, quiet=quiet or json_output)
+            summary = tune(directory, run, quiet=quiet or json_output, ranks=ranks)
+        if ranks.rank:
+            return
     show_summary(summary, json_output)
 
 
@@ -76,6 +70,33 @@ def show_summary(summary: "Summary", json_output: bool) -> None:
         print(json.dumps(asdict(summary), default=_jsonable))
     else:
         print("\n".join(summary.lines()))
+
+
+def _asked(
+    changes: list[str],
+    preset: str | None,
+    config: Path | None,
+    resume: Path | None,
+    out: Path | None,
+    data: list[str] | None,
+) -> tuple["RunConfig", Path]:
+    """The run that the options describe, and its directory."""
+    from manyhands.config.load import load_preset, load_run
+
+    if data:
+        changes.append("data.sources=[" + ", ".join(_quoted(source) for source in data) + "]")
+    if sum(source is not None for source in (preset, config, resume)) != 1:
+        raise ConfigError("say what to train: one of --preset NAME, --config FILE, --resume DIRECTORY")
+    if resume is not None:
+        if out is not None:
+            raise ConfigError("--resume continues in the run's own directory: leave --out away")
+        if not (resume / RUN).is_file():
+            raise ConfigError(f"--resume {resume}: there is no run.yaml in it, so it is not a run's directory")
+        return load_run(resume / RUN, changes), resume
+    if config is not None:
+        return load_run(config, changes), out or Path("runs") / config.stem
+    assert preset is not None
+    return load_preset(preset, changes), out or Path("runs") / preset
 
 
 def _quoted(source: str) -> str:

@@ -148,8 +148,13 @@ def tune(
         run = settings(model, config, how, train=parts, sections=sections, overrides=changes)
         directory = out or Path("runs") / f"tune-{method}"
 
+    from manyhands.parallel.group import joined
     from manyhands.train.memory import keep_freed_memory
     from manyhands.tune.run import tune as start
 
     keep_freed_memory()
-    show_summary(start(directory, run, quiet=quiet or json_output), json_output)
+    with joined(run.train.device) as ranks:
+        summary = start(directory, run, quiet=quiet or json_output, ranks=ranks)
+        if ranks.rank:
+            return
+    show_summary(summary, json_output)

@@ -9,7 +9,7 @@ experts, `ep` shares them out.
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -17,13 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import PrefixStore
+from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.rendezvous import rendezvous
 
 from manyhands import strict_json
-from manyhands.errors import ConfigError
+from manyhands.errors import ConfigError, EndedElsewhere, ProcessLost, exit_code_of
 from manyhands.parallel.ranks import Alone, Ranks
+from manyhands.parallel.started import started_together
 
 TIMEOUT = timedelta(minutes=30)
 """How long a process waits for another before all of them end: longer than anything that only one of them does."""
@@ -38,6 +39,10 @@ class Group:
     size: int
     device: torch.device
     """Where collectives take their tensors: what the backend joins."""
+    store: Store | None = None
+    """Where processes find each other; it outlives any of them but the one that keeps it, which torchrun does."""
+    local_size: int = 1
+    """How many of them are on this machine."""
 
     def sum(self, value: Tensor) -> Tensor:
         """The sum of every rank's `value`; `value` itself stays as it is."""
@@ -61,6 +66,17 @@ class Group:
             text.copy_(torch.frombuffer(bytearray(said), dtype=torch.uint8))
         dist.broadcast(text, group=self.group, group_src=0)
         return strict_json.loads(text.cpu().numpy().tobytes())
+
+    def first_to_fail(self, exit_code: int) -> int | None:
+        """Be the one that says why the job ends: None for the first that asks, for the others that one's exit code."""
+        if self.store is None:
+            return None
+        mine = f"{self.rank} {exit_code}"
+        try:
+            said: str = self.store.compare_set("ended", "", mine).decode()
+        except RuntimeError:  # who keeps the store is gone: nobody else can be asked
+            return None
+        return None if said == mine else int(said.split()[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +112,14 @@ def mesh_of(ranks: Ranks, ep: int) -> Mesh | None:
     return Mesh(whole, whole["dp", "ep"]._flatten("world"))  # kept: asked for again at the root, torch warns
 
 
-def started_together() -> bool:
-    """Whether this process was started as one of several, as torchrun does it."""
-    return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
-
-
 @contextmanager
 def joined(device: str = "auto") -> Iterator[Ranks]:
     """Meet the other processes of this job until the block ends; `Alone` where there are none.
 
     `device`: `train.device`. Of GPUs each process takes the one of its place on its machine (`LOCAL_RANK`).
+
+    When processes fail one says why. Of an error in the block the first leaves it as it is, the others end by
+    `EndedElsewhere`; what a collective raises because a process died without a word is `ProcessLost` for the first.
     """
     if not started_together():
         yield Alone()
@@ -119,9 +133,33 @@ def joined(device: str = "auto") -> Iterator[Ranks]:
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = PrefixStore(f"attempt_{attempt}", store)
     dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=size, timeout=TIMEOUT)
+    group = dist.group.WORLD
+    assert group is not None
+    ranks = Group(group, rank, size, place, store, int(os.environ.get("LOCAL_WORLD_SIZE", str(size))))
     try:
-        group = dist.group.WORLD
-        assert group is not None
-        yield Group(group, rank, size, place)
+        yield ranks
+    except EndedElsewhere:
+        raise
+    except Exception as error:
+        said = ranks.first_to_fail(exit_code_of(error))
+        if said is not None:
+            raise EndedElsewhere(said) from error
+        if _is_of_another(error):
+            raise ProcessLost(_LOST) from error
+        raise
     finally:
-        dist.destroy_process_group()
+        with suppress(RuntimeError):  # of a group that a dead process has broken already
+            dist.destroy_process_group()
+
+
+_LOST = (
+    "another process of this job ended without a word (killed, or out of memory?), and with it all of them: "
+    "start it again, a run goes on from its newest checkpoint"
+)
+
+
+def _is_of_another(error: BaseException) -> bool:
+    """Whether a collective failed because another process is gone."""
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and "gloo" in str(error)

@@ -100,6 +100,19 @@ class Journal:
             raise StorageError(f"{self.path}: the record was not written: {error.strerror}") from None
 
 
+class Unwritten(Journal):
+    """Of a process that leaves the journal to another one: its records are made, and written nowhere."""
+
+    def __init__(self) -> None:
+        self._trackers = []
+
+    def close(self) -> None:
+        """There is nothing to close."""
+
+    def _append(self, line: bytes) -> None:
+        pass
+
+
 def read_journal(path: str | Path) -> list[Record]:
     """All records of a run in the order of its steps, each (kind, step) as it was written last.
 

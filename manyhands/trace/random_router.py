@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from manyhands.moe import Router
 from manyhands.moe.router import linear_float32
 from manyhands.moe.select import limit_to_groups
+from manyhands.parallel.ranks import Ranks
+from manyhands.parallel.shards import whole
 
 _FIT_STEPS = 200
 Key = TypeVar("Key")
@@ -25,15 +27,21 @@ Key = TypeVar("Key")
 class RandomRouter:
     """A router that has learned nothing, for the hidden states and the loads of a trained one."""
 
-    def __init__(self, router: Router, states_TD: Tensor, expert_ids_TK: Tensor, seed: int) -> None:
+    def __init__(
+        self, router: Router, states_TD: Tensor, expert_ids_TK: Tensor, seed: int, ranks: Ranks | None = None
+    ) -> None:
+        """With `ranks` it is the same on all of them, fitted to the hidden states and loads of rank 0."""
         self.config = router.config
         generator = torch.Generator().manual_seed(seed)
-        trained_ED = router.weight.detach().float().cpu()
+        trained_ED = whole(router.weight.detach()).float().cpu()
         rows_ED = torch.randn(trained_ED.shape, generator=generator)
         rows_ED *= trained_ED.norm(dim=1, keepdim=True) / rows_ED.norm(dim=1, keepdim=True)
         self.weight_ED = rows_ED.to(states_TD.device)
         self.offset_E = torch.zeros(len(rows_ED), device=states_TD.device)
-        self._fit(linear_float32(states_TD.float(), self.weight_ED), expert_ids_TK)
+        if ranks is None or ranks.rank == 0:
+            self._fit(linear_float32(states_TD.float(), self.weight_ED), expert_ids_TK)
+        if ranks is not None:
+            self.offset_E = ranks.sum(self.offset_E)  # zero elsewhere
 
     def _fit(self, logits_TE: Tensor, expert_ids_TK: Tensor) -> None:
         """Move the offsets until the loads are those of `expert_ids_TK`, by steps that grow smaller."""

@@ -6,11 +6,14 @@ Sources: OLMoE (arXiv 2409.02060 §5) for vocabulary specialisation, Mixtral (ar
 Every score comes with its null: small samples make any router look specialised.
 """
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from manyhands.parallel.ranks import Ranks
 
 
 class TopToken(NamedTuple):
@@ -90,6 +93,18 @@ class TokenShare:
         same = experts_BSK[:, 1:, 0] == experts_BSK[:, :-1, 0]
         counts.neighbours += int(both.sum())
         counts.repeats += int((both & same).sum())
+
+    def over(self, ranks: Ranks, layers: Iterable[int]) -> "TokenShare":
+        """The counts of all ranks together; each may have counted any of these layers, or none."""
+        together = TokenShare(self.num_experts, self.vocab_size)
+        for layer in layers:
+            mine, total = self._layers.get(layer) or _Layer(self.num_experts, self.vocab_size), _Layer(0, 0)
+            total.pairs_EV, total.first_EV = ranks.sum(mine.pairs_EV), ranks.sum(mine.first_EV)
+            total.pairs_V, total.first_V = ranks.sum(mine.pairs_V), ranks.sum(mine.first_V)
+            total.neighbours, total.repeats = ranks.sum(torch.tensor([mine.neighbours, mine.repeats])).tolist()
+            if total.pairs_V.any():
+                together._layers[layer] = total
+        return together
 
     def load(self, layer: int) -> list[float]:
         """Share of all pairs that each of the E experts takes."""

@@ -8,7 +8,7 @@ from manyhands.config import RunConfig
 from manyhands.config.history import record, settings_at
 from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
-from manyhands.parallel.ranks import Ranks, largest_of
+from manyhands.parallel.ranks import Ranks, first, largest_of
 from manyhands.trace.journal import Journal
 from manyhands.train.budget import Budget, planned
 from manyhands.train.optim import build_optimizers
@@ -76,7 +76,7 @@ class Course:
         progress.planned = True
         changes = {"train.max_steps": (progress.max_steps, total)}
         self.run = self.run.model_copy(update={"history": record(self.run.history, progress.step, changes)})
-        write_atomic(self.directory.config_file, dump_run(self.run))
+        first(self.ranks, lambda: write_atomic(self.directory.config_file, dump_run(self.run)))
         self._apply(settings_at(self.run, progress.step))
         self.journal.write("plan", step=progress.step, max_steps=total, max_seconds=budget.seconds, wall=progress.wall)
         self.screen.note(f"step {progress.step}: {total} steps fit into {budget.seconds:.0f} s")

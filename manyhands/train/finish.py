@@ -9,8 +9,9 @@ import torch
 
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
-from manyhands.generate.evaluate import Evaluation
+from manyhands.generate.evaluate import Evaluation, gather_no_more
 from manyhands.models import AnyModel, LanguageModel
+from manyhands.parallel.ranks import Ranks, first
 from manyhands.text import evaluation_batches
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer, read_journal
 from manyhands.trace.random_router import RandomRouter, recorded_inputs
@@ -109,17 +110,31 @@ def _before(records: list[dict[str, Any]]) -> Before | None:
 
 
 def finish(
-    directory: RunDirectory, run: RunConfig, data: RunData, model: AnyModel, evaluation: Evaluation, dtype: torch.dtype
+    directory: RunDirectory,
+    run: RunConfig,
+    data: RunData,
+    model: AnyModel,
+    evaluation: Evaluation,
+    dtype: torch.dtype,
+    ranks: Ranks,
 ) -> Summary:
-    """Write `report.html` and return the summary. Needs the journal of the finished run."""
+    """Have rank 0 write `report.html`, and return the summary. Needs the journal of the finished run."""
+    shares, random = None, None
+    if run.model.sparse_layers and isinstance(model, LanguageModel):
+        shares, random = token_shares(model, data, run, dtype, ranks)
+    report = directory.path / "report.html"
+
+    def write() -> None:
+        records = read_journal(directory.journal_file)
+        write_report(report, records, run, shares, _decoder(data), {"compressors": data.compressors}, random)
+
+    first(ranks, write)
     records = read_journal(directory.journal_file)
     steps = [record for record in records if record["kind"] == "step"]
-    checkpoint = directory.checkpoints()[-1][1]
     last = steps[-1]
-    report = directory.path / "report.html"
     recent = last_steps(steps, LAST_STEPS)
     balance = {layer: final_balance(recent, str(layer)) for layer in run.model.sparse_layers}
-    summary = Summary(
+    return Summary(
         steps=last["step"],
         tokens=last["tokens"],
         seconds=last["elapsed"],
@@ -130,18 +145,12 @@ def finish(
         compressors=data.compressors,
         balance=balance,
         skipped=sum(bool(record["skipped"]) for record in steps),
-        checkpoint=checkpoint,
+        checkpoint=directory.checkpoints()[-1][1],
         report=report,
         before=_before(records),
         budget=_budget(records, last["step"]),
         warnings=tuple(_warnings(run, evaluation, balance)),
     )
-    shares, random = None, None
-    if run.model.sparse_layers and isinstance(model, LanguageModel):
-        shares, random = token_shares(model, data, run, dtype)
-    decode = _decoder(data)
-    write_report(report, records, run, shares, decode, {"compressors": data.compressors}, random)
-    return summary
 
 
 def _budget(records: list[dict[str, Any]], steps: int) -> str | None:
@@ -196,11 +205,11 @@ def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
 
 @torch.no_grad()
 def token_shares(
-    model: LanguageModel, data: RunData, run: RunConfig, dtype: torch.dtype
+    model: LanguageModel, data: RunData, run: RunConfig, dtype: torch.dtype, ranks: Ranks
 ) -> tuple[TokenShare, TokenShare | None]:
     """Which tokens each expert takes, on the beginning of the validation text; and of a router with random weights.
 
-    The second is None for routers that choose by other things than scores.
+    The second is None for routers that choose by other things than scores. Each rank runs each `ranks.size`-th batch.
     """
     moe = run.model.moe
     assert moe is not None
@@ -211,10 +220,15 @@ def token_shares(
     was_training = model.training
     model.eval()
     layers = model.sparse_layers()
+    batches = list(evaluation_batches(data.valid.ids, S, B, max_batches=max(1, _TRACE_TOKENS // (S * B))))
     with recorded_inputs({layer: mlp.router for layer, mlp in layers.items()}) as states:
-        for ids, mask in evaluation_batches(data.valid.ids, S, B, max_batches=max(1, _TRACE_TOKENS // (S * B))):
+        for first_of_round in range(0, len(batches), ranks.size):
+            number = first_of_round + ranks.rank
+            ids, mask = batches[min(number, len(batches) - 1)]
             inputs = ids[:, :-1].to(model.embed_tokens.weight.device)
             hidden = model.hidden(inputs, mask.to(inputs.device), dtype=dtype)
+            if number >= len(batches):  # the others have one more: run along, count nothing
+                mask = torch.zeros_like(mask)
             for layer, routing in hidden.routings.items():
                 shares.add(layer, inputs, routing.expert_ids, mask)
                 if random is None:
@@ -222,11 +236,12 @@ def token_shares(
                 if layer not in routers:
                     real = routing.token_mask
                     routers[layer] = RandomRouter(
-                        layers[layer].router, states[layer][real], routing.expert_ids[real], layer
+                        layers[layer].router, states[layer][real], routing.expert_ids[real], layer, ranks
                     )
                 random.add(layer, inputs, routers[layer](states[layer]), mask)
     model.train(was_training)
-    return shares, random
+    gather_no_more(model, ranks)
+    return shares.over(ranks, layers), None if random is None else random.over(ranks, layers)
 
 
 def _decoder(data: RunData) -> Any:

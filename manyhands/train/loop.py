@@ -4,6 +4,7 @@ A run lives in one directory and is described by one `RunConfig`. Starting it ag
 """
 
 import time
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,29 @@ import torch
 
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.config import RunConfig
-from manyhands.config.history import go_on, repeat, settings_at
-from manyhands.config.load import dump_run, load_run
+from manyhands.config.history import settings_at
+from manyhands.config.load import dump_run, parse_run
 from manyhands.config.tune import EsftTuning
 from manyhands.errors import Interrupted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation
-from manyhands.parallel.ranks import Alone, Ranks, largest_of
-from manyhands.trace.journal import Journal
-from manyhands.train.budget import with_plan
+from manyhands.parallel.group import joined, mesh_of
+from manyhands.parallel.ranks import Alone, Ranks, after_first, first, largest_of
+from manyhands.trace.journal import Journal, Unwritten
 from manyhands.train.course import Course
 from manyhands.train.data import RunData
-from manyhands.train.dtype import settle_dtype
-from manyhands.train.experts import as_chosen, choose_experts
+from manyhands.train.experts import choose_experts
 from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
 from manyhands.train.opening import announce, say_changes, where
 from manyhands.train.preferences import with_reference
-from manyhands.train.ready import check_ready
 from manyhands.train.recording import TRACES, StepTrace
 from manyhands.train.row_data import prepare
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
 from manyhands.train.screen import Screen
 from manyhands.train.seq2seq import task_of
+from manyhands.train.session import Session, open_session
 from manyhands.train.signals import StopSignals, agreed
-from manyhands.train.start import Start, with_model
 from manyhands.train.state import TrainState
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import Task
@@ -139,9 +138,10 @@ class Trainer:
         """Write a checkpoint and delete those that are too old."""
         began = time.perf_counter()
         path = self.directory.checkpoint_path(self.state.progress.step)
-        self.state.save(path, self.data.tokenizer_path)
+        self.state.save(path, self.data.tokenizer_path, self.ranks)
         self.journal.write("checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path)))
-        self.directory.retain(self.course.run.train.keep_checkpoints)
+        if self.ranks.rank == 0:
+            self.directory.retain(self.course.run.train.keep_checkpoints)
         self.saved_at = time.perf_counter()
         self.saving_took = self.saved_at - began
         return path
@@ -178,76 +178,91 @@ class Trainer:
         }
 
 
-def train(path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None = None) -> Summary:
+def train(
+    path: Path, run: RunConfig, *, quiet: bool = False, task: Task | None = None, ranks: Ranks | None = None
+) -> Summary:
     """Start or continue the run in directory `path`; returns when it is finished. `task` None: `task_of(run)`.
+
+    `ranks` are the processes that train it together, each of which calls this alike; None: those that torchrun has
+    started with this one. Rank 0 has the directory, the journal and the screen; the others read there.
 
     Raises `UserError` if the directory holds anything but a run, `ConfigError` if it holds another run, `RunLocked`
     if a process is using it, `Interrupted` (after saving) on SIGTERM or SIGINT, `TrainingHalted` from the guards,
-    `StorageError` if the disk is full.
+    `StorageError` if the disk is full; `EndedElsewhere` where another rank raised one of these, and `ProcessLost` where
+    one died.
     """
-    ranks = Alone()
+    if ranks is None:
+        with joined(run.train.device) as found:
+            return train(path, run, quiet=quiet, task=task, ranks=found)
     directory = RunDirectory(path)
-    directory.check_ours()
-    before = load_run(directory.config_file) if directory.config_file.is_file() else None
-    start = None if run.start is None or before is not None else Start.open(run.start, run.puts_beside)
-    if start is not None:
-        run = with_model(run, start.config)
-    elif before is not None and run.start is not None and run.start == before.start:
-        run = with_model(run, before.model)
-    if before is not None:
-        run = as_chosen(run, before)
-    task = task or task_of(run)
-    check_ready(run)
-    run, before = settle_dtype(run, before)
-    with directory.lock(), StopSignals() as signals:
-        newest = directory.newest_valid()
-        step = newest[0] if newest else 0
-        changes: dict[str, Any] = {}
-        if before is None:
-            run = repeat(run)
-        else:
-            before = with_plan(before, newest[1] if newest else None)
-            run, changes = go_on(before, run, step, str(directory.path))
-        if newest is None and start is None and run.start is not None:  # begun before, never saved
-            start = Start.open(run.start, run.puts_beside)
-        base = start
-        if newest is not None and run.saves_changes:
-            base = Start.of_tuned(newest[1])
-        with Screen(str(path), run.train.max_steps, quiet) as screen:
-            with signals.preparing():
-                data = prepare(directory.data_dir, run, screen.note, start.tokenizer if start else None)
-                data = with_reference(data, directory.data_dir, run, base, screen.note)
-                if isinstance(run.tune, EsftTuning) and run.tune.experts is None:
-                    assert base is not None
-                    run = choose_experts(run, base, data, task, ranks)
-            directory.clean_partial()  # only now: whatever is wrong with the command was said before
-            write_atomic(directory.config_file, dump_run(run))
-            now = settings_at(run, step)
-            state = fresh_state(now, data, task, ranks, base)
-            if newest is not None:
-                state.load(newest[1])
-            progress = state.progress
-            progress.max_steps = now.train.max_steps
-            screen.set_max_steps(progress.max_steps)
-            description = run.model_dump(mode="json")
-            trackers = [open_tracker(name, directory.path, progress.step, description) for name in run.train.trackers]
-            traced = StepTrace(directory.path / TRACES, state.model, data.tokenizer_path, screen.note)
-            with Journal(directory.journal_file, trackers) as journal, traced:
-                dtype: torch.dtype = getattr(torch, run.train.dtype)
-                course = Course(run, now, directory, state, journal, screen, ranks)
-                trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced)
-                announce(run, state, journal, screen, dtype, start)
-                if newest is not None:
-                    say_changes(before or run, now, changes, progress, journal, screen)
-                    screen.note(where(progress, run))
-                if run.tune is not None and not progress.step:
-                    trainer.validate()
-                finished = course.ended
-                if not finished:
-                    trainer.fit(signals)
-                    trainer.save()
-                evaluation = trainer.validate()
-                if not finished:
-                    course.look_at_clock()
-                    trainer.end("finished")
-        return finish(directory, course.run, data, state.model, evaluation, dtype)
+    with ExitStack() as held:
+        session = open_session(directory, run, ranks, held)
+        with StopSignals() as signals:
+            signals.speaks = lambda exit_code: ranks.first_to_fail(exit_code) is None
+            with Screen(str(path), run.train.max_steps, quiet or ranks.rank > 0) as screen:
+                trainer, evaluation = _fit(directory, session, task or task_of(session.run), ranks, signals, screen)
+            return finish(
+                directory, trainer.course.run, trainer.data, trainer.state.model, evaluation, trainer.dtype, ranks
+            )
+
+
+def _fit(
+    directory: RunDirectory, session: Session, task: Task, ranks: Ranks, signals: StopSignals, screen: Screen
+) -> tuple[Trainer, Evaluation]:
+    """Prepare what is missing, train to the end, and evaluate."""
+    step, start = session.step, session.start
+
+    def ready() -> RunData:
+        with signals.preparing() if ranks.rank == 0 else nullcontext():
+            found = prepare(directory.data_dir, session.run, screen.note, start.tokenizer if start else None)
+            return with_reference(found, directory.data_dir, session.run, session.base, screen.note)
+
+    def choose() -> str:
+        assert session.base is not None
+        with signals.preparing():
+            return dump_run(choose_experts(session.run, session.base, data, task, Alone()))
+
+    def tidy() -> None:  # only now: whatever is wrong with the command was said before
+        directory.clean_partial()
+        write_atomic(directory.config_file, dump_run(run))
+
+    data = after_first(ranks, ready)
+    run = session.run
+    if isinstance(run.tune, EsftTuning) and run.tune.experts is None:
+        run = parse_run(first(ranks, choose), "this run")
+    first(ranks, tidy)
+    now = settings_at(run, step)
+    state = fresh_state(now, data, task, ranks, session.base, mesh_of(ranks, run.parallel.ep))
+    wrote = ranks.size if session.newest is None else state.load(session.newest, ranks, run.train.seed)
+    progress = state.progress
+    progress.max_steps = now.train.max_steps
+    screen.set_max_steps(progress.max_steps)
+    traced = StepTrace(directory.path / TRACES, state.model, data.tokenizer_path, screen.note, ranks)
+    with _journal(directory, run, progress.step, ranks) as journal, traced:
+        dtype: torch.dtype = getattr(torch, run.train.dtype)
+        course = Course(run, now, directory, state, journal, screen, ranks)
+        trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced)
+        announce(run, state, journal, screen, dtype, start, ranks.size, wrote)
+        if session.newest is not None:
+            say_changes(session.before or run, now, session.changes, progress, journal, screen)
+            screen.note(where(progress, run))
+        if run.tune is not None and not progress.step:
+            trainer.validate()
+        finished = course.ended
+        if not finished:
+            trainer.fit(signals)
+            trainer.save()
+        evaluation = trainer.validate()
+        if not finished:
+            course.look_at_clock()
+            trainer.end("finished")
+    return trainer, evaluation
+
+
+def _journal(directory: RunDirectory, run: RunConfig, step: int, ranks: Ranks) -> Journal:
+    """Rank 0's, which its trackers follow."""
+    if ranks.rank:
+        return Unwritten()
+    description = run.model_dump(mode="json")
+    trackers = [open_tracker(name, directory.path, step, description) for name in run.train.trackers]
+    return Journal(directory.journal_file, trackers)

@@ -19,15 +19,27 @@ from manyhands.version import __version__
 
 
 def announce(
-    run: RunConfig, state: TrainState, journal: Journal, screen: Screen, dtype: torch.dtype, start: Start | None
+    run: RunConfig,
+    state: TrainState,
+    journal: Journal,
+    screen: Screen,
+    dtype: torch.dtype,
+    start: Start | None,
+    processes: int,
+    before: int,
 ) -> None:
-    """The `start` record; `start` is the checkpoint that the run has just begun from."""
+    """The `start` record; `start` is the checkpoint that the run has just begun from.
+
+    `before` is how many `processes` wrote the checkpoint that it goes on from.
+    """
     moe = run.model.moe
     parameters, active = count_parameters(_whole(run) if run.saves_changes else state.model)
     trained = count_trained(state.model)
     more: dict[str, Any] = {} if trained == parameters else {"trained_parameters": trained}
     if start is not None:
         more["start"] = start.described()
+    if processes > 1:
+        more["parallel"] = {"processes": processes, **run.parallel.model_dump()}
     record = journal.write(
         "start",
         step=state.progress.step,
@@ -46,6 +58,14 @@ def announce(
     screen.start(record)
     if start is not None:
         screen.note(f"starting from {start.source}")
+    if processes > 1:
+        ep = run.parallel.ep
+        screen.note(f"{processes} processes" + (f", each set of experts on {ep} of them" if ep > 1 else ""))
+    if before != processes:
+        screen.note(
+            f"the checkpoint is of {before} process{'es' if before > 1 else ''}: random generators begin anew, which "
+            "changes only what a router draws (noise, jitter)"
+        )
     if moe is None:
         screen.note("a dense model: model.moe is not set, so there are no experts")
     if warning := not_causal(run.model):

@@ -6,7 +6,7 @@ import select
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -26,6 +26,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
+        self.speaks: Callable[[int], bool] = lambda exit_code: True
+        """Asked before a message that this process ends with: of several that end, one says why."""
         self._before: dict[signal.Signals, Any] = {}
         self._preparing = False
         self._pipe: tuple[int, int] | None = None
@@ -84,7 +86,8 @@ class StopSignals:
             if seen > 1:
                 os._exit(128 + number)
             if self._preparing and not select.select([pipe], [], [], _GRACE_SECONDS)[0] and self._preparing:
-                print(f"manyhands: {_nothing_saved(signal.Signals(number))}", file=sys.stderr, flush=True)
+                if self.speaks(128 + number):
+                    print(f"manyhands: {_nothing_saved(signal.Signals(number))}", file=sys.stderr, flush=True)
                 os._exit(128 + number)
 
 

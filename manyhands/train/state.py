@@ -1,24 +1,44 @@
-"""The whole state of a run: what a checkpoint holds, and how it is put back, bit for bit."""
+"""The whole state of a run: what a checkpoint holds, and how it is put back, bit for bit.
+
+A checkpoint does not say how the state lay on its processes, whose number may be another when it is read: but for the
+random generators, of which each process has its own.
+"""
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
+from torch import Tensor
 
+from manyhands import strict_json
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save_model
 from manyhands.checkpoint.sidecars import copy_tokenizer
-from manyhands.checkpoint.state import load_tensors, rng_state, save_tensors, set_rng_state
+from manyhands.checkpoint.state import (
+    load_tensors,
+    rng_state,
+    save_tensors,
+    save_whole,
+    seed_rng,
+    set_rng_state,
+)
 from manyhands.checkpoint.tuned import Tuned, write_tuned
+from manyhands.checkpoint.whole import TensorReader, Whole, fill, written_together
 from manyhands.errors import CheckpointError
-from manyhands.files import STATE, TUNED_WEIGHTS, WEIGHTS
+from manyhands.files import INDEX, STATE, TUNED_WEIGHTS, WEIGHTS
 from manyhands.models import AnyModel
-from manyhands.models.tuned import load_trained
+from manyhands.models.tuned import trained_state
+from manyhands.parallel.ranks import Ranks, gathered
 from manyhands.train.guard import SpikeGuard
 from manyhands.train.optim import Optimizers
 from manyhands.train.task import Batches
+
+_MODEL, _SLOTS = "model.", "optimizer."
+_TREE = "tree"
+"""Where in its file's metadata a rank's generators say what is no tensor."""
 
 
 @dataclass(slots=True)
@@ -51,7 +71,11 @@ class TrainState:
     tuned: Tuned | None = None
     """Of a run that saves only what it trains: how, and of which model."""
 
-    def save(self, directory: Path, tokenizer_path: Path) -> None:
+    def _weights(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of the model, by name: all of it, or what is trained."""
+        return dict(self.model.state_dict()) if self.tuned is None else trained_state(self.model)
+
+    def save(self, directory: Path, tokenizer_path: Path, ranks: Ranks) -> None:
         """Write a complete checkpoint at `directory`, or leave things as they were. Raises `StorageError`."""
         rng_tensors, rng_meta = rng_state()
         progress = self.progress
@@ -65,43 +89,84 @@ class TrainState:
             "planned": progress.planned,
             "batches": self.batches.state_dict(),
             "guard": self.guard.state_dict(),
-            "rng": rng_meta,
+            "world": ranks.size,
         }
-        with building(directory, own=True) as partial:
-            if self.tuned is None:
-                save_model(partial, self.model, tokenizer_path)
-            else:
-                write_tuned(partial, self.tuned, self.model)
-                if tokenizer_path.is_dir():
-                    copy_tokenizer(tokenizer_path, partial)
-            save_tensors(partial / "optimizer.safetensors", self.optimizers.state_dict())
-            save_tensors(partial / "rng.safetensors", rng_tensors)
-            (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
+        generators: list[bytes] = []
+        if ranks.size == 1:
+            document["rng"] = rng_meta
+        else:
+            generators = gathered(ranks, safetensors.torch.save(rng_tensors, {_TREE: json.dumps(rng_meta)}))
+        weights, slots = self._weights(), self.optimizers.state_dict()
+        both = {f"{_MODEL}{name}": t for name, t in weights.items()} | {f"{_SLOTS}{n}": t for n, t in slots.items()}
 
-    def load(self, directory: Path) -> None:
-        """Continue from a verified checkpoint. Raises `CheckpointError` if it is not this run's."""
+        def write(tensors: Whole) -> None:
+            with building(directory, own=True) as partial:
+                if self.tuned is None:
+                    save_model(partial, self.model, tokenizer_path, tensors.under(_MODEL))
+                else:
+                    write_tuned(partial, self.tuned, tensors.under(_MODEL))
+                    if tokenizer_path.is_dir():
+                        copy_tokenizer(tokenizer_path, partial)
+                save_whole(partial / "optimizer.safetensors", tensors.under(_SLOTS))
+                if not generators:
+                    save_tensors(partial / "rng.safetensors", rng_tensors)
+                for rank, content in enumerate(generators):
+                    (partial / _rng_name(rank, ranks.size)).write_bytes(content)
+                (partial / STATE).write_text(json.dumps(document), encoding="utf-8")
+
+        written_together(both, ranks, write)
+
+    def load(self, directory: Path, ranks: Ranks, seed: int) -> int:
+        """Continue from a verified checkpoint, each rank with its part of it, whichever number of them wrote it: that
+        is returned. Raises `CheckpointError` if it is not this run's.
+
+        Of another number of ranks each begins its random generators anew, from the run's `seed`, the step, how many
+        they are and which one it is.
+        """
         try:
             document = json.loads((directory / STATE).read_text(encoding="utf-8"))
             progress = Progress(*(document[name] for name in ("step", "tokens", "elapsed")))
             progress.wall = document.get("wall", progress.elapsed)  # older checkpoints had one clock, and no rate
             progress.lr = document.get("lr")
             progress.max_steps, progress.planned = document["max_steps"], document["planned"]
-        except (OSError, ValueError, KeyError) as error:
+            world = int(document.get("world", 1))
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
         device = str(next(self.model.parameters()).device)
         if self.tuned is not None:
-            load_trained(self.model, load_tensors(directory / TUNED_WEIGHTS, device), str(directory / TUNED_WEIGHTS))
+            what, files = str(directory / TUNED_WEIGHTS), [directory / TUNED_WEIGHTS]
         else:
-            try:
-                self.model.load_state_dict(load_tensors(directory / WEIGHTS, device))
-            except RuntimeError as error:
-                said = " ".join(str(error).split())[:300]
-                raise CheckpointError(f"{directory}: not this run's model: {said}") from None
+            what = f"{directory}: not this run's model"
+            sharded = (directory / INDEX).is_file()
+            files = sorted(directory.glob("model-*.safetensors")) if sharded else [directory / WEIGHTS]
+        fill(self._weights(), TensorReader(files), what)
+        slots = TensorReader([directory / "optimizer.safetensors"])
+        self.optimizers.load(slots.shapes, slots)
         self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))
         self.batches.load_state_dict(document["batches"])
         self.guard.load_state_dict(document["guard"])
-        set_rng_state(load_tensors(directory / "rng.safetensors"), document["rng"])
+        if world != ranks.size:
+            seed_rng(seed, progress.step, ranks.size, ranks.rank)
+        elif world == 1:
+            set_rng_state(load_tensors(directory / "rng.safetensors"), document["rng"])
+        else:
+            _set_generators(directory / _rng_name(ranks.rank, world))
         self.progress = progress
+        return world
+
+
+def _set_generators(path: Path) -> None:
+    """One rank's, as they were."""
+    reader = TensorReader([path])
+    try:
+        tree = strict_json.loads(reader.metadata(_TREE))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the state of random generators without its {_TREE}: {error}") from None
+    set_rng_state({name: reader(name) for name in reader.shapes}, tree)
+
+
+def _rng_name(rank: int, world: int) -> str:
+    return f"rng-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def count_trained(model: AnyModel) -> int:

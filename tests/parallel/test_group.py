@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from manyhands.errors import ConfigError
-from manyhands.parallel.group import Group, joined, mesh_of, started_together
+from manyhands.parallel.group import Group, joined, mesh_of
 from manyhands.parallel.ranks import Alone
+from manyhands.parallel.started import started_together
 from tests.gloo import on_processes
 
 

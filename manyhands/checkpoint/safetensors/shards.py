@@ -55,6 +55,12 @@ def write_shards(
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
+def write_file(path: Path, headers: Mapping[str, Header], value: Value) -> None:
+    """Write one file, byte for byte as the library's `save_file` does: wide types first, then by name."""
+    in_order = sorted(headers, key=lambda name: (-DTYPES[headers[name].dtype].itemsize, name))
+    _write(path, in_order, headers, value, 8, None)
+
+
 def _split(headers: Mapping[str, Header], limit: int) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     filled = 0
@@ -74,9 +80,9 @@ def _write(
     headers: Mapping[str, Header],
     value: Value,
     align: int,
-    metadata: Mapping[str, str],
+    metadata: Mapping[str, str] | None,
 ) -> None:
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    entries: dict[str, object] = {} if metadata is None else {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     names = list(names)
     for name in names:
