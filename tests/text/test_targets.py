@@ -198,9 +198,9 @@ def test_by_prefixes_as_by_blocks(tokenizer: Tokenizer, template: str, end: str)
     if template is CHATML:  # which adds a system's message of its own
         marked = marked.replace("{%- for", "{%- if messages[0].role != 'system' %}{{ '<|im_start|>system\\nYou help."
                                 "<|im_end|>\\n' }}{% endif %}{%- for", 1)  # fmt: skip
+    prefixes, blocks = (Targets(ending(tokenizer, source, end)) for source in (template, marked))
     for messages in CHATS.values():
-        by_prefix = Targets(ending(tokenizer, template, end)).example(chat(messages))
-        by_block = Targets(ending(tokenizer, marked, end)).example(chat(messages))
+        by_prefix, by_block = prefixes.example(chat(messages)), blocks.example(chat(messages))
         assert by_prefix.ids.tolist() == by_block.ids.tolist()
         assert by_prefix.learnt.tolist() == by_block.learnt.tolist()
 
