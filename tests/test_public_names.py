@@ -231,7 +231,7 @@ FLAGS = {
         *("source", "target", "format", "layers", "num_experts", "num_experts_per_tok", "prompt_tokens", "json_output"),
     },
     "trace export": {"trace", "target", "array"},
-    "check": {"ignore_field", "model", "overrides", "backend", "dtype", "routers", "seed", "json_output"},
+    "check": {"ignore_field", "model", "overrides", "backend", "dtype", "routers", "layout", "seed", "json_output"},
 }
 
 

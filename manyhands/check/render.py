@@ -20,8 +20,12 @@ def render(report: CheckReport, console: Console) -> None:
         wrapped = text if text[:1] in ("", " ") else fill(text, 80, subsequent_indent="    ", break_long_words=False)
         console.print(escape(shown(wrapped)), style=style, soft_wrap=True, highlight=False)
 
-    line("largest error against the float64 oracle (0 where it must be exact)")
-    line(f"{'':{WIDTH}} {'float32':>10} {'bfloat16':>10} {'compared':>9}")
+    if any(row.situation.scope == "layout" for row in report.rows):
+        line("largest difference from one process, both in float64 with float32 routers")
+        line(f"{'':{WIDTH}} {'':>10} {'':>10} {'compared':>9}")
+    else:
+        line("largest error against the float64 oracle (0 where it must be exact)")
+        line(f"{'':{WIDTH}} {'float32':>10} {'bfloat16':>10} {'compared':>9}")
     for section in dict.fromkeys(_section(row) for row in report.rows):
         line(section, "bold")
         rows = [row for row in report.rows if _section(row) == section]
@@ -49,6 +53,9 @@ def render(report: CheckReport, console: Console) -> None:
 
 def _section(row: Row) -> str:
     s = row.situation
+    if s.scope == "layout":
+        dp, ep = s.case.split("x")
+        return f"{s.case}: {int(dp) * int(ep)} processes, experts over {ep}"
     if row.quantity == "ran without an error":
         return "what could not be computed"
     if s.scope == "checkpoint":
@@ -68,7 +75,7 @@ def _section(row: Row) -> str:
 
 def _line(line: Callable[[str, str], None], quantity: str, rows: list[Row]) -> None:
     cells = []
-    for column in (("float32", "–"), ("bfloat16",)):  # what has no dtype stands first
+    for column in (("float32", "float64", "–"), ("bfloat16",)):  # what has no dtype stands first
         here = [row for row in rows if row.situation.dtype in column]
         error = max((row.error for row in here), default=None)
         cells.append("–" if error is None else "0" if error == 0.0 else f"{error:.1e}")

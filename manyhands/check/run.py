@@ -58,7 +58,7 @@ def run_check(
     dtype; a failed comparison is in the report, not raised.
     """
     started = time.perf_counter()
-    small = _shrunk(config)
+    small = shrunk(config)
     report = CheckReport(small, shrunk=small != config)
     everything = backends is None and dtypes is None and decoding and routers
     backends, dtypes = _names(backends, dtypes)
@@ -150,7 +150,8 @@ def _check_of(
     return check
 
 
-def _shrunk(config: BuiltConfig) -> BuiltConfig:
+def shrunk(config: BuiltConfig) -> BuiltConfig:
+    """A small model of the same kind."""
     if isinstance(config, EncoderDecoderConfig):
         return shrink_encoder_decoder(config)
     return shrink_recurrent(config) if isinstance(config, RecurrentConfig) else shrink(config)

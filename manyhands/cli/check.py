@@ -23,6 +23,10 @@ def check(
     routers: Annotated[
         bool, typer.Option(help="Check all else as well: every router, attention, packed format and size.")
     ] = True,
+    layout: Annotated[
+        str | None,
+        typer.Option(metavar="DPxEP[,…]", help="Train on so many processes, experts over EP of them, against one."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
@@ -32,8 +36,13 @@ def check(
     Forward, gradients and balance losses by every backend; generation, plain and packed; every router, attention,
     packed format and size at which something else runs. A large model is shrunk first. Of a checkpoint the weights
     themselves are read too, as many as two gigabytes. Exit code 4 if anything disagrees or a fast path never ran.
+
+    With --layout nothing but that: DP × EP processes are started here, joined by gloo, and hold every loss, gradient,
+    count and update of three training steps against one process, to 1e-6 of each tensor's largest.
     """
     config, balance, source = _describe(model, overrides or [], ignore_field or [])
+    if layout is not None and (backend or dtype):
+        raise ConfigError("--layout trains in float64 with 'eager': it goes with neither --backend nor --dtype")
 
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -50,16 +59,25 @@ def check(
     )
     with bar:
         task = bar.add_task("", total=None)
-        report = run_check(
-            config,
-            balance,
-            seed=seed,
-            backends=backend,
-            dtypes=dtype,
-            routers=routers,
-            source=source,
-            progress=lambda what, done, total: bar.update(task, description=what, completed=done, total=total),
-        )
+
+        def progress(what: str, done: int, total: int) -> None:
+            bar.update(task, description=what, completed=done, total=total)
+
+        if layout is not None:
+            from manyhands.check.layout_jobs import parse_layouts, run_layouts
+
+            report = run_layouts(config, balance, parse_layouts(layout), seed=seed, progress=progress)
+        else:
+            report = run_check(
+                config,
+                balance,
+                seed=seed,
+                backends=backend,
+                dtypes=dtype,
+                routers=routers,
+                source=source,
+                progress=progress,
+            )
     if json_output:
         import json
 

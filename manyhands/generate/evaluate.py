@@ -20,6 +20,7 @@ from manyhands.files import RUN
 from manyhands.layers.cross_entropy import cross_entropy
 from manyhands.models import Decoder, Hidden, LanguageModel
 from manyhands.moe import LoadCounter, LoadSummary, Routing
+from manyhands.moe.load import summed
 from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
@@ -97,7 +98,7 @@ def evaluate(
         raise DataError("there is no token to predict")
     gather_no_more(model, ranks)
     nats = ranks.sum(nats)
-    load = {layer: counter.over(ranks) for layer, counter in load.items()}
+    load = summed(load, ranks)
     mean = float(nats) / tokens
     return Evaluation(
         loss=mean,

@@ -14,6 +14,7 @@ from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.models.decoder import Hidden
 from manyhands.models.encoder_decoder import EncoderDecoder
 from manyhands.moe import LoadCounter
+from manyhands.moe.load import summed
 from manyhands.parallel.ranks import ALONE, Ranks, sum_of
 from manyhands.text import PairBatch
 
@@ -70,7 +71,7 @@ def evaluate_pairs(
         raise DataError("there is no token to predict")
     gather_no_more(model, ranks)
     [nats] = sum_of([nats], ranks)
-    load = {layer: counter.over(ranks) for layer, counter in load.items()}
+    load = summed(load, ranks)
     loss = nats / targets
     return Evaluation(
         loss=loss,

@@ -35,12 +35,16 @@ def pool_layers(routings: Iterable[Routing]) -> Routing:
 
 def masked_mean(values_T: Tensor, mask_T: Tensor, ranks: Ranks = ALONE) -> Tensor:
     """Mean over the tokens whose mask is true; 0 when there are none."""
-    return total((values_T * mask_T).sum(), ranks) / _number(mask_T, ranks)
+    return _over((values_T * mask_T).sum(), mask_T, ranks)
 
 
-def _number(mask_T: Tensor, ranks: Ranks) -> Tensor:
-    """[] int64: of the tokens whose mask is true, to divide by."""
-    return ranks.sum(mask_T.sum()).clamp(min=1)
+def _over(sums: Tensor, mask_T: Tensor, ranks: Ranks) -> Tensor:
+    """`sums`, added up over ranks, over the number of tokens whose mask is true on any; both in one exchange."""
+    count = mask_T.sum()
+    if ranks.size == 1:
+        return sums / count.clamp(min=1)
+    both = total(torch.cat((sums.flatten().double(), count[None].double())), ranks)
+    return (both[:-1].view_as(sums) / both[-1].clamp(min=1.0)).to(sums.dtype)
 
 
 def cv_squared(values_E: Tensor) -> Tensor:
@@ -98,7 +102,7 @@ def load_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
 def mean_probability(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """P [E]: mean over real tokens of the scores, normalised to sum to 1 per token."""
     mask_T = routing.token_mask
-    return total((_normalised(routing.scores) * mask_T[:, None]).sum(0), ranks) / _number(mask_T, ranks)
+    return _over((_normalised(routing.scores) * mask_T[:, None]).sum(0), mask_T, ranks)
 
 
 def load_balancing_loss(routing: Routing, counts_E: Tensor | None = None, ranks: Ranks = ALONE) -> Tensor:
@@ -144,7 +148,7 @@ def z_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
 def variance_loss(routing: Routing, ranks: Ranks = ALONE) -> Tensor:
     """−Σ_t Σ_e (s_te − s̄_e)²/E per token: rewards routing that differs between tokens (arXiv 2505.22323)."""
     scores_TE, mask_T = routing.scores, routing.token_mask
-    mean_E = total((scores_TE * mask_T[:, None]).sum(0), ranks) / _number(mask_T, ranks)
+    mean_E = _over((scores_TE * mask_T[:, None]).sum(0), mask_T, ranks)
     return -masked_mean(((scores_TE - mean_E) ** 2).mean(1), mask_T, ranks)
 
 
@@ -169,7 +173,7 @@ def l1_loss(routing: Routing, k: int, ranks: Ranks = ALONE) -> Tensor:
     At even load it is the mean of a token's summed scores, the L1 norm of its gates; busy experts pay more.
     """
     mask_T = routing.token_mask
-    fair = _number(mask_T, ranks) * (k / routing.num_experts)
+    fair = ranks.sum(mask_T.sum()).clamp(min=1) * (k / routing.num_experts)
     return masked_mean((routing.scores * (ranks.sum(routing.expert_counts()) / fair)).sum(1), mask_T, ranks)
 
 

@@ -18,7 +18,7 @@ from manyhands.config.decoder import INITIALIZER_RANGE
 from manyhands.errors import ConfigError
 from manyhands.kernels import BACKENDS, Bank, ExpertWeights, check_name, run_experts
 from manyhands.kernels.moment import unheard
-from manyhands.moe.exchange import Placement
+from manyhands.moe.exchange import Meanwhile, Placement
 from manyhands.moe.routing import Routing
 from manyhands.quant import FetchedExperts, PackedExperts
 
@@ -104,15 +104,18 @@ class ExpertBank(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
+    def beside(self, x_TD: Tensor, routing: Routing, work: Meanwhile) -> Tensor:
+        """The same of experts that have a `placement`; `work` is done while tokens travel."""
+        assert self.placement is not None
+        decided = routing.expert_ids, routing.weights, routing.kept
+        return self.placement.run(self.implementation, x_TD, *decided, self.own_experts(), work)
+
     def outputs(self, x_TD: Tensor, routing: Routing, implementation: str | None = None) -> Tensor:
         """[T, K, D]: the chosen experts' outputs, unweighted; zeros where the pair is not kept."""
         T, K = routing.expert_ids.shape
         ids, kept = routing.expert_ids.reshape(-1, 1), routing.kept.reshape(-1, 1)
         ones = torch.ones_like(ids, dtype=torch.float32)
-        said_ND = self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation)
-        shape = T, K, x_TD.shape[-1]
-        said_TKD: Tensor = torch.ops.aten._unsafe_view(said_ND, shape)  # no view of anything, which FSDP would not bear
-        return said_TKD
+        return self._run(x_TD.repeat_interleave(K, dim=0), ids, ones, kept, implementation).view(T, K, x_TD.shape[-1])
 
     def _run(self, x: Tensor, ids: Tensor, weights: Tensor, kept: Tensor, implementation: str | None) -> Tensor:
         name = self.implementation if implementation is None else implementation

@@ -96,10 +96,13 @@ class MoELayer(nn.Module):
             None if token_ids is None else token_ids.reshape(-1),
             **more,
         )
+        shared = list[Tensor]()  # what is computed already, while tokens travel to other processes
         if keep_outputs:
             outputs_TKD = self.experts.outputs(x_TD, routing)
             routing = replace(routing, expert_outputs=outputs_TKD)
             y_TD = (routing.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
+        elif self.experts.placement is not None and self.shared_experts is not None:
+            y_TD = self.experts.beside(x_TD, routing, lambda: shared.append(self._shared(x_TD)))
         else:
             y_TD = self.experts(x_TD, routing)
         if self.average_outputs is not None:
@@ -108,7 +111,7 @@ class MoELayer(nn.Module):
         elif self.unchosen == "gradient" and self.training and torch.is_grad_enabled():
             others_TE = unchosen_weights(routing, self.router.config, edit)
             y_TD = y_TD + router_gradient(others_TE, x_TD, self.experts.outputs)
-        return self._with_shared(y_TD, x), routing
+        return self._with_shared(y_TD, x, *shared), routing
 
     def _soft(
         self, x: Tensor, token_mask: Tensor | None, keep_outputs: bool, edit: Edit | None
@@ -119,15 +122,19 @@ class MoELayer(nn.Module):
         mask_BS = None if token_mask is None else token_mask.reshape(x_BSD.shape[:2])
         return soft(self.router, self.experts, x_BSD, mask_BS, keep_outputs)
 
-    def _with_shared(self, y_TD: Tensor, x: Tensor) -> Tensor:
-        """y [..., D] with the shared experts' output of x added."""
+    def _with_shared(self, y_TD: Tensor, x: Tensor, shared_TD: Tensor | None = None) -> Tensor:
+        """y [..., D] with the shared experts' output of x added; `shared_TD` if it is there already."""
         if self.shared_experts is not None:
-            x_TD = x.reshape(-1, x.shape[-1])
-            shared_TD = self.shared_experts(x_TD)
-            if self.shared_expert_gate is not None:
-                shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
-            y_TD = y_TD + shared_TD
+            y_TD = y_TD + (self._shared(x.reshape(-1, x.shape[-1])) if shared_TD is None else shared_TD)
         return y_TD.view_as(x)
+
+    def _shared(self, x_TD: Tensor) -> Tensor:
+        """[T, D]: what the shared experts say."""
+        assert self.shared_experts is not None
+        shared_TD: Tensor = self.shared_experts(x_TD)
+        if self.shared_expert_gate is not None:
+            shared_TD = shared_TD * self.shared_expert_gate(x_TD).sigmoid()
+        return shared_TD
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed

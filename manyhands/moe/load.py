@@ -4,6 +4,7 @@ E experts, T tokens, K experts per token.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -63,10 +64,6 @@ class LoadCounter:
         self.top1_weight = self.top1_weight + (routing.weights * chosen).amax(1).sum()
         self.tokens = self.tokens + mask_T.sum()
 
-    def over(self, ranks: Ranks) -> "LoadCounter":
-        """The sum of every rank's counter."""
-        return LoadCounter(*map(ranks.sum, (self.counts, self.dropped, self.top1_weight, self.tokens)))
-
     def summary(self) -> LoadSummary:
         """The ratios. Without any token all are those of perfect balance except `dead`."""
         counts = self.counts.double()
@@ -84,3 +81,14 @@ class LoadCounter:
             dropped=float(self.dropped) / total,
             top1_weight=float(self.top1_weight) / max(int(self.tokens), 1),
         )
+
+
+def summed(counters: Mapping[int, LoadCounter], ranks: Ranks) -> dict[int, LoadCounter]:
+    """The sum of every rank's counter of each layer, in two exchanges for all of them."""
+    if ranks.size == 1 or not counters:
+        return dict(counters)
+    integers = [torch.cat((c.counts, c.dropped[None], c.tokens[None])) for c in counters.values()]
+    *counts_EL, dropped_L, tokens_L = ranks.sum(torch.stack(integers)).unbind(1)
+    weights_L = ranks.sum(torch.stack([c.top1_weight for c in counters.values()]))
+    columns = zip(torch.stack(counts_EL, 1), dropped_L, weights_L, tokens_L, strict=True)
+    return {layer: LoadCounter(*column) for layer, column in zip(counters, columns, strict=True)}

@@ -7,15 +7,16 @@ B blocks; E experts; W processes.
 """
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 
 # Not public, and the only way to have two meshes in one unit: experts as a unit of their own would return views.
 from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils import _pytree as pytree
 
 from manyhands.config import RunConfig
 from manyhands.layers.norm import LayerNorm, RMSNorm
@@ -34,6 +35,8 @@ def build_on(run: RunConfig, mesh: Mesh, device: torch.device) -> AnyModel:
         model = build(run.model, run.train.experts_implementation)
     lay_out(model, mesh, run.parallel.dispatch, getattr(torch, run.train.dtype))
     model.to_empty(device=device)
+    for buffer in model.buffers():
+        buffer.zero_()  # as they are built; what is not 0 is filled with the weights
     with DrawnWhole():
         init_weights(model, run.train.seed)
     return model
@@ -58,8 +61,14 @@ def lay_out(
     over_dp = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh.dp, shard_mesh_dim=0))
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if low else FLOAT32
+    if isinstance(model, EncoderDecoder):
+        for block in model.decoder.layers:  # what reads the encoded input runs before the block does
+            ahead: list[nn.Module] = [block.get_submodule(f"cross_attn.{name}") for name in ("k_proj", "v_proj")]
+            fully_shard(ahead, mesh=mesh.world, mp_policy=policy)
     for block in _blocks(model):
+        block.register_forward_hook(_without_views)
         for router in [part for part in block.modules() if isinstance(part, Router)]:
+            router.register_forward_hook(_without_views)
             fully_shard(router, mesh=mesh.world, mp_policy=FLOAT32)
         norms: list[nn.Module] = [part for part in block.modules() if isinstance(part, RMSNorm | LayerNorm)]
         if low and norms:
@@ -89,6 +98,15 @@ def share_out(experts: ExpertBank, mesh: Mesh, dispatch: Literal["by_pairs", "by
             part.register_parameter(name, nn.Parameter(shard, p.requires_grad))
         if isinstance(part, ExpertBank):
             part.placement = placement
+
+
+def _without_views(module: nn.Module, arguments: Any, output: Any) -> Any:
+    """`output` with copies of the views with a gradient in it: FSDP's hooks are lost where those are written to."""
+
+    def copied(tensor: Tensor) -> Tensor:
+        return tensor.clone() if tensor.requires_grad and tensor._base is not None else tensor
+
+    return pytree.tree_map_only(Tensor, copied, output)
 
 
 def _blocks(model: AnyModel) -> Iterable[nn.Module]:

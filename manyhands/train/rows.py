@@ -21,6 +21,7 @@ from manyhands.layers.cross_entropy import linear_cross_entropy
 from manyhands.layers.linear import Linear
 from manyhands.models import Decoder, Hidden
 from manyhands.moe import LoadCounter
+from manyhands.moe.load import summed
 from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text.packing import RowBatch, RowBatches, in_order
 from manyhands.text.pairs import NO_TARGET
@@ -162,7 +163,7 @@ def evaluate_rows(
                 say(targets)
     gather_no_more(model, ranks)
     nats = ranks.sum(nats)
-    load = {layer: counter.over(ranks) for layer, counter in load.items()}
+    load = summed(load, ranks)
     if not targets:
         raise DataError("there is no token to predict")
     mean = float(nats) / targets

@@ -15,6 +15,7 @@ from manyhands.errors import DataError, TrainingHalted
 from manyhands.models import AnyModel, Decoder
 from manyhands.moe import LoadCounter, Routing, balance_objective
 from manyhands.moe.control import Control
+from manyhands.moe.load import summed
 from manyhands.parallel.ranks import Alone, Ranks, largest_of, sum_of
 from manyhands.parallel.shards import local
 from manyhands.train.gradients import clip_gradients, grad_norm, sum_gradients
@@ -97,7 +98,7 @@ def train_step(
         for layer, largest_H in loss.max_logits.items():
             largest[layer] = torch.maximum(largest[layer], largest_H) if layer in largest else largest_H
 
-    counters = {layer: counter.over(ranks) for layer, counter in counters.items()}
+    counters = summed(counters, ranks)
     loss_sum, *sums = sum_of([loss_sum, *terms_sum.values()], ranks)
     terms_sum = dict(zip(terms_sum, sums, strict=True))
     sum_gradients(model.parameters(), ranks)

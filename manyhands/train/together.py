@@ -19,7 +19,8 @@ def check_together(run: RunConfig, size: int) -> None:
     if moe is None:
         return
     router = moe.router
-    at, one = "model.moe.router", f"looks at all tokens of a batch, of which each of {size} processes has a part"
+    at = "model.router" if run.model.kind == "encoder_decoder" else "model.moe.router"
+    one = f"looks at all tokens of a batch, of which each of {size} processes has a part"
     if router.select in ("expert_choice", "base", "sinkhorn"):
         raise ConfigError(f"{at}.select = {router.select!r} {one}: train it on one, or take select = 'topk'")
     if why := _room(router, run, size):
