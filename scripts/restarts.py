@@ -27,7 +27,7 @@ SMALL = [
     "train.sequence_length=32",
     "train.batch_size=4",
 ]
-STEPS = ["train.max_steps=60", "train.save_every=7"]
+STEPS = ["train.max_steps=60", "train.save_every=7", "parallel.ep=2"]
 KILL_AFTER = 10  # steps
 
 

@@ -3,7 +3,7 @@
     done = job(2, "train", "--preset", "tiny", …)        # a `Done` of each rank, in their order
 
 Processes are forked from the server that `gloo.on_processes` uses. The store they meet at is kept here, as torchrun
-keeps it: it outlives any of them.
+keeps it: it outlives any of them, and those of a later `attempt` with the same `store` are a job started again.
 """
 
 import multiprocessing
@@ -55,15 +55,26 @@ class Job:
         return (self.folder / f"{rank}.{stream}").read_text()
 
 
+def store_here() -> TCPStore:
+    """Where a job's processes meet."""
+    return TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+
+
 @contextmanager
-def started(size: int, *arguments: str, before: Callable[[int], None] | None = None) -> Iterator[Job]:
+def started(
+    size: int,
+    *arguments: str,
+    before: Callable[[int], None] | None = None,
+    store: TCPStore | None = None,
+    attempt: int = 0,
+) -> Iterator[Job]:
     """The processes while they run; `before(rank)`, of a module, is called in each of them first."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
-    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60))
+    store = store or store_here()
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=_rank, args=(rank, size, store.port, folder, arguments, before))
+            context.Process(target=_rank, args=(rank, size, store.port, attempt, folder, arguments, before))
             for rank in range(size)
         ]
         try:
@@ -76,14 +87,26 @@ def started(size: int, *arguments: str, before: Callable[[int], None] | None = N
                 process.join()
 
 
-def job(size: int, *arguments: str, before: Callable[[int], None] | None = None, timeout: float = 60.0) -> list[Done]:
+def job(
+    size: int,
+    *arguments: str,
+    before: Callable[[int], None] | None = None,
+    store: TCPStore | None = None,
+    attempt: int = 0,
+) -> list[Done]:
     """What each process left behind."""
-    with started(size, *arguments, before=before) as running:
-        return running.wait(timeout)
+    with started(size, *arguments, before=before, store=store, attempt=attempt) as running:
+        return running.wait()
 
 
 def _rank(
-    rank: int, size: int, port: int, folder: str, arguments: tuple[str, ...], before: Callable[[int], None] | None
+    rank: int,
+    size: int,
+    port: int,
+    attempt: int,
+    folder: str,
+    arguments: tuple[str, ...],
+    before: Callable[[int], None] | None,
 ) -> None:
     for stream, descriptor in (("out", 1), ("err", 2)):
         file = os.open(f"{folder}/{rank}.{stream}", os.O_WRONLY | os.O_CREAT)
@@ -96,7 +119,7 @@ def _rank(
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_RESTART_COUNT": str(attempt),
     }
     import torch
 

@@ -29,7 +29,7 @@ from manyhands.train.ready import check_ready
 from manyhands.train.seq2seq import task_of
 from manyhands.train.state import TrainState, count_parameters
 from tests.gloo import on_processes
-from tests.jobs import job, started
+from tests.jobs import job, started, store_here
 from tests.small_runs import SMALL, Done, small_run, write_text
 
 
@@ -272,12 +272,17 @@ def test_a_full_disk_ends_all(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_process_that_is_killed_ends_all(size: int, text: Path, tmp_path: Path) -> None:
-    changes = ("train.max_steps=100000", "train.save_every=3", "train.keep_checkpoints=1")
-    done = job(size, *command(tmp_path / "run", text, *changes), before=_dies)
+def test_a_process_that_is_killed_ends_all_and_a_restart_goes_on(
+    size: int, text: Path, tmp_path: Path, alone: tuple[Path, Summary]
+) -> None:
+    changes = ("train.max_steps=6", "train.save_every=3", "train.keep_checkpoints=1")
+    store, arguments = store_here(), command(tmp_path / "run", text, *changes)
+    done = job(size, *arguments, before=_dies, store=store)
     assert "another process of this job ended without a word" in one_voice(done)
     assert [d.returncode for d in done] == [1, -signal.SIGKILL] + [1] * (size - 2)
     assert whole_checkpoint(tmp_path / "run") == 3
+    again = job(size, *arguments, store=store, attempt=1)  # as torchrun --max-restarts does
+    assert [d.returncode for d in again] == [0] * size and near(losses(tmp_path / "run"), losses(alone[0]))
 
 
 def test_an_error_of_one_process_is_its_own(text: Path, tmp_path: Path) -> None:
