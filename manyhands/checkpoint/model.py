@@ -23,7 +23,7 @@ from manyhands.checkpoint.find import find, open_directory, open_found
 from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.origin import Origin
-from manyhands.checkpoint.own import banks, keep_own, read_state
+from manyhands.checkpoint.own import keep_own, read_state, share_out
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
@@ -42,7 +42,7 @@ from manyhands.files import CONFIG, TOKENIZER, TUNED, cannot_write
 from manyhands.layers.adapted import base_name
 from manyhands.models import AnyModel, Decoder, EncoderDecoder, Recurrent
 from manyhands.models.adapted import refuse_adapted
-from manyhands.moe import ExpertBank, Router
+from manyhands.moe import Router
 from manyhands.moe.crew import Crew, CrewExperts
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer, instead
@@ -161,7 +161,8 @@ def load(
     A path becomes a verified directory (`find`), that an opened checkpoint whose every tensor has its place in the
     model (`open_found`), and that the model (`from_source`), which holds weights and keeps no file open.
 
-    With a `crew` the others hold most of the experts, and run them for this process (`moe/crew.py`); it leads.
+    With a `crew` the others hold most of the experts, and run them for this process (`moe/crew.py`); it leads, and they
+    call `own_experts`; not with `dtype`, `decode`, `memory` or a tuned model.
 
     The other arguments are `load_model`'s. Raises `CheckpointError` naming what is missing or damaged; a model
     without a tokenizer can be had through `load_model`.
@@ -329,13 +330,15 @@ def from_source(
 ) -> LoadedModel:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
     device = torch.device(device) if crew is None else crew.ranks.device
+    if crew is not None and (dtype is not None or decode):
+        raise UserError("several processes hold experts as they are stored: not with a dtype or decode")
     if on_disk is not None:
         if crew is not None:
             raise UserError("memory keeps experts on disk for one process: leave it out, or start one process")
         if device.type != "cpu" or dtype is not None or decode:
             raise UserError("memory keeps packed experts on disk: not with another device, a dtype or decode")
         return _from_disk(source, implementation, on_disk)
-    own = None if crew is None else _share(source, crew)
+    own = None if crew is None else share_out(source, crew, implementation)
     check_room(source, dtype, device, decode, own=own)
     try:
         with torch.device("meta"):
@@ -354,39 +357,9 @@ def from_source(
     if crew is not None:
         for layer, moe in model.sparse_layers().items():
             moe.experts = CrewExperts(moe.experts, crew, layer)
+        crew.meet()
     model.requires_grad_(not records and crew is None)  # what is not packed is not trained alone
     return model.eval()
-
-
-def own_experts(
-    directory: str | Path, crew: Crew, *, experts_implementation: str = "auto", ignore_fields: Collection[str] = ()
-) -> dict[int, ExpertBank]:
-    """By layer the experts that this process holds for the leader of `crew`, which loads `directory` with it.
-
-    Raises what `load_model` does.
-    """
-    source = open_found(Path(directory), ignore_fields)
-    own, device = _share(source, crew), crew.ranks.device
-    check_room(source, None, device, own=own, alone=True)
-    with torch.device("meta"):
-        model = Model(source.decoder("several processes"), experts_implementation)
-        hold_records(model, source.records, experts_implementation)
-    keep_own(model, own)
-    inside = tuple(f"{name}." for name in banks(model))
-    state = read_state(source, model, source.records, None, device, own, lambda name: name.startswith(inside))
-    for prefix, bank in banks(model).items():
-        weights = {name.removeprefix(f"{prefix}."): x for name, x in state.items() if name.startswith(f"{prefix}.")}
-        bank.load_state_dict(weights, assign=True)
-    return {layer: moe.experts.requires_grad_(False).eval() for layer, moe in model.sparse_layers().items()}
-
-
-def _share(source: Source, crew: Crew) -> slice:
-    """The experts of this process. Raises `ConfigError` and `UserError` where there are none to share out."""
-    moe = source.decoder("several processes").moe
-    if moe is None:
-        raise UserError(f"{source.path}: a dense model has no experts that several processes could share: start one")
-    assert crew.num_experts == moe.router.num_experts, "the crew is another model's"
-    return crew.own
 
 
 def _model(

@@ -1,18 +1,58 @@
-"""The weights of a model, or of its experts only some: what a process reads of which others hold the rest.
+"""The weights of a model, or of its experts only some: what a process reads where others hold the rest.
 
 E experts.
 """
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from manyhands.checkpoint.assemble import our_tensor
-from manyhands.checkpoint.packed import Record
+from manyhands.checkpoint.find import open_found
+from manyhands.checkpoint.packed import Record, hold_records
+from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.source import Source
 from manyhands.config.shapes import tensor_shapes
+from manyhands.errors import UserError
+from manyhands.models import Decoder
 from manyhands.moe import ExpertBank, Router
+from manyhands.moe.crew import Crew, Shared
+
+
+def share_out(source: Source, crew: Crew, implementation: str) -> slice:
+    """Tell the others which model it is; the experts of this process, which leads.
+
+    Raises `ConfigError` for another kind than a decoder, and `UserError` for one without experts.
+    """
+    moe = source.decoder("several processes").moe
+    if moe is None:
+        raise UserError(f"{source.path}: a dense model has no experts that several processes could share: start one")
+    shared = Shared(str(source.path.absolute()), moe.router.num_experts, implementation, list(source.ignored))
+    crew.agree(shared)
+    return crew.own
+
+
+def own_experts(crew: Crew) -> dict[int, ExpertBank]:
+    """By layer the experts that this process holds of the model that the leader of `crew` loads.
+
+    Returns when all processes have theirs. Raises what `load_model` does.
+    """
+    shared = crew.agree(None)
+    source, device, own = open_found(Path(shared.path), shared.ignored), crew.ranks.device, crew.own
+    check_room(source, None, device, own=own, alone=True)
+    with torch.device("meta"):
+        model = Decoder(source.decoder("several processes"), shared.implementation)
+        hold_records(model, source.records, shared.implementation)
+    keep_own(model, own)
+    inside = tuple(f"{name}." for name in banks(model))
+    state = read_state(source, model, source.records, None, device, own, lambda name: name.startswith(inside))
+    for prefix, bank in banks(model).items():
+        weights = {name.removeprefix(f"{prefix}."): x for name, x in state.items() if name.startswith(f"{prefix}.")}
+        bank.load_state_dict(weights, assign=True)
+    crew.meet()
+    return {layer: moe.experts.requires_grad_(False).eval() for layer, moe in model.sparse_layers().items()}
 
 
 def keep_own(model: nn.Module, own: slice) -> None:

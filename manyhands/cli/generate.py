@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
+from manyhands.cli.crew import with_crew
 from manyhands.cli.options import (
     TRACE_LIMIT,
     CachePolicy,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from manyhands.config import SamplingConfig
     from manyhands.engine.answer import Token
     from manyhands.moe import Routing
+    from manyhands.moe.crew import Crew
     from manyhands.text import Tokenizer
 
 Shown = TypeVar("Shown")
@@ -95,60 +97,67 @@ def generate(
     other; with --json as a list. Sampling is the model's own (generation_config.json) where a flag does not say
     otherwise. Control characters are not printed; --json has them.
 
+    On N processes, which share out the experts: torchrun --nproc-per-node N -m manyhands generate …
+
     An encoder-decoder (T5, Switch) does not continue the prompt: what it writes for it is printed. One trained on spans
     writes what stood where the prompt has <extra_id_0>, <extra_id_1>, …
     """
     from manyhands.generate.defaults import sampling_from
+    from manyhands.parallel.started import alike
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
-    sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
-    limit = size("--trace-limit", trace_limit)
-    check_trace(trace)
-    stay = on_disk(memory, cache_policy, pin)
-    without = _check_edits(without_expert or [], replay, {"--show-routing": show_routing, "--trace": trace is not None})
-    if replay is not None and prompt:
-        raise UserError("--replay brings its own texts: leave --prompt out")
-    if not prompt and replay is None:
-        if sys.stdin.isatty():
+    with alike():
+        sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
+        limit = size("--trace-limit", trace_limit)
+        check_trace(trace)
+        stay = on_disk(memory, cache_policy, pin)
+        flags = {"--show-routing": show_routing, "--trace": trace is not None}
+        without = _check_edits(without_expert or [], replay, flags)
+        if replay is not None and prompt:
+            raise UserError("--replay brings its own texts: leave --prompt out")
+        if not prompt and replay is None and sys.stdin.isatty():
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
-        prompt = [sys.stdin.read()]
 
-    from manyhands.checkpoint.model import EncoderDecoderModel, RecurrentModel, load, only_decoder
-    from manyhands.engine.engine import Engine
-    from manyhands.terminal import shown
+    def answer(crew: "Crew | None") -> None:
+        from manyhands.checkpoint.model import EncoderDecoderModel, RecurrentModel, load, only_decoder
+        from manyhands.engine.engine import Engine
+        from manyhands.terminal import shown
 
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
-    sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
-    if line is not None:
-        print(shown(line), file=sys.stderr)
-    if isinstance(loaded, EncoderDecoderModel):
-        from manyhands.cli.rewritten import refuse, show_rewritten
-
+        prompts = prompt or ([] if replay is not None else [sys.stdin.read()])
+        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay, crew=crew)
+        sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
+        if line is not None:
+            print(shown(line), file=sys.stderr)
         only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
-        refuse(only | {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None})
-        show_rewritten(loaded, tokenizer, prompt or [], sampling, json_output)
-        return
-    if isinstance(loaded, RecurrentModel):
-        from manyhands.cli.continued import show_continued
-        from manyhands.cli.rewritten import refuse
+        only |= {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None}
+        if isinstance(loaded, EncoderDecoderModel):
+            from manyhands.cli.rewritten import refuse, show_rewritten
 
-        only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
-        more = {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None}
-        refuse(only | more, "a recurrent one")
-        show_continued(loaded, tokenizer, prompt or [], sampling, json_output)
-        return
-    model = only_decoder(loaded, "generate")
-    if without or replay is not None:
-        from manyhands.cli.edited import show_edited
+            refuse(only)
+            show_rewritten(loaded, tokenizer, prompts, sampling, json_output)
+            return
+        if isinstance(loaded, RecurrentModel):
+            from manyhands.cli.continued import show_continued
+            from manyhands.cli.rewritten import refuse
 
-        engine = Engine(model, tokenizer, exact=exact, speculate=speculate)
-        show_edited(engine, tokenizer, prompt or [], sampling, without, replay, json_output)
-        return
-    assert prompt
-    with recording(model, tokenizer, trace, limit, "generate") as recorder:
-        engine = Engine(model, tokenizer, max_sequences=len(prompt), exact=exact, speculate=speculate, trace=recorder)
-        _say(prompt, engine.stream(prompt, sampling), tokenizer, sampling, show_routing, json_output)
+            refuse(only, "a recurrent one")
+            show_continued(loaded, tokenizer, prompts, sampling, json_output)
+            return
+        model = only_decoder(loaded, "generate")
+        if without or replay is not None:
+            from manyhands.cli.edited import show_edited
+
+            engine = Engine(model, tokenizer, exact=exact, speculate=speculate)
+            show_edited(engine, tokenizer, prompts, sampling, without, replay, json_output)
+            return
+        with recording(model, tokenizer, trace, limit, "generate") as recorder:
+            engine = Engine(
+                model, tokenizer, max_sequences=len(prompts), exact=exact, speculate=speculate, trace=recorder
+            )
+            _say(prompts, engine.stream(prompts, sampling), tokenizer, sampling, show_routing, json_output)
+
+    with_crew(answer)
 
 
 def _say(

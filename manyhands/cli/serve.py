@@ -2,15 +2,20 @@
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.crew import with_crew
 from manyhands.cli.options import TRACE_LIMIT, CachePolicy, IgnoreField, Pin, TraceDirectory, TraceLimit, on_disk
 from manyhands.cli.recorded import check_trace
 from manyhands.cli.size import size
 from manyhands.errors import UserError
+
+if TYPE_CHECKING:
+    from manyhands.moe.crew import Crew
 
 
 def serve(
@@ -70,28 +75,35 @@ def serve(
 
     Requests run together, each as it would alone. The page at / chats with the model and shows its experts. Ctrl-C and
     SIGTERM let what runs finish. A public address needs --api-key, or --insecure.
-    """
-    paths = _paths(checkpoint, model or [], served_model_name)
-    keys = [*(api_key or []), *_read_keys(api_key_file)]
-    if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
-        raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
-    stay = on_disk(memory, cache_policy, pin)
-    bounds = {"--kv-memory": kv_memory, "--memory": memory, "--max-body": max_body}
-    limit = size("--trace-limit", trace_limit)
-    check_trace(trace)
-    kv_bytes, memory_bytes, body_bytes = (size(flag, text) for flag, text in bounds.items())
-    try:
-        from manyhands.serve import app as application
-        from manyhands.serve import load, run
-        from manyhands.serve.memory import one_arena
-        from manyhands.serve.models import Models
-    except ModuleNotFoundError as error:
-        raise UserError(f"serving needs the package {error.name}: pip install 'manyhands[serve]'") from None
 
-    if not run.is_local(host) and not keys and not insecure:
-        raise UserError(
-            f"--host {host} lets everybody who can reach this machine use the model: give --api-key KEY, or --insecure"
-        )
+    On N processes, which share out the experts: torchrun --nproc-per-node N -m manyhands serve …
+    """
+    from manyhands.parallel.started import alike, started_together
+
+    with alike():
+        paths = _paths(checkpoint, model or [], served_model_name)
+        keys = [*(api_key or []), *_read_keys(api_key_file)]
+        if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
+            raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
+        stay = on_disk(memory, cache_policy, pin)
+        bounds = {"--kv-memory": kv_memory, "--memory": memory, "--max-body": max_body}
+        limit = size("--trace-limit", trace_limit)
+        check_trace(trace)
+        kv_bytes, memory_bytes, body_bytes = (size(flag, text) for flag, text in bounds.items())
+        if started_together() and (checkpoint is None or len(paths) > 1 or memory is not None):
+            raise UserError("several processes share the experts of one model: leave --model and --memory out")
+        try:
+            from manyhands.serve import app as application
+            from manyhands.serve import load, run
+            from manyhands.serve.memory import one_arena
+            from manyhands.serve.models import Models
+        except ModuleNotFoundError as error:
+            raise UserError(f"serving needs the package {error.name}: pip install 'manyhands[serve]'") from None
+        if not run.is_local(host) and not keys and not insecure:
+            raise UserError(
+                f"--host {host} lets everybody who can reach this machine use the model: give --api-key KEY, "
+                "or --insecure"
+            )
     settings = load.Settings(
         max_sequences,
         max_batch_tokens,
@@ -110,13 +122,20 @@ def serve(
         stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"
     )
     one_arena()
-    models = Models(load.entries(paths, settings), memory_bytes)
-    app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
-    bound = run.bind(host, port)
-    with bound:  # given back too if the model is refused
-        if checkpoint is not None:
-            models.load_first()
-        sys.exit(run.serve(app, models, bound, shutdown_timeout))
+    code = 0
+
+    def listen(crew: "Crew | None") -> None:
+        nonlocal code
+        models = Models(load.entries(paths, replace(settings, crew=crew)), memory_bytes)
+        app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
+        bound = run.bind(host, port)
+        with bound:  # given back too if the model is refused
+            if checkpoint is not None:
+                models.load_first()
+            code = run.serve(app, models, bound, shutdown_timeout)
+
+    with_crew(listen)
+    sys.exit(code)
 
 
 def _read_keys(path: Path | None) -> list[str]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from manyhands.models import AnyModel
 from manyhands.moe import ExpertBank, Routing
+from manyhands.moe.crew import CrewExperts
 from manyhands.store.store import Reads
 
 Counts = npt.NDArray[np.int64]
@@ -121,6 +122,8 @@ def _counts(routing: Routing, starts: Sequence[int]) -> Counts:
 
 
 def _bytes(bank: ExpertBank) -> int:
+    if isinstance(bank, CrewExperts):
+        return _bytes(bank.here) if bank.here.num_experts else 0  # where this process holds none it knows no size
     fetched = bank.fetched_experts()
     if fetched is not None:
         return fetched.layout.record_bytes

@@ -13,15 +13,17 @@ R processes, E experts, T tokens, K experts per token, D width, N rows, B of the
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from manyhands.errors import UserError
+from manyhands.errors import ProcessLost, UserError
 from manyhands.kernels import BACKENDS, ExpertWeights, run_experts
 from manyhands.kernels.moment import exactly, is_exact
 from manyhands.kernels.permute import combine, gather, sort_pairs
@@ -33,15 +35,24 @@ _END = -1
 """For a layer, in what the leader says: nothing comes any more."""
 
 
+class Shared(NamedTuple):
+    """The model whose experts are shared out; JSON has it as a list."""
+
+    path: str
+    num_experts: int
+    """E, of each sparse layer."""
+    implementation: str
+    ignored: list[str]
+    """Unknown fields of its config that are read past."""
+
+
 class Crew:
     """The processes that hold the experts of one model: nearly as many each, and none where there are too few."""
 
-    def __init__(self, ranks: Group, num_experts: int) -> None:
-        """E experts in each layer."""
-        self.ranks, self.num_experts = ranks, num_experts
-        ends = [rank * num_experts // ranks.size for rank in range(ranks.size + 1)]
-        self.owners = [slice(*both) for both in pairwise(ends)]
-        """The experts of each process."""
+    def __init__(self, ranks: Group) -> None:
+        self.ranks = ranks
+        self.owners: list[slice] = []
+        """The experts of each process, once that is agreed on."""
         self._lock = threading.Lock()
         self._whole = True
         """No exchange was broken off: the others wait to be told what comes."""
@@ -51,15 +62,31 @@ class Crew:
         """Whether this process is the one that generates."""
         return self.ranks.rank == 0
 
+    def agree(self, shared: Shared | None) -> Shared:
+        """What the leader brings, on every process, with which it is settled who holds which experts."""
+        agreed = Shared(*self.ranks.tell(shared))
+        ends = [rank * agreed.num_experts // self.ranks.size for rank in range(self.ranks.size + 1)]
+        self.owners = [slice(*both) for both in pairwise(ends)]
+        return agreed
+
+    @property
+    def num_experts(self) -> int:
+        """E."""
+        return int(self.owners[-1].stop)
+
     @property
     def own(self) -> slice:
         """The experts of this process."""
         return self.owners[self.ranks.rank]
 
+    def meet(self) -> None:
+        """Wait until every process has loaded its experts."""
+        self.ranks.sum(torch.zeros(1))
+
     def ask(self, layer: int, rows_ND: Tensor, rows_E: Sequence[int], name: str, here: ExpertBank) -> Tensor:
         """[N, D]: what its expert says of each row; the first `rows_E[0]` are expert 0's, and so on. For the leader.
 
-        `name` is the backend, `here` the experts of this process.
+        `name` is the backend, `here` the experts of this process. Raises `ProcessLost` if another is gone.
         """
         own_B, *others = [sum(rows_E[own]) for own in self.owners]
         mine = partial(_run, rows_ND[:own_B], rows_E[self.own], name, here)
@@ -94,17 +121,21 @@ class Crew:
     def close(self) -> None:
         """Let the others end. For the leader; where an exchange was broken off they find out when this process ends."""
         with self._lock:
-            if self._whole:
+            if self._whole and self.owners:
+                self._whole = False
                 what = torch.full((4 + self.num_experts,), _END, dtype=torch.int64, device=self.ranks.device)
-                self._broadcast(what)
+                with suppress(ProcessLost):  # nobody is there any more
+                    self._broadcast(what)
 
     def _broadcast(self, said: Tensor) -> Tensor:
-        dist.broadcast(said, group=self.ranks.group, group_src=0)
+        with _together():
+            dist.broadcast(said, group=self.ranks.group, group_src=0)
         return said
 
     def _exchange(self, rows: Tensor, send: list[int], receive: list[int]) -> Tensor:
         arrived = rows.new_empty(sum(receive), rows.shape[1])
-        dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=self.ranks.group)
+        with _together():
+            dist.all_to_all_single(arrived, rows.contiguous(), receive, send, group=self.ranks.group)
         return arrived
 
 
@@ -140,6 +171,14 @@ class CrewExperts(ExpertBank):
         rows_E = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
         name = self.implementation if implementation is None else implementation
         return combine(self.crew.ask(self.layer, gather(x, p), rows_E, name, self.here), weights, p)
+
+
+@contextmanager
+def _together() -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise ProcessLost("a process that holds a part of the model's experts is gone: start them all again") from error
 
 
 def _run(rows_BD: Tensor, rows_C: Sequence[int], name: str, here: ExpertBank) -> Tensor:

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -77,6 +77,16 @@ class Group:
         except RuntimeError:  # who keeps the store is gone: nobody else can be asked
             return None
         return None if said == mine else int(said.split()[1])
+
+
+def patient(ranks: Ranks) -> Ranks:
+    """The same processes, which wait for each other as long as it takes: for work that comes when it comes. Collective.
+
+    A process that dies is noticed all the same.
+    """
+    if not isinstance(ranks, Group) or ranks.size == 1:
+        return Alone()
+    return replace(ranks, group=dist.new_group(timeout=timedelta(days=365)))
 
 
 @dataclass(frozen=True, slots=True)

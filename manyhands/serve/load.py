@@ -20,6 +20,7 @@ from manyhands.engine.kept_routing import routing_bytes_per_token
 from manyhands.engine.recording import recorder_for
 from manyhands.engine.service import PATIENCE, Service
 from manyhands.models import Decoder
+from manyhands.moe.crew import Crew
 from manyhands.plan.host import free_memory, resident_memory
 from manyhands.serve.models import Entry, weight_bytes
 from manyhands.serve.served import Served
@@ -53,6 +54,8 @@ class Settings:
     """Bytes of this process with a packed model that does not fit whole: its experts stay on disk."""
     cache_policy: str = "lfu"
     pin: Sequence[Sequence[int]] | None = None
+    crew: Crew | None = None
+    """Who holds most of the experts of the one model, if others do."""
 
 
 def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
@@ -79,7 +82,7 @@ def _load(name: str, directory: Path, settings: Settings, on_disk: bool) -> Serv
     if on_disk:
         how = {"memory": settings.memory, "cache_policy": settings.cache_policy, "pin": settings.pin}
         how["cache_bytes"] = settings.kv_bytes
-    loaded, tokenizer = load(directory, ignore_fields=settings.ignore_fields, **how)
+    loaded, tokenizer = load(directory, ignore_fields=settings.ignore_fields, crew=settings.crew, **how)
     model = only_decoder(loaded, "serve")
     recorder = None if settings.trace is None else _recorder(name, model, tokenizer, settings, settings.trace)
     budget = model.budget

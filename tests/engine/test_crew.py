@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from manyhands.checkpoint.find import open_checkpoint
-from manyhands.checkpoint.model import load, own_experts, save
+from manyhands.checkpoint.model import load, save
+from manyhands.checkpoint.own import own_experts
 from manyhands.config import SamplingConfig
 from manyhands.config.packing import PackedConfig
 from manyhands.engine.engine import Engine
@@ -44,18 +45,18 @@ def logits(model: Decoder) -> torch.Tensor:
     return model(torch.tensor([list(range(24))])).logits
 
 
-def _crew(ranks: Group, paths: list[str], num_experts: int, name: str) -> list[object]:
+def _crew(ranks: Group, paths: list[str], name: str) -> list[object]:
     """What the leader says, and how many bytes of experts are here."""
     found: list[object] = []
     for path in paths:
-        crew = Crew(ranks, num_experts)
+        crew = Crew(ranks)
         if crew.leads:
             model, _ = load(path, crew=crew, experts_implementation=name)
             found.append((said(model), logits(model).tolist()))
             experts = [moe.experts.here for moe in model.sparse_layers().values()]
             crew.close()
         else:
-            banks = own_experts(path, crew, experts_implementation=name)
+            banks = own_experts(crew)
             crew.follow(banks)
             experts = list(banks.values())
         found.append(sum(x.nbytes for bank in experts for x in [*bank.parameters(), *bank.buffers()]))
@@ -67,7 +68,7 @@ def test_says_what_one_process_says(tmp_path: Path, tokenizer, size: int, num_ex
     """Experts one by one in the files and in one stack; where some processes, or the leader, hold none."""
     families = {"manyhands": None, "qwen3_moe": "qwen3_moe"}
     paths = [stored(tmp_path / name, tokenizer, num_experts, family) for name, family in families.items()]
-    found = on_processes(size, _crew, paths, num_experts, "auto")
+    found = on_processes(size, _crew, paths, "auto")
     for i, path in enumerate(paths):
         model, _ = load(path)
         tokens, numbers = found[0][2 * i]
@@ -82,7 +83,7 @@ def test_says_what_one_process_says(tmp_path: Path, tokenizer, size: int, num_ex
 def test_bit_equal_with_grouped_mm(tmp_path: Path, tokenizer, dtype: torch.dtype) -> None:
     moe = {"router": {"num_experts": 5, "num_experts_per_tok": 2}}
     save(build(moe=moe), tmp_path / "model", tokenizer, dtype=dtype)
-    [tokens, numbers], *_ = on_processes(2, _crew, [str(tmp_path / "model")], 5, "grouped_mm")[0]
+    [tokens, numbers], *_ = on_processes(2, _crew, [str(tmp_path / "model")], "grouped_mm")[0]
     model, _ = load(tmp_path / "model", experts_implementation="grouped_mm")
     assert torch.equal(torch.tensor(numbers), logits(model).float())
     assert tokens == said(model)
@@ -94,7 +95,7 @@ def test_packed_experts(tmp_path: Path, tokenizer, format: str) -> None:
     path = stored(tmp_path / "plain", tokenizer, 6)
     packing = {"format": format, "group_size": 32} if format == "int4" else {"format": format}
     quantize(open_checkpoint(path), tmp_path / "packed", PackedConfig(experts=packing, linear=packing), measure=False)
-    found = on_processes(2, _crew, [str(tmp_path / "packed")], 6, "auto")
+    found = on_processes(2, _crew, [str(tmp_path / "packed")], "auto")
     (tokens, numbers), size = found[0]
     model, _ = load(tmp_path / "packed")
     assert tokens == said(model)
@@ -107,9 +108,9 @@ def test_packed_experts(tmp_path: Path, tokenizer, format: str) -> None:
 
 
 def _other_ways(ranks: Group, path: str) -> list[list[int]] | None:
-    crew = Crew(ranks, 6)
+    crew = Crew(ranks)
     if not crew.leads:
-        crew.follow(own_experts(path, crew))
+        crew.follow(own_experts(crew))
         return None
     model, _ = load(path, crew=crew)
     found = ways(model)
