@@ -132,7 +132,6 @@ class TrainState:
             world = int(document.get("world", 1))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
-        device = str(next(self.model.parameters()).device)
         if self.tuned is not None:
             what, files = str(directory / TUNED_WEIGHTS), [directory / TUNED_WEIGHTS]
         else:
@@ -142,7 +141,6 @@ class TrainState:
         fill(self._weights(), TensorReader(files), what)
         slots = TensorReader([directory / "optimizer.safetensors"])
         self.optimizers.load(slots.shapes, slots)
-        self.optimizers.load_state_dict(load_tensors(directory / "optimizer.safetensors", device))
         self.batches.load_state_dict(document["batches"])
         self.guard.load_state_dict(document["guard"])
         if world != ranks.size:
