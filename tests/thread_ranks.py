@@ -37,7 +37,9 @@ class ThreadRanks:
         return self.size
 
     def sum(self, value: Tensor) -> Tensor:
-        return torch.stack(self._gather(value)).sum(0)
+        return (
+            torch.stack(self._gather(value)).sum(0).to(value.dtype)
+        )  # small integers stay small, as between processes
 
     def max(self, value: Tensor) -> Tensor:
         return torch.stack(self._gather(value)).amax(0)

@@ -149,7 +149,8 @@ class _Pass(NamedTuple):
             tensors["ids"] = self.ids
         for layer, routing in self.routings.items():
             tensors |= {f"{layer}.{name}": getattr(routing, name) for name in _RECORDED}
-        return safetensors.torch.save({name: t.detach().contiguous() for name, t in tensors.items()})
+        # copies: layers may share a tensor, the mask of padding, which safetensors does not write twice
+        return safetensors.torch.save({name: t.detach().contiguous().clone() for name, t in tensors.items()})
 
     @classmethod
     def unpacked(cls, data: bytes) -> "_Pass":

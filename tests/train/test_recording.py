@@ -1,18 +1,25 @@
 """A run's trace: each n-th step, what the steps before and after were is as without it."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from manyhands.errors import ConfigError, StorageError
+from manyhands.models import build
+from manyhands.moe import Routing
 from manyhands.trace.journal import read_journal
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
 from manyhands.trace.recording import Trace
 from manyhands.train import loop
+from manyhands.train.recording import StepTrace
 
 from ..small_runs import small_run, write_text
+from ..thread_ranks import ThreadRanks, on_ranks
+from ..trace.traces import routing
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +93,28 @@ def test_a_resumed_session_has_a_trace_of_its_own(tmp_path: Path, text: Path) ->
 def test_settings_are_checked(text: Path) -> None:
     with pytest.raises(ConfigError, match=r"trace\.max_bytes = 5"):
         small_run(text, "trace.max_bytes=5")
+
+
+def test_layers_share_what_the_others_are_told_of(tmp_path: Path, text: Path) -> None:
+    """One mask of padding for two sparse layers, on two ranks: rank 0 writes the rows of both, layer by layer."""
+    run = small_run(text, "trace.every=1", "model.num_hidden_layers=3", "train.batch_size=2")
+    model, S = build(run.model), run.train.sequence_length
+    layers, router, mask = run.model.sparse_layers, run.model.moe.router, torch.ones(S).bool()
+
+    def routed(seed: int) -> Routing:
+        return replace(routing(S, router.num_experts, router.num_experts_per_tok, seed), token_mask=mask)
+
+    passes = [{layer: routed(10 * rank + layer) for layer in layers} for rank in range(2)]
+    assert len(layers) > 1
+
+    def work(ranks: ThreadRanks) -> None:
+        with StepTrace(tmp_path, model, None, lambda note: None, ranks) as trace:
+            seen = trace.seeing(1, run)
+            assert seen is not None
+            seen(torch.zeros(1, S + 1, dtype=torch.int64), passes[ranks.rank])
+
+    on_ranks(2, work)
+    (part,) = Trace.open(tmp_path / "step-000001").whole()
+    for at, layer in enumerate(layers):
+        told = torch.cat([one[layer].expert_ids for one in passes])
+        assert part.expert_ids[:, at].tolist() == told.tolist()
