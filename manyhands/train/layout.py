@@ -12,13 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-
-# Not public, and the only way to have two meshes in one unit: experts as a unit of their own would return views.
-from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils import _pytree as pytree
 
 from manyhands.config import RunConfig
+from manyhands.errors import ConfigError
 from manyhands.layers.norm import LayerNorm, RMSNorm
 from manyhands.models import AnyModel, EncoderDecoder, build, init_weights
 from manyhands.moe import ExpertBank, Router
@@ -58,7 +56,7 @@ def lay_out(
         if mesh.ep.size() > 1:  # else all processes hold the same experts, as they do everything else
             share_out(layer.experts, mesh, dispatch)
             shared.update(layer.experts.parameters())
-    over_dp = ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh.dp, shard_mesh_dim=0))
+    over_dp = _placed(mesh)
     low = dtype != torch.float32
     policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False) if low else FLOAT32
     if isinstance(model, EncoderDecoder):
@@ -82,6 +80,19 @@ def lay_out(
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # or gloo is asked for a reduction that it lacks
+
+
+def _placed(mesh: Mesh) -> Any:
+    """What `fully_shard` is told of experts: their rows go to the processes that hold the same ones.
+
+    Not public, and the only way to have two meshes in one unit: experts as a unit of their own would return views.
+    Raises `ConfigError` where torch is too old for it.
+    """
+    try:
+        from torch.distributed.fsdp._fully_shard._fsdp_common import FSDPMeshInfo, ShardPlacementResult
+    except ImportError:
+        raise ConfigError(f"training on several processes needs torch 2.13, not {torch.__version__}") from None
+    return ShardPlacementResult(Shard(0), FSDPMeshInfo(mesh.dp, shard_mesh_dim=0))
 
 
 def share_out(experts: ExpertBank, mesh: Mesh, dispatch: Literal["by_pairs", "by_tokens"]) -> None:
