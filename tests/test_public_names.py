@@ -59,10 +59,11 @@ FLAGS = {
     "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
     "tune": {
         *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
-        *("r", "alpha", "targets", "num_experts", "top_k"),
+        *("r", "alpha", "targets", "num_experts", "top_k", "show_data"),
         *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
     },
     "generate": {
+        "adapter",
         "trace",
         "trace_limit",
         *("memory", "cache_policy", "pin"),
@@ -98,6 +99,7 @@ FLAGS = {
         *("random_routers", "draws", "seed", "ignore_field", "json_output", "ablate"),
     },
     "serve": {
+        "adapter",
         *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),
         *("max_sequences", "max_batch_tokens", "max_waiting", "kv_memory", "memory", "max_body"),
         *(
@@ -167,6 +169,7 @@ FLAGS = {
         "without_vocabulary",
     },
     "chat": {
+        "adapter",
         "trace",
         "trace_limit",
         *("memory", "cache_policy", "pin"),
@@ -184,6 +187,7 @@ FLAGS = {
         "show_routing",
     },
     "eval": {
+        "adapter",
         "trace",
         "trace_limit",
         "ignore_field",

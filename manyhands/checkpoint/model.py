@@ -25,6 +25,7 @@ from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.own import keep_own, read_state, share_out
 from manyhands.checkpoint.packed import Record, hold_records, write_packed
+from manyhands.checkpoint.put_adapter import put_adapter
 from manyhands.checkpoint.room import check_room
 from manyhands.checkpoint.safetensors.shards import MAX_SHARD_SIZE
 from manyhands.checkpoint.save import write_directory, write_rest
@@ -155,6 +156,7 @@ def load(
     pin: Sequence[Sequence[int]] | None = None,
     cache_bytes: int | None = None,
     crew: Crew | None = None,
+    adapter: str | Path | None = None,
 ) -> tuple[LoadedModel, Tokenizer]:
     """Model and tokenizer of a checkpoint directory, of a run's newest valid checkpoint, or of a model on the hub.
 
@@ -163,6 +165,8 @@ def load(
 
     With a `crew` the others hold most of the experts, and run them for this process (`moe/crew.py`); it leads, and they
     call `own_experts`; not with `dtype`, `decode`, `memory` or a tuned model.
+
+    `adapter` is put on it: a run of `manyhands tune`, or a directory of PEFT's.
 
     The other arguments are `load_model`'s. Raises `CheckpointError` naming what is missing or damaged; a model
     without a tokenizer can be had through `load_model`.
@@ -183,7 +187,12 @@ def load(
             f"{source.config.vocab_size}; they do not belong together"
         )
     on_disk = _on_disk(memory, cache_policy, pin, cache_bytes)
+    if adapter is not None and (changed is not None or on_disk is not None or crew is not None):
+        why = f"{path} is tuned itself" if changed is not None else "its experts are to lie elsewhere than in memory"
+        raise UserError(f"{why}: no adapter can be put on it; manyhands convert makes a whole model of both")
     model = _model(source, dtype, device, experts_implementation, decode, on_disk, changed, crew)
+    if adapter is not None and (own := put_adapter(model, source.origin, adapter)) is not None:
+        tokenizer = read_tokenizer(own)
     model.tokenizer = tokenizer
     return model, tokenizer
 

@@ -22,7 +22,7 @@ from manyhands.checkpoint.state import load_tensors, save_whole
 from manyhands.checkpoint.whole import Whole
 from manyhands.config import Strict, parse
 from manyhands.config.tune import TuneConfig
-from manyhands.errors import CheckpointError, ConfigError
+from manyhands.errors import CheckpointError, ConfigError, UserError
 from manyhands.files import TUNED, TUNED_WEIGHTS
 from manyhands.models import AnyModel
 from manyhands.models.tuned import adapt, load_trained, settle
@@ -79,8 +79,9 @@ class Change:
     """The model that was tuned, verified: a directory, or a GGUF file."""
 
     @classmethod
-    def at(cls, directory: Path) -> "Change | None":
-        """Of a verified directory; None: it holds no tuning, but a model.
+    def at(cls, directory: Path, base: Path | None = None) -> "Change | None":
+        """Of a verified directory; None: it holds no tuning, but a model. `base` is where the base lies (None: where it
+        was).
 
         Raises `CheckpointError` if it is damaged, or its base is not where it was, or is another one.
         """
@@ -92,22 +93,39 @@ class Change:
             tuned = parse(Tuned, values, str(path))
         except ConfigError as error:
             raise CheckpointError(str(error)) from None
-        return cls(directory, tuned, _find(directory, tuned.base))
+        if base is None:
+            base = _find(directory, tuned.base)
+        else:
+            tuned.base.check(base, str(directory))
+        return cls(directory, tuned, base)
 
     @property
     def tokenizer(self) -> Path:
         """Where the tokenizer is: with what was tuned, if that has a chat template of its own, else with the base."""
         return self.directory if has_tokenizer(self.directory) else self.base
 
-    def put_into(self, model: AnyModel) -> None:
-        """Make of the base the model that this holds. Raises `CheckpointError` if that does not fit."""
+    def put_into(self, model: AnyModel, *, shared: bool = False) -> None:
+        """Make of the base the model that this holds. Raises `CheckpointError` if that does not fit.
+
+        `shared`: others compute with the base's weights, so none of them is changed. Raises `UserError` for a tuning
+        that changes some in place.
+        """
+        own = {id(tensor) for tensor in [*model.parameters(), *model.buffers()]}
+        where = self.directory / TUNED_WEIGHTS
+        state = load_tensors(where)
         try:
-            adapt(model, self.tuned.tune)
+            adapt(model, self.tuned.tune, state=state, where=str(where))
         except ConfigError as error:
             raise CheckpointError(f"{self.directory / TUNED}: {error}") from None
-        where = self.directory / TUNED_WEIGHTS
-        load_trained(model, load_tensors(where), str(where))
-        settle(model)
+        moves = model.config.moe is not None and model.config.moe.unchosen == "average"
+        if shared and (moves or any(id(p) in own and p.requires_grad for p in model.parameters())):
+            raise UserError(
+                f"{self.directory} changes weights of the base itself, which others compute with here: make a whole "
+                "model of it (manyhands convert)"
+            )
+        load_trained(model, state, str(where))
+        if not shared:
+            settle(model)
 
 
 def _find(directory: Path, base: Base) -> Path:

@@ -11,6 +11,7 @@ import typer
 
 from manyhands.cli.options import (
     TRACE_LIMIT,
+    Adapter,
     CachePolicy,
     IgnoreField,
     Memory,
@@ -65,6 +66,7 @@ def chat(
     memory: Memory = None,
     cache_policy: CachePolicy = None,
     pin: Pin = None,
+    adapter: Adapter = None,
     ignore_field: IgnoreField = None,
 ) -> None:
     """Talk with a model, in its chat template: a line is a turn, /help shows the commands.
@@ -86,7 +88,7 @@ def chat(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate import Conversation
 
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay)
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay)
     model = only_decoder(loaded, "chat")
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.options import TRACE_LIMIT, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
@@ -44,6 +44,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results and every answer.")] = None,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
+    adapter: Adapter = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
@@ -73,12 +74,12 @@ def evaluate(
 
         how = {"num_fewshot": num_fewshot, "limit": limit, "task_dir": task_dir, "chat": apply_chat_template}
         answering = {"max_length": sequence_length, "batch_size": batch_size, "add_bos": add_bos}
-        answer_tasks(checkpoint, names, how, answering, output, ignore_field or (), json_output)
+        answer_tasks(checkpoint, names, how, answering, output, ignore_field or (), json_output, adapter)
         return
     sizes = sequence_length, batch_size, max_batches
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
-    _measure_text(checkpoint, data or [], text_field, sizes, trace, limit, ignore_field, json_output)
+    _measure_text(checkpoint, data or [], text_field, sizes, trace, limit, ignore_field, json_output, adapter)
 
 
 def _check_flags(data: bool, tasks: bool, of_data: dict[str, bool], of_tasks: dict[str, bool]) -> None:
@@ -101,6 +102,7 @@ def _measure_text(
     trace_limit: int | None,
     ignore_field: list[str] | None,
     json_output: bool,
+    adapter: Path | None,
 ) -> None:
     """`sizes` are the sequence length, the batch size and the most batches."""
     from manyhands.text import read_documents
@@ -120,7 +122,7 @@ def _measure_text(
     from manyhands.text import encode_documents, evaluation_batches
 
     sequence_length, batch_size, max_batches = sizes
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or ())
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
     model = only_language_model(loaded, "eval")
     ids = encode_documents(documents, tokenizer)
     longest = longest_sequence(model.config) or EVAL_LENGTH

@@ -10,6 +10,7 @@ import typer
 from manyhands.cli.crew import with_crew
 from manyhands.cli.options import (
     TRACE_LIMIT,
+    Adapter,
     CachePolicy,
     IgnoreField,
     Memory,
@@ -87,6 +88,7 @@ def generate(
     memory: Memory = None,
     cache_policy: CachePolicy = None,
     pin: Pin = None,
+    adapter: Adapter = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
 ) -> None:
@@ -125,7 +127,7 @@ def generate(
         from manyhands.terminal import shown
 
         prompts = prompt or ([] if replay is not None else [sys.stdin.read()])
-        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), **stay, crew=crew)
+        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
         sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
         if line is not None:
             print(shown(line), file=sys.stderr)

@@ -24,6 +24,12 @@ TraceDirectory = Annotated[
 ]
 """`manyhands trace show` reads it; docs/trace.md has the format."""
 
+Adapter = Annotated[
+    Path | None,
+    typer.Option(metavar="PATH", help="Put this on the model: a run of `manyhands tune`, or a folder of PEFT's."),
+]
+"""`adapter` of `load`."""
+
 TraceLimit = Annotated[
     str, typer.Option("--trace-limit", metavar="SIZE", help="Bytes of the trace; the oldest are deleted beyond them.")
 ]

@@ -26,6 +26,14 @@ def serve(
         list[str] | None,
         typer.Option(metavar="NAME=PATH", help="A further model, loaded when it is first asked for. Repeatable."),
     ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=PATH",
+            help="What `manyhands tune` or PEFT made of CHECKPOINT: requests for model NAME get it. Its weights are in "
+            "memory once. Repeatable.",
+        ),
+    ] = None,
     served_model_name: Annotated[
         str | None, typer.Option(help="What requests call the model. Default: the last part of its path.")
     ] = None,
@@ -82,6 +90,7 @@ def serve(
 
     with alike():
         paths = _paths(checkpoint, model or [], served_model_name)
+        adapters = _adapters(adapter or [], paths, checkpoint)
         keys = [*(api_key or []), *_read_keys(api_key_file)]
         if any(not (key.isascii() and key.isprintable() and key == key.strip() and key) for key in keys):
             raise UserError("--api-key: an empty key, or one that HTTP cannot carry: take printable ASCII")
@@ -90,8 +99,8 @@ def serve(
         limit = size("--trace-limit", trace_limit)
         check_trace(trace)
         kv_bytes, memory_bytes, body_bytes = (size(flag, text) for flag, text in bounds.items())
-        if started_together() and (checkpoint is None or len(paths) > 1 or memory is not None):
-            raise UserError("several processes share the experts of one model: leave --model and --memory out")
+        if started_together() and (checkpoint is None or len(paths) > 1 or memory is not None or adapters):
+            raise UserError("several processes share the experts of one model: no --model, --adapter or --memory")
         try:
             from manyhands.serve import app as application
             from manyhands.serve import load, run
@@ -114,7 +123,7 @@ def serve(
         prefix_caching,
         tuple(ignore_field or ()),
         trace,
-        len(paths) > 1,
+        len(paths) + len(adapters) > 1,
         limit,
         **stay,
     )
@@ -126,7 +135,7 @@ def serve(
 
     def listen(crew: "Crew | None") -> None:
         nonlocal code
-        models = Models(load.entries(paths, replace(settings, crew=crew)), memory_bytes)
+        models = Models(load.entries(paths, replace(settings, crew=crew), adapters), memory_bytes)
         app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
         bound = run.bind(host, port)
         with bound:  # given back too if the model is refused
@@ -161,12 +170,29 @@ def _paths(checkpoint: Path | None, others: list[str], name: str | None) -> dict
             "--served-model-name names the model that is given as the argument; --model NAME=PATH has its own"
         )
     for text in others:
-        own, separator, path = text.partition("=")
-        if not separator or not own or not path:
-            raise UserError(f"--model {text}: expected NAME=PATH")
-        if own in paths:
-            raise UserError(f"--model {text}: there are two models of the name {own}")
+        own, path = _named("--model", text, paths)
         paths[own] = path
     if not paths:
         raise UserError("nothing to serve: give a checkpoint, or --model NAME=PATH")
     return paths
+
+
+def _adapters(texts: list[str], paths: dict[str, str | Path], checkpoint: Path | None) -> dict[str, str | Path]:
+    """Path by name."""
+    found: dict[str, str | Path] = {}
+    for text in texts:
+        if checkpoint is None:
+            raise UserError("--adapter is put on the model that is given as the argument: give one")
+        own, path = _named("--adapter", text, {**paths, **found})
+        found[own] = path
+    return found
+
+
+def _named(flag: str, text: str, taken: dict[str, str | Path]) -> tuple[str, str]:
+    """NAME=PATH. Raises `UserError` for what is not, and for a name that is taken."""
+    own, separator, path = text.partition("=")
+    if not separator or not own or not path:
+        raise UserError(f"{flag} {text}: expected NAME=PATH")
+    if own in taken:
+        raise UserError(f"{flag} {text}: there are two models of the name {own}")
+    return own, path

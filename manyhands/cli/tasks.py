@@ -24,6 +24,7 @@ def answer_tasks(
     output: Path | None,
     ignore_fields: Sequence[str],
     json_output: bool,
+    adapter: Path | None = None,
 ) -> None:
     """`how` are the arguments of `run_tasks`, `answering` those of `language_model`."""
     if find_spec("lm_eval") is None:  # before a model is loaded
@@ -39,7 +40,7 @@ def answer_tasks(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.harness import language_model, run_tasks
 
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields)
+    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields, adapter=adapter)
     model = only_decoder(loaded, "--tasks")
     if how["chat"] and tokenizer.chat_template is None:
         raise UserError("--apply-chat-template: the model has no chat template")

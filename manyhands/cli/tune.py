@@ -16,7 +16,10 @@ def tune(
     ] = None,
     data: Annotated[
         list[str] | None,
-        typer.Option(help="What to learn from: file, folder, glob, stdlib or hf:NAME. Repeatable."),
+        typer.Option(
+            help="What to learn from: rows (.jsonl, .parquet, hf:NAME, stdlib-docstrings), plain text (file, folder, "
+            "glob, stdlib). Repeatable."
+        ),
     ] = None,
     valid: Annotated[
         list[str] | None,
@@ -82,6 +85,10 @@ def tune(
         list[str] | None,
         typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Any other setting of the run. Repeatable."),
     ] = None,
+    show_data: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Print the first N rows as the model would see them, and end."),
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
 ) -> None:
@@ -92,8 +99,8 @@ def tune(
     """
     changes = list(set_ or [])
     if resume is not None:
-        if model is not None or out is not None:
-            raise UserError("--resume continues a tuning as it is: leave the model and --out away")
+        if model is not None or out is not None or show_data is not None:
+            raise UserError("--resume continues a tuning as it is: leave the model and --out away, and --show-data")
         from manyhands.config.load import load_run
 
         if not (resume / RUN).is_file():
@@ -146,6 +153,13 @@ def tune(
 
             how = chosen_from(trace, how, config)
         run = settings(model, config, how, train=parts, sections=sections, overrides=changes)
+        if show_data is not None:
+            from manyhands.train.start import Start
+            from manyhands.tune.show import show_data as show
+
+            assert run.start is not None
+            show(run, show_data, Start.open(run.start, packed=True).tokenizer)
+            return
         directory = out or Path("runs") / f"tune-{method}"
 
     from manyhands.parallel.group import joined

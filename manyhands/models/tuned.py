@@ -11,18 +11,28 @@ from torch import Tensor, nn
 from manyhands.config.tune import EsftTuning, LoraTuning, MoloraTuning, MovTuning, PerftTuning, TuneConfig
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.models.adapted import adapt as put_lora
-from manyhands.models.build import AnyModel
+from manyhands.models.build import AnyModel, build
 from manyhands.models.mixed import mix
 from manyhands.moe import Experts, MoELayer
 from manyhands.moe.chosen import ChosenExperts
 
 
-def adapt(model: AnyModel, how: TuneConfig, seed: int = 0) -> None:
+def adapt(
+    model: AnyModel, how: TuneConfig, seed: int = 0, *, state: Mapping[str, Tensor] | None = None, where: str = ""
+) -> None:
     """Freeze `model` and put into it what `how` trains, in place; on any device, `meta` too.
 
     What is new begins so that nothing is changed yet, and is drawn with `seed`. What is trained is float32. Raises
     `ConfigError` for a model that cannot be tuned so.
+
+    `state`, from the file `where`, is what will be loaded: whether it fits is seen first, without memory, which a
+    hostile description may ask too much of. Raises `CheckpointError`.
     """
+    if state is not None:
+        with torch.device("meta"):
+            probe = build(model.config)
+        adapt(probe, how)
+        check_trained(trained_state(probe), state, where)
     model.requires_grad_(False)
     if isinstance(how, EsftTuning):
         _choose(model, how)
@@ -37,7 +47,8 @@ def adapt(model: AnyModel, how: TuneConfig, seed: int = 0) -> None:
 
 def _choose(model: AnyModel, how: EsftTuning) -> None:
     """The chosen experts' weights, and beside them what else is to be trained."""
-    assert how.experts is not None, "experts are chosen before a model is built"
+    if how.experts is None:
+        raise ConfigError("tune.experts: which they are is not said; a run chooses them from its data when it begins")
     layers = model.sparse_layers()
     check_chosen(how.experts, {layer: moe.router.config.num_experts for layer, moe in layers.items()})
     if how.non_expert_modules:
@@ -85,15 +96,21 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-@torch.no_grad()
-def load_trained(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Give `model`, adapted, what `trained_state` gave. Raises `CheckpointError`, before anything is changed."""
-    own = trained_state(model)
-    for name in [*own.keys() - state.keys(), *state.keys() - own.keys()]:
+def check_trained(own: Mapping[str, Tensor], state: Mapping[str, Tensor], where: str) -> None:
+    """That `state` is what `trained_state` gives of a model where it gives `own`, but for the numbers. Raises
+    `CheckpointError`."""
+    for name in [name for name in (*own, *state) if (name in own) != (name in state)]:
         raise CheckpointError(f"{where}: {name} {'is missing' if name in own else 'has no place in this model'}")
     for name, tensor in state.items():
         if tensor.shape != own[name].shape:
             raise CheckpointError(f"{where}: {name} is {list(tensor.shape)}; the model has {list(own[name].shape)}")
+
+
+@torch.no_grad()
+def load_trained(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Give `model`, adapted, what `trained_state` gave. Raises `CheckpointError`, before anything is changed."""
+    own = trained_state(model)
+    check_trained(own, state, where)
     for name, tensor in state.items():
         own[name].copy_(tensor)
 

@@ -3,15 +3,18 @@
 import itertools
 import os
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.gguf.files import is_gguf
-from manyhands.checkpoint.model import load, only_decoder
+from manyhands.checkpoint.model import Model, load, only_decoder
+from manyhands.checkpoint.put_adapter import put_adapter
+from manyhands.checkpoint.sidecars import read_tokenizer
 from manyhands.checkpoint.source import open_source
 from manyhands.engine.blocks import BLOCK_SIZE
 from manyhands.engine.caches import bytes_per_token
@@ -19,7 +22,9 @@ from manyhands.engine.engine import Engine
 from manyhands.engine.kept_routing import routing_bytes_per_token
 from manyhands.engine.recording import recorder_for
 from manyhands.engine.service import PATIENCE, Service
+from manyhands.errors import CheckpointError, UserError
 from manyhands.models import Decoder
+from manyhands.models.adapted import sharing
 from manyhands.moe.crew import Crew
 from manyhands.plan.host import free_memory, resident_memory
 from manyhands.serve.models import Entry, weight_bytes
@@ -58,16 +63,62 @@ class Settings:
     """Who holds most of the experts of the one model, if others do."""
 
 
-def entries(paths: Mapping[str, str | Path], settings: Settings) -> list[Entry]:
-    """One for each. Raises `CheckpointError` for a path where there is no model."""
+def entries(
+    paths: Mapping[str, str | Path], settings: Settings, adapters: Mapping[str, str | Path] | None = None
+) -> list[Entry]:
+    """One for each; `adapters` are put on the first model, whose weights are in memory once.
+
+    Each has an engine of its own: requests for different adapters take turns, and share no step and no cache.
+
+    Raises `CheckpointError` for a path where there is no model, `UserError` for adapters of a model that goes.
+    """
+    if adapters and settings.memory is not None:
+        raise UserError("--adapter: adapters compute with their model's weights, which must stay: leave --memory out")
     found: list[Entry] = []
+    shared: _Shared | None = None
     for name, path in paths.items():
         directory = find(path)
         size = weight_bytes(Path(directory))
         on_disk = settings.memory is not None and _stays_on_disk(directory, size, settings.memory)
-        entry = partial(_load, name, directory, settings, on_disk)
+        read = _Shared(partial(_read, directory, settings, on_disk))
+        shared = shared or read
+        of_this = read if adapters and read is shared else None
+        entry = partial(_load, name, of_this.get if of_this else read.load, settings)
         found.append(Entry(name, entry, settings.memory if on_disk and settings.memory else size))
+    for name, path in (adapters or {}).items():
+        assert shared is not None
+        if not Path(path).exists():
+            raise CheckpointError(
+                f"{path}: does not exist; --adapter takes a run of manyhands tune, or a folder of PEFT's"
+            )
+        found.append(Entry(name, partial(_load, name, partial(_with_adapter, shared.get, path), settings), 0))
     return found
+
+
+Read = Callable[[], tuple[Model, Tokenizer]]
+
+
+class _Shared:
+    """A model that is read once, whoever asks first."""
+
+    def __init__(self, load: Read) -> None:
+        self.load = load
+        self._found: tuple[Model, Tokenizer] | None = None
+        self._lock = Lock()
+
+    def get(self) -> tuple[Model, Tokenizer]:
+        """Model and tokenizer."""
+        with self._lock:
+            self._found = self._found or self.load()
+            return self._found
+
+
+def _with_adapter(read: Read, path: str | Path) -> tuple[Model, Tokenizer]:
+    base, tokenizer = read()
+    model = sharing(base)
+    assert isinstance(model, Model) and base.origin is not None
+    own = put_adapter(model, base.origin, path, shared=True)
+    return model, tokenizer if own is None else read_tokenizer(own)
 
 
 def _stays_on_disk(directory: Path, size: int, memory: int) -> bool:
@@ -77,13 +128,17 @@ def _stays_on_disk(directory: Path, size: int, memory: int) -> bool:
     return any(record.num_experts for record in open_source(directory).records.values())
 
 
-def _load(name: str, directory: Path, settings: Settings, on_disk: bool) -> Served:
+def _read(directory: Path, settings: Settings, on_disk: bool) -> tuple[Model, Tokenizer]:
     how: dict[str, Any] = {}
     if on_disk:
         how = {"memory": settings.memory, "cache_policy": settings.cache_policy, "pin": settings.pin}
         how["cache_bytes"] = settings.kv_bytes
     loaded, tokenizer = load(directory, ignore_fields=settings.ignore_fields, crew=settings.crew, **how)
-    model = only_decoder(loaded, "serve")
+    return only_decoder(loaded, "serve"), tokenizer
+
+
+def _load(name: str, read: Read, settings: Settings) -> Served:
+    model, tokenizer = read()
     recorder = None if settings.trace is None else _recorder(name, model, tokenizer, settings, settings.trace)
     budget = model.budget
     kv_bytes = settings.kv_bytes if budget is None else budget.cache_bytes

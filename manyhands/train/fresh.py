@@ -12,7 +12,7 @@ from manyhands.parallel.group import Mesh
 from manyhands.parallel.ranks import Ranks
 from manyhands.train.data import RunData
 from manyhands.train.guard import SpikeGuard
-from manyhands.train.layout import build_on
+from manyhands.train.layout import build_on, lay_out
 from manyhands.train.optim import build_optimizers
 from manyhands.train.start import Start
 from manyhands.train.state import Progress, TrainState, pick_device
@@ -28,7 +28,11 @@ def fresh_state(
 
     Raises `CheckpointError` if the start is damaged, `ConfigError` for what only one process can train.
     """
-    model = _model(run, start) if mesh is None else _sharded(run, ranks, start, mesh)
+    if mesh is None:
+        model = _model(run, start)
+    else:
+        check_together(run, ranks.size)
+        model = (_beside if run.saves_changes else _sharded)(run, ranks, start, mesh)
     model.train()
     if not run.saves_changes:
         freeze(model, run.trainable)
@@ -64,8 +68,17 @@ def _model(run: RunConfig, start: Start | None) -> AnyModel:
     return model
 
 
+def _beside(run: RunConfig, ranks: Ranks, start: Start | None, mesh: Mesh) -> AnyModel:
+    """What is trained is small: each process has all of it, beside the base's files, which one machine maps once. Only
+    with `parallel.ep` do experts, and what stands beside them, lie on different processes."""
+    model = _model(run, start)
+    seed_rank(run.train.seed, ranks)
+    if mesh.ep.size() > 1:
+        lay_out(model, mesh, run.parallel.dispatch, getattr(torch, run.train.dtype))
+    return model
+
+
 def _sharded(run: RunConfig, ranks: Ranks, start: Start | None, mesh: Mesh) -> AnyModel:
-    check_together(run, ranks.size)
     model = build_on(run, mesh, pick_device(run.train.device))
     seed_rank(run.train.seed, ranks)
     if start is not None:

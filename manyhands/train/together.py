@@ -13,8 +13,6 @@ def check_together(run: RunConfig, size: int) -> None:
     """Raises `ConfigError` naming the field that `size` processes cannot train as one."""
     if size == 1:
         return
-    if run.saves_changes:
-        raise ConfigError(f"tune.method = {run.tune.method!r} trains on one process, not on {size}")  # type: ignore[union-attr]
     moe = run.model.moe
     if moe is None:
         return

@@ -16,11 +16,18 @@ from manyhands.config.load import parse_run
 from manyhands.config.shapes import tensor_shapes
 from manyhands.config.tune import TuneConfig
 from manyhands.errors import ConfigError
+from manyhands.text.stdlib_rows import STDLIB_ROWS
 from manyhands.train.trainable import patterns_of
 
 RATES = {"full": 1e-4, "esft": 1e-4, "lora": 1e-3, "molora": 1e-3, "mov": 3e-3, "perft": 1e-3}
 """Learning rates. MoV's is larger: a vector has few numbers, each of which begins at nothing."""
+_ROWS = (".jsonl", ".jsonl.gz", ".parquet")
 _LONGEST = 512  # tokens of a sequence, where the model takes as many
+
+
+def are_rows(sources: Sequence[str]) -> bool:
+    """Whether they hold rows (conversations, prompts and completions, texts), by their names; else plain text."""
+    return any(source == STDLIB_ROWS or source.startswith("hf:") or source.endswith(_ROWS) for source in sources)
 
 
 def settings(
@@ -39,7 +46,8 @@ def settings(
         model: What it holds.
         tune: How it is tuned.
         train: Parts of the model that `full` trains (`trainable.GROUPS`); none: all but the routers.
-        sections: Settings that replace those of this file, `{section: {key: value}}`.
+        sections: Settings that replace those of this file, `{section: {key: value}}`. Where `data.sources` hold rows
+            it learns from rows, unless `overrides` say `rows=null`.
         overrides: `section.key=value`, on top of all.
 
     Raises `ConfigError` naming the field that is wrong.
@@ -62,6 +70,8 @@ def settings(
     if tune.method == "full":
         routers = patterns_of(["router"], names) if model.sparse_layers else ()
         values["trainable"] = list(patterns_of(train, names) if train else [f"!{p}" for p in routers] or ["*"])
+    if are_rows((sections or {}).get("data", {}).get("sources", ())):
+        values["rows"] = {}
     for section, fields in (sections or {}).items():
         values[section] = {**values.get(section, {}), **fields}
     return parse_run(yaml.safe_dump(values), "", overrides)

@@ -11,6 +11,7 @@ from manyhands.checkpoint.runs import RunDirectory
 from manyhands.checkpoint.state import load_tensors
 from manyhands.config.load import load_run
 from manyhands.trace.journal import read_journal
+from manyhands.tune.settings import are_rows
 
 from ..small_runs import manyhands
 from .small import TUNE
@@ -92,3 +93,15 @@ def test_mistakes_are_one_line(base: Path, tmp_path: Path, name: str) -> None:
     said = manyhands("tune", *made, *out)
     assert said.returncode in (1, 2, 3) and words in said.stderr and said.stderr.count("\n") == 1, said.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_rows_are_known_by_their_names(base: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(f'{{"prompt": "{i} and", "completion": " {i + 1}."}}\n' for i in range(60)))
+    shown = manyhands("tune", str(base), "--data", str(rows), "--show-data", "2")
+    assert shown.returncode == 0 and shown.stdout.count("learnt") == 2 and "0 and⟦ 1." in shown.stdout, shown.stderr
+    said = manyhands("tune", str(base), "--data", str(rows), *TUNE, "--out", str(tmp_path / "run"), "--quiet")
+    assert said.returncode == 0 and "before:     loss" in said.stdout, said.stderr
+    assert load_run(tmp_path / "run" / "run.yaml").rows is not None
+    assert not are_rows(["stdlib", "notes/", "a.txt"])
+    assert all(are_rows([name, "a.txt"]) for name in ("hf:x/y", "a.jsonl.gz", "a.parquet", "stdlib-docstrings"))
