@@ -27,8 +27,8 @@ SMALL = [
     "train.sequence_length=32",
     "train.batch_size=4",
 ]
-STEPS = ["train.max_steps=60", "train.save_every=7", "parallel.ep=2"]
-KILL_AFTER = 10  # steps
+STEPS = ["train.max_steps=24", "train.save_every=4", "parallel.ep=2"]
+KILL_AFTER = 9  # steps
 
 
 def main() -> int:
