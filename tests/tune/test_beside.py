@@ -49,7 +49,6 @@ def newest(run: Path) -> Path:
 CASES = {
     "lora": ("base", "lora", ["--r", "4"]),
     "lora on packed": ("packed", "lora", ["--r", "4"]),
-    "lora on one matrix": ("base", "lora", ["--targets", "q_proj"]),
     "lora, dense": ("dense", "lora", []),
     "perft": ("base", "perft", ["--num-experts", "3", "--top-k", "1"]),
     "perft on packed": ("packed", "perft", []),

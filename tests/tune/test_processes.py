@@ -8,7 +8,7 @@ import torch
 
 from manyhands.config import RunConfig
 from manyhands.config.load import dump_run, parse_run
-from manyhands.config.tune import EsftTuning, LoraTuning, MoloraTuning, MovTuning, PerftTuning, TuneConfig
+from manyhands.config.tune import EsftTuning, LoraTuning, MoloraTuning, PerftTuning, TuneConfig
 from manyhands.errors import ConfigError
 from manyhands.models.tuned import trained_state
 from manyhands.parallel.group import Group, mesh_of
@@ -28,7 +28,6 @@ METHODS: dict[str, TuneConfig] = {
     "esft, all that is no expert": EsftTuning(experts={1: (3,)}, non_expert_modules=True),
     "perft": PerftTuning(top_k=1),
     "molora": MoloraTuning(top_k=2),
-    "mov": MovTuning(),
 }
 STEPS = 3
 
@@ -37,7 +36,7 @@ STEPS = 3
 def data(base: Path, other_text: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Prepared once for all."""
     folder = tmp_path_factory.mktemp("data")
-    prepare_data(folder, described("mov", base, other_text, 1), lambda line: None, Start.open(str(base)).tokenizer)
+    prepare_data(folder, described("lora", base, other_text, 1), lambda line: None, Start.open(str(base)).tokenizer)
     return folder
 
 
