@@ -11,7 +11,6 @@ from manyhands.defaults import PLAN_CONTEXT, TOKENS_PER_DEVICE
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
-    from manyhands.plan.machine import Machine
     from manyhands.plan.network import Network
     from manyhands.plan.report import Ask, Section
     from manyhands.plan.storage import Storage
@@ -33,8 +32,18 @@ def plan(
     versus: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model, side by side.")] = None,
     machine: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="here (measured once), h100x8, m4-max, …; the speeds are its upper bound."),
+        typer.Option(
+            metavar="NAME",
+            help="here (measured once), 8xh100, rtx4090, m4-max, …, or FILE.toml; the speeds are its upper bound.",
+        ),
     ] = None,
+    memory_size: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Of one device, in place of the machine's: 64GiB.")
+    ] = None,
+    bandwidth: Annotated[
+        str | None, typer.Option(metavar="SIZE/s", help="Of one device's memory, in place of the machine's: 400GB/s.")
+    ] = None,
+    count: Annotated[int | None, typer.Option(min=1, max=99_999, help="Devices of the machine, as in NAMExN.")] = None,
     context: Annotated[
         str | None, typer.Option(metavar="TOKENS", help=f"4096, 32k, …  Default: {PLAN_CONTEXT // 1024}k.")
     ] = None,
@@ -95,6 +104,7 @@ def plan(
 
     Computed from the configuration; nothing is loaded. Speeds need --machine and are upper bounds (a roofline).
     """
+    from manyhands.cli.machines import Changes, machine_asked
     from manyhands.cli.size import size
     from manyhands.plan.report.numbers import length, quantity
     from manyhands.plan.storage import storage_named, with_bits
@@ -130,7 +140,12 @@ def plan(
         "batch": batch,
         "prompt": length(prompt, "--prompt") if prompt else None,
         "kv_bits": kv_bits,
-        "machine": _machine(machine, needed=scale or (price is not None and tokens is None), json_output=json_output),
+        "machine": machine_asked(
+            machine,
+            Changes(memory_size, bandwidth, count),
+            needed=scale or (price is not None and tokens is None),
+            quiet=json_output,
+        ),
         "load": _load(load, subjects[0]),
         "memory": size("--memory", memory),
         "disk": size("--disk", disk.removesuffix("/s") if disk else None),
@@ -217,26 +232,6 @@ def _default(subject: "Subject") -> "Storage":
     return subject.native or BF16
 
 
-def _machine(name: str | None, *, needed: bool, json_output: bool) -> "Machine | None":
-    """The machine asked for; this one if it was measured before and none was asked for."""
-    if name is not None and name != "here":
-        from manyhands.plan.machine import machine_named
-
-        return machine_named(name)
-    from manyhands.plan.host import cache_file
-
-    if name is None and not needed and not cache_file().exists():
-        return None
-    from manyhands.plan.remember import measured, remembered
-
-    if name == "here":
-        return measured(quiet=json_output).machine
-    known = remembered()
-    if known is None and needed:
-        raise ConfigError("this needs a machine: give --machine here, or a name such as h100x8")
-    return known.machine if known is not None else None
-
-
 def _load(path: Path | None, subject: "Subject") -> "Load | None":
     if path is None or subject.config is None:
         return None
@@ -292,7 +287,7 @@ def _print(
     print()
     print(render(sections, width, explain=explain, bold=bold))
     if hint and asks[0].machine is None and subjects[0].sizes is not None:
-        print("\nFor speeds: --machine here (measures this one, once, in some seconds), or h100x8, m4-max, …")
+        print("\nFor speeds: --machine here (measures this one, once, in some seconds), or 8xh100, m4-max, …")
 
 
 def _as_dict(subjects: "list[Subject]", asks: "list[Ask]", sections: "list[Section]") -> dict[str, Any]:

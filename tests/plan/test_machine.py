@@ -1,16 +1,20 @@
 """Machines: the table, the measurement, what is remembered, and what doctor says."""
 
 import json
+import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from manyhands import plan
 from manyhands.catalog import load
-from manyhands.errors import ConfigError
+from manyhands.cli.machines import Changes, read_machine
+from manyhands.errors import ConfigError, UserError
 from manyhands.plan import count_model, disk, measure, remember
 from manyhands.plan.diagnose import diagnose, experts_from_disk
 from manyhands.plan.here import Here
-from manyhands.plan.machine import Machine, machine_named, machine_names
+from manyhands.plan.machine import Machine, _plain, machine_named, machine_names
 from manyhands.plan.roof import decode_bound, prefill_bound
 from manyhands.plan.sizes import sizes_of
 from manyhands.plan.storage import BF16, INT4
@@ -52,6 +56,104 @@ def test_every_machine_of_the_table_has_its_source() -> None:
         machine = machine_named(name)
         assert len(machine.source) > 20 and machine.disk
         assert 1e9 < machine.memory < 1e12 and 1e10 < machine.bandwidth < 1e13
+
+
+def test_the_table_is_broad_and_its_sources_can_be_looked_up() -> None:
+    """Thirty or more: GPUs of three makers, unified memory, processors by channels; a page, a paper, or arithmetic."""
+    machines = [machine_named(name) for name in machine_names()]
+    assert len(machines) >= 30
+    kinds = {(machine.kind, machine.title.split()[0]) for machine in machines}
+    assert {("gpu", "NVIDIA"), ("gpu", "AMD"), ("gpu", "Intel"), ("unified", "Apple"), ("cpu", "Intel")} <= kinds
+    said = ("https://", "arXiv", "NVIDIA", "AMD", "Apple", "Raspberry", "computed")
+    assert [machine.name for machine in machines if not any(word in machine.source for word in said)] == []
+    for machine in machines:
+        if found := re.search(r"computed: (\d+) (?:channels )?x 8 bytes x (\d+) MT/s", machine.source):
+            assert machine.bandwidth == pytest.approx(int(found[1]) * 8 * int(found[2]) * 1e6), machine.name
+        assert machine.rates.get("int8", 0) >= machine.rates.get("bf16", 0) or "int8" not in machine.rates
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "devices"),
+    [
+        ("8xh100", "h100", 8),
+        ("8 x NVIDIA H100 80GB", "h100", 8),
+        ("RTX 4090", "rtx-4090", 1),
+        ("rtx4090", "rtx-4090", 1),
+        ("2x4090", "rtx-4090", 2),
+        ("mi300x8", "mi300x", 8),
+        ("MI300X x 8", "mi300x", 8),
+        ("AMD Radeon RX 7900 XTX", "rx-7900-xtx", 1),
+        ("Ryzen AI Max+ 395", "ryzen-ai-max-395", 1),
+        ("a100 40gb", "a100-40gb", 1),
+        ("  Apple  M4   Max ", "m4-max", 1),
+    ],
+)
+def test_spellings(text: str, name: str, devices: int) -> None:
+    machine = machine_named(text)
+    assert machine.devices == devices and machine.name == (name if devices == 1 else f"{name}x{devices}")
+
+
+def test_no_spelling_means_two_machines() -> None:
+    table = tomllib.loads((Path(plan.__file__).parent / "machines.toml").read_text(encoding="utf-8"))
+    said = [(_plain(text), name) for name in machine_names() for text in (name, *table[name].get("also", []))]
+    assert len(dict(said)) == len(said)
+    assert all(machine_named(text).name == name for text, name in said)
+
+
+def test_memory_that_the_named_machine_has_not() -> None:
+    with pytest.raises(
+        ConfigError, match="the table has Apple M4 Max, 128 GB; say --machine m4-max --memory-size 64GiB"
+    ):
+        machine_named("m4 max 64gb")
+
+
+def test_figures_changed_by_hand() -> None:
+    found = Changes("64GiB", "410GB/s", 2).of(machine_named("m4-max"))
+    assert found is not None and found.title == "2 x Apple M4 Max, 128 GB, 64GiB and 410GB/s as given"
+    assert (found.all_memory, found.all_bandwidth, found.name) == (2 * 64 * 2**30, 820e9, "m4-maxx2")
+    assert Changes().of(found) is found and Changes().of(None) is None
+    with pytest.raises(ConfigError, match="--count goes with --machine"):
+        Changes(count=2).of(None)
+    with pytest.raises(ConfigError, match="h100x8 is 8 devices already"):
+        Changes(count=2).of(machine_named("8xh100"))
+    with pytest.raises(UserError, match="--bandwidth fast: expected a size"):
+        Changes(bandwidth="fast").of(found)
+
+
+def test_a_machine_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "box.toml"
+    path.write_text('memory = "96GiB"\nbandwidth = "400GB/s"\nrates = { bf16 = 50e12 }\ndevices = 2\ndisk = 3e9\n')
+    found = read_machine(path)
+    assert (found.name, found.title, found.devices, found.node, found.kind) == ("box", "2 x box", 2, 2, "cpu")
+    assert found.memory == 96 * 2**30 and found.bandwidth == 400e9 and found.disk == 3e9 and not found.disk_assumed
+    assert found.rate("bf16") == ("bf16", 100e12)
+    path.write_text("memory = 1e9\nbandwidth = 1e9\n")
+    assert read_machine(path).disk_assumed
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("memory = 1e9", "bandwidth is missing"),
+        ("memory = 'much'\nbandwidth = 1e9", "memory much: expected a size"),
+        ("memory = nan\nbandwidth = 1e9", "memory"),
+        ("memory = 1e9\nbandwidth = 0", "bandwidth"),
+        ("memory = 1e9\nbandwidth = 1e9\nrates = { int3 = 1e12 }", "rates.int3: expected one of"),
+        ("memory = 1e9\nbandwidth = 1e9\nrates = 3", "rates"),
+        ("memory = 1e9\nbandwidth = 1e9\ncores = 8", "unknown field 'cores'"),
+        ('memory = 1e9\nbandwidth = 1e9\ntitle = "\\u001b[31m"', "title must be one line"),
+        ("memory = ", "not valid TOML"),
+        ("a = " + "[" * 60_000, "not valid TOML"),
+        ("#" * 70_000, "too long for a machine"),
+    ],
+)
+def test_a_file_that_describes_no_machine(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "box.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message):
+        read_machine(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_machine(tmp_path / "none.toml")
 
 
 def test_several_of_one() -> None:
