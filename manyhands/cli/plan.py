@@ -54,8 +54,8 @@ def plan(
     format: Annotated[
         str | None,
         typer.Option(
-            help="Weights: bf16, int8, int4, fp8, mxfp4, fp32, native; as quantize writes them: manyhands-int4, "
-            "manyhands-int8.  Default: native."
+            help="Weights: bf16, int8, int4, fp8, mxfp4, nvfp4, fp32, native; GGUF's q4_k_m, q8_0, …; awq, gptq; as "
+            "quantize writes them: manyhands-int4, manyhands-int8.  Default: native."
         ),
     ] = None,
     bits: Annotated[

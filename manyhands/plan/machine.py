@@ -23,7 +23,13 @@ _COUNTED = tuple(
 _MAKERS = re.compile(r"\b(nvidia|geforce|amd|radeon|instinct|intel|apple|google)\b")
 _MEMORY = re.compile(r"(?<![a-z\d])(\d{1,4})\s*gi?b\b")
 _LONGEST_NAME = 100
-_RATES = {"fp8": ("fp8", "bf16", "fp32"), "int8": ("int8", "bf16", "fp32"), "bf16": ("bf16", "fp32"), "fp32": ("fp32",)}
+_RATES = {
+    "fp4": ("fp4", "fp8", "bf16", "fp32"),
+    "fp8": ("fp8", "bf16", "fp32"),
+    "int8": ("int8", "bf16", "fp32"),
+    "bf16": ("bf16", "fp32"),
+    "fp32": ("fp32",),
+}
 """For weights of a format, the matrix rates that can be used: its own and every wider one."""
 RATES = tuple(_RATES)
 """Number formats that a machine may have a rate for."""
@@ -39,7 +45,7 @@ class Machine(Strict):
     memory: Positive
     bandwidth: Positive
     rates: dict[str, Positive]
-    """Dense FLOP/s by number format: bf16, fp8, int8, fp32. Empty: unknown."""
+    """Dense FLOP/s by number format: bf16, fp4, fp8, int8, fp32. Empty: unknown."""
     link: Positive | None = None
     network: Positive | None = None
     node: Annotated[int, Field(strict=True, ge=1)] = 1

@@ -76,16 +76,21 @@ def weight_bytes(counts: Counts, storage: Storage) -> float:
 
 
 def storage_named(name: str, native: Storage | None) -> Storage:
-    """One of `STORAGES`, or `native`. Raises `ConfigError`."""
-    if name == "native":
+    """One of `STORAGES`, of `formats.NAMED`, or `native`; capitals do not matter. Raises `ConfigError`."""
+    from manyhands.plan.formats import NAMED, SPELLINGS
+
+    wanted = name.casefold().strip()
+    wanted = SPELLINGS.get(wanted, wanted)
+    if wanted == "native":
         if native is None:
             raise ConfigError(
                 "the format of the published weights is not known here: give --format bf16, int8, int4, …"
             )
         return native
-    if name not in STORAGES:
-        raise ConfigError(f"unknown format {name!r}; " + suggest(name, [*STORAGES, "native"]))
-    return STORAGES[name]
+    known = STORAGES | NAMED
+    if wanted not in known:
+        raise ConfigError(f"unknown format {name!r}; " + suggest(wanted, [*known, "native"]))
+    return known[wanted]
 
 
 def with_bits(storage: Storage, text: str) -> Storage:
