@@ -29,7 +29,9 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to a preset or run file.")
     ] = None,
-    versus: Annotated[str | None, typer.Option(metavar="MODEL", help="Another model, side by side.")] = None,
+    versus: Annotated[
+        list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be given several times.")
+    ] = None,
     machine: Annotated[
         str | None,
         typer.Option(
@@ -100,7 +102,7 @@ def plan(
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw to a .png, .svg or .pdf.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Parameters, FLOPs, bytes, memory, best speed, price: of one model, or of two side by side.
+    """Parameters, FLOPs, bytes, memory, best speed, price: of one model, or of several side by side.
 
     Computed from the configuration; nothing is loaded. Speeds need --machine and are upper bounds (a roofline).
     """
@@ -111,8 +113,12 @@ def plan(
     from manyhands.plan.subject import read_subject
 
     subjects = [read_subject(model, overrides or [], include_rumours=include_rumours)]
-    if versus is not None:
-        subjects.append(read_subject(versus, include_rumours=include_rumours))
+    if versus:
+        from manyhands.plan.report.versus import MOST_SIDES
+
+        if len(versus) >= MOST_SIDES:
+            raise ConfigError(f"--versus {versus[MOST_SIDES - 1]}: at most {MOST_SIDES} models stand side by side")
+        subjects += [read_subject(other, include_rumours=include_rumours) for other in versus]
     given = {
         "--load": load,
         "--memory": memory,
@@ -223,7 +229,7 @@ def _sections(subjects: "list[Subject]", asks: "list[Ask]") -> "list[Section]":
         return build_sections(subjects[0], asks[0])
     from manyhands.plan.report.versus import build_versus
 
-    return build_versus((subjects[0], asks[0]), (subjects[1], asks[1]))
+    return build_versus(*zip(subjects, asks, strict=True))
 
 
 def _default(subject: "Subject") -> "Storage":

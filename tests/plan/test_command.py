@@ -106,6 +106,25 @@ def test_side_by_side() -> None:
     assert "671.0 B         405.9 B" in text and "1/9.87" in text
 
 
+def test_three_side_by_side() -> None:
+    """Each model keeps its own figures: those that it has beside one other."""
+    names = ("deepseek-v3", "llama-3.1-405b", "mixtral-8x7b")
+    report = as_json(names[0], "--versus", names[1], "--versus", names[2], "--machine", "h100x16")
+    assert [model["name"] for model in report["models"]] == ["DeepSeek-V3", "Llama 3.1 405B", "Mixtral 8x7B"]
+    for key, other in (("second", names[1]), ("third", names[2])):
+        pair = as_json(names[0], "--versus", other, "--machine", "h100x16")["sections"]
+        for section in ("parameters", "memory", "compute", "cache", "reading", "speed"):
+            found = {row["figure"]: row for row in report["sections"][section]["table"]}
+            for row in pair[section]["table"]:
+                assert found[row["figure"]]["first"] == row["first"] and "ratio" not in found[row["figure"]]
+                assert found[row["figure"]][key] == row["second"]
+        told = [note.split(": ", 1) for note in report["sections"]["turns"]["notes"]]
+        about = next(model["name"] for model in report["models"] if model["name"].lower().startswith(other[:5]))
+        assert [note for who, note in told if who == f"DeepSeek-V3 and {about}"] == pair["turns"]["notes"]
+    done = manyhands("plan", names[0], *(["--versus", "mixtral-8x7b"] * 6))
+    assert done.returncode == 2 and "at most 6 models" in done.stderr
+
+
 def test_scale_and_law() -> None:
     report = as_json("deepseek-v3", "--machine", "h800x64", "--scale", "--devices", "64", "--flops", "1e20")
     (row,) = report["sections"]["parallel"]["table"]

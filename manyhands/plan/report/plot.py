@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
-_COLOURS = ("#d1495b", "#00798c")
+_COLOURS = ("#d1495b", "#00798c", "#edae49", "#6a4c93", "#30638e", "#5b8c5a")
 _QUIET, _INK, _POINT = "#b9bec5", "#2b2d31", "#8d99ae"
 _CONTEXTS = [2**n for n in range(10, 18)]
 _NAMED = (

@@ -1,6 +1,7 @@
-"""Two models side by side, with ratios: what one costs for each unit of the other's cost, by context."""
+"""Models side by side, two of them with ratios: what one costs for each unit of the other's cost, by context."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import forward_flops, training_flops
@@ -18,13 +19,18 @@ from manyhands.plan.traffic import decode_bytes
 Side = tuple[Subject, Ask]
 
 
-def build_versus(a: Side, b: Side) -> list[Section]:
-    """Parameters, memory, FLOPs, bytes read and speed of both, the ratio a / b beside them."""
+_KEYS = ("first", "second", "third", "fourth", "fifth", "sixth")
+"""Of the models' columns, for programs."""
+MOST_SIDES = len(_KEYS)
+
+
+def build_versus(*sides: Side) -> list[Section]:
+    """Parameters, memory, FLOPs, bytes read and speed of each, 2 to `MOST_SIDES`; of two, the ratio beside them."""
     sections = [
         _section(
             "parameters",
             "Parameters",
-            (a, b),
+            sides,
             [
                 ("total", "parameters", f.COUNT, lambda s, _: s.counts.total),
                 ("active", "parameters", f.ACTIVE, lambda s, _: s.counts.active),
@@ -35,50 +41,55 @@ def build_versus(a: Side, b: Side) -> list[Section]:
         _section(
             "memory",
             "Weights",
-            (a, b),
+            sides,
             [
                 ("bf16", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, BF16)),
                 ("int4 (4.5 bits)", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, INT4)),
                 ("native", "B", f.WEIGHTS, lambda s, _: weight_bytes(s.counts, s.native) if s.native else None),
             ],
-            [f"{subject.name} is published in {subject.native.name}" for subject, _ in (a, b) if subject.native],
+            [f"{subject.name} is published in {subject.native.name}" for subject, _ in sides if subject.native],
         ),
     ]
-    if a[0].pairs is not None and b[0].pairs is not None:
-        sections.append(_of_a_pair(a, b))
-    if a[0].sizes is None or b[0].sizes is None:
+    if all(subject.pairs is not None for subject, _ in sides):
+        sections.append(_of_a_pair(sides))
+    if any(subject.sizes is None for subject, _ in sides):
         return sections
+    return [*sections, *_by_context(sides), _turns(sides), *_on_machine(sides)]
+
+
+def _turns(sides: Sequence[Side]) -> Section:
+    """The first against each other one."""
     from manyhands.plan.report.turns import turns
 
-    return [*sections, *_by_context(a, b), turns(a, b), *_on_machine(a, b)]
+    first = sides[0][0].name
+    found = [(other[0].name, turns(sides[0], other)) for other in sides[1:]]
+    if len(found) == 1:
+        return found[0][1]
+    notes = [f"{first} and {name}: {note}" for name, section in found for note in section.notes]
+    return replace(found[0][1], notes=notes)
 
 
 Measure = Callable[[Subject, Ask], float | None]
 Row = tuple[str, str, Formula, Measure]
 
 
-def _section(
-    key: str, title: str, sides: tuple[Side, Side], rows: list[Row], notes: list[str] | None = None
-) -> Section:
+def _section(key: str, title: str, sides: Sequence[Side], rows: list[Row], notes: list[str] | None = None) -> Section:
+    names = [subject.name for subject, _ in sides]
+    ratios = len(sides) == 2
     cells: list[tuple[Cell, ...]] = []
     for label, unit, formula, measure in rows:
-        left, right = (measure(subject, ask) for subject, ask in sides)
-        ratio = left / right if left is not None and right else None
-        cells.append(
-            (
-                label,
-                Figure(sides[0][0].name, left, unit, formula, f"{left:,.6g}" if left is not None else ""),
-                Figure(sides[1][0].name, right, unit, formula, f"{right:,.6g}" if right is not None else ""),
-                Figure("ratio", ratio, "x", f.RATIO, f"{left:.6g} / {right:.6g}" if ratio else ""),
-            )
-        )
-    return Section(
-        key,
-        title,
-        (),
-        Table(("", sides[0][0].name, sides[1][0].name, "ratio"), tuple(cells), ("figure", "first", "second", "ratio")),
-        notes or [],
-    )
+        values = [measure(subject, ask) for subject, ask in sides]
+        row: list[Cell] = [label]
+        for name, value in zip(names, values, strict=True):
+            row.append(Figure(name, value, unit, formula, f"{value:,.6g}" if value is not None else ""))
+        if ratios:
+            left, right = values
+            ratio = left / right if left is not None and right else None
+            row.append(Figure("ratio", ratio, "x", f.RATIO, f"{left:.6g} / {right:.6g}" if ratio else ""))
+        cells.append(tuple(row))
+    last = ("ratio",) if ratios else ()
+    table = Table(("", *names, *last), tuple(cells), ("figure", *_KEYS[: len(sides)], *last))
+    return Section(key, title, (), table, notes or [])
 
 
 def _sizes(subject: Subject) -> Sizes:
@@ -86,7 +97,7 @@ def _sizes(subject: Subject) -> Sizes:
     return subject.sizes
 
 
-def _by_context(a: Side, b: Side) -> list[Section]:
+def _by_context(sides: Sequence[Side]) -> list[Section]:
     flops: list[Row] = []
     latent: list[Row] = []
     caches: list[Row] = [
@@ -98,27 +109,29 @@ def _by_context(a: Side, b: Side) -> list[Section]:
         latent.append(("decoding, " + short(c), "FLOP", f.LATENT, _forward(c, latent=True)))
         caches.append((f"one sequence of {short(c)}", "B", f.CACHE, _cache(c)))
         reads += [(f"batch {n}, {short(c)}", "B", f.READ, _read(c, n)) for n in (1, 64)]
-    if _sizes(a[0]).mla or _sizes(b[0]).mla:
+    if any(_sizes(subject).mla for subject, _ in sides):
         flops += latent
     flops.append(
         ("training, 4k", "FLOP", f.TRAINING, lambda s, _: training_flops(_sizes(s), s.counts, 4096)),
     )
     beyond = [
         f"{s.name} is made for {s.sizes.positions:,} tokens"
-        for s, _ in (a, b)
+        for s, _ in sides
         if s.sizes and s.sizes.positions and s.sizes.positions < CONTEXTS[-1]
     ]
-    held = " and ".join(f"{subject.name} in {ask.storage.name}" for subject, ask in (a, b))
+    held = (" and " if len(sides) == 2 else ", ").join(
+        f"{subject.name} in {ask.storage.name}" for subject, ask in sides
+    )
     return [
-        _section("compute", "FLOPs per token", (a, b), flops, beyond),
-        _section("cache", "Keys and values", (a, b), caches),
+        _section("compute", "FLOPs per token", sides, flops, beyond),
+        _section("cache", "Keys and values", sides, caches),
         _section(
-            "reading", "Bytes read per decoded token", (a, b), sorted(reads, key=lambda row: row[0].split()[1]), [held]
+            "reading", "Bytes read per decoded token", sides, sorted(reads, key=lambda row: row[0].split()[1]), [held]
         ),
     ]
 
 
-def _of_a_pair(a: Side, b: Side) -> Section:
+def _of_a_pair(sides: Sequence[Side]) -> Section:
     from manyhands.plan.report.pairs import PUBLISHED
 
     def forward(s: Subject, _: Ask) -> float | None:
@@ -131,22 +144,23 @@ def _of_a_pair(a: Side, b: Side) -> Section:
         ("without routers", "FLOP", f.PAIR, forward),
         ("with routers", "FLOP", f.PAIR_ROUTERS, with_routers),
     ]
-    return _section("compute", "FLOPs per pair of sequences, {} in and {} out".format(*PUBLISHED), (a, b), rows)
+    return _section("compute", "FLOPs per pair of sequences, {} in and {} out".format(*PUBLISHED), sides, rows)
 
 
-def _on_machine(a: Side, b: Side) -> list[Section]:
-    machine = a[1].machine
+def _on_machine(sides: Sequence[Side]) -> list[Section]:
+    ask = sides[0][1]
+    machine = ask.machine
     if machine is None:
         return []
-    rows: list[Row] = [(f"decode, batch {n}", "tok/s", f.ROOF, _decode(n)) for n in a[1].batches]
-    rows.append((f"prefill, {short(a[1].prompt_length)}", "tok/s", f.ROOF, _prefill))
-    notes = [f"an upper bound on {machine.title}, at {short(a[1].context)} context"]
-    for subject, ask in (a, b):
-        need = ask.need(subject)
+    rows: list[Row] = [(f"decode, batch {n}", "tok/s", f.ROOF, _decode(n)) for n in ask.batches]
+    rows.append((f"prefill, {short(ask.prompt_length)}", "tok/s", f.ROOF, _prefill))
+    notes = [f"an upper bound on {machine.title}, at {short(ask.context)} context"]
+    for subject, asked in sides:
+        need = asked.need(subject)
         if not need.fits(machine):
             much = shown_share(need.share(machine))
             notes.append(f"{subject.name} does not fit: it needs {much} what can be used of the memory")
-    return [_section("speed", "Best speed, all sequences", (a, b), rows, notes)]
+    return [_section("speed", "Best speed, all sequences", sides, rows, notes)]
 
 
 def _forward(context: int, *, latent: bool) -> Measure:
