@@ -27,7 +27,11 @@ def plan(
         ),
     ],
     overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to a preset or run file.")
+        list[str] | None,
+        typer.Argument(
+            metavar="[FIELD=VALUE]...",
+            help="Changes: section.key=value of a preset or run file, num_experts=16 of a model of the catalogue.",
+        ),
     ] = None,
     versus: Annotated[
         list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be given several times.")

@@ -64,8 +64,8 @@ def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: 
         _no_overrides(model, overrides)
         return _config_file(path, path.parent.name if path.name == CONFIG and path.parent.name else path.stem)
     if path.suffix not in (".yaml", ".yml") and model.lower() in names():
-        _no_overrides(model, overrides)
-        return of_catalogue(load(model), include_rumours=include_rumours)
+        entry = load(model)
+        return _changed(entry, overrides) if overrides else of_catalogue(entry, include_rumours=include_rumours)
 
     from manyhands.config.load import described_model, load_preset, load_run, preset_names  # YAML costs 15 ms
 
@@ -223,6 +223,27 @@ def of_catalogue(entry: "Entry", *, include_rumours: bool = False) -> Subject:
             notes=left_out(entry.shape),
         )
     return _undisclosed(entry, include_rumours)
+
+
+def _changed(entry: "Entry", changes: Sequence[str]) -> Subject:
+    """A system of the catalogue with some fields changed: no longer the published one, so without its price."""
+    from manyhands.plan.changed import changed
+
+    if not isinstance(entry.config, ModelConfig):
+        raise ConfigError(f"{entry.id}: {changes[0]!r}: only a decoder whose fields are all known can be changed")
+    config = changed(entry.config, changes, entry.id)
+    sizes = sizes_of(config)
+    if sizes.positions == sizes_of(entry.config).positions:
+        sizes, _ = _released_for(sizes, entry)
+    said = ", ".join(changes)
+    return Subject(
+        f"{entry.name}, changed",
+        f"catalogue entry {entry.id} with {said}",
+        count_model(config),
+        config,
+        sizes,
+        _stored(entry),
+    )
 
 
 def _released_for(sizes: Sizes, entry: "Entry") -> tuple[Sizes, tuple[str, ...]]:

@@ -53,7 +53,7 @@ def test_presets_run_files_and_runs(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("model: {hidden_size: 64}")
     assert read_subject(str(tmp_path / "run.yaml")).counts == read_subject(str(tmp_path)).counts
     with pytest.raises(ConfigError, match="changes run files and presets only"):
-        read_subject("mixtral-8x7b", ["model.hidden_size=64"])
+        read_subject(str(tmp_path / "config.json"), ["model.hidden_size=64"])
 
 
 @pytest.mark.parametrize(
