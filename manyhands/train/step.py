@@ -102,9 +102,8 @@ def train_step(
     loss_sum, *sums = sum_of([loss_sum, *terms_sum.values()], ranks)
     terms_sum = dict(zip(terms_sum, sums, strict=True))
     sum_gradients(model.parameters(), ranks)
-    norm = grad_norm(
-        model.parameters(), ranks
-    )  # looked at before it scales anything: a NaN would hide where it came from
+    # Looked at before it scales anything: a NaN would hide where it came from.
+    norm = grad_norm(model.parameters(), ranks)
     objective = loss_sum + sum(terms_sum.values()) + float(norm)
     if any(largest_of([not abs(objective) < float("inf")], ranks)):  # true for NaN as well
         raise TrainingHalted(f"step {step}: {_culprit(model, loss_sum, ranks)} is not finite; no weight was changed")
