@@ -96,12 +96,12 @@ class MoELayer(nn.Module):
             None if token_ids is None else token_ids.reshape(-1),
             **more,
         )
-        shared = list[Tensor]()  # what is computed already, while tokens travel to other processes
+        shared: list[Tensor] = []  # what is computed already, while tokens travel to other processes
         if keep_outputs:
             outputs_TKD = self.experts.outputs(x_TD, routing)
             routing = replace(routing, expert_outputs=outputs_TKD)
             y_TD = (routing.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
-        elif self.experts.placement is not None and self.shared_experts is not None:
+        elif getattr(self.experts, "placement", None) is not None and self.shared_experts is not None:
             y_TD = self.experts.beside(x_TD, routing, lambda: shared.append(self._shared(x_TD)))
         else:
             y_TD = self.experts(x_TD, routing)

@@ -90,7 +90,7 @@ def test_zero_for_masked_groups(monkeypatch):
 
 
 def test_balance_over_padding(monkeypatch):
-    def over_all(routing):
+    def over_all(routing, ranks):
         return manyhands.moe.balance._normalised(routing.scores).mean(0)
 
     monkeypatch.setattr(manyhands.moe.balance, "mean_probability", over_all)
