@@ -1,4 +1,7 @@
-"""Every experiment at its quick size: it runs, it can be read, and what it is to show points the right way."""
+"""Experiments at their quick size: they run, can be read, and what they are to show points the right way.
+
+Those that train decoders as others here do are left to `manyhands lab run --all --quick` (CONTRIBUTING.md), for time.
+"""
 
 import json
 
@@ -10,8 +13,21 @@ from manyhands.lab.registry import describe, names
 from manyhands.lab.run import run_experiment
 from manyhands.lab.show import lines
 
+ALIKE = {
+    "balance-strength",
+    "capacity-factor",
+    "fine-tune",
+    "fine-tune-parts",
+    "router",
+    "scaling",
+    "shared-expert",
+    "stability",
+    "top-k",
+}
+"""Arms of decoders side by side, as `collapse`, `capacity` and `time-to-quality` have them."""
 
-@pytest.mark.parametrize("name", names())
+
+@pytest.mark.parametrize("name", [name for name in names() if name not in ALIKE])
 def test_the_direction_holds(name: str) -> None:
     if name == "disk" and (missing := BACKENDS["native"].missing()):
         pytest.skip(missing)
