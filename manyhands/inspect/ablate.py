@@ -1,5 +1,8 @@
 """Experts ranked by what their absence costs: the loss on a text with each of them off, beside the loss as it is.
 
+Off here is masked: its tokens go to their next choice, as in `generate --without-expert`. What is left of a token when
+nobody takes its place is `compare.worth`'s.
+
 B texts, S tokens each, E experts.
 """
 
@@ -10,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from manyhands.compare.passes import token_nats
 from manyhands.engine.runner import Runner
 from manyhands.errors import DataError, UserError
 from manyhands.models import Decoder
@@ -95,10 +99,9 @@ def _losses(runner: Runner, ids_BS1: Tensor, edits: Edits, batch_size: int) -> t
     for ids in torch.split(ids_BS1, batch_size):
         hidden = runner.score(ids[:, :-1], None, edit=edits)
         with torch.inference_mode():
-            for states_SD, targets_S in zip(hidden.states, ids[:, 1:], strict=True):  # not the logits of all at once
-                logits_SV = runner.logits(states_SD).float()
-                nats_S = torch.nn.functional.cross_entropy(logits_SV, targets_S, reduction="none")
-                found.append(float(nats_S.double().sum()))
+            states_TD, targets_BS = hidden.states.flatten(0, 1), ids[:, 1:]
+            nats_T = token_nats(runner.logits, states_TD, targets_BS.flatten(), runner.model.config.vocab_size)
+            found += nats_T.view(targets_BS.shape).double().sum(1).tolist()
         for layer, routing in hidden.routings.items():
             counts[layer] = counts.get(layer, 0) + routing.expert_counts().numpy()
     return np.array(found), counts

@@ -331,6 +331,19 @@ class Decoder(nn.Module):
         x, routings, largest = self._blocks(x, positions, layers, real_1T, ids_1T, edit=edit)
         return self._hidden(self.norm(x), routings, largest, None)
 
+    def resumed(self, x_BSD: Tensor, first: int, ids_BS: Tensor, edit: Edits | None = None) -> Hidden:
+        """What `hidden` makes of ids without padding and cache, from block `first` on, which takes x [B, S, D].
+
+        The routings are those of these blocks. Raises `ConfigError` for an edit that a layer cannot follow.
+        """
+        self._check(edit)
+        S = ids_BS.shape[1]
+        positions = find_positions(self.config, S, S, None, ids_BS.device)
+        caches: Sequence[Caches] = [None] * len(self.layers)
+        real_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+        x, routings, largest = self._blocks(x_BSD, positions, caches, real_BS, ids_BS, edit=edit, first=first)
+        return self._hidden(self.norm(x), routings, largest, None)
+
     def embed(self, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Token ids [B, S] -> what the first block takes [B, S, D], in `dtype` (default: that of the weights)."""
         x = F.embedding(ids_BS, self.embed_tokens.weight)
@@ -347,11 +360,14 @@ class Decoder(nn.Module):
         recompute: bool = False,
         keep_outputs: bool = False,
         edit: Edits | None = None,
+        first: int = 0,
     ) -> tuple[Tensor, dict[int, Routing], dict[int, Tensor]]:
-        """The embedded tokens through all blocks, each with its cache or caches."""
+        """What block `first` takes (0: the embedded tokens) through all blocks, each with its cache or caches."""
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
+            if layer < first:
+                continue
             edited = () if edit is None or layer not in edit else (edit[layer],)  # a block somebody wrote may know none
             arguments = (x, positions, caches[layer], real_BS, ids_BS, keep_outputs, *edited)
             x, routing, largest_H = (

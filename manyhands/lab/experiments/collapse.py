@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from manyhands.compare.worth import ExpertWorth, expert_worth
 from manyhands.config import RunConfig
 from manyhands.lab.experiment import Chart, Criterion, Curve, Figure, Outcome
 from manyhands.lab.figures import by_arm, figures, loss_chart, mean
 from manyhands.lab.job import Job
 from manyhands.lab.language import Trained, arm, changed, match_dense, regime, train_arm, with_experts
-from manyhands.lab.silence import Silenced, silence
 
 CAPACITY, CAPACITY_NONE = "capacity, auxiliary loss", "capacity, no balancing"
 DROPLESS, DROPLESS_NONE = "dropless, auxiliary loss", "dropless, no balancing"
@@ -70,17 +70,18 @@ def _note(run: RunConfig) -> str:
     return steps if run.model.moe is None else f"{steps}, α {run.balance.aux_loss_coef:g}"
 
 
-def _worth(job: Job, trained: Trained) -> list[Silenced]:
+def _worth(job: Job, trained: Trained) -> list[ExpertWorth]:
     """What each expert's silence costs."""
     [(ids, _)] = trained.valid_batches(most=1)
     job.note(f"{trained.directory.name}: each expert silenced in turn")
-    return silence(trained.load(), ids[: 4 if job.quick else _TEXTS])
+    found = expert_worth(trained.load(), ids[: 4 if job.quick else _TEXTS])
+    return [expert for layer in found.layers.values() for expert in layer.experts]
 
 
-def _worth_figures(worth: Mapping[str, Sequence[Sequence[Silenced]]], E: int) -> tuple[Figure, ...]:
+def _worth_figures(worth: Mapping[str, Sequence[Sequence[ExpertWorth]]], E: int) -> tuple[Figure, ...]:
     found = []
     for name, seeds in worth.items():
-        missed = [100 * sum(abs(e.increase) >= _NOTHING for e in experts) / len(experts) for experts in seeds]
+        missed = [100 * sum(abs(e.cost) >= _NOTHING for e in experts) / len(experts) for experts in seeds]
         few, rest = zip(*(_starved(experts, E) for experts in seeds), strict=True)
         share = [100 * len(starved) / len(experts) for starved, experts in zip(few, seeds, strict=True)]
         cost = "cost of silence, per token taken"
@@ -93,27 +94,27 @@ def _worth_figures(worth: Mapping[str, Sequence[Sequence[Silenced]]], E: int) ->
     return tuple(found)
 
 
-def _starved(experts: Sequence[Silenced], E: int) -> tuple[list[Silenced], list[Silenced]]:
+def _starved(experts: Sequence[ExpertWorth], E: int) -> tuple[list[ExpertWorth], list[ExpertWorth]]:
     """Those that are, and the others."""
     few = [e for e in experts if e.share < _STARVED / E]
     return few, [e for e in experts if e.share >= _STARVED / E]
 
 
-def _per_token(experts: Sequence[Silenced]) -> float:
+def _per_token(experts: Sequence[ExpertWorth]) -> float:
     """The rise of the loss, summed over experts, for each token that these had; 0 if they had none."""
     taken = sum(e.share for e in experts)
-    return sum(e.increase for e in experts) / taken if taken else 0.0
+    return sum(e.cost for e in experts) / taken if taken else 0.0
 
 
 def _criteria(
-    job: Job, trained: Mapping[str, Sequence[Trained]], worth: Mapping[str, Sequence[Sequence[Silenced]]], E: int
+    job: Job, trained: Mapping[str, Sequence[Trained]], worth: Mapping[str, Sequence[Sequence[ExpertWorth]]], E: int
 ) -> tuple[Criterion, ...]:
     def of(name: str, what: str) -> float:
         return mean(trained[name], what)
 
     dropped, kept = of(CAPACITY_NONE, "dropped, worst layer"), of(CAPACITY, "dropped, worst layer")
     vio, even = of(DROPLESS_NONE, "MaxVio, worst layer"), of(DROPLESS, "MaxVio, worst layer")
-    idle = [abs(e.increase) for name in worth for experts in worth[name] for e in experts if e.share == 0.0]
+    idle = [abs(e.cost) for name in worth for experts in worth[name] for e in experts if e.share == 0.0]
     useless = Criterion(
         "an expert that no token chooses is not missed",
         f"{len(idle)} of them, largest change {max(idle, default=0.0):.1e} nats",

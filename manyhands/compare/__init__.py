@@ -1,0 +1,1 @@
+"""Verdicts, what experts are worth, runs side by side."""
