@@ -17,6 +17,7 @@ TUNED, TUNED_WEIGHTS = "tuned.json", "tuned.safetensors"
 """Of a checkpoint that holds what tuning trains, and not the whole model."""
 RUN, JOURNAL, STATE = "run.yaml", "journal.jsonl", "state.json"
 TRAIN_TOKENS, VALID_TOKENS, PREPARED = "train.npy", "valid.npy", "data.json"
+DOCUMENTS, VALID_DOCUMENTS = "documents.safetensors", "valid.documents.safetensors"
 """The same of a run."""
 
 

@@ -2,6 +2,7 @@
 
 RUN/run.yaml                     the resolved description of the run
 RUN/journal.jsonl                one line per logged step
+RUN/documents.safetensors        the validation losses, document by document
 RUN/data/                        tokenizer and token files
 RUN/checkpoints/step-00000300/   complete when its manifest is there
 RUN/.manyhands-run.json          the mark: this directory is a run, and the names above are this program's
@@ -22,12 +23,23 @@ from manyhands.checkpoint.files import remove, sweep
 from manyhands.checkpoint.manifest import MANIFEST, verify
 from manyhands.config.load import load_run
 from manyhands.errors import CheckpointError, ConfigError, RunLocked, UserError
-from manyhands.files import JOURNAL, PREPARED, RUN, TOKENIZER, TRAIN_TOKENS, VALID_TOKENS, cannot_write, write_atomic
+from manyhands.files import (
+    DOCUMENTS,
+    JOURNAL,
+    PREPARED,
+    RUN,
+    TOKENIZER,
+    TRAIN_TOKENS,
+    VALID_DOCUMENTS,
+    VALID_TOKENS,
+    cannot_write,
+    write_atomic,
+)
 
 _STEP = re.compile(r"step-(\d{8,})")
 _MARK = {"format": "manyhands run", "version": 1}
-_RUN_FILES = re.compile(r"run\.yaml|report\.html|\.manyhands-run\.json")
-_DATA_FILES = re.compile(r"tokenizer\.json|(train|valid)\.npy(\.json)?|data\.json")
+_RUN_FILES = re.compile(r"run\.yaml|report\.html|documents\.safetensors|\.manyhands-run\.json")
+_DATA_FILES = re.compile(r"tokenizer\.json|(train|valid)\.npy(\.json)?|valid\.documents\.safetensors|data\.json")
 _log = logging.getLogger(__name__)
 
 
@@ -39,6 +51,7 @@ class RunDirectory:
         self.config_file = self.path / RUN
         self.mark_file = self.path / ".manyhands-run.json"
         self.journal_file = self.path / JOURNAL
+        self.documents_file = self.path / DOCUMENTS
         self.data_dir = self.path / "data"
         self.checkpoints_dir = self.path / "checkpoints"
 
@@ -115,7 +128,7 @@ class RunDirectory:
     def _unmake(self) -> None:
         """Take back what a start that failed made in a directory that was empty or not there."""
         with suppress(OSError):
-            tokens = (TRAIN_TOKENS, f"{TRAIN_TOKENS}.json", VALID_TOKENS, f"{VALID_TOKENS}.json")
+            tokens = (TRAIN_TOKENS, f"{TRAIN_TOKENS}.json", VALID_TOKENS, f"{VALID_TOKENS}.json", VALID_DOCUMENTS)
             for name in (TOKENIZER, *tokens, PREPARED):
                 (self.data_dir / name).unlink(missing_ok=True)
             if self.data_dir.is_dir():

@@ -143,7 +143,9 @@ def _measure_text(
             "sequence_length": length,
             "in_front_of_each_document": front_text,
         }
-        print(json.dumps({**asdict(result), **about}))
+        figures = asdict(result)
+        figures.pop("documents")  # how many there are is said below
+        print(json.dumps({**figures, **about}))
         return
     if front_text is not None:
         print(f"{shown(front_text)} in front of each document")

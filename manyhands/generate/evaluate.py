@@ -1,6 +1,6 @@
 """How well a model predicts a text: loss, perplexity, bits per byte, and the load of its experts.
 
-B batch, S sequence, T = B·S tokens, D model width.
+B batch, S sequence, T = B·S tokens, D model width, X documents.
 """
 
 import math
@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +24,7 @@ from manyhands.models import Decoder, Hidden, LanguageModel
 from manyhands.moe import LoadCounter, LoadSummary, Routing
 from manyhands.moe.load import summed
 from manyhands.parallel.ranks import ALONE, Ranks
+from manyhands.trace.documents import Sums
 from manyhands.trace.part import Phase
 from manyhands.trace.recorder import Recorder
 
@@ -40,6 +43,8 @@ class Evaluation:
     """Predicted tokens: every token of the text but its first."""
     load: dict[int, LoadSummary]
     """Per sparse layer, over the positions that predicted something."""
+    documents: Sums | None = None
+    """Nats and targets of each document, where somebody asked."""
 
 
 @torch.no_grad()
@@ -52,6 +57,7 @@ def evaluate(
     given: int | None = None,
     trace: Recorder | None = None,
     ranks: Ranks = ALONE,
+    ends_X: npt.NDArray[np.int64] | None = None,
 ) -> Evaluation:
     """Predict every target of `batches`, pairs of ids [B, S+1] and target mask [B, S] (`text.evaluation_batches`).
 
@@ -61,7 +67,8 @@ def evaluate(
     `dtype` is the compute dtype (None: that of the weights); `progress` is called with the tokens predicted so far.
     `given` is a token that stands in front of every text and is no part of it (`<s>`): where it is the target, nothing
     is to be predicted. `trace` is given every batch as one step, each row of it as a text. `ranks` share the rows of
-    every batch, and all get the figures of the whole; without a trace.
+    every batch, and all get the figures of the whole; without a trace. `ends_X` says behind which token of the text
+    each document ends, if losses per document are wanted; the batches are then the whole text.
 
     A non-causal router (expert choice) looks at later tokens, so that its loss flatters it. Nothing about the
     model changes, and no random number is drawn. Raises `DataError` if there is no target, or a token id or a
@@ -72,10 +79,12 @@ def evaluate(
     load = {layer: LoadCounter.empty(E, device) for layer in config.sparse_layers}
     nats = torch.zeros((), dtype=torch.float64, device=device)
     tokens, texts, score = 0, 0, _scorer(model, ranks)
+    place, sums = 1, None if ends_X is None else Sums.of(ends_X)
     for number, (ids_BS1, mask_BS) in enumerate(batches):
         _check(ids_BS1, config.vocab_size, longest_sequence(config))
         scored_BS = mask_BS if given is None else mask_BS & (ids_BS1[:, 1:] != given)
         count, full = int(scored_BS.sum()), bool(mask_BS.all())
+        first, place = place, place + int(mask_BS.sum())
         if not count:
             continue
         rows, counted = own_rows(len(ids_BS1), ranks)
@@ -84,8 +93,13 @@ def evaluate(
         ids_BS1, mask_BS, scored_BS = ids_BS1.to(device), mask_BS.to(device), scored_BS.to(device)
         hidden = score(ids_BS1[:, :-1], None if full else mask_BS, dtype)
         states_TD, targets_T = hidden.states.flatten(0, 1), ids_BS1[:, 1:].flatten()
-        loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size)
+        each_T = None if sums is None else torch.zeros(len(targets_T), device=device)
+        loss = cross_entropy(model.head, states_TD, targets_T, scored_BS.flatten(), config.vocab_size, each_T)
         nats += loss.double() * own
+        if sums is not None and each_T is not None and counted:
+            here = mask_BS.flatten()  # what it leaves out stands behind the end of the text
+            of_each = each_T[here].double().cpu().numpy(), scored_BS.flatten()[here].cpu().numpy()
+            sums.add(first + rows.start * mask_BS.shape[1], *of_each)
         for layer, routing in hidden.routings.items() if counted else ():
             load[layer].add(routing)
         if trace is not None:
@@ -99,6 +113,9 @@ def evaluate(
     gather_no_more(model, ranks)
     nats = ranks.sum(nats)
     load = summed(load, ranks)
+    if sums is not None and ranks.size > 1:
+        nats_X, targets_X = (ranks.sum(torch.from_numpy(part)).numpy() for part in (sums.nats_X, sums.targets_X))
+        sums = Sums(sums.ends_X, nats_X, targets_X)
     mean = float(nats) / tokens
     return Evaluation(
         loss=mean,
@@ -106,6 +123,7 @@ def evaluate(
         bits_per_byte=float(nats) / math.log(2) / num_bytes if num_bytes else None,
         tokens=tokens,
         load={layer: counter.summary() for layer, counter in load.items()},
+        documents=sums,
     )
 
 

@@ -88,15 +88,26 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy(
-    head: Callable[[Tensor], Tensor], states_TD: Tensor, targets_T: Tensor, mask_T: Tensor, num_classes: int
+    head: Callable[[Tensor], Tensor],
+    states_TD: Tensor,
+    targets_T: Tensor,
+    mask_T: Tensor,
+    num_classes: int,
+    each_T: Tensor | None = None,
 ) -> Tensor:
-    """The same mean for any head, logits = head(states), and without gradients: what a packed head is measured by."""
+    """The same mean for any head, logits = head(states), and without gradients: what a packed head is measured by.
+
+    `each_T`, float32, is filled with every token's loss, 0 where it is masked out.
+    """
     chunk = max(1, CHUNK_VALUES // num_classes)
     total = torch.zeros((), dtype=torch.float32, device=states_TD.device)
     for start in range(0, states_TD.shape[0], chunk):
         rows = slice(start, start + chunk)
         losses = F.cross_entropy(head(states_TD[rows]).float(), targets_T[rows], reduction="none")
-        total = total + torch.where(mask_T[rows], losses, 0.0).sum()
+        losses = torch.where(mask_T[rows], losses, 0.0)
+        if each_T is not None:
+            each_T[rows] = losses
+        total = total + losses.sum()
     return total / mask_T.sum().clamp(min=1)
 
 

@@ -62,6 +62,11 @@ class TokenFile:
             raise DataError(f"{path}: token id {largest} does not fit into a vocabulary of {vocab_size}")
         return cls(ids, info)
 
+    def ends(self, eos_token_id: int) -> npt.NDArray[np.int64] | None:
+        """[X]: behind which token each document ends; None where a document has the end of text within it."""
+        ends_X = np.flatnonzero(self.ids == eos_token_id) + 1
+        return ends_X if len(ends_X) == self.info.num_documents and ends_X[-1:] == [len(self.ids)] else None
+
 
 def encode_documents(
     documents: Sequence[Document], tokenizer: Tokenizer, progress: Callable[[int], None] | None = None

@@ -11,15 +11,17 @@ import lzma
 import time
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from manyhands import strict_json
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, DataError
-from manyhands.files import PREPARED, TOKENIZER, TRAIN_TOKENS, VALID_TOKENS, write_atomic
+from manyhands.files import PREPARED, TOKENIZER, TRAIN_TOKENS, VALID_DOCUMENTS, VALID_TOKENS, write_atomic
 from manyhands.text import Document, TokenFile, Tokenizer, read_documents, split_documents, write_tokens
+from manyhands.trace import documents
+from manyhands.trace.documents import Documents
 
 MIN_BYTES = 1024
 FILES = (TOKENIZER, TRAIN_TOKENS, VALID_TOKENS)
@@ -40,6 +42,8 @@ class RunData:
     """Bits per byte general compressors reach on the validation text."""
     sha256: dict[str, str]
     """Of each of `FILES`."""
+    documents: Documents | None = field(default=None, kw_only=True)
+    """Of the validation text, if its losses are kept one by one."""
 
 
 def prepare_data(
@@ -74,18 +78,33 @@ def prepare_data(
             directory / TRAIN_TOKENS, train, tokenizer, _progress(sum(len(document.text) for document in train), say)
         )
         write_tokens(directory / VALID_TOKENS, valid, tokenizer)
+        if len(valid) <= documents.MOST:
+            Documents.of([document.text for document in valid]).save(directory / VALID_DOCUMENTS)
         finish_prepared(done, compressors(valid), FILES)
     reached, digests = read_prepared(done, FILES, say)
     tokenizer = Tokenizer.from_file(tokenizer_path)
     vocab = run.model.vocab_size
+    valid_tokens = TokenFile.open(directory / VALID_TOKENS, vocab)
     return RunData(
         tokenizer,
         tokenizer_path,
         TokenFile.open(directory / TRAIN_TOKENS, vocab),
-        TokenFile.open(directory / VALID_TOKENS, vocab),
+        valid_tokens,
         reached,
         digests,
+        documents=_valid_documents(directory / VALID_DOCUMENTS, valid_tokens, say),
     )
+
+
+def _valid_documents(path: Path, valid: TokenFile, say: Callable[[str], None]) -> Documents | None:
+    """Which documents the validation text has; None for a run that was prepared before that was kept."""
+    if not path.is_file():
+        return None
+    found, info = Documents.open(path), valid.info
+    if len(found.bytes_X) != info.num_documents or found.bytes_X.sum() != info.num_bytes:
+        say(f"{path}: not the documents of this validation text; losses are not kept by document")
+        return None
+    return found
 
 
 def _documents(run: RunConfig, say: Callable[[str], None]) -> tuple[list[Document], list[Document]]:

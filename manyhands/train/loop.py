@@ -21,6 +21,7 @@ from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation
 from manyhands.parallel.group import joined, mesh_of
 from manyhands.parallel.ranks import Alone, Ranks, after_first, first, largest_of
+from manyhands.trace.documents import keep_losses
 from manyhands.trace.journal import Journal, Unwritten
 from manyhands.train.course import Course
 from manyhands.train.data import RunData
@@ -132,6 +133,8 @@ class Trainer:
             tokens=result.tokens,
         )
         self.screen.eval(record)
+        if self.ranks.rank == 0:
+            keep_losses(self.directory.documents_file, self.data.documents, record["step"], result.documents)
         return result
 
     def save(self) -> Path:

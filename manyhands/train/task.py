@@ -132,7 +132,9 @@ class LanguageModelling:
     ) -> Evaluation:
         """The loss on the whole validation text."""
         batches = evaluation_batches(data.valid.ids, run.train.sequence_length, run.train.batch_size)
-        return evaluate(model, batches, num_bytes=data.valid.info.num_bytes, dtype=dtype, ranks=ranks)
+        eos = data.tokenizer.eos_token_id
+        ends_X = None if data.documents is None or eos is None else data.valid.ends(eos)
+        return evaluate(model, batches, num_bytes=data.valid.info.num_bytes, dtype=dtype, ranks=ranks, ends_X=ends_X)
 
 
 def next_token_loss(model: LanguageModel, ids_BS1: Tensor, targets_BS: Tensor, how: Forward) -> Loss:

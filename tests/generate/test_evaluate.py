@@ -9,7 +9,10 @@ import torch.nn.functional as F
 
 from manyhands.errors import DataError
 from manyhands.generate import evaluate
+from manyhands.parallel.ranks import Alone
 from manyhands.text import evaluation_batches
+
+from ..thread_ranks import on_ranks
 
 TOKENS = np.random.default_rng(0).integers(0, 320, 203)
 
@@ -39,6 +42,24 @@ def test_figures_equal_plain_cross_entropy(model, batch_size):
     assert list(result.load) == [1, 2]
     for layer, summary in result.load.items():
         torch.testing.assert_close(torch.tensor(summary.load), counts[layer] / counts[layer].sum())
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_losses_of_each_document(model, ranks):
+    """They are the naive ones, however the text is cut, and their sum is the whole; on several ranks too."""
+    ends = np.array([1, 40, 41, 130, 203])
+    nats, _ = naive(model, TOKENS, 16)
+    document = np.searchsorted(ends, np.arange(1, 203), side="right")
+    expected = np.bincount(document, nats.numpy(), minlength=5)
+
+    def work(rank):
+        return evaluate(model, evaluation_batches(TOKENS, 16, 3), ranks=rank, ends_X=ends)
+
+    for result in [work(Alone())] if ranks == 1 else on_ranks(2, work):
+        assert result.documents.targets_X.tolist() == [0, 39, 1, 89, 73]
+        np.testing.assert_allclose(result.documents.nats_X, expected, rtol=1e-4)
+        assert result.documents.nats_X.sum() == pytest.approx(result.loss * result.tokens, rel=1e-6)
+        assert result.loss == pytest.approx(float(nats.mean()), rel=1e-5)
 
 
 def test_what_is_given_is_seen_and_not_predicted(model):

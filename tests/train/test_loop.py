@@ -20,6 +20,7 @@ from manyhands.checkpoint.state import load_tensors
 from manyhands.config import RunConfig
 from manyhands.errors import ConfigError, Interrupted, RunLocked, TrainingHalted
 from manyhands.text import Tokenizer
+from manyhands.trace.documents import DocumentLosses
 from manyhands.trace.journal import read_journal
 from manyhands.train import loop, step, task
 from manyhands.train.guard import SpikeGuard
@@ -103,6 +104,9 @@ def test_resume_is_bit_equal(variant: str, text: Path, tmp_path: Path, monkeypat
     one, other = weights_of(tmp_path / "whole"), weights_of(tmp_path / "parts")
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    ours, theirs = (DocumentLosses.open(tmp_path / name / "documents.safetensors") for name in ("whole", "parts"))
+    assert ours.last.step == 40 and np.array_equal(ours.last.nats_X, theirs.last.nats_X)
+    assert ours.last.sum / math.log(2) / ours.documents.bytes_X.sum() == pytest.approx(whole.valid_bits_per_byte)
     journals = [read_journal(tmp_path / name / "journal.jsonl") for name in ("whole", "parts")]
     losses = [[r["loss"] for r in records if r["kind"] == "step"] for records in journals]
     assert len(losses[0]) == 40 and losses[0] == losses[1]
