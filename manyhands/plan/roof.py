@@ -1,7 +1,8 @@
 """The best speed on a machine: the longer of reading the bytes and doing the arithmetic (a roofline).
 
 Williams, Waterman, Patterson: Roofline, CACM 52(4), 2009. Perfect overlap, no launch times; of communication
-between devices its latency only: a bound, which measured speed is a share of.
+between devices its latency only: a bound, which measured speed is a share of. What a batch reads depends on its
+routing: `seconds` takes the expected number of experts, `least_seconds` the fewest that any routing could touch.
 """
 
 from dataclasses import dataclass
@@ -47,6 +48,17 @@ class Bound:
     def tokens_per_second(self) -> float:
         """Of all sequences together."""
         return self.step.tokens / self.seconds
+
+    @property
+    def least_seconds(self) -> float:
+        """Of the step, were all its tokens sent to the same experts: no step is shorter, whatever its routing."""
+        read = self.read_seconds * self.step.least / self.step.total
+        return max(read, self.compute_seconds or 0.0, self.wait_seconds)
+
+    @property
+    def most_per_second(self) -> float:
+        """Tokens per second, were all sequences sent to the same experts."""
+        return self.step.tokens / self.least_seconds
 
     @property
     def limit(self) -> str:

@@ -49,6 +49,8 @@ class Subject:
     prices: "tuple[Figure, ...]" = ()
     """What is charged for it, where the catalogue has it."""
     notes: tuple[str, ...] = field(default=())
+    catalogue: str | None = None
+    """Its id in the catalogue, if it is an unchanged system of it."""
 
 
 def read_subject(model: str, overrides: Sequence[str] = (), *, include_rumours: bool = False) -> Subject:
@@ -206,6 +208,7 @@ def of_catalogue(entry: "Entry", *, include_rumours: bool = False) -> Subject:
             native=_stored(entry),
             prices=entry.prices,
             notes=notes,
+            catalogue=entry.id,
         )
     if entry.shape is not None:
         from manyhands.plan.count_shape import count_shape
@@ -221,6 +224,7 @@ def of_catalogue(entry: "Entry", *, include_rumours: bool = False) -> Subject:
             pairs=entry.shape if isinstance(entry.shape, EncoderDecoderConfig) else None,
             prices=entry.prices,
             notes=left_out(entry.shape),
+            catalogue=entry.id,
         )
     return _undisclosed(entry, include_rumours)
 

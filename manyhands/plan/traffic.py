@@ -41,16 +41,25 @@ class StepBytes:
 
     tokens: int
     distinct: float
-    """Experts touched per sparse layer."""
+    """Experts touched per sparse layer: expected, were routing uniform or as in a given load."""
     experts: float
     fixed: float
     """Every weight that all tokens share, and a row of the input embedding for each."""
     cache: float
+    fewest: float | None = None
+    """Experts of a layer, were all tokens sent to the same ones: no routing reads fewer. None: `distinct`."""
 
     @property
     def total(self) -> float:
         """Bytes per step."""
         return self.experts + self.fixed + self.cache
+
+    @property
+    def least(self) -> float:
+        """Bytes per step, were all tokens sent to the same experts."""
+        if self.fewest is None or not self.distinct:
+            return self.total
+        return self.total - self.experts * (1 - self.fewest / self.distinct)
 
     @property
     def per_token(self) -> float:
@@ -93,6 +102,7 @@ def decode_bytes(
         experts=distinct * sizes.sparse_layers * expert_bytes(sizes, counts, storage),
         fixed=fixed_bytes(counts, storage) + rows,
         cache=batch * sequence_bytes(sizes, context, kv_bits),
+        fewest=min(distinct, sizes.experts_per_token),
     )
 
 

@@ -196,6 +196,7 @@ def test_every_figure_names_its_unit_and_json_is_complete() -> None:
         "cache",
         "reading",
         "speed",
+        "expected",
         "price",
         "training",
         "parallel",

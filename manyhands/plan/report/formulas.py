@@ -32,6 +32,7 @@ ROOF = Formula(
     "max(bytes / bandwidth, FLOP / rate, 2·layers·latency on several devices)",
     "Williams et al., CACM 52(4), 2009",
 )
+EXPECTED = Formula("expected time of a layer", "bound / a + c", "fitted on measured speeds, docs/planning.md")
 OFFLOAD = Formula(
     "offloading, nothing overlapped", "(fixed + cache + h·experts)/memory + (1 - h)·experts/disk", "arXiv 2312.17238"
 )

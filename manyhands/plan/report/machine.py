@@ -1,4 +1,4 @@
-"""Sections that need a machine or a price: speed, experts on disk, money, training."""
+"""Sections that need a machine or a price: the best speed, experts on disk, money, training."""
 
 from manyhands.format import show
 from manyhands.plan.compute import training_flops
@@ -20,11 +20,11 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
     assert sizes is not None
     rows: list[tuple[Cell, ...]] = []
     for batch in ask.batches:
-        if (too_much := _too_much(subject, ask, machine, batch)) is not None:
+        if (too_much := exceeds(subject, ask, machine, batch)) is not None:
             nothing = Figure("tokens/s", None, "tok/s"), Figure("each sequence", None, "tok/s")
             rows.append((f"decode, batch {batch}", *nothing, too_much))
             continue
-        bound = _decode(subject, ask, machine, batch)
+        bound = decode(subject, ask, machine, batch)
         rows.append(
             (
                 f"decode, batch {batch}",
@@ -40,7 +40,7 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
             )
         )
     bound = prefill_bound(machine, sizes, counts, ask.storage, ask.prompt_length, ask.load)
-    too_much = _too_much(subject, ask, machine, 1)
+    too_much = exceeds(subject, ask, machine, 1)
     known, work = bound.rate is not None and too_much is None, _working(bound, machine)
     rows.append(
         (
@@ -63,6 +63,7 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
             else ""
         ),
     ]
+    notes += _routing(subject, ask, machine)
     need = ask.need(subject, batch=max(ask.batches))
     if not need.fits(machine):
         notes.append(
@@ -77,7 +78,19 @@ def speed(subject: Subject, ask: Ask, machine: Machine) -> Section:
 _SPEED_KEYS = ("step", "all", "each", "limited by")
 
 
-def _decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:
+def _routing(subject: Subject, ask: Ask, machine: Machine) -> list[str]:
+    """What a batch of a sparse model reads depends on its tokens."""
+    held = [batch for batch in ask.batches if batch > 1 and exceeds(subject, ask, machine, batch) is None]
+    if not held or subject.sizes is None or not subject.sizes.num_experts:
+        return []
+    most = decode(subject, ask, machine, max(held)).most_per_second
+    routed = "were routing uniform" if ask.load is None else "with the load that was recorded"
+    alike = f"were all tokens sent to the same experts, batch {max(held)} could reach {show(most, 'tok/s')}"
+    return [f"batches: {routed}; {alike}"]
+
+
+def decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:
+    """One step of a batch."""
     assert subject.sizes is not None
     return decode_bound(
         machine,
@@ -91,7 +104,7 @@ def _decode(subject: Subject, ask: Ask, machine: Machine, batch: int) -> Bound:
     )
 
 
-def _too_much(subject: Subject, ask: Ask, machine: Machine, batch: int) -> str | None:
+def exceeds(subject: Subject, ask: Ask, machine: Machine, batch: int) -> str | None:
     """Why there is no speed: the batch does not fit. None: it fits."""
     need = ask.need(subject, batch=batch)
     return None if need.fits(machine) else f"does not fit: {shown_share(need.share(machine))}"
@@ -160,11 +173,11 @@ def money(subject: Subject, ask: Ask, machine: Machine, price: float) -> Section
     figures: list[Figure] = []
     left_out = []
     for batch in ask.batches:
-        if (too_much := _too_much(subject, ask, machine, batch)) is not None:
+        if (too_much := exceeds(subject, ask, machine, batch)) is not None:
             left_out.append(f"batch {batch} has no price: {too_much}")
             figures.append(Figure(f"10^6 tokens out, batch {batch}", None, "USD", f.PRICE))
             continue
-        rate = _decode(subject, ask, machine, batch).tokens_per_second
+        rate = decode(subject, ask, machine, batch).tokens_per_second
         work = f"{hourly:g} / 3600 / {rate:.4g}·10^6"
         value = price_per_million(hourly, rate)
         figures.append(Figure(f"10^6 tokens out, batch {batch}", value, "USD", f.PRICE, work))

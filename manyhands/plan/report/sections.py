@@ -59,6 +59,10 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
 
     assert subject.sizes is not None
     sections = [speed(subject, ask, machine)]
+    from manyhands.plan.report.expected import expected
+
+    if (likely := expected(subject, ask, machine)) is not None:
+        sections.append(likely)
     fits = ask.need(subject).fits(machine)
     if subject.sizes.num_experts and ask.disk_rate and not (fits and machine.devices > 1):
         sections.append(offload(subject, ask, machine))

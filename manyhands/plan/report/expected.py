@@ -1,0 +1,87 @@
+"""The section of what a model will really do on a machine: an estimate with its band, beside what others measured."""
+
+from collections.abc import Sequence
+
+from manyhands.format import show
+from manyhands.plan.estimate import DECODE, PREFILL, Kind, Point, estimate
+from manyhands.plan.machine import Machine
+from manyhands.plan.published_speeds import PublishedSpeed, published_speeds
+from manyhands.plan.report import formulas as f
+from manyhands.plan.report.ask import Ask, short
+from manyhands.plan.report.figure import Cell, Figure, Section, Table
+from manyhands.plan.report.machine import decode, exceeds
+from manyhands.plan.roof import Bound, prefill_bound
+from manyhands.plan.storage import Storage
+from manyhands.plan.subject import Subject
+
+_KEYS = ("step", "estimate", "low", "high", "share")
+
+
+def format_kind(storage: Storage, sparse: bool) -> str:
+    """Formats whose kernels lose alike: the bits of most weights."""
+    return f"{storage.routed if sparse else storage.linear:.0f} bits"
+
+
+def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Point] = ()) -> Section | None:
+    """Tokens per second of each step that fits; None where nothing fits."""
+    sizes = subject.sizes
+    assert sizes is not None
+    rows: list[tuple[Cell, ...]] = []
+    sources: list[str] = []
+
+    def add(step: str, bound: Bound, kind: Kind) -> None:
+        found = estimate(bound, len(sizes.windows), kind, recorded)
+        work = f"{bound.step.tokens} tokens in {len(sizes.windows)} layers of a·{show(bound.seconds, 's')} / layers + c"
+        rows.append(
+            (
+                step,
+                Figure("tokens/s", found.tokens_per_second, "tok/s", f.EXPECTED, work),
+                Figure("at the slow end", found.low, "tok/s"),
+                Figure("at the fast end", found.high, "tok/s"),
+                Figure("of the best speed", found.tokens_per_second / bound.tokens_per_second, "share"),
+            )
+        )
+        sources.append(f"{step}: {found.source}")
+
+    alike = {"several": machine.devices > 1, "host": machine.kind == "cpu"}
+    name = format_kind(ask.storage, bool(sizes.num_experts))
+    for batch in ask.batches:
+        if exceeds(subject, ask, machine, batch) is None:
+            kind = Kind(DECODE, many=batch > 1, format=name, **alike)
+            add(f"decode, batch {batch}", decode(subject, ask, machine, batch), kind)
+    bound = prefill_bound(machine, sizes, subject.counts, ask.storage, ask.prompt_length, ask.load)
+    if bound.rate is not None and exceeds(subject, ask, machine, 1) is None:
+        add(f"prefill, {short(ask.prompt_length)}", bound, Kind(PREFILL, format=name, **alike))
+    if not rows:
+        return None
+    notes = ["; ".join(_merged(sources))]
+    notes += _published([speed for speed in published_speeds() if _same(speed, subject, machine)])
+    columns = (f"on {machine.name}", "all", "from", "to", "of the best")
+    return Section("expected", "Expected speed", (), Table(columns, tuple(rows), _KEYS), notes)
+
+
+def _merged(sources: Sequence[str]) -> list[str]:
+    """One line for steps that are estimated from the same speeds."""
+    by: dict[str, list[str]] = {}
+    for source in sources:
+        step, _, what = source.partition(": ")
+        by.setdefault(what, []).append(step)
+    return [what if len(by) == 1 else f"{' and '.join(steps)}: {what}" for what, steps in by.items()]
+
+
+def _same(speed: PublishedSpeed, subject: Subject, machine: Machine) -> bool:
+    return speed.model == subject.catalogue and speed.machine == machine.name and speed.host is None
+
+
+def _published(speeds: Sequence[PublishedSpeed]) -> list[str]:
+    """What was published of this model on this machine, a line for each source."""
+    by: dict[str, list[str]] = {}
+    for speed in speeds:
+        when = f", {speed.date}" if speed.date else ""
+        if speed.work == DECODE:
+            step = f"batch {speed.batch:,} at {speed.context:,} positions"
+        else:
+            step = f"prefill of {speed.batch:,} x {short(speed.context)}"
+        told = f"{step} in {speed.format} {show(speed.tokens_per_second, 'tok/s')}"
+        by.setdefault(f"({speed.engine}{when}) {speed.url}", []).append(told)
+    return [f"measured by others: {'; '.join(steps)} {source}" for source, steps in by.items()]
