@@ -6,14 +6,12 @@ import torch
 from llama_cpp_peer import BITS, write_gguf
 from torch import Tensor
 
-from manyhands.checkpoint.files import building
 from manyhands.checkpoint.model import save
-from manyhands.checkpoint.packed import packed_headers, records_of, write_packed
-from manyhands.checkpoint.tensors import DTYPES
+from manyhands.checkpoint.packed import records_of
+from manyhands.checkpoint.random_packed import write_random_packed
 from manyhands.config import ModelConfig, PackedConfig, Packing
 from manyhands.config.shapes import tensor_shapes
 from manyhands.models import Decoder
-from manyhands.quant.record import PAGE
 
 FULL = {"D": 2048, "H": 16, "E": 64, "F": 1024, "L": 4, "V": 16_384, "prefill": 512, "decode": 24}
 QUICK = {"D": 256, "H": 4, "E": 16, "F": 128, "L": 2, "V": 2048, "prefill": 64, "decode": 8}
@@ -104,38 +102,5 @@ def held(config: ModelConfig, format: str, directory: Path) -> Path:
 
 
 def write_random(config: ModelConfig, format: str, directory: Path) -> None:
-    """Random records: any bytes are int8 or int4 weights; scales and floats are drawn."""
-    packed = PackedConfig(experts=packing(format), linear=packing(format))
-    records = {record.name: record for record in records_of(config, packed)}
-    generator = torch.Generator().manual_seed(0)
-
-    def dtype_of(name: str) -> torch.dtype:
-        return torch.float32 if ".router." in name else torch.bfloat16
-
-    headers = packed_headers(config, packed, dtype_of)
-
-    def value(name: str) -> Tensor:
-        header = headers[name]
-        if name not in records:
-            out = torch.empty(header.shape, dtype=DTYPES[header.dtype])
-            return out.fill_(1.0) if "norm" in name else out.normal_(0.0, 0.02, generator=generator)
-        layout = records[name].layout
-        assert layout.record_bytes % PAGE == 0
-        out = torch.zeros(header.shape, dtype=torch.uint8)  # between the sections a record holds zeros
-        stacked = out.view(-1, layout.record_bytes)
-        for section, (start, length) in layout.sections.items():
-            dtype = {"bf16": torch.bfloat16, "float32": torch.float32}.get(layout.format)
-            if "scales" in section:
-                dtype, scale = (torch.bfloat16, 0.004) if layout.format == "int4" else (torch.float32, 0.0003)
-            else:
-                scale = 0.02
-            if dtype is None:
-                piece = torch.randint(-127, 128, (length,), dtype=torch.int8, generator=generator).view(torch.uint8)
-            else:  # every expert alike: time is the same
-                drawn = torch.empty(length // dtype.itemsize, dtype=dtype)
-                piece = drawn.normal_(0.0, scale, generator=generator).view(torch.uint8)
-            stacked[:, start : start + length] = piece
-        return out
-
-    with building(directory) as partial:
-        write_packed(partial, config, packed, dtype_of, value)
+    """Random records of one format."""
+    write_random_packed(directory, config, PackedConfig(experts=packing(format), linear=packing(format)))

@@ -119,8 +119,8 @@ FLAGS = {
         *("trace", "policies", "budgets", "disk", "memory_rate", "sequences", "tokens", "record_bytes", "pin"),
         *("plot", "json_output", "layout", "placement", "redundant", "groups", "node", "network", "row_bytes"),
     },
-    "doctor": {"again", "disk_file", "record", "json_output"},
-    "bench": {"ignore_field", "model", "prompt", "new", "backend", "json_output"},
+    "doctor": {"again", "disk_file", "record", "speeds", "json_output"},
+    "bench": {"ignore_field", "model", "prompt", "new", "backend", "batch", "remember", "json_output"},
     "plan": {
         "bandwidth",
         "batch",

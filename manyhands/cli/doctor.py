@@ -18,6 +18,12 @@ def doctor(
     record: Annotated[
         str, typer.Option(metavar="SIZE", help="With --disk-file: bytes of a read; an expert's, as packed.")
     ] = "1MiB",
+    speeds: Annotated[
+        bool,
+        typer.Option(
+            "--speeds", help="Also run small random models in four formats (a minute or two), for plan's estimates."
+        ),
+    ] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Measure this machine once: read bandwidth, matrix rates, memory, disk; say what limits MoE models here."""
@@ -34,12 +40,19 @@ def doctor(
     from manyhands.plan.host import cache_file, free_memory
     from manyhands.plan.remember import measured, remembered
 
-    here = measured(again=again, quiet=json_output)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    here = measured(again=again, quiet=json_output)
     limits = diagnose(here, environment=os.environ, load=load, free=free_memory())
+    if speeds:
+        from manyhands.cli.speeds import run_typical
+
+        run_typical(here, load, quiet=json_output)
+    from manyhands.cli.speeds import speeds_section
     from manyhands.kernels.native import levels, missing
     from manyhands.kernels.native.library import default_level
+    from manyhands.plan.recorded import recorded_speeds
 
+    section = speeds_section(here, recorded_speeds())
     forecast, native = experts_from_disk(here), missing()
     if native is not None:
         limits.append(f"the native expert kernels are not here: {native}; experts run through PyTorch")
@@ -52,6 +65,7 @@ def doctor(
             "native_levels": kernels,
             "limits": limits,
             "experts_on_disk": forecast,
+            "speeds": section.to_dict()["table"] if section is not None else [],
         }
         if rate is not None:
             found["disk_file"] = {"path": str(disk_file), "record_bytes": record_bytes, "bytes_per_second": rate}
@@ -63,7 +77,7 @@ def doctor(
     from manyhands.plan.report.render import render, wrapped
 
     width = min(shutil.get_terminal_size((100, 24)).columns, 120)
-    print(render([machine_section(here)], width))
+    print(render([machine_section(here), *([section] if section is not None else [])], width))
     if rate is not None:
         reads = f"random reads of {show(record_bytes, 'B')}, {THREADS} at a time"
         print(f"\n{terminal.shown(disk_file)}: {show(rate, 'B/s')} in {reads}")

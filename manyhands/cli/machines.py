@@ -9,6 +9,7 @@ from manyhands.cli.size import size
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
+    from manyhands.plan.estimate import Point
     from manyhands.plan.machine import Machine
 
 _MOST_BYTES = 1 << 16
@@ -71,6 +72,17 @@ def machine_asked(name: str | None, changes: Changes, *, needed: bool, quiet: bo
     if known is None and needed:
         raise ConfigError("this needs a machine: give --machine here, or a name such as h100x8")
     return changes.of(known.machine if known is not None else None)
+
+
+def recorded_here(machine: "Machine | None") -> "list[Point]":
+    """Speeds that this machine reached, if `machine` is its processor as it was measured, with nothing changed."""
+    if machine is None or machine.name != "here" or machine.kind != "cpu":
+        return []
+    from manyhands.plan.recorded import recorded_points
+    from manyhands.plan.remember import remembered
+
+    known = remembered()
+    return recorded_points(known) if known is not None and known.processor == machine else []
 
 
 def read_machine(path: Path) -> "Machine":

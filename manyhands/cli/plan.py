@@ -110,7 +110,7 @@ def plan(
 
     Computed from the configuration; nothing is loaded. Speeds need --machine and are upper bounds (a roofline).
     """
-    from manyhands.cli.machines import Changes, machine_asked
+    from manyhands.cli.machines import Changes, machine_asked, recorded_here
     from manyhands.cli.size import size
     from manyhands.plan.report.numbers import length, quantity
     from manyhands.plan.storage import storage_named, with_bits
@@ -170,6 +170,7 @@ def plan(
         "network": _network(network),
         "flops": quantity(flops, "--flops", 1e12, 1e30) if flops else None,
     }
+    values["recorded_here"] = recorded_here(values["machine"])
     if values["memory"] and not values["disk"] and values["machine"] is None:
         raise ConfigError("--memory needs what the disk reads: --disk 2GB/s, or --machine here, which measures it")
     if values["disk"] and not values["memory"] and values["machine"] is None:

@@ -1,17 +1,29 @@
 """How fast a model runs here: prefill and decoding, through the engine that users have.
 
-T prompt tokens.
+B sequences at a time.
 """
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from manyhands.config import SamplingConfig
+from manyhands.engine.batch import Batch, Row
+from manyhands.engine.caches import Caches
+from manyhands.engine.runner import Runner
 from manyhands.generate.steps import generate
 from manyhands.models import Decoder
 from manyhands.moe.bank import ExpertBank
+from manyhands.plan import count_model
+from manyhands.plan.count import BUFFERS, component
+from manyhands.plan.here import Here
+from manyhands.plan.own_files import storage_of_sizes
+from manyhands.plan.recorded import RecordedSpeed, speed_of
+from manyhands.plan.roof import decode_bound, prefill_bound
+from manyhands.plan.sizes import sizes_of
+from manyhands.plan.storage import Storage
 from manyhands.runtime import prepare
 
 _WARM_SECONDS = 1.0
@@ -29,6 +41,9 @@ class Speed:
     """Tokens per second after it."""
     program: str
     """How a token is decoded: which parts are native, which are called as modules, and why."""
+    batch: int = 1
+    together: float | None = None
+    """Tokens per second of `batch` sequences decoded together; None: only one was."""
 
 
 def read_per_token(model: Decoder) -> int:
@@ -58,9 +73,7 @@ def measure_speed(
     Raises what `generate` raises.
     """
     seconds = _ROUND_SECONDS if seconds is None else seconds
-    for module in model.modules():
-        if isinstance(module, ExpertBank):
-            module.implementation = backend
+    _through(model, backend)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, model.config.vocab_size, (1, prompt), generator=generator)
     sampling = SamplingConfig(max_new_tokens=new, temperature=0.0)
@@ -76,3 +89,67 @@ def measure_speed(
         best_first = min(best_first, first - started)
         best_rest = min(best_rest, (time.perf_counter() - first) / max(count, 1))
     return Speed(backend, prompt / best_first, 1.0 / best_rest, repr(prepare(model)))
+
+
+def measure_together(model: Decoder, backend: str, batch: int, prompt: int, new: int, rounds: int = 3) -> float:
+    """Tokens per second of `batch` sequences that decode `new` tokens each, a step at a time, after random prompts.
+
+    The best of some rounds, which go on from each other: sequences grow to prompt + rounds·new positions.
+    """
+    _through(model, backend)
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, model.config.vocab_size, (batch, prompt), generator=generator).tolist()
+    runner, memory = Runner(model), Caches(len(model.layers))
+    caches = [memory.new() for _ in prompts]
+    out = runner.run(Batch([Row(prompt, cache) for prompt, cache in zip(prompts, caches, strict=True)]))
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        for _ in range(new):
+            tokens = out.logits.argmax(-1).tolist()
+            out = runner.run(Batch([Row([token], cache) for token, cache in zip(tokens, caches, strict=True)]))
+        best = min(best, (time.perf_counter() - started) / new)
+    return batch / best
+
+
+def storage_of(model: Decoder) -> Storage | None:
+    """Bits per weight as the model has them in memory; None for one that has weights of no known part."""
+    counts = count_model(model.config)
+    sizes = dict.fromkeys(counts.by_component, 0)
+    packed = False
+    for name, tensor in model.state_dict().items():
+        if name.endswith(BUFFERS):
+            continue
+        try:
+            part = component(name)
+        except AssertionError:
+            return None
+        if part in sizes:  # a tied head is no part of its own
+            sizes[part] += tensor.nbytes
+        packed = packed or tensor.dtype == torch.uint8
+    return storage_of_sizes(sizes, counts, packed)
+
+
+def speeds_of(model: Decoder, name: str, here: Here, speed: Speed, prompt: int, new: int) -> list[RecordedSpeed]:
+    """What is worth remembering of a measured model: prefill, decoding, and decoding together."""
+    storage = storage_of(model)
+    if storage is None:
+        return []
+    config, machine = model.config, here.processor
+    sizes, counts = sizes_of(config), count_model(config)
+    told = partial(speed_of, model=name, sizes=sizes, storage=storage, threads=torch.get_num_threads())
+    bits = min(32.0, max(16.0, storage.rest))
+    first = prefill_bound(machine, sizes, counts, storage, prompt)
+    found = [told(first, prompt / speed.prefill, work="prefill", batch=1, context=prompt)]
+    for batch, rate in ((1, speed.decode), (speed.batch, speed.together)):
+        if rate is not None:
+            context = prompt + new / 2
+            bound = decode_bound(machine, sizes, counts, storage, batch=batch, context=context, kv_bits=bits)
+            found.append(told(bound, batch / rate, work="decode", batch=batch, context=context))
+    return found
+
+
+def _through(model: Decoder, backend: str) -> None:
+    for module in model.modules():
+        if isinstance(module, ExpertBank):
+            module.implementation = backend

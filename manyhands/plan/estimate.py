@@ -17,8 +17,8 @@ from manyhands.plan.roof import Bound
 DECODE, PREFILL = "decode", "prefill"
 UNSURE = 2.0
 """Factor of the band where too little was measured to know it."""
-SLACK = 1.05
-"""Least factor of the band: two runs of one program differ by as much."""
+SLACK, BEYOND = 1.1, 1.25
+"""Least factor of the band: other shapes differ by as much; and of layers beyond the shortest or longest measured."""
 LEAST, FEW, ENOUGH = 2, 3, 4
 """Points that a law takes; that a band takes; and that tell a constant time from a share, if of several groups."""
 MANY = 10
@@ -62,18 +62,24 @@ class Point:
 
 @dataclass(frozen=True, slots=True)
 class Law:
-    """Seconds a layer from the bound's: x/share + constant."""
+    """Seconds a layer from the bound's: x/share + constant. `low` and `high` are what it missed, in speed."""
 
     share: float
     constant: float
     low: float
-    """Factor on the speed at the band's slow end, below 1."""
     high: float
     points: int
+    span: tuple[float, float]
+    """The shortest and the longest bound that it was fitted on, in seconds a layer."""
 
     def seconds(self, bound: float) -> float:
         """A layer's, from its share of the bound."""
         return bound / self.share + self.constant
+
+    def band(self, bound: float) -> tuple[float, float]:
+        """Factors of the speed at its ends, for a layer of this bound."""
+        least = SLACK if self.span[0] <= bound <= self.span[1] else BEYOND
+        return min(1 / least, self.low), max(least, self.high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +103,11 @@ def estimate(bound: Bound, layers: int, kind: Kind, recorded: Sequence[Point] = 
     ours = [point for point in recorded if point.kind.work == kind.work and point.group != without]
     points = ours or [point for point in published_points() if point.group != without]
     law = fit(points, kind if ours else replace(kind, format=None))
-    speed = bound.step.tokens / (layers * law.seconds(bound.seconds / layers))
+    each = bound.seconds / layers
+    speed, (low, high) = bound.step.tokens / (layers * law.seconds(each)), law.band(each)
     top, what = bound.most_per_second, "recorded here" if ours else "published by others"
     source = f"from {law.points} speed{'s' if law.points > 1 else ''} {what}"
-    return Estimate(min(speed, top), min(speed * law.low, top), min(speed * law.high, top), source, bool(ours))
+    return Estimate(min(speed, top), min(speed * low, top), min(speed * high, top), source, bool(ours))
 
 
 def fit(points: Sequence[Point], kind: Kind) -> Law:
@@ -108,7 +115,8 @@ def fit(points: Sequence[Point], kind: Kind) -> Law:
     alike = _alike(points, kind)
     both = len({point.group for point in alike}) > 1 and len(alike) >= ENOUGH
     share, constant = _fitted(alike, both)
-    law = Law(share, constant, 1 / UNSURE, UNSURE, len(alike))
+    bounds = [point.bound for point in alike]
+    law = Law(share, constant, 1 / UNSURE, UNSURE, len(alike), (min(bounds), max(bounds)))
     missed = _missed(alike, both)
     if len(missed) < FEW:
         return law
@@ -117,7 +125,7 @@ def fit(points: Sequence[Point], kind: Kind) -> Law:
     kept = speeds[tenth : len(speeds) - tenth] + [
         speed for point, speed in missed if point.kind == kind and _few(alike, kind)
     ]
-    return replace(law, low=min(1 / SLACK, *kept), high=max(SLACK, *kept))
+    return replace(law, low=min(1.0, *kept), high=max(1.0, *kept))
 
 
 def _missed(points: Sequence[Point], both: bool) -> list[tuple[Point, float]]:

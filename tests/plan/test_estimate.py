@@ -31,7 +31,7 @@ def test_a_planted_law_is_found(share: float, constant: float) -> None:
     law = fit(points(share, constant, [1e-5, 1e-4, 1e-3, 1e-2]), ONE)
     for x in (2e-5, 5e-4, 5e-3):
         assert law.seconds(x) == pytest.approx(x / share + constant, rel=0.01)
-    assert law.points == 4 and law.low >= 0.9 and law.high <= 1.1
+    assert law.points == 4 and law.low >= 0.9 and law.high <= 1.1 and law.span == (1e-5, 1e-2)
 
 
 def test_the_band_is_what_models_left_out_were_missed_by() -> None:
@@ -39,7 +39,8 @@ def test_the_band_is_what_models_left_out_were_missed_by() -> None:
     four = points(0.8, 0.0, [1e-4, 2e-4, 3e-4, 4e-4, 8e-4, 16e-4])
     odd = Point("odd", ONE, 3e-4, 3e-4 / 0.8 * 1.4)
     law = fit([*four, odd], ONE)
-    assert law.low == pytest.approx(1 / 1.4, rel=0.01) and 1.05 <= law.high < 1.25
+    assert law.low == pytest.approx(1 / 1.4, rel=0.01) and 1 <= law.high < 1.25
+    assert law.band(3e-4) == (law.low, max(1.1, law.high)) and law.band(1.0) == (law.low, 1.25)
 
 
 def test_too_little_is_not_taken_for_certain() -> None:

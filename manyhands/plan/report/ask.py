@@ -9,9 +9,10 @@ from manyhands.plan.storage import BF16, Storage
 from manyhands.plan.traffic import Load
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from manyhands.plan.budget import Hits
+    from manyhands.plan.estimate import Point
     from manyhands.plan.machine import Machine
     from manyhands.plan.network import Network
     from manyhands.plan.routes import Recorded
@@ -57,6 +58,8 @@ class Ask:
     recorded: "Mapping[int, Recorded] | None" = None
     """What a trace says of a number of devices that share experts; None: uniform routing, and `imbalance`."""
     recorded_source: str = ""
+    recorded_here: "Sequence[Point]" = ()
+    """Speeds of this machine, where it is the one that is asked about."""
     flops: float | None = None
     """A training budget for the scaling law."""
 

@@ -6,20 +6,15 @@ from manyhands.format import show
 from manyhands.plan.estimate import DECODE, PREFILL, Kind, Point, estimate
 from manyhands.plan.machine import Machine
 from manyhands.plan.published_speeds import PublishedSpeed, published_speeds
+from manyhands.plan.recorded import format_kind
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table
 from manyhands.plan.report.machine import decode, exceeds
 from manyhands.plan.roof import Bound, prefill_bound
-from manyhands.plan.storage import Storage
 from manyhands.plan.subject import Subject
 
 _KEYS = ("step", "estimate", "low", "high", "share")
-
-
-def format_kind(storage: Storage, sparse: bool) -> str:
-    """Formats whose kernels lose alike: the bits of most weights."""
-    return f"{storage.routed if sparse else storage.linear:.0f} bits"
 
 
 def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Point] = ()) -> Section | None:
@@ -44,7 +39,7 @@ def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Po
         sources.append(f"{step}: {found.source}")
 
     alike = {"several": machine.devices > 1, "host": machine.kind == "cpu"}
-    name = format_kind(ask.storage, bool(sizes.num_experts))
+    name = format_kind(ask.storage, sparse=bool(sizes.num_experts))
     for batch in ask.batches:
         if exceeds(subject, ask, machine, batch) is None:
             kind = Kind(DECODE, many=batch > 1, format=name, **alike)

@@ -61,7 +61,7 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
     sections = [speed(subject, ask, machine)]
     from manyhands.plan.report.expected import expected
 
-    if (likely := expected(subject, ask, machine)) is not None:
+    if (likely := expected(subject, ask, machine, ask.recorded_here)) is not None:
         sections.append(likely)
     fits = ask.need(subject).fits(machine)
     if subject.sizes.num_experts and ask.disk_rate and not (fits and machine.devices > 1):
