@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
-from manyhands.config.base import Strict
+from manyhands.config.base import Strict, parse
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def settings_at(run: "RunConfig", step: int) -> "RunConfig":
             for path, value in change.set.items():
                 section, _, name = path.partition(".")
                 values[section][name] = value
-    return type(run).model_validate(values)
+    return parse(type(run), values)
 
 
 def record(history: tuple[Change, ...], step: int, changes: Mapping[str, tuple[Any, Any]]) -> tuple[Change, ...]:

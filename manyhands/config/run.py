@@ -12,6 +12,7 @@ from manyhands.config.numbers import Count, Rate, Size
 from manyhands.config.parallel import ParallelConfig
 from manyhands.config.rows import RowsConfig
 from manyhands.config.tune import TuneConfig
+from manyhands.errors import ConfigError
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -216,7 +217,10 @@ class RunConfig(Strict):
                 section, _, name = path.partition(".")
                 if path.startswith(SAME) or name not in getattr(type(getattr(self, section, None)), "model_fields", {}):
                     raise ValueError(f"history: {path!r} is not a setting that may change while a run goes on")
-            settings_at(self, change.step)
+            try:
+                settings_at(self, change.step)
+            except ConfigError as error:
+                raise ValueError(f"history, from step {change.step} on: {error}") from None
         if self.tune is not None and self.start is None:
             raise ValueError(f"tune.method = {self.tune.method!r} changes a model that is there: start says which")
         if self.tune is not None and self.saves_changes and self.trainable != ("*",):

@@ -109,7 +109,7 @@ def test_a_run_takes_any_kind_that_is_built() -> None:
         parse_run(json.dumps({"model": wrong}), "run")
     with pytest.raises(ConfigError, match=r"^run: unknown field 'model.hiden_size'; did you mean 'hidden_size'"):
         parse_run(json.dumps({"model": {"kind": "recurrent", "hiden_size": 7}}), "run")
-    with pytest.raises(ConfigError, match=r"^run: model.hidden_size = 'x': input should be a valid integer"):
+    with pytest.raises(ConfigError, match=r"^run: model.hidden_size = 'x': expected an integer"):
         parse_run(json.dumps({"model": {"kind": "recurrent", "hidden_size": "x"}}), "run")
 
 

@@ -95,7 +95,7 @@ def test_bad_overrides(override: str, words: str) -> None:
         ("[" * 600, "not valid YAML"),
         ("x" * ((1 << 20) + 1), "too long"),
         ("model: !!python/name:os.system", "not valid YAML"),
-        ("1: 2", "keys should be strings"),
+        ("1: 2", "names of fields are text"),
     ],
 )
 def test_bad_files(text: str, words: str) -> None:
