@@ -56,10 +56,10 @@ NAMES = {
 }
 HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}
 FLAGS = {
-    "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output"},
+    "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output", "strict"},
     "tune": {
         *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
-        *("r", "alpha", "targets", "num_experts", "top_k", "show_data"),
+        *("r", "alpha", "targets", "num_experts", "top_k", "show_data", "strict"),
         *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
     },
     "generate": {

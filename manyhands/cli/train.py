@@ -28,12 +28,16 @@ def train(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:
     """Train a model, or continue where a run stopped.
 
     The run's directory holds the resolved run.yaml, the journal, the checkpoints and report.html. Starting the same
     run again continues it; SIGTERM or Ctrl-C saves first. start=PATH begins from a checkpoint in the place of new
     weights.
+
+    The last lines are the verdict: what went wrong, if anything did, by limits that docs/verdicts.md states. Exit code
+    0 for a run worth keeping or too short to judge, 4 for one that is not worth keeping.
 
     On N processes, which share out batch, weights and optimiser: torchrun --nproc-per-node N -m manyhands train …;
     parallel.ep=M keeps each set of experts on M of them. A run goes on with any number of processes.
@@ -56,18 +60,23 @@ def train(
             from manyhands.tune.run import tune
 
             summary = tune(directory, run, quiet=quiet or json_output, ranks=ranks)
-        if ranks.rank:
-            return
-    show_summary(summary, json_output)
+    end(summary, json_output, strict, ranks.rank)
 
 
-def show_summary(summary: "Summary", json_output: bool) -> None:
-    """What a finished run reached, for a person or for a program."""
+def end(summary: "Summary", json_output: bool, strict: bool, rank: int) -> None:
+    """Show, on rank 0, what a finished run reached, for a person or for a program; exit as its verdict says."""
+    if not rank:
+        _show(summary, json_output)
+    if code := summary.verdict.exit_code(strict):
+        raise typer.Exit(code)
+
+
+def _show(summary: "Summary", json_output: bool) -> None:
     if json_output:
         import json
         from dataclasses import asdict
 
-        print(json.dumps(asdict(summary), default=_jsonable))
+        print(json.dumps({**asdict(summary), "verdict": summary.verdict.as_json()}, default=_jsonable))
     else:
         print("\n".join(summary.lines()))
 

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from manyhands.cli.train import show_summary
+from manyhands.cli.train import end
 from manyhands.errors import ConfigError, UserError
 from manyhands.files import RUN
 
@@ -91,11 +91,13 @@ def tune(
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:
     """Fine-tune a model: its loss on held-out data before and after stands at the end.
 
     It is a run as `manyhands train` makes them: run.yaml, journal, checkpoints, report.html; starting it again
-    continues it, SIGTERM or Ctrl-C saves first. Routers are frozen unless asked for.
+    continues it, SIGTERM or Ctrl-C saves first. Routers are frozen unless asked for. The last lines are the verdict, as
+    of train: exit code 4 for a run that is not worth keeping.
     """
     changes = list(set_ or [])
     if resume is not None:
@@ -169,6 +171,4 @@ def tune(
     keep_freed_memory()
     with joined(run.train.device) as ranks:
         summary = start(directory, run, quiet=quiet or json_output, ranks=ranks)
-        if ranks.rank:
-            return
-    show_summary(summary, json_output)
+    end(summary, json_output, strict, ranks.rank)

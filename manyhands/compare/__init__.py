@@ -1,1 +1,10 @@
-"""Verdicts, what experts are worth, runs side by side."""
+"""Verdicts, what experts are worth, runs side by side.
+
+verdict.py   `judge`: findings, each with its figure, its limit and a remedy; whether the run is worth keeping
+limits.py    every threshold of a verdict, once
+history.py   a run as a verdict reads it: its records and its settings
+learning.py  what the losses say: over-fitting, divergence, chance, the learning rate, whether it was done
+routers.py   what the experts' load says: collapse, dead experts, uneven use
+ending.py    what ended it, what it waited for, what it skipped
+worth.py     what each expert is worth on a text
+"""

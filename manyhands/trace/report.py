@@ -68,6 +68,7 @@ def write_report(
     decode: Callable[[int], str] | None = None,
     extra: Mapping[str, Any] | None = None,
     random_tokens: TokenShare | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> None:
     """Write one self-contained HTML file, replacing `path` at once.
 
@@ -76,11 +77,12 @@ def write_report(
     extra             `compressors`: {name: bits per byte on the same validation text}. Any other entry is printed
                       as a line of its own.
     random_tokens     the same as `tokens` of a router with random weights (random_router.py), which stands beside it.
+    verdict           `Verdict.as_json()` (compare/verdict.py), which stands at the top.
 
     Raises `StorageError` if the disk refuses; an older report is then intact.
     """
-    page = render_report(Path(path).resolve().parent.name, journal_records, run, tokens, decode, extra, random_tokens)
-    write_atomic(path, page)
+    name = Path(path).resolve().parent.name
+    write_atomic(path, render_report(name, journal_records, run, tokens, decode, extra, random_tokens, verdict))
 
 
 def render_report(
@@ -91,6 +93,7 @@ def render_report(
     decode: Callable[[int], str] | None,
     extra: Mapping[str, Any] | None,
     random_tokens: TokenShare | None = None,
+    verdict: Mapping[str, Any] | None = None,
 ) -> str:
     """The page as text; `name` is the run's."""
     steps = [record for record in records if record["kind"] == "step"]
@@ -106,6 +109,7 @@ def render_report(
     environment.filters |= {"number": number, "compact": compact}
     return environment.from_string(template).render(
         name=name,
+        verdict=verdict,
         start=start,
         ended=_ended(steps, end, run),
         tiles=_tiles(steps, evals, start, rows),

@@ -1,4 +1,4 @@
-"""The end of a run: what it reached, on one screen and in `report.html`."""
+"""The end of a run: what it reached and whether it is worth keeping, on one screen and in `report.html`."""
 
 import math
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from manyhands.checkpoint.runs import RunDirectory
+from manyhands.compare.verdict import Verdict, judge
 from manyhands.config import RunConfig
 from manyhands.generate.evaluate import Evaluation, gather_no_more
 from manyhands.models import AnyModel, LanguageModel
@@ -62,12 +63,12 @@ class Summary:
     skipped: int
     checkpoint: Path
     report: Path
+    verdict: Verdict
+    """Whether it is worth keeping, and why not (docs/verdicts.md)."""
     before: Before | None = None
     """With a tuning: what the model that it began with reached on the same text."""
     budget: str | None = None
     """With a time budget: the steps it was turned into, and when."""
-    warnings: tuple[str, ...] = ()
-    """What a person should not overlook."""
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -90,8 +91,7 @@ class Summary:
             )
         if self.budget:
             lines.append(self.budget)
-        lines += [f"warning: {warning}" for warning in self.warnings]
-        return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}"]
+        return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}", *self.verdict.lines()]
 
 
 def _reached(figures: Summary | Before) -> str:
@@ -126,7 +126,8 @@ def finish(
 
     def write() -> None:
         records = read_journal(directory.journal_file)
-        write_report(report, records, run, shares, _decoder(data), {"compressors": data.compressors}, random)
+        extra = {"compressors": data.compressors}
+        write_report(report, records, run, shares, _decoder(data), extra, random, judge(records, run).as_json())
 
     first(ranks, write)
     records = read_journal(directory.journal_file)
@@ -149,7 +150,7 @@ def finish(
         report=report,
         before=_before(records),
         budget=_budget(records, last["step"]),
-        warnings=tuple(_warnings(run, evaluation, balance)),
+        verdict=judge(records, run),
     )
 
 
@@ -167,27 +168,6 @@ def _budget(records: list[dict[str, Any]], steps: int) -> str | None:
     ends = [record for record in records if record["kind"] == "end"]
     took = f" after {ends[-1]['wall']:.0f} s" if ends and ends[-1].get("wall") else ""
     return f"{said}; ended at step {steps:,}{took}{why}"
-
-
-def _warnings(run: RunConfig, evaluation: Evaluation, balance: dict[int, LayerBalance]) -> list[str]:
-    """What is wrong with a run that ended well."""
-    warnings = []
-    vocab = run.model.vocab_size
-    if evaluation.loss >= math.log(vocab):
-        warnings.append(
-            f"the model predicts worse than no model at all: perplexity {evaluation.perplexity:.4g}, and guessing each "
-            f"of {vocab} tokens alike has {vocab}; lower optim.lr, or train for longer"
-        )
-    router = run.model.moe.router if run.model.moe else None
-    if router is not None and router.num_experts > router.num_experts_per_tok:
-        most = router.num_experts / router.num_experts_per_tok - 1
-        for layer, found in balance.items():
-            if found.max_vio >= 0.9 * most:
-                warnings.append(
-                    f"layer {layer}: nearly every token takes the same {router.num_experts_per_tok} experts (MaxVio "
-                    f"{found.max_vio:.2f} of at most {most:.2f}); raise balance.aux_loss_coef or bias_update_rate"
-                )
-    return warnings
 
 
 def final_balance(steps: list[dict[str, Any]], layer: str) -> LayerBalance:
