@@ -122,7 +122,10 @@ FLAGS = {
     "doctor": {"again", "disk_file", "record", "speeds", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "batch", "remember", "json_output"},
     "plan": {
+        "api_price",
         "bandwidth",
+        "cached",
+        "in_out",
         "batch",
         "bits",
         "context",

@@ -82,6 +82,16 @@ def plan(
     ] = None,
     load: Annotated[Path | None, typer.Option(help="A recorded load: journal.jsonl, or eval --json's output.")] = None,
     price: Annotated[float | None, typer.Option(help="USD per device and hour.")] = None,
+    api_price: Annotated[
+        str | None,
+        typer.Option(metavar="IN/OUT", help="With --price: break-even against USD per 10^6 tokens; IN/CACHED/OUT too."),
+    ] = None,
+    in_out: Annotated[
+        float | None, typer.Option(min=0.0, max=1e6, help="With --price: tokens in for one out, 3 by default.")
+    ] = None,
+    cached: Annotated[
+        float | None, typer.Option(min=0.0, max=1.0, help="With --price: share of the input in a cache.")
+    ] = None,
     tokens: Annotated[str | None, typer.Option(help="Train on so many: 14.8T.")] = None,
     utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the matrix rate in training.")] = 0.4,
     gpu_hours: Annotated[str | None, typer.Option(help="Device hours of training, instead of --utilisation.")] = None,
@@ -112,6 +122,7 @@ def plan(
     """
     from manyhands.cli.machines import Changes, machine_asked, recorded_here
     from manyhands.cli.size import size
+    from manyhands.plan.price import read_api_price
     from manyhands.plan.report.numbers import length, quantity
     from manyhands.plan.storage import storage_named, with_bits
     from manyhands.plan.subject import read_subject
@@ -129,6 +140,9 @@ def plan(
         "--disk": disk,
         "--trace": trace,
         "--price": price,
+        "--api-price": api_price,
+        "--in-out": in_out is not None,
+        "--cached": cached is not None,
         "--tokens": tokens,
         "--gpu-hours": gpu_hours,
         "--scale": scale,
@@ -160,6 +174,10 @@ def plan(
         "memory": size("--memory", memory),
         "disk": size("--disk", disk.removesuffix("/s") if disk else None),
         "price": _positive(price, "--price"),
+        "api_price": read_api_price(api_price) if api_price is not None else None,
+        "in_out": 3.0 if in_out is None else in_out,
+        "cached": cached or 0.0,
+        "mixed": api_price is not None or in_out is not None or cached is not None,
         "tokens": quantity(tokens, "--tokens") if tokens else None,
         "hours": quantity(gpu_hours, "--gpu-hours") if gpu_hours else None,
         "utilisation": utilisation,
@@ -223,6 +241,8 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
         raise ConfigError("--trace goes with --memory or --scale")
     if given >= {"--trace", "--scale", "--imbalance"}:
         raise ConfigError("--imbalance is what --trace says of the busiest device: leave one of them out")
+    if (about := given & {"--api-price", "--in-out", "--cached"}) and "--price" not in given:
+        raise ConfigError(f"{min(about)} goes with --price")
     if "--gpu-hours" in given and "--tokens" not in given:
         raise ConfigError("--gpu-hours goes with --tokens")
 

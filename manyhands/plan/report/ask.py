@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from manyhands.plan.estimate import Point
     from manyhands.plan.machine import Machine
     from manyhands.plan.network import Network
+    from manyhands.plan.price import ApiPrice
     from manyhands.plan.routes import Recorded
     from manyhands.plan.subject import Subject
 
@@ -42,6 +43,13 @@ class Ask:
     hits: "Hits | None" = None
     """None: expected from the share of the experts that fits."""
     price: float | None = None
+    api_price: "ApiPrice | None" = None
+    in_out: float = 3.0
+    """Tokens in to one out."""
+    cached: float = 0.0
+    """Share of the input that is in a cache."""
+    mixed: bool = False
+    """Whether input and output are priced together."""
     tokens: float | None = None
     """To train on."""
     hours: float | None = None

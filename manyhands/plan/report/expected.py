@@ -17,6 +17,12 @@ from manyhands.plan.subject import Subject
 _KEYS = ("step", "estimate", "low", "high", "share")
 
 
+def kind_of(subject: Subject, ask: Ask, machine: Machine, work: str, *, many: bool = False) -> Kind:
+    """Of a step of `subject` on `machine`."""
+    name = format_kind(ask.storage, sparse=subject.sizes is not None and bool(subject.sizes.num_experts))
+    return Kind(work, many=many, several=machine.devices > 1, host=machine.kind == "cpu", format=name)
+
+
 def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Point] = ()) -> Section | None:
     """Tokens per second of each step that fits; None where nothing fits."""
     sizes = subject.sizes
@@ -38,15 +44,13 @@ def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Po
         )
         sources.append(f"{step}: {found.source}")
 
-    alike = {"several": machine.devices > 1, "host": machine.kind == "cpu"}
-    name = format_kind(ask.storage, sparse=bool(sizes.num_experts))
     for batch in ask.batches:
         if exceeds(subject, ask, machine, batch) is None:
-            kind = Kind(DECODE, many=batch > 1, format=name, **alike)
+            kind = kind_of(subject, ask, machine, DECODE, many=batch > 1)
             add(f"decode, batch {batch}", decode(subject, ask, machine, batch), kind)
     bound = prefill_bound(machine, sizes, subject.counts, ask.storage, ask.prompt_length, ask.load)
     if bound.rate is not None and exceeds(subject, ask, machine, 1) is None:
-        add(f"prefill, {short(ask.prompt_length)}", bound, Kind(PREFILL, format=name, **alike))
+        add(f"prefill, {short(ask.prompt_length)}", bound, kind_of(subject, ask, machine, PREFILL))
     if not rows:
         return None
     notes = ["; ".join(_merged(sources))]

@@ -43,6 +43,11 @@ HITS = Formula("hit rate", "h(share of the experts that fits)", "a replayed trac
 MISSED = Formula("read from disk", "(1 - h)·experts of a step", "arXiv 2312.17238")
 RESIDENT = Formula("experts that fit", "(memory - all else) / routed experts", "the hit rate if routing were uniform")
 PRICE = Formula("price of a million tokens", "P/h / 3600 / (tok/s) · 10^6", "a machine that is never idle")
+BLENDED = Formula(
+    "blended price", "(r·((1 - cached)·input + cached·cached input) + output) / (r + 1)", "r tokens in to one out"
+)
+EVEN = Formula("tokens an hour at break-even", "P/h / blended price·10^6", "the machine's hour paid in tokens")
+BUSY = Formula("busy share at break-even", "own blended price / the API's", "idle hours cost as much as busy ones")
 TRAIN_TOTAL = Formula("training FLOPs, all tokens", "FLOPs per token · tokens", "arXiv 2505.09343, table 2")
 HOURS = Formula("device hours", "FLOP / (rate · utilisation) / 3600", "arXiv 2204.02311, appendix B")
 MFU = Formula("utilisation", "FLOP / (rate · hours · 3600)", "arXiv 2204.02311, appendix B")

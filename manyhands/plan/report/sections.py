@@ -68,4 +68,8 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
         sections.append(offload(subject, ask, machine))
     if ask.price is not None:
         sections.append(money(subject, ask, machine, ask.price))
+    if ask.price is not None and ask.mixed:
+        from manyhands.plan.report.blended import mixed
+
+        sections.append(mixed(subject, ask, machine, ask.price))
     return sections
