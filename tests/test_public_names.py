@@ -62,6 +62,7 @@ FLAGS = {
         *("r", "alpha", "targets", "num_experts", "top_k", "show_data", "strict"),
         *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
     },
+    "report": {"runs", "out", "strict", "json_output"},
     "generate": {
         "adapter",
         "trace",

@@ -21,6 +21,7 @@ from manyhands.cli import (
     plan,
     prune,
     quantize,
+    report,
     serve,
     simulate,
     trace,
@@ -45,6 +46,7 @@ app = typer.Typer(
 )
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
+app.command("report")(report.report)
 app.command("generate")(generate.generate)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)

@@ -3,6 +3,7 @@
 All comparisons are of means over stretches of steps (`History.windows`) with their standard errors, or of validations.
 """
 
+import math
 from itertools import pairwise
 
 from manyhands.compare import limits
@@ -75,12 +76,14 @@ def _chance(history: History, windows: list[Window]) -> Finding | None:
     if loss is None or history.chance is None:
         return None
     if loss >= history.chance:
-        before = "guessing" if history.tuned else "no model at all, which guesses each token alike"
+        before = "guessing" if history.chance == math.log(2) else "guessing each token alike"
         return Finding(
             "chance",
             True,
-            f"the validation loss is {loss:.3f}, and that of {before} is {history.chance:.3f}",
-            f"lower optim.lr{_rate(history)}" if _unsteady(windows) else "train for longer, or look at the data",
+            f"the validation loss is {loss:.3f}, and {before} has {history.chance:.3f}",
+            f"lower optim.lr{_rate(history)}"
+            if history.tuned or _unsteady(windows, history.chance)
+            else f"raise optim.lr{_rate(history)}, train for longer, or look at the data",
             loss,
             history.chance,
         )
@@ -92,10 +95,11 @@ def _chance(history: History, windows: list[Window]) -> Finding | None:
         else (history.unigram, limits.LITTLE, "knowing only how often each token occurs")
     )
     gain = 1 - loss / base
-    if gain >= least:
+    learnt = 1 - windows[-1].mean / base if windows else gain  # by heart, perhaps: that is another fault
+    if max(gain, learnt) >= least:
         return None
     says = f"after {history.step:,} steps the validation loss is {loss:.3f}, and {name} gives {base:.3f}"
-    if _unsteady(windows):
+    if _unsteady(windows, history.chance):
         return Finding(
             "rate_high", True, says, f"the learning rate is too high: lower optim.lr{_rate(history)}", gain, least
         )
@@ -109,11 +113,14 @@ def _chance(history: History, windows: list[Window]) -> Finding | None:
     )
 
 
-def _unsteady(windows: list[Window]) -> bool:
-    """Whether the loss stood still or rose on its way, rather than fall slowly: three windows in ten not below theirs
-    before, or a real rise."""
+def _unsteady(windows: list[Window], chance: float) -> bool:
+    """Whether the loss, once some was learnt, stood still or rose on its way, rather than fall slowly."""
+    if not windows:
+        return False
     ups = sum(later.mean >= earlier.mean for earlier, later in pairwise(windows))
-    return bool(windows) and (_risen(windows)[0] > 0 or ups >= 0.3 * max(1, len(windows) - 1))
+    learnt = 1 - min(window.mean for window in windows) / chance
+    stood = learnt >= limits.MOVED and ups >= limits.STOOD * (len(windows) - 1)
+    return stood or _risen(windows)[0] > 0
 
 
 def _overfit(history: History, windows: list[Window]) -> Finding | None:

@@ -32,6 +32,10 @@ LITTLE: Final = 0.05
 """Gain over a baseline below which a run has learnt too little: over the unigram's loss, as a share of it."""
 LITTLE_UNIFORM: Final = 0.10
 """The same over ln V, where the unigram's loss is not known."""
+MOVED: Final = 0.03
+"""Gain over ln V from which on a loss that stands still has learnt something, and the rate is too high, not too low."""
+STOOD: Final = 0.3
+"""Share of the stretches not below the one before from which on the loss stands still."""
 STILL_FALLING: Final = 0.01
 """Fall of the training loss from the last tenth of the steps but one to the last, as a share: more would help."""
 

@@ -2,8 +2,9 @@
 
 Every record has a `kind` and a `step`:
 
-start        a session begins: versions, threads, parameters
-step         loss, balance terms, lr, grad_norm, tokens, clocks, skipped; `moe`: {layer: figures of its load}
+start        a session begins: versions, threads, parameters; command, machine, data (`train/about.py`)
+step         loss, balance terms, lr, grad_norm, tokens, clocks, skipped, data_wait (share of the step's time spent
+             waiting for its batch); `moe`: {layer: figures of its load}
 eval         valid_loss, valid_bits_per_byte, valid_perplexity, tokens
 change plan  other settings from here on; the steps a time budget gave
 checkpoint   where it was saved

@@ -16,6 +16,7 @@ from manyhands.files import write_atomic
 from manyhands.format import compact, duration, number
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer
+from manyhands.trace.origin import origin, unlike_defaults
 from manyhands.trace.series import (
     Floats,
     Record,
@@ -63,12 +64,14 @@ class LayerRow:
 def write_report(
     path: str | Path,
     journal_records: Sequence[Record],
-    run: RunConfig,
+    run: RunConfig | None,
     tokens: TokenShare | None = None,
     decode: Callable[[int], str] | None = None,
     extra: Mapping[str, Any] | None = None,
     random_tokens: TokenShare | None = None,
     verdict: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    problem: str | None = None,
 ) -> None:
     """Write one self-contained HTML file, replacing `path` at once.
 
@@ -78,22 +81,27 @@ def write_report(
                       as a line of its own.
     random_tokens     the same as `tokens` of a router with random weights (random_router.py), which stands beside it.
     verdict           `Verdict.as_json()` (compare/verdict.py), which stands at the top.
+    name              the run's; None: that of the page's folder.
+    problem           why `run`, its description, is None.
 
     Raises `StorageError` if the disk refuses; an older report is then intact.
     """
-    name = Path(path).resolve().parent.name
-    write_atomic(path, render_report(name, journal_records, run, tokens, decode, extra, random_tokens, verdict))
+    name = name or Path(path).resolve().parent.name
+    write_atomic(
+        path, render_report(name, journal_records, run, tokens, decode, extra, random_tokens, verdict, problem)
+    )
 
 
 def render_report(
     name: str,
     records: Sequence[Record],
-    run: RunConfig,
+    run: RunConfig | None,
     tokens: TokenShare | None,
     decode: Callable[[int], str] | None,
     extra: Mapping[str, Any] | None,
     random_tokens: TokenShare | None = None,
     verdict: Mapping[str, Any] | None = None,
+    problem: str | None = None,
 ) -> str:
     """The page as text; `name` is the run's."""
     steps = [record for record in records if record["kind"] == "step"]
@@ -122,18 +130,20 @@ def render_report(
         taken=what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
         skipped=[step for step in steps if step.get("skipped")],
         most_skipped=_MOST_SKIPPED,
-        extra=extra,
-        config=dump_run(run),
+        extra={**origin(start, steps, evals), **extra},
+        changed=[] if run is None else unlike_defaults(run),
+        config=None if run is None else dump_run(run),
+        problem=problem,
     )
 
 
-def _ended(steps: Sequence[Record], end: Record | None, run: RunConfig) -> str:
+def _ended(steps: Sequence[Record], end: Record | None, run: RunConfig | None) -> str:
     if not steps:
         return "No step has been taken yet."
     step = steps[-1]["step"]
     if end is None or end["step"] < step:
         return f"Stopped or still running at step {step}."
-    planned = end.get("max_steps") or max(step, run.train.max_steps)
+    planned = end.get("max_steps") or max(step, 0 if run is None else run.train.max_steps)
     return f"Ended at step {step} of {planned}: {end.get('reason') or 'no reason given'}."
 
 

@@ -12,17 +12,19 @@ from typing import Any
 import torch
 
 from manyhands.checkpoint.runs import RunDirectory
+from manyhands.compare.history import HALTED
 from manyhands.config import RunConfig
 from manyhands.config.history import settings_at
 from manyhands.config.load import dump_run, parse_run
 from manyhands.config.tune import EsftTuning
-from manyhands.errors import Interrupted
+from manyhands.errors import Interrupted, TrainingHalted
 from manyhands.files import write_atomic
 from manyhands.generate.evaluate import Evaluation
 from manyhands.parallel.group import joined, mesh_of
 from manyhands.parallel.ranks import Alone, Ranks, after_first, first, largest_of
 from manyhands.trace.documents import keep_losses
 from manyhands.trace.journal import Journal, Unwritten
+from manyhands.train.about import about
 from manyhands.train.course import Course
 from manyhands.train.data import RunData
 from manyhands.train.experts import choose_experts
@@ -75,11 +77,12 @@ class Trainer:
             rate = learning_rate(progress.step, progress.max_steps, run.optim.lr, run.schedule)
             lr = no_faster_than_warmup(rate, progress.lr, run.optim.lr, progress.max_steps, run.schedule)
             batch = next(state.batches)
+            waited = time.perf_counter() - step_started
             result = train_step(
                 state.model, state.optimizers, guard, batch, run, number, lr, self.dtype, self.task, self.ranks,
                 self.trace.seeing(number, run),
             )  # fmt: skip
-            [seconds] = largest_of([time.perf_counter() - step_started], self.ranks)
+            seconds, waited = largest_of([time.perf_counter() - step_started, waited], self.ranks)
             progress.step = number
             progress.lr = lr
             progress.tokens += result.count.tokens
@@ -87,7 +90,7 @@ class Trainer:
             course.look_at_clock()
             last = progress.step == progress.max_steps
             if progress.step % run.train.log_every == 0 or last or result.skipped:
-                record = self.record(result, lr, result.count.tokens / seconds)
+                record = self.record(result, lr, result.count.tokens / seconds) | {"data_wait": waited / seconds}
                 self.screen.step(self.journal.write("step", step=progress.step, **record))
             if guard.num_levels > levels:
                 self.screen.note(f"step {progress.step}: loss or gradient norm is at a new level; going on from there")
@@ -245,7 +248,8 @@ def _fit(
         dtype: torch.dtype = getattr(torch, run.train.dtype)
         course = Course(run, now, directory, state, journal, screen, ranks)
         trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced)
-        announce(run, state, journal, screen, dtype, start, ranks.size, wrote)
+        told = about(run, data, state.model.embed_tokens.weight.device.type)
+        announce(run, state, journal, screen, dtype, start, ranks.size, wrote, told)
         if session.newest is not None:
             say_changes(session.before or run, now, session.changes, progress, journal, screen)
             screen.note(where(progress, run))
@@ -253,7 +257,11 @@ def _fit(
             trainer.validate()
         finished = course.ended
         if not finished:
-            trainer.fit(signals)
+            try:
+                trainer.fit(signals)
+            except TrainingHalted as halted:
+                trainer.end(f"{HALTED}{halted}")
+                raise
             trainer.save()
         evaluation = trainer.validate()
         if not finished:

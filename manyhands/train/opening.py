@@ -27,10 +27,12 @@ def announce(
     start: Start | None,
     processes: int,
     before: int,
+    told: Mapping[str, Any],
 ) -> None:
-    """The `start` record; `start` is the checkpoint that the run has just begun from.
+    """The `start` record, and what is `told` beside it (`about`).
 
-    `before` is how many `processes` wrote the checkpoint that it goes on from.
+    `start` is the checkpoint that the run has just begun from, `before` is how many `processes` wrote the one that it
+    goes on from.
     """
     moe = run.model.moe
     parameters, active = count_parameters(_whole(run) if run.saves_changes else state.model)
@@ -53,6 +55,7 @@ def announce(
         num_experts_per_tok=moe.router.num_experts_per_tok if moe else None,
         sparse_layers=run.model.sparse_layers,
         dtype=str(dtype).removeprefix("torch."),
+        **told,
         **more,
     )
     screen.start(record)
