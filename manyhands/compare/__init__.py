@@ -6,5 +6,6 @@ history.py   a run as a verdict reads it: its records and its settings
 learning.py  what the losses say: over-fitting, divergence, chance, the learning rate, whether it was done
 routers.py   what the experts' load says: collapse, dead experts, uneven use
 ending.py    what ended it, what it waited for, what it skipped
+alike.py     experts that say nothing, or the same as another
 worth.py     what each expert is worth on a text
 """

@@ -48,6 +48,11 @@ DEAD: Final = 0.1
 DEAD_PAIRS: Final = 50.0
 """Choices an expert would have had by an even share, below which having none says nothing."""
 
+ALIKE: Final = 0.05
+"""Distance of what two experts say to one token (0: the same, about 1: unrelated) below which they are alike."""
+INTERCHANGEABLE: Final = 0.25
+"""Share of a layer's experts that say nothing, or what another says: a fault; below it a remark."""
+
 WAITING: Final = 0.5
 """Share of the steps' time spent waiting for data: a remark."""
 SKIPPED: Final = 0.02

@@ -59,7 +59,8 @@ class Passes:
     ) -> None:
         self._model, self._dtype, self._ranks = model, dtype, ranks
         self._num_texts = len(ids_BS1)
-        self._own, self._counted = own_rows(self._num_texts, ranks)
+        self._own, self.counted = own_rows(self._num_texts, ranks)
+        """`counted`: false where this rank runs a text that another has, because it has none."""
         ids_BS1 = ids_BS1[self._own].to(model.embed_tokens.weight.device)
         self._ids_BS, self._targets_BS = ids_BS1[:, :-1].contiguous(), ids_BS1[:, 1:]
         sparse = model.sparse_layers()
@@ -93,6 +94,6 @@ class Passes:
             self._model.head, states_BSD.flatten(0, 1), self._targets_BS.flatten(), self._model.config.vocab_size
         )
         nats_B = torch.zeros(self._num_texts, dtype=torch.float64)
-        if self._counted:
+        if self.counted:
             nats_B[self._own] = nats_T.view(self._targets_BS.shape).double().sum(1).cpu()
         return self._ranks.sum(nats_B)

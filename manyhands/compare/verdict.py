@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from manyhands.compare import ending, learning, routers
+from manyhands.compare import alike, ending, learning, routers
 from manyhands.compare.finding import Finding
 from manyhands.compare.history import History
 from manyhands.config import RunConfig
@@ -48,4 +48,5 @@ def judge(records: Sequence[Record], run: RunConfig | None) -> Verdict:
     """The verdict on the run of these records (`read_journal`); `run` is its description, None if that is lost."""
     history = History.of(records, run)
     found = [*ending.findings(history), *learning.findings(history), *routers.findings(history)]
+    found += alike.findings(history)
     return Verdict(tuple(sorted(found, key=lambda finding: not finding.fault)))

@@ -135,7 +135,7 @@ def _layer(passes: Passes, layer: int, mlp: MoELayer, seed: int, ids_BS1: Tensor
     routing, inputs_TD = passes.routings[layer], passes.inputs[layer]
     E, (B, S1) = routing.num_experts, ids_BS1.shape
     generator = torch.Generator().manual_seed(1_000_003 * (seed % (1 << 32)) + 1009 * layer + ranks.rank)
-    counts_E = ranks.sum(routing.expert_counts()).cpu()
+    counts_E = ranks.sum(routing.expert_counts() * passes.counted).cpu()
 
     def rise(edit: Replay) -> Tensor:
         """[B] float64, nats per token."""

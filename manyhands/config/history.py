@@ -18,7 +18,16 @@ if TYPE_CHECKING:
 
 _KIND = ("optim.name", "optim.router_optim")
 _ORDER = ("seed", "sequence_length", "batch_size", "dtype")
-_WATCHED = ("log_every", "eval_every", "save_every", "save_seconds", "keep_checkpoints", "trackers")
+_WATCHED = (
+    "log_every",
+    "eval_every",
+    "worth_every",
+    "sample_tokens",
+    "save_every",
+    "save_seconds",
+    "keep_checkpoints",
+    "trackers",
+)
 _COMPUTED = ("device", "experts_implementation", "recompute")
 SAME = (
     "start",

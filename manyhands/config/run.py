@@ -146,6 +146,12 @@ class TrainConfig(Strict):
     log_every: Size = 1
     eval_every: Count = 0
     """Validate every n steps; 0: at the end only."""
+    worth_every: Count | None = None
+    """Measure what each expert is worth (docs/training.md) every n steps, and at the end; 0: never. None: at the end
+    and at as many validations as take a twentieth of the time together, if the run is long enough for that."""
+    sample_tokens: Annotated[int, Field(strict=True, ge=0, le=4096)] | None = None
+    """At each validation let the model go on with the beginning of the validation text for so many tokens; 0: never.
+    None: 48, in runs of fifty steps or more."""
     save_every: Count = 0
     """Checkpoint every n steps; 0: by time and at the end only."""
     save_seconds: Annotated[float, Field(ge=0.0)] = 120.0

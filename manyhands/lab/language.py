@@ -160,7 +160,8 @@ def regime(job: Job, steps: int, quick_steps: int, *settings: str) -> RunConfig:
 
     `settings` are `section.key=value` on top. Text named by `--data` takes the standard library's place.
     """
-    basic = [f"data.sources={sources(job)}", f"train.max_steps={quick_steps if job.quick else steps}"]
+    basic = [f"data.sources={sources(job)}", "train.worth_every=0", "train.sample_tokens=0"]
+    basic.append(f"train.max_steps={quick_steps if job.quick else steps}")
     return parse_run(SMALL if job.quick else REGIME, "the lab's regime", [*basic, *settings])
 
 

@@ -67,8 +67,17 @@ def free_memory() -> float | None:
 
 def resident_memory() -> int:
     """Bytes that this process has in memory now; 0 where the system does not say."""
+    return _status("VmRSS:")
+
+
+def peak_memory() -> int:
+    """The most bytes that this process has had in memory; 0 where the system does not say."""
+    return _status("VmHWM:")
+
+
+def _status(field: str) -> int:
     for line in _text("/proc/self/status").splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(field):
             return int(line.split()[1]) * 1024
     return 0
 

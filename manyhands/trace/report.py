@@ -13,7 +13,7 @@ from markupsafe import Markup
 from manyhands.config import RunConfig
 from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
-from manyhands.format import compact, duration, number
+from manyhands.format import compact, duration, number, show
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer
 from manyhands.trace.origin import origin, unlike_defaults
@@ -29,12 +29,14 @@ from manyhands.trace.series import (
 )
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import what_experts_take
+from manyhands.trace.worth_chart import worth_layers, worth_over_time
 
 _POINTS = 400  # per line
 _LINE_POINTS = 6000  # over all lines of one chart
 _CELLS = 100_000  # over all heat maps
 _MOST_ROWS = 64  # of one heat map
 _MOST_SKIPPED = 20
+_MOST_SAMPLES = 8
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def render_report(
     compressors: dict[str, float] = extra.pop("compressors", None) or {}
     layers = sorted({layer for step in steps for layer in step.get("moe") or {}}, key=int)
     rows = _layer_rows(steps, layers)
+    worths, samples = ([record for record in records if record["kind"] == kind] for kind in ("worth", "sample"))
     template = (resources.files("manyhands.trace") / "report.html").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "compact": compact}
@@ -128,6 +131,10 @@ def render_report(
         fair=100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
         last_steps=min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
         taken=what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
+        worth=worth_layers(worths[-1] if worths else None),
+        worth_record=worths[-1] if worths else None,
+        worth_time=worth_over_time(worths),
+        samples=samples[-1:] + samples[-2::-1][: _MOST_SAMPLES - 1],
         skipped=[step for step in steps if step.get("skipped")],
         most_skipped=_MOST_SKIPPED,
         extra={**origin(start, steps, evals), **extra},
@@ -161,6 +168,7 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
         tiles += [
             Tile("tokens/s", compact(float(np.median(speed))) if len(speed) else "–", "median over the steps"),
             Tile("tokens seen", compact(steps[-1].get("tokens") or 0), f"in {steps[-1]['step']} steps"),
+            *_used(steps),
             Tile("training time", duration(steps[-1].get("elapsed") or 0), "in steps: without validation and saving"),
         ]
     if "parameters" in start:
@@ -182,6 +190,20 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
     if steps:
         skipped = sum(bool(step.get("skipped")) for step in steps)
         tiles.append(Tile("skipped updates", str(skipped), "by the guard against spikes and NaN", skipped > 0))
+    return tiles
+
+
+def _used(steps: Sequence[Record]) -> list[Tile]:
+    """Of the machine: operations per second and memory, where the journal has them."""
+    tiles = []
+    flops, mfu = (column(steps, name) for name in ("flops_per_s", "mfu"))
+    if np.isfinite(flops).any():
+        about = "of the model, forward and backward"
+        if np.isfinite(mfu).any():
+            about = f"{100 * float(np.nanmedian(mfu)):.0f} % of this machine's measured matrix rate"
+        tiles.append(Tile("operations", show(float(np.nanmedian(flops)), "FLOP/s"), about))
+    if memory := max((step.get("peak_memory") or 0 for step in steps), default=0):
+        tiles.append(Tile("peak memory", show(memory, "B"), "of the process, or its GPU"))
     return tiles
 
 

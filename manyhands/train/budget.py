@@ -23,12 +23,13 @@ class Budget:
     """Seconds for everything from the first step to the last validation.
 
     closing_steps   what comes after the last step (validation, the report), counted in steps.
+    look_steps      what more comes then in a long run, and in a short one no more than a fortieth of its time.
     """
 
-    def __init__(self, seconds: float, planned: bool, closing_steps: float) -> None:
+    def __init__(self, seconds: float, planned: bool, closing_steps: float, look_steps: float = 0.0) -> None:
         self.seconds = seconds
         self.planned = planned
-        self._closing_steps = closing_steps
+        self._closing_steps, self._look_steps = closing_steps, look_steps
         self._times: list[float] = []
 
     def steps(self, seconds: float, *, step: int, max_steps: int, trained: float, wall: float) -> int | None:
@@ -53,7 +54,8 @@ class Budget:
 
     def end(self, step: int, typical: float, trained: float, wall: float) -> int:
         """The step that ends when the budget does, at `typical` seconds each."""
-        left = self.seconds - wall - self._closing_steps * typical
+        looks = min(self._look_steps * typical, self.seconds / 40)
+        left = self.seconds - wall - self._closing_steps * typical - looks
         return step + max(0, int(left / (typical * _overhead(trained, wall))))
 
 

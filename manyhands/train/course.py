@@ -32,16 +32,16 @@ class Course:
     origin: float = 0.0
     """When the run would have begun, had it been done in one go."""
 
-    def begin(self, closing_steps: float) -> None:
+    def begin(self, closing_steps: float, look_steps: float) -> None:
         """Start the clock, and plan from the speed so far if the budget was changed in a run that is under way.
 
-        `closing_steps` is what comes after the last step, counted in steps.
+        `closing_steps` and `look_steps` are what comes after the last step, counted in steps: see `Budget`.
         """
         progress = self.state.progress
         self.origin = time.perf_counter() - progress.wall
         if self.run.train.max_seconds is None:
             return
-        self.budget = Budget(self.run.train.max_seconds, planned(self.run), closing_steps)
+        self.budget = Budget(self.run.train.max_seconds, planned(self.run), closing_steps, look_steps)
         if progress.step and progress.elapsed > 0 and not self.budget.planned:
             typical = progress.elapsed / progress.step
             self._set_steps(self.budget.end(progress.step, typical, progress.elapsed, progress.wall))

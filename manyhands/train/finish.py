@@ -19,6 +19,7 @@ from manyhands.trace.random_router import RandomRouter, recorded_inputs
 from manyhands.trace.report import write_report
 from manyhands.trace.tokens import TokenShare
 from manyhands.train.data import RunData
+from manyhands.train.speed import used
 
 _TRACE_TOKENS = 200_000  # validation tokens looked at for "what each expert takes"
 
@@ -67,6 +68,8 @@ class Summary:
     """Whether it is worth keeping, and why not (docs/verdicts.md)."""
     before: Before | None = None
     """With a tuning: what the model that it began with reached on the same text."""
+    machine: str | None = None
+    """Operations per second, as a share of the machine's measured rate where that is known, and the most memory."""
     budget: str | None = None
     """With a time budget: the steps it was turned into, and when."""
 
@@ -77,6 +80,8 @@ class Summary:
             f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
             + (f", updates skipped as spikes: {self.skipped}" if self.skipped else "")
         ]
+        if self.machine:
+            lines.append(self.machine)
         if self.before is not None:
             lines.append(f"before:     {_reached(self.before)}")
         lines.append(
@@ -149,6 +154,7 @@ def finish(
         checkpoint=directory.checkpoints()[-1][1],
         report=report,
         before=_before(records),
+        machine=used(steps),
         budget=_budget(records, last["step"]),
         verdict=judge(records, run),
     )

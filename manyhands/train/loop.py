@@ -30,6 +30,7 @@ from manyhands.train.data import RunData
 from manyhands.train.experts import choose_experts
 from manyhands.train.finish import Summary, finish
 from manyhands.train.fresh import fresh_state
+from manyhands.train.looks import look, say_sample, worth_steps
 from manyhands.train.opening import announce, say_changes, where
 from manyhands.train.preferences import with_reference
 from manyhands.train.recording import TRACES, StepTrace
@@ -39,6 +40,7 @@ from manyhands.train.screen import Screen
 from manyhands.train.seq2seq import task_of
 from manyhands.train.session import Session, open_session
 from manyhands.train.signals import StopSignals, agreed
+from manyhands.train.speed import Speed
 from manyhands.train.state import TrainState
 from manyhands.train.step import StepResult, train_step
 from manyhands.train.task import Task
@@ -62,6 +64,7 @@ class Trainer:
     task: Task
     ranks: Ranks
     trace: StepTrace
+    speed: Speed
     saved_at: float = 0.0
     saving_took: float = 0.0
 
@@ -70,7 +73,7 @@ class Trainer:
         state, course = self.state, self.course
         progress, guard = state.progress, state.guard
         self.saved_at = time.perf_counter()
-        course.begin(self.closing_steps())
+        course.begin(self.closing_steps(), worth_steps(course.run, progress.max_steps, self.data.valid.info.num_tokens))
         while progress.step < progress.max_steps:
             step_started = time.perf_counter()
             run, number, levels = course.now, progress.step + 1, guard.num_levels
@@ -118,6 +121,7 @@ class Trainer:
             return
         if train.eval_every and progress.step % train.eval_every == 0:
             self.validate()
+        look(self)
         by_steps = train.save_every and progress.step % train.save_every == 0
         wait = max(train.save_seconds, _SAVING_SHARE * self.saving_took)
         by_time = train.save_seconds and time.perf_counter() - self.saved_at >= wait
@@ -138,6 +142,7 @@ class Trainer:
         self.screen.eval(record)
         if self.ranks.rank == 0:
             keep_losses(self.directory.documents_file, self.data.documents, record["step"], result.documents)
+        say_sample(self)
         return result
 
     def save(self) -> Path:
@@ -177,6 +182,7 @@ class Trainer:
             "grad_norm": result.grad_norm,
             "tokens": progress.tokens,
             "tokens_per_s": tokens_per_s,
+            **self.speed.figures(tokens_per_s),
             "elapsed": progress.elapsed,
             "wall": progress.wall,
             "skipped": result.skipped,
@@ -247,7 +253,8 @@ def _fit(
     with _journal(directory, run, progress.step, ranks) as journal, traced:
         dtype: torch.dtype = getattr(torch, run.train.dtype)
         course = Course(run, now, directory, state, journal, screen, ranks)
-        trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced)
+        speed = Speed.of(run, dtype, state.model.embed_tokens.weight.device, ranks)
+        trainer = Trainer(directory, data, state, course, journal, screen, dtype, task, ranks, traced, speed)
         told = about(run, data, state.model.embed_tokens.weight.device.type)
         announce(run, state, journal, screen, dtype, start, ranks.size, wrote, told)
         if session.newest is not None:
@@ -264,6 +271,7 @@ def _fit(
                 raise
             trainer.save()
         evaluation = trainer.validate()
+        look(trainer, last=True)
         if not finished:
             course.look_at_clock()
             trainer.end("finished")

@@ -174,6 +174,24 @@ def test_uneven_and_dead() -> None:
     assert ("dead", True) not in kinds(judge(few_tokens, run))
 
 
+def test_experts_that_say_nothing_or_the_same() -> None:
+    """Whatever their load: it is even here."""
+    of: Record = {"cost": [0.01] * 8, "size": [1.0] * 8, "twin": [4] * 8, "distance": [0.8] * 8}
+    plain = {"kind": "worth", "step": 400, "layers": {"1": of}}
+    assert kinds(judge([*journal(), plain], RUN)) == set()
+    one = plain | {"layers": {"1": of | {"size": [1.0, 0.0, *[1.0] * 6]}}}
+    verdict = judge([*journal(), one], RUN)
+    assert kinds(verdict) == {("interchangeable", False)} and "expert 1 of 8 says nothing" in verdict.lines()[1]
+    twins = plain | {"layers": {"1": of | {"distance": [0.0, 0.8, 0.8, 0.8, 0.0, *[0.8] * 3]}}}
+    verdict = judge([*journal(), twins], RUN)
+    assert kinds(verdict) == {("interchangeable", True)}
+    assert "experts 0, 4 of 8 say what another says (expert 0 what 4 says)" in verdict.lines()[1]
+    tuned = RUN.model_copy(update={"start": "elsewhere"})
+    assert ("interchangeable", True) not in kinds(judge([*journal(), twins], tuned))
+    unseen = plain | {"layers": {"1": {"cost": [None] * 8, "size": [None] * 8, "distance": [None] * 8}}}
+    assert kinds(judge([*journal(), unseen], RUN)) == set()
+
+
 def test_a_frozen_router_is_not_blamed_on_the_run() -> None:
     collapsed = journal(load=lambda step: [0.5, 0.5, *[0.0] * 6])
     frozen = load_preset("tiny", ["trainable=['!layers.*.mlp.router.*']"])

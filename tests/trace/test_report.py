@@ -156,3 +156,18 @@ def test_a_random_router_stands_beside_what_experts_take(tmp_path: Path) -> None
     page = report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__, random_tokens=token_share())
     assert "<th>random router</th>" in page and "of a random router 100 %" in page
     assert "random router" not in report(tmp_path, records(60), tokens=token_share(), decode=VOCAB.__getitem__)
+
+
+def test_what_experts_are_worth_is_drawn_and_what_is_wrong_with_them_said(tmp_path: Path) -> None:
+    journal = records(60)
+    of: dict = {"cost": [0.02, 0.001, -0.002, None], "error": [0.001, 0.002, 0.001, None], "share": [0.25] * 4}
+    of |= {"tokens": [10] * 4, "size": [1.0, 2.0, 0.0, 1.0], "twin": [3, 0, 1, 0], "distance": [0.0, 0.9, 1.0, 0.0]}
+    of |= {"null": 0.004, "shuffled": 0.05, "random_router": None}
+    worth = {"kind": "worth", "bits_per_byte": 1.9, "tokens": 4096, "texts": 32, "layers": {"1": of}}
+    said = {"kind": "sample", "prompt": "<b>def", "text": " main\n"}
+    page = report(tmp_path, [*journal, worth | {"step": 30}, worth | {"step": 60}, said | {"step": 60}])
+    assert "1 of 4 experts are missed, as far as this text can tell" in page and "Expert 2 says nothing." in page
+    assert "Experts 0 and 3 say the same (distance 0.000)." in page and "loses 0.0500 bits per byte" in page
+    assert 'class="whisker"' in page and 'class="null"' in page and "with the experts of other tokens" in page
+    assert "&lt;b&gt;def" in page and "<b>def" not in page
+    assert "What each expert is worth" not in report(tmp_path, [*journal, {"kind": "worth", "step": 60, "layers": {}}])

@@ -248,10 +248,11 @@ def test_a_time_budget_becomes_a_number_of_steps_once(
 
 
 def test_evaluation_changes_nothing(text: Path, tmp_path: Path) -> None:
-    """Validating along the way leaves weights, bias and random numbers as they would have been."""
+    """Validating along the way, sampling and taking experts away leave all as it would have been."""
     changes = ["train.max_steps=20", "model.moe.router.jitter=0.01"]
+    looks = ["train.eval_every=9", "train.sample_tokens=4", "train.worth_every=7"]
     loop.train(tmp_path / "without", small_run(text, *changes), quiet=True)
-    loop.train(tmp_path / "with", small_run(text, *changes, "train.eval_every=3"), quiet=True)
+    loop.train(tmp_path / "with", small_run(text, *changes, *looks), quiet=True)
     one, other = weights_of(tmp_path / "without"), weights_of(tmp_path / "with")
     assert all(torch.equal(one[name], other[name]) for name in one)
 

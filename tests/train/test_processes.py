@@ -59,7 +59,7 @@ def near(found: list[float], expected: list[float]) -> bool:
     return len(found) == len(expected) and found == pytest.approx(expected, rel=1e-5)
 
 
-FEW = ("train.max_steps=6", "trace.every=3")
+FEW = ("train.max_steps=6", "trace.every=3", "train.worth_every=6")
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +79,10 @@ def test_the_same_as_one_process(
     assert (found.steps, found.tokens, found.skipped) == (summary.steps, summary.tokens, summary.skipped)
     records = [read_journal(folder / "journal.jsonl") for folder in (one, tmp_path / "run")]
     assert [(r["kind"], r["step"]) for r in records[0]] == [(r["kind"], r["step"]) for r in records[1]]
+    worths = [next(r["layers"]["1"] for r in each if r["kind"] == "worth") for each in records]
+    assert worths[0]["tokens"] == worths[1]["tokens"] and worths[1]["size"] == [None] * 8
+    for name in ("cost", "error"):  # what is random each process draws for itself
+        assert worths[1][name] == pytest.approx(worths[0][name], abs=1e-6), name
     assert records[1][0]["parallel"]["processes"] == size and "parallel" not in records[0][0]
     names = [{str(path.relative_to(folder)) for path in folder.rglob("*")} for folder in (one, tmp_path / "run")]
     rng = "checkpoints/step-00000006/rng{}.safetensors"
