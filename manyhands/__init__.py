@@ -6,6 +6,7 @@ model, tokenizer = mh.load("runs/quickstart")     # or a Hugging Face checkpoint
 out = model(ids)                                  # out.logits, out.routings[layer], out.cache
 model.save("somewhere")                           # a directory that transformers loads
 mh.generate(model, tokenizer, ["def main"])       # texts continued; mh.Engine takes requests as they come
+mh.train("quickstart")                            # a run; with a model, batches, a loss and callbacks of your own
 
 moe = mh.MoELayer(mh.MoEConfig(router=mh.RouterConfig(num_experts=8, num_experts_per_tok=2)), hidden_size=512)
 y, routing = moe(x)
@@ -49,9 +50,12 @@ if TYPE_CHECKING:
     from manyhands.models import Decoder, HierarchicalExperts, LocalExperts, init_weights
     from manyhands.moe import LoadCounter, MoELayer, Router, Routing, balance_objective
     from manyhands.moe.balance import update_bias
+    from manyhands.train.callbacks import Callback, Moment
+    from manyhands.train.own import train as train
 
 _HOMES = {
     "BalanceConfig": "manyhands.config",
+    "Callback": "manyhands.train.callbacks",
     "Completion": "manyhands.engine.answer",
     "Decoder": "manyhands.models",
     "Engine": "manyhands.engine.engine",
@@ -63,6 +67,7 @@ _HOMES = {
     "MoEConfig": "manyhands.config",
     "MoELayer": "manyhands.moe",
     "Model": "manyhands.checkpoint.model",
+    "Moment": "manyhands.train.callbacks",
     "ModelConfig": "manyhands.config",
     "Router": "manyhands.moe",
     "RouterConfig": "manyhands.config",
@@ -77,11 +82,13 @@ _HOMES = {
     "load_model": "manyhands.checkpoint.model",
     "save": "manyhands.checkpoint.model",
     "save_experts": "manyhands.checkpoint.numbers",
+    "train": "manyhands.train.own",
     "update_bias": "manyhands.moe.balance",
 }
 
 __all__ = [
     "BalanceConfig",
+    "Callback",
     "CheckFailed",
     "CheckpointError",
     "Completion",
@@ -102,6 +109,7 @@ __all__ = [
     "MoELayer",
     "Model",
     "ModelConfig",
+    "Moment",
     "ProcessLost",
     "Router",
     "RouterConfig",
@@ -120,6 +128,7 @@ __all__ = [
     "load_model",
     "save",
     "save_experts",
+    "train",
     "update_bias",
 ]
 
@@ -130,8 +139,8 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'manyhands' has no attribute {name!r}")
     import importlib
 
-    if name == "generate":  # a room and a function: the room can be called
-        return importlib.import_module("manyhands.generate")
+    if name in ("generate", "train"):  # a room and a function: the room can be called
+        return importlib.import_module(f"manyhands.{name}")
     return getattr(importlib.import_module(_HOMES[name]), name)
 
 

@@ -70,6 +70,11 @@ def test_it_runs(page: str, code: str, tokenizer: Tokenizer, tmp_path: Path, mon
     if '"DST"' in code:
         mh.save(small(), "SRC", tokenizer, family="mixtral")
         assert manyhands("quantize", "SRC", "DST").returncode == 0
+    if '"mine.yaml"' in code:
+        Path("text.txt").write_text(TEXT)
+        Path("mine.yaml").write_text(
+            "data: {sources: [text.txt]}\ntrain: {max_steps: 2, sequence_length: 16, batch_size: 2}\n"
+        )
     if "model.gguf" in code:
         mh.save(small(), "SRC", tokenizer, family="mixtral")
         whole = {"tokenizer.huggingface.json": tokenizer.inner.to_str()}

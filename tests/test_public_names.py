@@ -14,6 +14,7 @@ from manyhands.cli.main import app
 
 NAMES = {
     "BalanceConfig",
+    "Callback",
     "CheckFailed",
     "CheckpointError",
     "Completion",
@@ -34,6 +35,7 @@ NAMES = {
     "MoELayer",
     "Model",
     "ModelConfig",
+    "Moment",
     "ProcessLost",
     "Router",
     "RouterConfig",
@@ -52,6 +54,7 @@ NAMES = {
     "load_model",
     "save",
     "save_experts",
+    "train",
     "update_bias",
 }
 HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}
@@ -65,6 +68,7 @@ FLAGS = {
     "report": {"runs", "out", "strict", "json_output"},
     "generate": {
         "adapter",
+        "which",
         "trace",
         "trace_limit",
         *("memory", "cache_policy", "pin"),
@@ -159,6 +163,7 @@ FLAGS = {
         "versus",
     },
     "convert": {
+        "which",
         "ignore_field",
         "adapter",
         "as_adapter",
@@ -194,6 +199,7 @@ FLAGS = {
         "show_routing",
     },
     "eval": {
+        "which",
         "adapter",
         "trace",
         "trace_limit",

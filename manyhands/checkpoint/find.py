@@ -7,7 +7,7 @@ from manyhands.checkpoint.gguf.files import gguf_in, is_gguf
 from manyhands.checkpoint.gguf.open import open_gguf
 from manyhands.checkpoint.hub import download, is_hub_name
 from manyhands.checkpoint.manifest import MANIFEST, read_manifest, verify
-from manyhands.checkpoint.runs import resolve_checkpoint
+from manyhands.checkpoint.runs import is_named, resolve_checkpoint
 from manyhands.checkpoint.source import Source, open_source
 from manyhands.errors import CheckpointError
 from manyhands.files import CONFIG, RUN, TOKENIZER, TUNED
@@ -41,7 +41,7 @@ def find(path: str | Path) -> Path:
         return directory
     if (directory / CONFIG).is_file() and not (directory / MANIFEST).exists():
         return directory  # somebody else's: there is nothing to verify it by
-    if not directory.exists() and is_hub_name(str(path)):
+    if not directory.exists() and not is_named(directory) and is_hub_name(str(path)):
         return download(str(path))
     ours = (directory / MANIFEST).exists() or (directory / RUN).exists()
     if not ours and (file := gguf_in(directory)) is not None:

@@ -5,16 +5,18 @@ RUN/journal.jsonl                one line per logged step
 RUN/documents.safetensors        the validation losses, document by document
 RUN/data/                        tokenizer and token files
 RUN/checkpoints/step-00000300/   complete when its manifest is there
+RUN/best, RUN/last               links to two of them
 RUN/.manyhands-run.json          the mark: this directory is a run, and the names above are this program's
 RUN/.lock                        held by the one process that writes here
 """
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,10 +34,13 @@ from manyhands.files import (
     TRAIN_TOKENS,
     VALID_DOCUMENTS,
     VALID_TOKENS,
+    beside,
     cannot_write,
     write_atomic,
 )
 
+NAMES = BEST, LAST = "best", "last"
+"""What two of a run's checkpoints are called: that with the best validation, and the newest."""
 _STEP = re.compile(r"step-(\d{8,})")
 _MARK = {"format": "manyhands run", "version": 1}
 _RUN_FILES = re.compile(r"run\.yaml|report\.html|documents\.safetensors|\.manyhands-run\.json")
@@ -173,9 +178,12 @@ class RunDirectory:
         for _, path in self._step_dirs():
             if not (path / MANIFEST).is_file():
                 remove(path)
+        for link in self.path.glob(".*.partial-*"):
+            if link.is_symlink() and link.name.startswith(tuple(f".{name}." for name in NAMES)):
+                link.unlink(missing_ok=True)
 
-    def retain(self, keep: int) -> None:
-        """Delete every checkpoint older than the newest `keep` (at least 1) valid ones.
+    def retain(self, keep: int, also: Collection[int] = ()) -> None:
+        """Delete every checkpoint older than the newest `keep` (at least 1) valid ones, but for those of steps `also`.
 
         A damaged checkpoint does not count, so the newest valid one always stays. Failed deletions are logged.
         """
@@ -184,8 +192,29 @@ class RunDirectory:
         while complete and keep:
             if _is_valid(complete.pop()[1]):
                 keep -= 1
-        for _, path in complete:
-            remove(path)
+        for step, path in complete:
+            if step not in also:
+                remove(path)
+
+    def name(self, name: str, step: int | None) -> None:
+        """Let the link `name` (of `NAMES`) lead to the checkpoint of `step`; None: to none.
+
+        Only a link to a checkpoint here is replaced. A file system without links, or something else of that name, is
+        logged: whatever reads the run by its steps does without.
+        """
+        link, target = self.path / name, None if step is None else self.checkpoint_path(step)
+        new = beside(link, "partial")
+        try:
+            if os.path.lexists(link) and _linked(link) is None:
+                raise FileExistsError(errno.EEXIST, "what is there is not this program's")
+            if target is None:
+                link.unlink(missing_ok=True)
+                return
+            new.unlink(missing_ok=True)
+            new.symlink_to(target.relative_to(self.path), target_is_directory=True)
+            os.replace(new, link)
+        except OSError as error:
+            _log.warning("%s: cannot be made to name step %s: %s", link, step, error.strerror)
 
     def _step_dirs(self) -> list[tuple[int, Path]]:
         if not self.checkpoints_dir.is_dir():
@@ -194,8 +223,23 @@ class RunDirectory:
         return sorted((int(match[1]), path) for match, path in matches if match)
 
 
+def checkpoint_of(path: str | Path, which: str | None) -> Path:
+    """The path that means checkpoint `which` of the run at `path`: `best`, `last`, or a step; None: `path` as it is.
+
+    Raises `UserError` for a `path` that is no run, and a `which` that is none of these.
+    """
+    if which is None:
+        return Path(path)
+    if which not in NAMES and not which.isdecimal():
+        raise UserError(f"--checkpoint {which}: it is {BEST}, {LAST}, or the step of one")
+    if not (Path(path) / RUN).is_file():
+        raise UserError(f"--checkpoint {which} is one of a run's, and {path} is no run's directory")
+    return Path(path) / which
+
+
 def resolve_checkpoint(path: str | Path) -> Path:
-    """The verified checkpoint a person means by `path`: that directory, or the newest valid one of that run.
+    """The verified checkpoint a person means by `path`: that directory, the newest valid one of that run, or with
+    `RUN/best`, `RUN/last`, `RUN/300` that one of it.
 
     Raises `CheckpointError` saying what is there and what was expected, or which file is damaged.
     """
@@ -207,6 +251,8 @@ def resolve_checkpoint(path: str | Path) -> Path:
 
 
 def _resolve(path: Path) -> Path:
+    if is_named(path):
+        return _named(RunDirectory(path.parent), path.name)
     if (path / MANIFEST).is_file():
         verify(path)
         return path
@@ -223,6 +269,36 @@ def _resolve(path: Path) -> Path:
     else:
         what = "an empty directory"
     raise CheckpointError(f"{path}: {what}; {expected}")
+
+
+def is_named(path: Path) -> bool:
+    """Whether `path` is `RUN/best`, `RUN/last` or `RUN/300`, and nothing else of that name is there."""
+    called = path.name in NAMES or (path.name.isdecimal() and path.name.isascii())
+    return called and (path.is_symlink() or not path.exists()) and (path.parent / RUN).is_file()
+
+
+def _named(run: RunDirectory, name: str) -> Path:
+    """The verified checkpoint of that name or step."""
+    if name == LAST and (newest := run.newest_valid()):
+        return newest[1]
+    kept = run.checkpoints()
+    step = int(name) if name.isdecimal() else _linked(run.path / name)
+    for found, path in kept:
+        if found == step:
+            verify(path)
+            return path
+    there = f"it has {', '.join(str(step) for step, _ in kept)}" if kept else "it has none"
+    why = f"no checkpoint of step {step}" if step is not None else f"no checkpoint is called {name} (nothing validated)"
+    raise CheckpointError(f"{run.path}: {why}; {there}")
+
+
+def _linked(link: Path) -> int | None:
+    """The step of the checkpoint that a link of a run leads to, whether it is there or not; None for any other."""
+    if not link.is_symlink():
+        return None
+    folder, _, name = os.readlink(link).rpartition("/")
+    match = _STEP.fullmatch(name)
+    return int(match[1]) if match and folder == "checkpoints" else None
 
 
 def _is_valid(path: Path) -> bool:

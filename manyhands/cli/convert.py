@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from manyhands.cli.options import IgnoreField
+from manyhands.cli.options import IgnoreField, Which
 from manyhands.defaults import MAX_SHARD_SIZE
 from manyhands.terminal import shown
 
@@ -41,6 +41,7 @@ def convert(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the target if this program wrote it and nobody changed it.")
     ] = False,
+    which: Which = None,
     ignore_field: IgnoreField = None,
     tokenizer: Annotated[
         str | None,
@@ -73,6 +74,7 @@ def convert(
     from manyhands.checkpoint.convert import RECEIPT
     from manyhands.checkpoint.convert import convert as run
     from manyhands.checkpoint.gguf.export import export, said
+    from manyhands.checkpoint.runs import checkpoint_of
     from manyhands.errors import UserError
 
     columns = (
@@ -81,6 +83,8 @@ def convert(
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
+    if which is not None:
+        source = str(checkpoint_of(source, which))
     to_gguf = target.endswith(".gguf")
     if not to_gguf and (file_type is not None or without_vocabulary):
         flag = "--without-vocabulary" if file_type is None else "--type"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit
+from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit, Which
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
@@ -44,6 +44,7 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="A JSON file for the results and every answer.")] = None,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
+    which: Which = None,
     adapter: Adapter = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
@@ -55,6 +56,9 @@ def evaluate(
 
     With --tasks, lm-eval (pip install 'manyhands[eval]') asks, and each question is answered as it would be alone.
     """
+    from manyhands.checkpoint.runs import checkpoint_of
+
+    checkpoint = checkpoint_of(checkpoint, which)
     names = [name.strip() for listed in tasks or [] for name in listed.split(",") if name.strip()]
     _check_flags(
         bool(data),

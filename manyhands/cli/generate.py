@@ -17,6 +17,7 @@ from manyhands.cli.options import (
     Pin,
     TraceDirectory,
     TraceLimit,
+    Which,
     on_disk,
 )
 from manyhands.cli.recorded import check_trace, recording
@@ -88,6 +89,7 @@ def generate(
     memory: Memory = None,
     cache_policy: CachePolicy = None,
     pin: Pin = None,
+    which: Which = None,
     adapter: Adapter = None,
     ignore_field: IgnoreField = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the result as JSON instead of streaming.")] = False,
@@ -104,12 +106,14 @@ def generate(
     An encoder-decoder (T5, Switch) does not continue the prompt: what it writes for it is printed. One trained on spans
     writes what stood where the prompt has <extra_id_0>, <extra_id_1>, …
     """
+    from manyhands.checkpoint.runs import checkpoint_of
     from manyhands.generate.defaults import sampling_from
     from manyhands.parallel.started import alike
 
     asked = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     others = {"max_new_tokens": max_new_tokens, "seed": seed, "stop": tuple(stop or ())}
     with alike():
+        path = checkpoint_of(checkpoint, which)
         sampling_from({}, asked, **others)  # a mistake is said before a model is loaded
         limit = size("--trace-limit", trace_limit)
         check_trace(trace)
@@ -127,7 +131,7 @@ def generate(
         from manyhands.terminal import shown
 
         prompts = prompt or ([] if replay is not None else [sys.stdin.read()])
-        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
+        loaded, tokenizer = load(path, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
         sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
         if line is not None:
             print(shown(line), file=sys.stderr)

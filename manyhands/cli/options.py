@@ -18,6 +18,14 @@ IgnoreField = Annotated[
 ]
 """`ignore_fields` of `load`, `load_model`, `open_source` and `convert`."""
 
+Which = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint", metavar="WHICH", help="Of a run: best (by validation), last (default), or a step. RUN/best too."
+    ),
+]
+"""`which` of `checkpoint.runs.checkpoint_of`."""
+
 TraceDirectory = Annotated[
     Path | None,
     typer.Option("--trace", metavar="DIR", help="Record which experts each token goes to, in a new directory."),

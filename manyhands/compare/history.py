@@ -85,14 +85,20 @@ class History:
 
     @property
     def stopped(self) -> bool:
-        """Whether a signal or a guard ended it."""
+        """Whether a signal, a guard or a callback ended it."""
         reason = "" if self.end is None else str(self.end.get("reason") or "")
-        return reason.startswith(("SIG", HALTED))
+        return reason.startswith(("SIG", HALTED, CALLBACK))
+
+    @property
+    def own(self) -> Sequence[str]:
+        """What was the caller's own (`mh.train`): model, batches, valid, loss."""
+        own: Sequence[str] = self.start.get("own") or ()
+        return own
 
     @property
     def tuned(self) -> bool:
         """Whether it began with a model that had learnt already."""
-        return "start" in self.start or (self.run is not None and self.run.start is not None)
+        return "start" in self.start or "model" in self.own or (self.run is not None and self.run.start is not None)
 
     @property
     def router_is_trained(self) -> bool:
@@ -110,6 +116,8 @@ class History:
         """How often the training text was read; None if that is not known."""
         if self.steps and (counted := any_number(self.steps[-1].get("epochs"))) is not None:
             return counted
+        if "batches" in self.own:
+            return None
         size = (self.start.get("data") or {}).get("train_tokens")
         tokens = self.steps[-1].get("tokens") if self.steps else None
         return tokens / size if size and tokens else None
@@ -125,7 +133,7 @@ class History:
     @property
     def chance(self) -> float | None:
         """The loss of knowing nothing: ln V, or ln 2 of two answers one of which is better; None if not known."""
-        if self.run is None or self.start.get("loss") == "own":
+        if self.run is None or "loss" in self.own:
             return None
         if self.run.rows is not None and self.run.rows.dpo_beta is not None:
             return math.log(2)
@@ -134,6 +142,8 @@ class History:
     @property
     def unigram(self) -> float | None:
         """The validation loss of knowing only how often each token occurs, if the run measured it."""
+        if "batches" in self.own or "valid" in self.own:
+            return None
         value = (self.start.get("data") or {}).get("unigram")
         return None if value is None else float(value)
 
@@ -156,6 +166,7 @@ class History:
         return found
 
 
+CALLBACK = "callback "
 HALTED = "halted: "
 """How the reason begins when a guard ended the run."""
 

@@ -26,6 +26,7 @@ _WATCHED = (
     "save_every",
     "save_seconds",
     "keep_checkpoints",
+    "keep_best",
     "trackers",
 )
 _COMPUTED = ("device", "experts_implementation", "recompute")
@@ -126,7 +127,8 @@ def go_on(before: "RunConfig", wanted: "RunConfig", step: int, where: str) -> tu
     """The run of `where`, described by `before`, going on after `step` steps as `wanted` says.
 
     Returns it with its history, and the settings that changed, `{field: (before, after)}`. With a time budget
-    `train.max_steps` is only the first estimate, so a change of it alone replaces the budget.
+    `train.max_steps` is only the first estimate, so a change of it alone replaces the budget. A run that stopped early
+    has the steps back that it was to have once `train.early_stop` changes.
 
     Raises `ConfigError` naming the first field that would make it another run.
     """
@@ -143,6 +145,8 @@ def go_on(before: "RunConfig", wanted: "RunConfig", step: int, where: str) -> tu
     if steps and not seconds and train.max_seconds is not None:
         changes["train.max_seconds"] = (train.max_seconds, None)
         train = train.model_copy(update={"max_seconds": None})
+    elif "train.early_stop" in changes and not steps and (planned := _but_for_early_stop(before, step)) is not None:
+        changes["train.max_steps"] = (step, planned)
     elif seconds and train.max_seconds is None:  # the steps that the budget had given end with it
         changes["train.max_steps"] = (settings_at(before, step).train.max_steps, train.max_steps)
     history = before.history
@@ -152,13 +156,29 @@ def go_on(before: "RunConfig", wanted: "RunConfig", step: int, where: str) -> tu
     return wanted.model_copy(update={"train": train, "history": history}), changes
 
 
+def stopped_early(run: "RunConfig", step: int) -> bool:
+    """Whether `train.early_stop` ended the run at that step: it was given as many steps as it had done by then."""
+    here = [change for change in run.history if change.step == step]
+    return bool(run.train.early_stop and step and here and here[0].set.get("train.max_steps") == step)
+
+
+def _but_for_early_stop(run: "RunConfig", step: int) -> int | None:
+    """The steps that a run which stopped early was to have; None for another."""
+    if not stopped_early(run, step):
+        return None
+    history = tuple(change for change in run.history if change.step < step)
+    return settings_at(run.model_copy(update={"history": history}), step).train.max_steps
+
+
 def repeat(run: "RunConfig") -> "RunConfig":
-    """A run that starts anew from a file with a history: the steps a time budget gave then are taken, not measured."""
+    """A run that starts anew from a file with a history: the steps that a time budget or an early stop gave then are
+    taken, not found again."""
     if not any("train.max_steps" in change.set for change in run.history):
         return run
+    ends = ("train.max_seconds", "train.early_stop")
     history = tuple(
-        Change(step=change.step, set={path: v for path, v in change.set.items() if path != "train.max_seconds"})
+        Change(step=change.step, set={path: v for path, v in change.set.items() if path not in ends})
         for change in run.history
     )
-    train = run.train.model_copy(update={"max_seconds": None})
+    train = run.train.model_copy(update={"max_seconds": None, "early_stop": None})
     return run.model_copy(update={"train": train, "history": tuple(change for change in history if change.set)})

@@ -152,12 +152,19 @@ class TrainConfig(Strict):
     sample_tokens: Annotated[int, Field(strict=True, ge=0, le=4096)] | None = None
     """At each validation let the model go on with the beginning of the validation text for so many tokens; 0: never.
     None: 48, in runs of fifty steps or more."""
+    early_stop: Size | None = None
+    """End the run after this many validations in a row that were no better than the best; None: never. Validations are
+    those of eval_every."""
     save_every: Count = 0
     """Checkpoint every n steps; 0: by time and at the end only."""
     save_seconds: Annotated[float, Field(ge=0.0)] = 120.0
     """Checkpoint when this much time has passed since the last one, but spend a twentieth of the time on it at most;
     0: never. A killed run loses no more than this."""
     keep_checkpoints: Size = 2
+    """The newest n."""
+    keep_best: bool = True
+    """Beside them the one with the best validation, `best` in the run's directory: each validation that is better than
+    all before it saves one."""
     trackers: tuple[Literal["tensorboard", "wandb", "trackio"], ...] = ()
 
 
@@ -206,6 +213,11 @@ class RunConfig(Strict):
                 f"train.micro_batch_size = {micro} does not divide train.batch_size = {self.train.batch_size}"
             )
         longest = longest_sequence(self.model)
+        if self.train.early_stop is not None and not self.train.eval_every:
+            raise ValueError(
+                f"train.early_stop = {self.train.early_stop} counts validations: set train.eval_every, "
+                "the steps from one to the next"
+            )
         if self.describes_model and longest is not None and self.train.sequence_length > longest:
             raise ValueError(
                 f"train.sequence_length = {self.train.sequence_length} exceeds "

@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from manyhands.checkpoint.runs import is_named
 from manyhands.config.kinds import longest_sequence
 from manyhands.config.load import load_run
 from manyhands.engine.mode import evaluating
@@ -173,6 +174,8 @@ def _record(
 def trained_length(checkpoint: str | Path) -> int | None:
     """The length of the sequences a run was trained on, from its directory or one of its checkpoints; else None."""
     path = Path(checkpoint).absolute()
+    if is_named(path):
+        path = path.parent
     for file in (path / RUN, path.parent.parent / RUN):
         if file.is_file() and (file.parent == path or path.parent.name == "checkpoints"):
             return load_run(file).train.sequence_length

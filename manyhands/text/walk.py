@@ -52,6 +52,11 @@ class Walk:
                 self._enter(self.epoch + 1, 0)
         return np.concatenate(places)[self._mine], np.concatenate(epochs)[self._mine]
 
+    @property
+    def epochs(self) -> float:
+        """How often everything was seen, with the part of this epoch."""
+        return self.epoch + self.index / len(self._places)
+
     def state_dict(self) -> dict[str, int | float | str]:
         """The position, and what it is a position in."""
         return {"epoch": self.epoch, "index": self.index, **self.identity}

@@ -2,16 +2,18 @@
 
 Every record has a `kind` and a `step`:
 
-start        a session begins: versions, threads, parameters; command, machine, data (`train/about.py`)
-step         loss, balance terms, lr, grad_norm, tokens, clocks, flops_per_s, mfu (of the machine's measured rate; null
-             where it is not known), peak_memory (bytes), skipped, data_wait (share of the step's time spent waiting for
-             its batch); `moe`: {layer: figures of its load}
+start        a session begins: versions, threads, parameters; command, machine, data (`train/about.py`); `own`: what
+             the caller brought
+step         loss, balance terms, lr, grad_norm, tokens, epochs, clocks, flops_per_s, mfu (of the machine's measured
+             rate; null where it is not known), peak_memory (bytes), skipped, data_wait (share of the step's time spent
+             waiting for its batch); `moe`: {layer: figures of its load}
 worth        what each expert is worth: bits_per_byte, tokens and texts it was measured on; `layers`: {layer: cost,
              error, share, tokens, size, twin, distance (a list each, by expert), null, shuffled, random_router}, costs
              in bits per byte (`compare/worth.py`, `train/looks.py`)
 sample       prompt, text: what the model goes on with
 eval         valid_loss, valid_bits_per_byte, valid_perplexity, tokens
 change plan  other settings from here on; the steps a time budget gave
+early_stop   the best validation, and after how many that were no better the run ends here
 checkpoint   where it was saved
 end          why the session ended
 

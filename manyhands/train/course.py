@@ -44,7 +44,7 @@ class Course:
         self.budget = Budget(self.run.train.max_seconds, planned(self.run), closing_steps, look_steps)
         if progress.step and progress.elapsed > 0 and not self.budget.planned:
             typical = progress.elapsed / progress.step
-            self._set_steps(self.budget.end(progress.step, typical, progress.elapsed, progress.wall))
+            self._plan(self.budget.end(progress.step, typical, progress.elapsed, progress.wall))
 
     def look_at_clock(self) -> None:
         """Take in the time since the run began, saving and validation with it: the slowest rank's."""
@@ -61,7 +61,7 @@ class Course:
             seconds, step=progress.step, max_steps=progress.max_steps, trained=progress.elapsed, wall=progress.wall
         )
         if total is not None:
-            self._set_steps(total)
+            self._plan(total)
 
     @property
     def ended(self) -> bool:
@@ -69,17 +69,26 @@ class Course:
         open_budget = self.run.train.max_seconds is not None and not planned(self.run)
         return self.state.progress.step >= self.state.progress.max_steps and not open_budget
 
-    def _set_steps(self, total: int) -> None:
-        """From here on the run has `total` steps: in its history, in the journal, on the screen."""
+    def end_here(self) -> None:
+        """This step is the last."""
+        self._set_steps(self.state.progress.step)
+
+    def _plan(self, total: int) -> None:
+        """The time budget gives `total` steps: also in the journal and on the screen."""
         progress, budget = self.state.progress, self.budget
         assert budget is not None
         progress.planned = True
+        self._set_steps(total)
+        self.journal.write("plan", step=progress.step, max_steps=total, max_seconds=budget.seconds, wall=progress.wall)
+        self.screen.note(f"step {progress.step}: {total} steps fit into {budget.seconds:.0f} s")
+
+    def _set_steps(self, total: int) -> None:
+        """From here on the run has `total` steps: in its history."""
+        progress = self.state.progress
         changes = {"train.max_steps": (progress.max_steps, total)}
         self.run = self.run.model_copy(update={"history": record(self.run.history, progress.step, changes)})
         first(self.ranks, lambda: write_atomic(self.directory.config_file, dump_run(self.run)))
         self._apply(settings_at(self.run, progress.step))
-        self.journal.write("plan", step=progress.step, max_steps=total, max_seconds=budget.seconds, wall=progress.wall)
-        self.screen.note(f"step {progress.step}: {total} steps fit into {budget.seconds:.0f} s")
 
     def _apply(self, now: RunConfig) -> None:
         """Go on under these settings."""

@@ -10,6 +10,7 @@ import torch
 from manyhands.checkpoint.runs import RunDirectory
 from manyhands.compare.verdict import Verdict, judge
 from manyhands.config import RunConfig
+from manyhands.config.history import stopped_early
 from manyhands.generate.evaluate import Evaluation, gather_no_more
 from manyhands.models import AnyModel, LanguageModel
 from manyhands.parallel.ranks import Ranks, first
@@ -47,6 +48,15 @@ class Before:
 
 
 @dataclass(frozen=True, slots=True)
+class Best(Before):
+    """The same at the best validation on the way."""
+
+    step: int
+    checkpoint: Path | None
+    """None: it was not kept."""
+
+
+@dataclass(frozen=True, slots=True)
 class Summary:
     """What a finished run reached."""
 
@@ -72,12 +82,19 @@ class Summary:
     """Operations per second, as a share of the machine's measured rate where that is known, and the most memory."""
     budget: str | None = None
     """With a time budget: the steps it was turned into, and when."""
+    epochs: float | None = None
+    """How often the training text was seen; None where batches do not count it."""
+    best: "Best | None" = None
+    """The best validation, if it was not the last."""
+    stopped_early: int | None = None
+    """Where `train.early_stop` ended the run: that number of validations."""
 
     def lines(self) -> list[str]:
         """For a person."""
         others = ", ".join(f"{name} {value:.3f}" for name, value in self.compressors.items())
+        seen = f"{self.tokens:,} tokens" + ("" if self.epochs is None else f" ({self.epochs:.2f} epochs)")
         lines = [
-            f"{self.steps:,} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
+            f"{self.steps:,} steps, {seen} in {self.seconds:.0f} s ({self.tokens_per_s:,.0f} tokens/s)"
             + (f", updates skipped as spikes: {self.skipped}" if self.skipped else "")
         ]
         if self.machine:
@@ -88,6 +105,12 @@ class Summary:
             f"validation: {_reached(self)}"
             + (f"  (on the same text: {others})" if math.isfinite(self.valid_bits_per_byte) else "")
         )
+        if self.best is not None:
+            lines.append(
+                f"best:       {_reached(self.best)}, at step {self.best.step:,}: {self.best.checkpoint or 'not kept'}"
+            )
+        if self.stopped_early is not None:
+            lines.append(f"stopped early: no better validation in {self.stopped_early} (train.early_stop)")
         for layer, b in self.balance.items():
             dropped = f", dropped {b.dropped:.1%}" if b.dropped else ""
             lines.append(
@@ -99,7 +122,7 @@ class Summary:
         return [*lines, f"checkpoint {self.checkpoint}", f"report     {self.report}", *self.verdict.lines()]
 
 
-def _reached(figures: Summary | Before) -> str:
+def _reached(figures: "Summary | Before") -> str:
     if math.isfinite(figures.valid_bits_per_byte):
         return f"{figures.valid_bits_per_byte:.3f} bits per byte, perplexity {figures.valid_perplexity:.2f}"
     return f"loss {figures.valid_loss:.4f}, perplexity {figures.valid_perplexity:.2f}"
@@ -108,10 +131,24 @@ def _reached(figures: Summary | Before) -> str:
 def _before(records: list[dict[str, Any]]) -> Before | None:
     """What was reached before the first step, if somebody looked."""
     found = [record for record in records if record["kind"] == "eval" and record["step"] == 0]
-    if not found:
+    return Before(*_figures(found[-1])) if found else None
+
+
+def _best(records: list[dict[str, Any]], directory: RunDirectory, last: int) -> Best | None:
+    """The best validation of all, if it was not at step `last`."""
+    judged = [record for record in records if record["kind"] == "eval" and record["valid_loss"] is not None]
+    best = min(judged, key=lambda record: record["valid_loss"], default=None)
+    if best is None or best["step"] == last:
         return None
-    bits = found[-1]["valid_bits_per_byte"]
-    return Before(found[-1]["valid_loss"], float("nan") if bits is None else bits, found[-1]["valid_perplexity"])
+    kept = dict(directory.checkpoints()).get(best["step"])
+    return Best(*_figures(best), best["step"], kept)
+
+
+def _figures(record: dict[str, Any]) -> tuple[float, float, float]:
+    """Those of `Before`, of an `eval` record, whose null is NaN or infinity."""
+    found = [record[f"valid_{name}"] for name in ("loss", "bits_per_byte", "perplexity")]
+    loss, bits, perplexity = (math.nan if value is None else float(value) for value in found)
+    return loss, bits, perplexity
 
 
 def finish(
@@ -157,6 +194,9 @@ def finish(
         machine=used(steps),
         budget=_budget(records, last["step"]),
         verdict=judge(records, run),
+        epochs=last.get("epochs"),
+        best=_best(records, directory, last["step"]),
+        stopped_early=run.train.early_stop if stopped_early(run, last["step"]) else None,
     )
 
 

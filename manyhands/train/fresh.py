@@ -22,13 +22,23 @@ from manyhands.train.trainable import freeze
 
 
 def fresh_state(
-    run: RunConfig, data: RunData, task: Task, ranks: Ranks, start: Start | None, mesh: Mesh | None = None
+    run: RunConfig,
+    data: RunData,
+    task: Task,
+    ranks: Ranks,
+    start: Start | None,
+    mesh: Mesh | None = None,
+    own: AnyModel | None = None,
 ) -> TrainState:
-    """The state at step 0, with the weights of `start` if there is one, sharded over `mesh` if there is one.
+    """The state at step 0, with the weights of `start` if there is one, sharded over `mesh` if there is one; or of the
+    model that is there, the caller's `own`.
 
     Raises `CheckpointError` if the start is damaged, `ConfigError` for what only one process can train.
     """
-    if mesh is None:
+    if own is not None:
+        torch.manual_seed(run.train.seed)  # of what is noisy while training
+        model = own.to(pick_device(run.train.device))
+    elif mesh is None:
         model = _model(run, start)
     else:
         check_together(run, ranks.size)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from manyhands.config import EncoderDecoderConfig, RunConfig
-from manyhands.config.history import settings_at
+from manyhands.config.history import settings_at, stopped_early
 from manyhands.config.kinds import BuiltConfig
 from manyhands.models import AnyModel, build
 from manyhands.trace.journal import Journal
@@ -40,6 +40,8 @@ def announce(
     more: dict[str, Any] = {} if trained == parameters else {"trained_parameters": trained}
     if start is not None:
         more["start"] = start.described()
+    if state.own:
+        more["own"] = list(state.own)
     if processes > 1:
         more["parallel"] = {"processes": processes, **run.parallel.model_dump()}
     record = journal.write(
@@ -134,6 +136,11 @@ def where(progress: Progress, run: RunConfig) -> str:
     """From which step the run goes on, or how it could."""
     if progress.step < progress.max_steps:
         return f"continuing from step {progress.step}"
+    if stopped_early(run, progress.step):
+        return (
+            f"stopped early at step {progress.step}: nothing left to train; train.early_stop=null or a larger "
+            "one, or a larger train.max_steps, goes on"
+        )
     longer = "a larger train.max_steps"
     if run.train.max_seconds is not None:
         longer = f"train.max_seconds above {run.train.max_seconds:g}, its time budget, or {longer}"

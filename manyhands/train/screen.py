@@ -190,6 +190,7 @@ class Screen:
     def _line(self, record: Record) -> str:
         parts = [
             f"step {record['step']}/{self._max_steps}",
+            _epochs(record),
             f"loss {number(record['loss'])}",
             f"bpb {number(record.get('bits_per_byte'))}",
             f"{compact(record['tokens_per_s'])} tok/s",
@@ -231,6 +232,7 @@ class Screen:
             ("tok/s", compact(record["tokens_per_s"])),
             ("lr", f"{record['lr']:.2e}"),
             ("grad norm", number(record.get("grad_norm"), 2)),
+            *([("epoch", number(record["epochs"], 2))] if record.get("epochs") is not None else []),
         ):
             text.append(f"{name} ", "dim").append(f"{value}   ".replace("–", "-"), "bold")
         if record.get("skipped"):
@@ -253,3 +255,8 @@ class Screen:
             )
         hidden = len(moe) - room
         return Group(table, Text(f"and {hidden} calmer layers", "dim")) if hidden > 0 else table
+
+
+def _epochs(record: Record) -> str:
+    """How often the text was seen."""
+    return "" if record.get("epochs") is None else f"epoch {number(record['epochs'], 2)}"

@@ -5,6 +5,7 @@ random generators, of which each process has its own.
 """
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,21 @@ class Progress:
     """Steps of the whole run as it is described now; the run's history holds how that came about."""
     planned: bool = False
     """Whether a time budget gave them."""
+    validated: int = 0
+    """The step of the last validation."""
+    best_step: int | None = None
+    """That of the best one."""
+    best_loss: float | None = None
+    waited: int = 0
+    """Validations since the best one, or since the run last went on after its end."""
+
+    def judge(self, loss: float) -> None:
+        """Take in a validation at this step."""
+        self.validated = self.step
+        if loss < (math.inf if self.best_loss is None else self.best_loss):  # false for NaN
+            self.best_step, self.best_loss, self.waited = self.step, loss, 0
+        else:
+            self.waited += self.best_step != self.step  # or else looked at again
 
 
 @dataclass(slots=True)
@@ -70,6 +86,8 @@ class TrainState:
     progress: Progress
     tuned: Tuned | None = None
     """Of a run that saves only what it trains: how, and of which model."""
+    own: tuple[str, ...] = ()
+    """What the caller brought that `run.yaml` does not hold (model, batches, valid, loss)."""
 
     def _weights(self) -> dict[str, Tensor]:
         """What a checkpoint holds of the model, by name: all of it, or what is trained."""
@@ -87,9 +105,13 @@ class TrainState:
             "lr": progress.lr,
             "max_steps": progress.max_steps,
             "planned": progress.planned,
+            "validated": progress.validated,
+            "best": None if progress.best_step is None else {"step": progress.best_step, "loss": progress.best_loss},
+            "waited": progress.waited,
             "batches": self.batches.state_dict(),
             "guard": self.guard.state_dict(),
             "world": ranks.size,
+            "own": list(self.own),
         }
         generators: list[bytes] = []
         if ranks.size == 1:
@@ -129,9 +151,18 @@ class TrainState:
             progress.wall = document.get("wall", progress.elapsed)  # older checkpoints had one clock, and no rate
             progress.lr = document.get("lr")
             progress.max_steps, progress.planned = document["max_steps"], document["planned"]
+            progress.validated, progress.waited = document.get("validated", 0), document.get("waited", 0)
+            if (best := document.get("best")) is not None:
+                progress.best_step, progress.best_loss = int(best["step"]), float(best["loss"])
             world = int(document.get("world", 1))
+            own = tuple(map(str, document.get("own", ())))
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"{directory / 'state.json'}: not the state of a run: {error!r}") from None
+        if own != self.own:
+            raise CheckpointError(
+                f"{directory}: trained with {_named(own)}, and this goes on with {_named(self.own)}: give "
+                "manyhands.train what it had"
+            )
         if self.tuned is not None:
             what, files = str(directory / TUNED_WEIGHTS), [directory / TUNED_WEIGHTS]
         else:
@@ -151,6 +182,10 @@ class TrainState:
             _set_generators(directory / _rng_name(ranks.rank, world))
         self.progress = progress
         return world
+
+
+def _named(own: tuple[str, ...]) -> str:
+    return f"the caller's own {', '.join(own)}" if own else "what run.yaml says alone"
 
 
 def _set_generators(path: Path) -> None:

@@ -24,6 +24,7 @@ from manyhands.models import LanguageModel
 from manyhands.moe import Routing
 from manyhands.parallel.ranks import ALONE, Ranks
 from manyhands.text import PackedBatches, evaluation_batches
+from manyhands.text.walk import Walk
 
 if TYPE_CHECKING:
     from manyhands.train.data import RunData
@@ -74,6 +75,12 @@ class Batches(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go there. Raises `CheckpointError` if it is none."""
+
+
+def epochs_of(batches: Batches) -> float | None:
+    """How often everything was seen; None of a stream that does not count."""
+    walk = getattr(batches, "walk", None)
+    return walk.epochs if isinstance(walk, Walk) else None
 
 
 class Task(Protocol):

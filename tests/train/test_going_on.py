@@ -59,6 +59,19 @@ def test_more_steps_go_on_without_a_jump_and_the_file_repeats_it(text: Path, tmp
     assert_repeats(tmp_path / "run", tmp_path / "again")
 
 
+def test_constant_then_decay_is_the_run_that_was_planned_so(text: Path, tmp_path: Path) -> None:
+    """Extended at a constant rate, and then let fall: bit for bit the run of that length."""
+    warm = ["schedule.warmup_steps=2", "schedule.kind=wsd"]
+    loop.train(tmp_path / "run", small_run(text, *warm, "train.max_steps=3", "schedule.decay_fraction=0"), quiet=True)
+    go_on(tmp_path / "run", "train.max_steps=4")
+    go_on(tmp_path / "run", "train.max_steps=8", "schedule.decay_fraction=0.5")
+    loop.train(tmp_path / "at-once", small_run(text, *warm, "train.max_steps=8"), quiet=True)
+    for name in ("lr", "loss"):
+        assert [r[name] for r in steps_of(tmp_path / "run")] == [r[name] for r in steps_of(tmp_path / "at-once")]
+    one, other = model_of(tmp_path / "run"), model_of(tmp_path / "at-once")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_settings_may_change_and_the_file_repeats_it(text: Path, tmp_path: Path) -> None:
     run = small_run(text, "train.max_steps=4", "schedule.warmup_steps=2")
     loop.train(tmp_path / "run", run, quiet=True)
@@ -151,6 +164,7 @@ def test_every_field_is_either_the_run_itself_or_recorded_or_free(text: Path) ->
         "train.max_steps",
         "train.max_seconds",
         "train.micro_batch_size",
+        "train.early_stop",
     ]
     assert differences(run, run) == {}
 
