@@ -126,6 +126,11 @@ FLAGS = {
     },
     "doctor": {"again", "disk_file", "record", "speeds", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "batch", "remember", "json_output"},
+    "choose": {
+        *("models", "machine", "memory", "bandwidth", "disk", "host", "devices", "users", "context", "tokens_in"),
+        *("tokens_out", "tokens_per_second", "ttft", "price", "per_hour", "per_million", "license", "min_total"),
+        *("min_active", "mmlu", "sparse", "format", "kv_bits", "layout", "trace", "rows", "plot", "json_output"),
+    },
     "plan": {
         "api_price",
         "bandwidth",

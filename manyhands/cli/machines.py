@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from manyhands.plan.machine import Machine
 
 _MOST_BYTES = 1 << 16
-_SIZES = ("memory",)
+_SIZES = ("memory", "reserve")
 _SPEEDS = ("bandwidth", "link", "network", "disk", "disk_random")
 
 

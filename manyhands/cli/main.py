@@ -11,6 +11,7 @@ from manyhands.cli import (
     bench,
     chat,
     check,
+    choose,
     convert,
     doctor,
     evaluate,
@@ -59,6 +60,7 @@ app.command("prune")(prune.prune)
 app.command("serve")(serve.serve)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
+app.command("choose")(choose.choose)
 app.command("doctor")(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.command("bench")(bench.bench)

@@ -1,6 +1,8 @@
 """`manyhands plan --trace`: what a recorded routing would hit under a budget, and send between devices."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,10 @@ MOST_TOKENS = 20_000
 """Of a longer trace the first so many are replayed: seconds, not minutes."""
 
 
+MOST_CURVE_TOKENS = 2_000
+"""Of a trace that is replayed for every size that a choice looks at."""
+
+
 def replayed(path: Path, subject: Subject, ask: Ask) -> Hits:
     """Replay a trace of the model through `lfu`, as many sequences at once as the plan has.
 
@@ -45,6 +51,26 @@ def replayed(path: Path, subject: Subject, ask: Ask) -> Hits:
     )
     source = f"{len(tokens):,} tokens of {terminal.shown(path)}, replayed (policy lfu)"
     return Hits(tally.hit_rate, tally.wanted_bytes / tally.steps, source)
+
+
+def hit_curve(path: Path, subject: Subject, users: int) -> Callable[[float], float]:
+    """The hit rate of any share of the experts in memory: replayed through `lfu` where it is asked for, in steps of
+    an expert, as many sequences at once as there are users.
+
+    Raises `ConfigError` for a trace of another shape, and as `Trace.open` does.
+    """
+    trace, sizes = _opened(path, subject), subject.sizes
+    assert sizes is not None
+    recorded = Tokens.of(trace, MOST_CURVE_TOKENS)
+    tokens = recorded.one_by_one() if users == 1 else recorded.merged(users).tokens
+    layers, experts = sizes.sparse_layers, sizes.num_experts * sizes.sparse_layers
+    wants = Wants.of(tokens, (1,) * layers)
+
+    @cache
+    def of(slots: int) -> float:
+        return judged(replay(Lfu(slots, (1,) * layers), wants)).hit_rate
+
+    return lambda share: of(int(share * experts))
 
 
 def on_devices(path: Path, subject: Subject, ask: Ask) -> tuple[dict[int, Recorded], str]:

@@ -27,3 +27,10 @@ def size(flag: str, text: str | None) -> int | None:
     if not 0 < count < 1 << 60:
         raise UserError(f"{flag} {text}: expected a size above 0, like 512MB or 2GiB")
     return count
+
+
+def sold_size(flag: str, text: str | None) -> int | None:
+    """Bytes of main memory as it is sold: 16GB are 16 GiB. Raises `UserError` that names the flag."""
+    if text is not None and (found := _SIZE.fullmatch(text.strip())) and found[2] and len(found[2]) == 1:
+        text = f"{found[1]}{found[2]}i"
+    return size(flag, text)

@@ -11,7 +11,16 @@ from manyhands.plan.storage import Storage, weight_bytes
 from manyhands.plan.working import working_bytes
 
 RESERVE = 0.05
-"""Share of the memory that driver, runtime and fragmentation take: an assumption, the same for every machine."""
+"""Share of the memory that driver, runtime and fragmentation take: an assumption."""
+SYSTEM = 2 << 30
+"""Bytes that a computer's own programs take at least, beside a model in its main memory: an assumption."""
+UNIFIED = ((128 << 30, 0.16), (0, 0.26))
+"""(from so many bytes on, share) that a machine with unified memory keeps from its GPU unless it is told otherwise.
+
+macOS lets Metal have 11.84 of 16 GiB (github.com/AlexsJones/llmfit/pull/754), 17.76 of 24
+(github.com/sgl-project/sglang/pull/29949) and 107.52 of 128 (github.com/antirez/ds4/pull/893); a setting raises that.
+Between, and for other makers, the smaller machine's share is assumed.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +46,19 @@ class Need:
         return self.share(machine) <= 1
 
 
+def reserve(machine: Machine) -> float:
+    """Bytes of one device that a model cannot have: as the machine says, else by its kind; half at most."""
+    if machine.reserve is not None:
+        return min(machine.reserve, machine.memory)
+    if machine.kind == "unified":
+        return machine.memory * next(share for least, share in UNIFIED if machine.memory >= least)
+    kept = machine.memory * RESERVE
+    return kept if machine.kind == "gpu" else min(max(kept, SYSTEM), machine.memory / 2)
+
+
 def usable(machine: Machine) -> float:
     """Bytes of all devices without the reserve."""
-    return machine.all_memory * (1 - RESERVE)
+    return machine.all_memory - reserve(machine) * machine.devices
 
 
 def need(

@@ -50,6 +50,8 @@ class Machine(Strict):
     network: Positive | None = None
     node: Annotated[int, Field(strict=True, ge=1)] = 1
     """Devices that share the link; beyond it the network is used."""
+    reserve: Annotated[float, Field(ge=0, le=1e24)] | None = None
+    """Bytes that no model can have; None: by the kind of machine (`fit.py`)."""
     disk: Positive | None = None
     """Read in order."""
     disk_random: Positive | None = None

@@ -84,7 +84,9 @@ def decode_bound(
     """One decoding step of `batch` sequences that see `context` positions each."""
     step = decode_bytes(sizes, counts, storage, batch=batch, context=context, kv_bits=kv_bits, load=load)
     attention = batch * attention_flops(sizes, context, latent=True)
-    return _bound(machine, sizes, storage, step, batch * forward_flops(sizes, counts, context, latent=True), attention)
+    return bound_of(
+        machine, sizes, storage, step, batch * forward_flops(sizes, counts, context, latent=True), attention
+    )
 
 
 def prefill_bound(
@@ -99,7 +101,7 @@ def prefill_bound(
     """A pass over `prompts` prompts of `length` tokens each: its seconds are the time to their first tokens."""
     step = prefill_bytes(sizes, counts, storage, length * prompts, load)
     attention = prompts * length * mean_attention_flops(sizes, length)
-    return _bound(machine, sizes, storage, step, prompts * prefill_flops(sizes, counts, length), attention)
+    return bound_of(machine, sizes, storage, step, prompts * prefill_flops(sizes, counts, length), attention)
 
 
 def wait_seconds(machine: Machine, sizes: Sizes) -> float:
@@ -110,8 +112,13 @@ def wait_seconds(machine: Machine, sizes: Sizes) -> float:
     return 2 * len(sizes.windows) * latency
 
 
-def _bound(machine: Machine, sizes: Sizes, storage: Storage, step: StepBytes, flops: float, attention: float) -> Bound:
-    """Attention multiplies activations with activations, in 16 bits, whatever the weights are held in."""
+def bound_of(
+    machine: Machine, sizes: Sizes, storage: Storage, step: StepBytes, flops: float, attention: float
+) -> Bound:
+    """Of a step that reads so much and computes so many FLOP, of which so many are scores and values.
+
+    Attention multiplies activations with activations, in 16 bits, whatever the weights are held in.
+    """
     rate, scores = machine.rate(storage.rate), machine.rate(ATTENTION_RATE)
     seconds = (flops - attention) / rate[1] + attention / scores[1] if rate and scores else None
     return Bound(

@@ -40,7 +40,10 @@ def figure(report: dict[str, Any], section: str, label: str) -> float:
     return float(found[0])
 
 
-@pytest.mark.parametrize("arguments", [["plan", "deepseek-v3"], ["plan", "--help"], ["plan", "kimi-k2.5", "--json"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [["plan", "deepseek-v3"], ["plan", "--help"], ["plan", "kimi-k2.5", "--json"], ["choose", "--memory", "16GB"]],
+)
 def test_needs_no_torch(arguments: list[str]) -> None:
     code = (
         "import sys; sys.argv = ['manyhands', *sys.argv[1:]]\n"

@@ -8,7 +8,7 @@ import pytest
 from manyhands.catalog import entries, load
 from manyhands.config import ModelConfig
 from manyhands.plan import Counts, count_model
-from manyhands.plan.fit import RESERVE, need, shown_share
+from manyhands.plan.fit import RESERVE, SYSTEM, need, reserve, shown_share, usable
 from manyhands.plan.machine import Machine, machine_named, machine_names
 from manyhands.plan.published import counts_of
 from manyhands.plan.roof import prefill_bound
@@ -78,9 +78,20 @@ def test_fits_is_one_statement_at_its_edge() -> None:
     counts, config = count_of("olmoe-1b-7b")
     found = need(counts, config, sizes_of(config), BF16, batch=1, context=4096, prompt=4096, kv_bits=16)
     assert found.working > 0 and found.total == found.weights + found.cache + found.working
-    exact = PLAIN.model_copy(update={"memory": found.total / (1 - RESERVE)})
+    exact = PLAIN.model_copy(update={"kind": "gpu", "memory": found.total / (1 - RESERVE)})
     assert found.fits(exact) and not found.fits(exact.model_copy(update={"memory": exact.memory * 0.9999}))
     assert shown_share(1.0004) == "1.0004x" and shown_share(1 + 1e-9) == "just over" and shown_share(1.57) == "1.57x"
+
+
+def test_what_is_kept_from_a_model_depends_on_the_machine() -> None:
+    """5 % of a card and of a large server, 2 GiB of a small computer, what macOS keeps from its GPU; or as given."""
+    assert reserve(machine_named("h100")) == pytest.approx(0.05 * 81_559 * 2**20)
+    assert reserve(machine_named("epyc-9654")) == pytest.approx(0.05 * 768 * 2**30)
+    assert usable(machine_named("laptop-ddr5")) == 14 * 2**30 and reserve(machine_named("laptop-ddr5")) == SYSTEM
+    assert usable(machine_named("m4-max")) == pytest.approx(107.52 * 2**30)
+    assert reserve(machine_named("m4")) == pytest.approx(0.26 * 32 * 2**30)
+    assert usable(machine_named("h100x8").model_copy(update={"reserve": 1e9})) == 8 * (81_559 * 2**20 - 1e9)
+    assert usable(PLAIN.model_copy(update={"memory": 2.0**30})) == 2**29, "half of a very small one is left"
 
 
 def test_attention_has_no_weights_and_no_weights_rate() -> None:

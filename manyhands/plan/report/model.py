@@ -4,7 +4,7 @@ from manyhands.format import show
 from manyhands.plan.cache import cache_bytes_per_token, sequence_bytes
 from manyhands.plan.compute import attention_flops, forward_flops, mean_attention_flops, training_flops
 from manyhands.plan.count import Counts
-from manyhands.plan.fit import RESERVE, activation_bits, shown_share, usable
+from manyhands.plan.fit import activation_bits, reserve, shown_share, usable
 from manyhands.plan.report import formulas as f
 from manyhands.plan.report.ask import Ask, contexts, short
 from manyhands.plan.report.figure import Cell, Figure, Section, Table, Truth
@@ -140,8 +140,9 @@ def memory(subject: Subject, ask: Ask) -> Section:
     if machine is not None:
         columns.append("fits")
         notes.append(
-            f"fits: with working memory, in {show(usable(machine), 'B')}: {machine.title}, less {RESERVE:.0%} for "
-            "driver and runtime" + (", split evenly" if machine.devices > 1 else "")
+            f"fits: with working memory, in {show(usable(machine), 'B')}: {machine.title}, less "
+            f"{show(reserve(machine), 'B')}{' each' if machine.devices > 1 else ''} for system, driver and runtime"
+            + (", split evenly" if machine.devices > 1 else "")
         )
     if subject.native is not None and subject.native.note.lower() not in ("", subject.native.name):
         notes.append(f"native: {subject.native.note}")
