@@ -17,6 +17,8 @@ _PLAIN = "laptop-ddr5"
 """Whose bandwidth is assumed of a computer of which only the memory is said."""
 _HOST = "desktop-ddr5"
 """Assumed around a GPU of the table."""
+LEAST = 64 << 20
+"""Bytes of a computer: `--memory 16` is a slip."""
 _PRICE = re.compile(r"(?:(?P<name>[^=]+)=)?(?P<usd>\d{1,9}(?:\.\d{1,9})?)")
 
 
@@ -101,21 +103,18 @@ def _computer(memory: str, bandwidth: str | None) -> "Machine":
 
     plain = machine_named(_PLAIN)
     size_ = sold_size("--memory", memory)
+    if size_ is None or size_ < LEAST:
+        raise ConfigError(f"--memory {memory}: expected at least 64MB, such as 16GB")
     rate = _rate("--bandwidth", bandwidth)
     how = "as given" if rate is not None else "assumed: two channels DDR5-5600; --bandwidth or --machine says better"
     update = {
         "name": "computer",
-        "title": f"a computer with {show_memory(float(size_ or 0))}, {show(rate or plain.bandwidth, 'B/s')} {how}",
-        "memory": float(size_ or 0),
+        "title": f"a computer with {size_ / 2**30:.4g} GiB, {show(rate or plain.bandwidth, 'B/s')} {how}",
+        "memory": float(size_),
         "bandwidth": rate or plain.bandwidth,
         "source": "as given",
     }
     return plain.model_copy(update=update)
-
-
-def show_memory(size_: float) -> str:
-    """`16 GiB`."""
-    return f"{size_ / 2**30:.4g} GiB"
 
 
 def _host(machine: "Machine", asked: str | None) -> "Machine | None":

@@ -112,8 +112,8 @@ class Offer:
         return LAYOUTS.index(self.tiers.layout)
 
 
-def offer(case: Case, place: Place, users: int, copies: int = 1) -> Offer | Loss:
-    """Hold one case against its wish on one machine, `users` of them."""
+def offer(case: Case, place: Place, users: int, copies: int = 1, *, priced: bool = True) -> Offer | Loss:
+    """Hold one case against its wish on one machine, `users` of them; against its budgets too if `priced`."""
     wish, machine, sizes = case.wish, place.machine, case.sizes
     if sizes.positions is not None and wish.context > sizes.positions:
         ratio = wish.context / sizes.positions
@@ -134,14 +134,17 @@ def offer(case: Case, place: Place, users: int, copies: int = 1) -> Offer | Loss
         return Loss(case, place, "first token", first / wish.first, said)
     per_million = _per_million(case, place, tiers, users, max(seconds.values()))
     made = Offer(case, place, users, need, tiers, seconds, first, per_million, copies)
-    return _too_dear(made) or made
+    return (_too_dear(made) if priced else None) or made
 
 
 def most_users(case: Case, place: Place, layout: Layout, most: int = MOST_USERS) -> int:
-    """Who can be served at once on one such machine, everything kept that is asked, in that layout or a faster one."""
+    """Who can be served at once on one such machine, in that layout or a faster one, whatever that costs.
+
+    All else that is asked is kept. Costs are left out: a token of few users is dearer than one of many.
+    """
 
     def works(users: int) -> bool:
-        made = offer(case, place, users)
+        made = offer(case, place, users, priced=False)
         return isinstance(made, Offer) and made.rank <= LAYOUTS.index(layout)
 
     return _most(works, most)
@@ -151,7 +154,7 @@ def longest_context(case: Case, place: Place, users: int, layout: Layout) -> int
     """Positions that so many users can have each, in the same way, up to what the model is made for."""
 
     def works(context: int) -> bool:
-        made = offer(case.at(context), place, users)
+        made = offer(case.at(context), place, users, priced=False)
         return isinstance(made, Offer) and made.rank <= LAYOUTS.index(layout)
 
     return _most(works, case.sizes.positions or LONGEST)

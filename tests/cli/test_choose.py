@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from manyhands.plan.here import Here, machine_key
+from manyhands.plan.host import cache_file
 from manyhands.plan.report.chosen_plot import check_plot
 from manyhands.store.policies import Lfu
 from manyhands.trace.part import Phase
 from manyhands.trace.recording import Recorder
 
+from ..plan.test_fit import PLAIN
 from ..small_runs import manyhands
 
 PAGE = (Path(__file__).parents[2] / "docs" / "choosing.md").read_text(encoding="utf-8")
@@ -72,10 +75,26 @@ def test_a_machine_in_a_file_and_its_own_reserve(tmp_path: Path) -> None:
     assert {each["usd_per_hour"] for each in answer["offers"]} == {3.0}
 
 
+def test_this_machine_is_the_one_that_was_measured_and_its_memory_stands_beside_its_gpu() -> None:
+    """No argument at all; the experts that its card cannot hold lie in the memory that was measured with it."""
+    cpu = PLAIN.model_copy(update={"name": "here", "disk": 1e9})
+    gpu = cpu.model_copy(update={"kind": "gpu", "memory": 20e9, "bandwidth": 1e12})
+    values = {"key": machine_key(), "measured": "2026-11-28T00:00:00+00:00", "machine": gpu, "processor": cpu}
+    here = Here(**values, cpu="a processor", cores=2, threads=2, features=())
+    cache_file().parent.mkdir(parents=True)
+    cache_file().write_text(here.model_dump_json())
+    answer = json.loads(manyhands("choose", "--min-total", "100B", "--json").stdout)
+    found = {each["model"]: each for each in answer["offers"]}["gpt-oss-120b"]
+    assert found["machine"] == "here" and found["layout"] == "host" and found["host_bytes_per_second"] == 5e10
+    assert found["usable_bytes"] == pytest.approx(19e9)
+    assert found["experts_device_bytes"] + found["experts_host_bytes"] == pytest.approx(60.9e9, rel=0.01)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["--machine", "h10"], "unknown machine 'h10'"),
+        (["--memory", "16"], "--memory 16: expected at least 64MB, such as 16GB"),
         (["--memory", "lots"], "--memory lots: expected a size"),
         (["--memory", "16GB", "--machine", "h100", "--machine", "a100"], "--memory is about one machine"),
         (["--machine", "any", "--machine", "h100"], "leave the others out"),

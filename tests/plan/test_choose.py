@@ -207,4 +207,8 @@ def test_what_a_million_tokens_cost_with_their_prompts() -> None:
     step = read / 300e9
     assert found["tokens_per_second_each"] == pytest.approx(1 / step, rel=1e-6)
     each = step / 16 + reading / 4 / 256
+    # a budget that 16 users keep and one does not leaves the most users what they are
+    tight = row(ask(*options, "--tokens-in", "1k", "--tokens-out", "256", "--per-million", "1"), format="fp8")
+    assert tight["most_users"] == found["most_users"] > 16 and found["usd_per_million_tokens"] < 1
+    assert tight["longest_context_tokens"] == found["longest_context_tokens"]
     assert found["usd_per_million_tokens"] == pytest.approx(0.8 / 3600 * each * 1e6, rel=1e-6)
