@@ -3,21 +3,17 @@
 `python scripts/config_reference.py`
 """
 
-import ast
 import inspect
 from collections.abc import Iterator
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import get_args
 
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from manyhands.config import RunConfig
+from manyhands.config.reference import allowed, default, documents
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.md"
-KINDS = {int: "integer", float: "number", str: "text", bool: "`true`, `false`"}
-BOUNDS = {"ge": "≥", "gt": ">", "lt": "<"}
 HEAD = """# Every field of a run
 
 What a run file and `section.field=value` may say; [training.md](training.md) is the guide. An unknown field, or a value
@@ -49,46 +45,8 @@ def heading(path: str, config: type[BaseModel]) -> str:
     )
 
 
-def documents(config: type[BaseModel]) -> dict[str, str]:
-    """Field -> the text that stands below it in the source."""
-    body = ast.parse(inspect.getsource(config).lstrip()).body[0]
-    assert isinstance(body, ast.ClassDef)
-    found: dict[str, str] = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and isinstance(text, ast.Expr):
-            assert isinstance(text.value, ast.Constant)
-            found[field.target.id] = " ".join(str(text.value.value).split())
-    return found
-
-
-def allowed(annotation: Any, metadata: list[Any]) -> str:
-    """`a`, `b`, or a kind with its bounds, for people."""
-    inside = get_args(annotation)
-    if get_origin(annotation) is Literal:
-        return ", ".join(f"`{value}`" for value in inside)
-    if get_origin(annotation) in (Union, UnionType):
-        every = dict.fromkeys("null" if part is type(None) else allowed(part, []) for part in inside)
-        return " or ".join(every)
-    if hasattr(annotation, "__metadata__"):  # of one part of a union
-        nested = [m for m in annotation.__metadata__ for m in (m.metadata if isinstance(m, FieldInfo) else [m])]
-        return allowed(annotation.__origin__, nested)
-    if get_origin(annotation) is tuple:
-        return "a list"
-    bounds = [(sign, getattr(m, name)) for name, sign in BOUNDS.items() for m in metadata if hasattr(m, name)]
-    limits = [f"{sign} {bound:g}" for sign, bound in bounds if abs(bound) < 1e6]
-    return " ".join([KINDS.get(annotation, "a section"), *limits])
-
-
-def default(field: FieldInfo) -> str:
-    """As YAML has it; a section has fields of its own."""
-    value = field.default
-    if isinstance(value, BaseModel) or field.is_required():
-        return ""
-    if isinstance(value, tuple):
-        return f"`[{', '.join(map(repr, value))}]`"
-    if isinstance(value, float):
-        return f"`{value:g}`"
-    return f"`{'null' if value is None else str(value).lower() if isinstance(value, bool) else value}`"
+def _code(text: str) -> str:
+    return f"`{text}`" if text else ""
 
 
 def page() -> str:
@@ -103,7 +61,8 @@ def page() -> str:
         lines += [inspect.cleandoc(config.__doc__ or "").split("\n\n")[0].replace("\n", " "), ""]
         lines += ["| field | default | may be | |", "|---|---|---|---|"]
         for name, field in config.model_fields.items():
-            cells = [f"`{name}`", default(field), allowed(field.annotation, field.metadata), told.get(name, "")]
+            cells = [f"`{name}`", _code(default(field)), allowed(field.annotation, field.metadata, "`")]
+            cells.append(told.get(name, ""))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)

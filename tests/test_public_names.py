@@ -59,7 +59,21 @@ NAMES = {
 }
 HF = {"Seen", "expert_weights", "record", "register_experts", "use_experts", "watch"}
 FLAGS = {
-    "train": {"overrides", "preset", "config", "resume", "out", "data", "quiet", "json_output", "strict"},
+    "config": {"field", "json_output"},
+    "presets": {"json_output"},
+    "train": {
+        "overrides",
+        "preset",
+        "config",
+        "resume",
+        "out",
+        "data",
+        "quiet",
+        "json_output",
+        "strict",
+        "print_config",
+        "dry_run",
+    },
     "tune": {
         *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
         *("r", "alpha", "targets", "num_experts", "top_k", "show_data", "strict"),

@@ -15,7 +15,10 @@ from manyhands.errors import UserError
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
     data: Annotated[
-        list[str] | None, typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable. Default: a run's own validation text."
+        ),
     ] = None,
     text_field: Annotated[
         str, typer.Option(help="The field of .jsonl and .parquet rows that holds the text.")
@@ -60,8 +63,9 @@ def evaluate(
 
     checkpoint = checkpoint_of(checkpoint, which)
     names = [name.strip() for listed in tasks or [] for name in listed.split(",") if name.strip()]
+    own = None if data or tasks is not None else _own_text(checkpoint)
     _check_flags(
-        bool(data),
+        bool(data) or own is not None,
         tasks is not None and bool(names),
         {"--max-batches": max_batches is not None, "--trace": trace is not None},
         {
@@ -83,14 +87,24 @@ def evaluate(
     sizes = sequence_length, batch_size, max_batches
     limit = size("--trace-limit", trace_limit)
     check_trace(trace)
-    _measure_text(checkpoint, data or [], text_field, sizes, trace, limit, ignore_field, json_output, adapter)
+    _measure_text(checkpoint, own or data or [], text_field, sizes, trace, limit, ignore_field, json_output, adapter)
+
+
+def _own_text(run: Path) -> Path | None:
+    """The validation tokens that this run prepared; None for what is no run, or has none."""
+    from manyhands.files import RUN, VALID_TOKENS
+
+    tokens = run / "data" / VALID_TOKENS
+    return tokens if (run / RUN).is_file() and tokens.is_file() else None
 
 
 def _check_flags(data: bool, tasks: bool, of_data: dict[str, bool], of_tasks: dict[str, bool]) -> None:
     """Raises `UserError` unless the one or the other is asked for, with its own flags."""
     if data == tasks:
         both = "not both" if data else "one of them"
-        raise UserError(f"give --data TEXT for perplexity and load, or --tasks NAMES for tasks of lm-eval: {both}")
+        raise UserError(
+            f"give --data TEXT for perplexity and load (a run has its own), or --tasks NAMES of lm-eval: {both}"
+        )
     asked, others = ("--tasks", of_data) if tasks else ("--data", of_tasks)
     for flag, given in others.items():
         if given:
@@ -99,7 +113,7 @@ def _check_flags(data: bool, tasks: bool, of_data: dict[str, bool], of_tasks: di
 
 def _measure_text(
     checkpoint: Path,
-    data: list[str],
+    data: list[str] | Path,
     text_field: str,
     sizes: tuple[int | None, int, int | None],
     trace: Path | None,
@@ -108,10 +122,10 @@ def _measure_text(
     json_output: bool,
     adapter: Path | None,
 ) -> None:
-    """`sizes` are the sequence length, the batch size and the most batches."""
-    from manyhands.text import read_documents
+    """`sizes` are the sequence length, the batch size and the most batches; a path is a run's own tokens."""
+    from manyhands.text import TokenFile, read_documents
 
-    documents = read_documents(data, text_field)
+    documents = [] if isinstance(data, Path) else read_documents(data, text_field)
 
     import json
     from dataclasses import asdict
@@ -128,11 +142,17 @@ def _measure_text(
     sequence_length, batch_size, max_batches = sizes
     loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
     model = only_language_model(loaded, "eval")
-    ids = encode_documents(documents, tokenizer)
+    if isinstance(data, Path):
+        file = TokenFile.open(data, loaded.config.vocab_size)
+        ids, num_documents, said = file.ids, file.info.num_documents, [str(data)]
+    else:
+        ids, num_documents, said = encode_documents(documents, tokenizer), len(documents), data
     longest = longest_sequence(model.config) or EVAL_LENGTH
     length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, longest)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
     num_bytes = int(np.asarray(tokenizer.byte_lengths())[targets].sum())
+    if isinstance(data, Path) and max_batches is None:  # as the run counts them: with the first token's, which is given
+        num_bytes = file.info.num_bytes
     front = tokenizer.front_ids
     batches = evaluation_batches(ids, length, batch_size, max_batches)
     with recording(model, tokenizer, trace, trace_limit, "eval") as recorder:
@@ -141,8 +161,8 @@ def _measure_text(
     if json_output:
         about = {
             "model": str(checkpoint),
-            "data": list(data),
-            "documents": len(documents),
+            "data": said,
+            "documents": num_documents,
             "bytes": num_bytes,
             "sequence_length": length,
             "in_front_of_each_document": front_text,
@@ -151,10 +171,12 @@ def _measure_text(
         figures.pop("documents")  # how many there are is said below
         print(json.dumps({**figures, **about}))
         return
+    if isinstance(data, Path):
+        print("the run's own validation text")
     if front_text is not None:
         print(f"{shown(front_text)} in front of each document")
     print(
-        f"{result.tokens:,} tokens, {num_bytes:,} bytes in {len(documents):,} documents, sequences of {length:,} tokens"
+        f"{result.tokens:,} tokens, {num_bytes:,} bytes in {num_documents:,} documents, sequences of {length:,} tokens"
     )
     print(f"perplexity {result.perplexity:.3f}, bits per byte {result.bits_per_byte:.4f}, loss {result.loss:.4f}")
     for layer, load_of in result.load.items():

@@ -12,6 +12,7 @@ from manyhands.cli import (
     chat,
     check,
     choose,
+    config,
     convert,
     doctor,
     evaluate,
@@ -20,6 +21,7 @@ from manyhands.cli import (
     lab,
     models,
     plan,
+    presets,
     prune,
     quantize,
     report,
@@ -58,6 +60,8 @@ app.command("quantize")(quantize.quantize)
 app.command("upcycle")(upcycle.upcycle)
 app.command("prune")(prune.prune)
 app.command("serve")(serve.serve)
+app.command("presets")(presets.presets)
+app.command("config")(config.config)
 app.command("models")(models.models)
 app.command("plan")(plan.plan)
 app.command("choose")(choose.choose)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from manyhands.errors import ConfigError
+from manyhands.errors import ConfigError, UserError
 from manyhands.files import RUN
 
 if TYPE_CHECKING:
@@ -26,6 +26,12 @@ def train(
         list[str] | None,
         typer.Option(help="Text: file, folder, glob, stdlib or hf:NAME. Repeatable. Same as data.sources."),
     ] = None,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="Print the resolved run, with where each value is from, and end.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be trained, with its size and cost; write nothing.")
+    ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
@@ -44,8 +50,19 @@ def train(
     """
     from manyhands.parallel.started import alike
 
+    changes = list(overrides or [])
     with alike():
-        run, directory = _asked(list(overrides or []), preset, config, resume, out, data)
+        run, directory = _asked(changes, preset, config, resume, out, data)
+    if print_config:
+        if json_output or dry_run:
+            raise UserError("--print-config prints YAML alone: leave --json and --dry-run out")
+        _print_config(run, changes, preset, config, resume)
+        return
+    if dry_run:
+        from manyhands.cli.dry_run import say
+
+        say(directory, run, json_output)
+        return
 
     from manyhands.parallel.group import joined
     from manyhands.train.memory import keep_freed_memory
@@ -61,6 +78,20 @@ def train(
 
             summary = tune(directory, run, quiet=quiet or json_output, ranks=ranks)
     end(summary, json_output, strict, ranks.rank)
+
+
+def _print_config(
+    run: "RunConfig", changes: list[str], preset: str | None, config: Path | None, resume: Path | None
+) -> None:
+    from manyhands.config.load import preset_text
+    from manyhands.config.origin import with_origins
+
+    if preset is not None:
+        print(with_origins(run, preset_text(preset), f"preset {preset}", changes), end="")
+        return
+    path = config if resume is None else resume / RUN
+    assert path is not None
+    print(with_origins(run, path.read_text(encoding="utf-8"), str(path), changes), end="")
 
 
 def end(summary: "Summary", json_output: bool, strict: bool, rank: int) -> None:

@@ -1,5 +1,6 @@
 """Run descriptions from YAML files and presets, with `section.key=value` overrides on top."""
 
+import itertools
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -21,12 +22,22 @@ def preset_names() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in _PRESETS.iterdir() if entry.name.endswith(".yaml"))
 
 
+def preset_about(name: str) -> str:
+    """What the preset is for: the comment at its head, in one line."""
+    head = itertools.takewhile(lambda line: line.startswith("#"), preset_text(name).splitlines())
+    return " ".join(line.lstrip("# ") for line in head)
+
+
 def load_preset(name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """A run that ships with the package. Raises `ConfigError` for an unknown name or a bad override."""
+    return parse_run(preset_text(name), f"preset {name}", overrides)
+
+
+def preset_text(name: str) -> str:
+    """The file of a preset. Raises `ConfigError` for an unknown name."""
     if name not in preset_names():
         raise ConfigError(f"unknown preset {name!r}; " + suggest(name, preset_names()))
-    text = (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
-    return parse_run(text, f"preset {name}", overrides)
+    return (_PRESETS / f"{name}.yaml").read_text(encoding="utf-8")
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

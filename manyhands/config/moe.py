@@ -26,8 +26,10 @@ class MoEConfig(Strict):
     average_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """How much of that running mean stays after each optimiser step."""
     moe_intermediate_size: Size = 128
+    """Width of an expert."""
     hidden_act: Activation = "swiglu"
     expert_bias: bool = False
+    """Biases on the experts' projections (gpt-oss)."""
     n_shared_experts: Count = 0
     """Experts every token visits, summed to the routed output; one feed-forward n times as wide (DeepSeekMoE)."""
     shared_expert_intermediate_size: Size | None = None

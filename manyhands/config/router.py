@@ -46,18 +46,23 @@ class RouterConfig(Strict):
         "topk", "expert_choice", "hash", "base", "sinkhorn", "positive", "sparsemixer", "hierarchical", "soft"
     ] = "topk"
     score: Literal["softmax", "sigmoid", "sqrtsoftplus", "relu"] = "softmax"
+    """What is made of the logits: over all experts together, or of each by itself."""
     norm_topk_prob: bool = True
+    """Divide the chosen experts' weights by their sum."""
     norm_top1: bool = False
     """With num_experts_per_tok = 1, give weight 1 instead of the gate: what transformers' renormalising routers do."""
     logit_bias: bool = False
     """A learned bias on the logits (gpt-oss)."""
     routed_scaling_factor: Annotated[float, Field(gt=0.0, le=1e3)] = 1.0
+    """What the weights are multiplied by in the end (DeepSeek-V3: 2.5)."""
     bias: bool = False
     """Keep `e_score_correction_bias`, added to the scores for selection only (arXiv 2408.15664)."""
     bias_on: Literal["score", "logit"] = "score"
     """What that bias is added to, and the best of: V3's scores, or the logits (Megatron's quantile balancing)."""
     n_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    """Groups of neighbouring experts (DeepSeek-V3: one per node); 1: none."""
     topk_group: Annotated[int, Field(strict=True, ge=1, le=1 << 16)] = 1
+    """From how many groups a token may choose."""
     group_score: Literal["top2_sum", "max"] = "top2_sum"
     """How a group is scored: V3 sums its two best biased scores, V2 takes its best score."""
     noisy: bool = False
@@ -83,6 +88,7 @@ class RouterConfig(Strict):
     capacity_group: Size | None = None
     """Tokens per group, sequence after sequence; the last may be smaller (GShard; 1,024 in Mesh TensorFlow)."""
     min_capacity: Count = 4
+    """The least room of an expert, in tokens, where its capacity is a factor."""
     drop_policy: Literal["position", "probability"] = "position"
     """What an expert that is full keeps: the first tokens (first choices before second), or the most probable."""
 

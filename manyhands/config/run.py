@@ -23,6 +23,7 @@ class DataConfig(Strict):
     sources: tuple[str, ...] = ("stdlib",)
     """Files, folders, globs (.txt .md .py .jsonl .jsonl.gz .parquet), or `hf:NAME` for a Hugging Face data set."""
     text_field: str = "text"
+    """The field of .jsonl and .parquet rows that holds the text."""
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.05
     """Share of the text's bytes kept for validation: whole documents, chosen by a hash of their names and `seed`."""
     valid: tuple[str, ...] = ()
@@ -65,7 +66,9 @@ class BalanceConfig(Strict):
     """How that bias moves: by γ towards balance, or to where each expert would have had its share of the step's tokens
     (quantile balancing, Megatron), which has no rate."""
     z_loss_coef: Rate = 0.0
+    """ST-MoE's penalty on large router logits (arXiv 2202.08906)."""
     importance_coef: Rate = 0.0
+    """CV² of the summed weights of each expert (arXiv 1701.06538)."""
     load_coef: Rate = 0.0
     """CV² of the smooth load; needs a noisy router."""
     sequence_loss_coef: Rate = 0.0
@@ -86,19 +89,26 @@ class OptimConfig(Strict):
     """adafactor (arXiv 1804.04235): what T5 and Switch were trained with. Its `lr` is relative to the size of a
     parameter, 0.01 in T5, and falls as 1/√step once that is less."""
     lr: Annotated[float, Field(gt=0.0, le=10.0)] = 3e-3
+    """The highest learning rate, of the matrices; what the schedule multiplies."""
     embed_lr_scale: Rate = 1.0
     """Multiplies `lr` for the embedding and the output head."""
     router_lr_scale: Rate = 1.0
+    """Multiplies `lr` for the routers."""
     router_optim: Literal["adamw", "muon"] = "adamw"
     weight_decay: Rate = 0.1
+    """Decoupled, times the rate; of matrices alone."""
     betas: tuple[Share, Share] = (0.9, 0.95)
+    """AdamW's β₁ and β₂."""
     eps: Annotated[float, Field(gt=0.0, le=1.0)] = 1e-8
     momentum: Share = 0.95
+    """Muon's."""
     nesterov: bool = True
     ns_steps: Annotated[int, Field(strict=True, ge=1, le=20)] = 5
+    """Newton-Schulz iterations of a Muon step."""
     qk_clip: Annotated[float, Field(gt=0.0)] | None = 100.0
     """τ of QK-Clip (arXiv 2507.20534): the largest attention logit allowed. None turns it off. Muon only."""
     grad_clip: Annotated[float, Field(gt=0.0)] | None = 1.0
+    """The largest norm of the whole gradient; null: any."""
 
 
 class ScheduleConfig(Strict):
@@ -106,9 +116,11 @@ class ScheduleConfig(Strict):
 
     kind: Literal["cosine", "wsd"] = "wsd"
     warmup_steps: Count = 20
+    """Over which the rate rises linearly to `optim.lr`."""
     decay_fraction: Share = 0.5
     """wsd: the last share of the steps, over which the rate falls linearly."""
     min_ratio: Share = 0.0
+    """Where the rate ends, as a share of `optim.lr`."""
 
 
 class GuardConfig(Strict):
@@ -126,10 +138,12 @@ class TrainConfig(Strict):
 
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 64)] = 0
     max_steps: Size = 300
+    """Optimiser steps of the whole run."""
     max_seconds: Annotated[float, Field(gt=0.0)] | None = None
     """A time budget for steps, validation and saving: max_steps becomes what fits, after a few measured steps, and
     again whenever the machine turns out a tenth of the budget faster or slower."""
     sequence_length: Size = 256
+    """Tokens of a sequence."""
     batch_size: Size = 16
     """Sequences per optimiser step."""
     micro_batch_size: Size | None = None
@@ -143,7 +157,9 @@ class TrainConfig(Strict):
     recompute: bool = False
     """Recompute each block's activations in the backward pass to save memory."""
     experts_implementation: str = "auto"
+    """The backend of the experts: eager, grouped_mm, native, …; auto takes the fastest one that fits."""
     log_every: Size = 1
+    """A record in the journal each n-th step."""
     eval_every: Count = 0
     """Validate every n steps; 0: at the end only."""
     worth_every: Count | None = None

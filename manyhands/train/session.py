@@ -73,14 +73,15 @@ def open_session(directory: RunDirectory, run: RunConfig, ranks: Ranks, held: Ex
     mine: list[Session] = []
 
     def look() -> dict[str, Any]:
-        mine.append(_open(directory, run, ranks, held))
+        mine.append(foresee(directory, run, ranks, held))
         return mine[0].told()
 
     said = first(ranks, look)
     return mine[0] if mine else Session.heard(said)
 
 
-def _open(directory: RunDirectory, run: RunConfig, ranks: Ranks, held: ExitStack) -> Session:
+def foresee(directory: RunDirectory, run: RunConfig, ranks: Ranks, held: ExitStack | None = None) -> Session:
+    """What `open_session` decides, on one process. Without `held` nothing is locked, nor written."""
     directory.check_ours()
     before = load_run(directory.config_file) if directory.config_file.is_file() else None
     start = None if run.start is None or before is not None else Start.open(run.start, run.puts_beside)
@@ -92,7 +93,8 @@ def _open(directory: RunDirectory, run: RunConfig, ranks: Ranks, held: ExitStack
         run = as_chosen(run, before)
     check_ready(run, ranks)
     run, before = settle_dtype(run, before)
-    held.enter_context(directory.lock())
+    if held is not None:
+        held.enter_context(directory.lock())
     newest = directory.newest_valid()
     step, path = newest if newest else (0, None)
     changes: dict[str, tuple[Any, Any]] = {}

@@ -25,7 +25,21 @@ def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-VERBS = ("train", "generate", "chat", "eval", "check", "convert", "quantize", "models", "plan", "doctor", "bench")
+VERBS = (
+    "train",
+    "generate",
+    "chat",
+    "eval",
+    "check",
+    "convert",
+    "quantize",
+    "models",
+    "plan",
+    "doctor",
+    "bench",
+    "presets",
+    "config",
+)
 
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
@@ -99,6 +113,15 @@ def test_eval(run_dir: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)
     assert figures["bits_per_byte"] > 0 and abs(sum(figures["load"]["1"]["load"]) - 1) < 1e-6
+
+
+def test_eval_of_a_run_takes_its_own_validation_text(run_dir: Path) -> None:
+    figures = json.loads(manyhands("eval", str(run_dir), "--json").stdout)
+    summary = json.loads(manyhands("train", "--resume", str(run_dir), "--json").stdout)
+    assert figures["bits_per_byte"] == pytest.approx(summary["valid_bits_per_byte"], rel=1e-5)
+    assert "the run's own validation text" in manyhands("eval", str(run_dir)).stdout
+    done = manyhands("eval", str(run_dir / "checkpoints" / "step-00000008"))
+    assert done.returncode == 2 and "--data TEXT" in done.stderr
 
 
 def test_training_again_says_it_is_finished_and_changes_nothing(run_dir: Path, tmp_path: Path) -> None:
