@@ -5,11 +5,13 @@
     duration    2m05s           how long something took or will take
     number      1.24, –         a figure that may be missing
     show        671.0 B, 93.72 GFLOP, 673.1 GB, 2.12 ms    with its unit
+    table       columns under their heads
 
 B is 10^9, a GB 10^9 bytes.
 """
 
 import math
+from collections.abc import Iterator, Sequence
 
 _COUNT = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _SI = ((1e24, "Y"), (1e21, "Z"), (1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -82,6 +84,15 @@ def show(value: float | None, unit: str) -> str:
     if unit == "x":
         return f"{_digits(value)}x" if value >= 1 else f"1/{_digits(1 / value)}"
     return f"{_digits(value)} {unit}".rstrip()
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
+    """Columns under their heads; those in `left`, and the last, are aligned to the left. Empty columns are left out."""
+    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    widths = {i: max(len(head[i]), *(len(row[i]) for row in rows)) for i in kept}
+    for row in [head, *rows] if any(head[i] for i in kept) else rows:
+        cells = (row[i].ljust(widths[i]) if i in left or i == len(head) - 1 else row[i].rjust(widths[i]) for i in kept)
+        yield "  ".join(cells).rstrip()
 
 
 def _scaled(value: float, steps: tuple[tuple[float, str], ...]) -> str:

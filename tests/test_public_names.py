@@ -138,6 +138,8 @@ FLAGS = {
         *("trace", "policies", "budgets", "disk", "memory_rate", "sequences", "tokens", "record_bytes", "pin"),
         *("plot", "json_output", "layout", "placement", "redundant", "groups", "node", "network", "row_bytes"),
     },
+    "compare": {"runs", "at", "report", "json_output"},
+    "sweep": {"file", "out", "parallel", "dry_run", "json_output"},
     "doctor": {"again", "disk_file", "record", "speeds", "json_output"},
     "bench": {"ignore_field", "model", "prompt", "new", "backend", "batch", "remember", "json_output"},
     "choose": {

@@ -12,6 +12,7 @@ from manyhands.cli import (
     chat,
     check,
     choose,
+    compare,
     config,
     convert,
     doctor,
@@ -27,6 +28,7 @@ from manyhands.cli import (
     report,
     serve,
     simulate,
+    sweep,
     trace,
     train,
     tune,
@@ -55,6 +57,8 @@ app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
 app.command("inspect")(inspect.inspect)
 app.command("check")(check.check)
+app.command("compare")(compare.compare)
+app.command("sweep")(sweep.sweep)
 app.command("convert")(convert.convert)
 app.command("quantize")(quantize.quantize)
 app.command("upcycle")(upcycle.upcycle)

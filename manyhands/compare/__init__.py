@@ -8,4 +8,8 @@ routers.py   what the experts' load says: collapse, dead experts, uneven use
 ending.py    what ended it, what it waited for, what it skipped
 alike.py     experts that say nothing, or the same as another
 worth.py     what each expert is worth on a text
+
+comparison.py  runs side by side: `run.py` reads one, `groups.py` says which differ in their seed alone
+interval.py    how much better one configuration is, with an interval over seeds and documents (`student.py`)
+sweep.py       the runs that a file asks for (`sweep_file.py`), trained one after the other or side by side
 """

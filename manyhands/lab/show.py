@@ -1,9 +1,9 @@
 """A result as lines for a terminal: what was published, what is different, the arms, the figures, the verdict."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from manyhands.format import compact, duration, number
+from manyhands.format import compact, duration, number, table
 from manyhands.lab.experiment import Figure
 from manyhands.lab.run import Result
 
@@ -55,15 +55,6 @@ def spread(figure: Figure) -> str:
     if len(figure.values) < 2:
         return ""
     return f"{number(low, figure.digits)} – {number(high, figure.digits)}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> Iterator[str]:
-    """Columns under their heads; those in `left`, and the last, are aligned to the left. Empty columns are left out."""
-    kept = [i for i in range(len(head)) if any(row[i] for row in rows)]
-    widths = {i: max(len(head[i]), *(len(row[i]) for row in rows)) for i in kept}
-    for row in [head, *rows] if any(head[i] for i in kept) else rows:
-        cells = (row[i].ljust(widths[i]) if i in left or i == len(head) - 1 else row[i].rjust(widths[i]) for i in kept)
-        yield "  ".join(cells).rstrip()
 
 
 def _told(name: str, text: str) -> list[str]:
