@@ -1,6 +1,10 @@
 """The expert kernels, compiled if a C++ compiler is there; without one the install goes on and says so once.
 
-MANYHANDS_REQUIRE_NATIVE=1 makes a failure the install's own, with what the compiler said.
+MANYHANDS_REQUIRE_NATIVE=1 makes a failure the install's own, with what the compiler said. MANYHANDS_PURE=1 leaves the
+kernels out: a wheel for any system.
+
+setuptools and not scikit-build-core: there is one command per file and no library to find; CMake would be one more
+thing that an install needs.
 
 One object file per CPU level, each with its own flags: which one runs is decided at run time, on the user's machine.
 """
@@ -17,6 +21,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
+PURE = bool(os.environ.get("MANYHANDS_PURE"))
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.maxsize > 2**32
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "dq", "vl", "vnni")), "-mprefer-vector-width=512"]
@@ -69,15 +74,16 @@ class BuildKernels(build_ext):
 
 
 class PlatformWheel(bdist_wheel):
-    """The library belongs to a platform, not to a version of Python."""
+    """The library belongs to a platform, not to a version of Python; without it the wheel is anybody's."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """py3-none-<platform>."""
-        return "py3", "none", super().get_tag()[2]
+        return "py3", "none", "any" if PURE else super().get_tag()[2]
 
 
 sources = sorted(f"native/{path.name}" for path in (ROOT / "native").glob("*.cpp") if X86 or path.stem not in LEVELS)
+kernels = Extension("manyhands.kernels.native.libmanyhands", sources=sources, optional=True)
 setup(
-    ext_modules=[Extension("manyhands.kernels.native.libmanyhands", sources=sources, optional=True)],
+    ext_modules=[] if PURE else [kernels],
     cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
 )

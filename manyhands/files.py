@@ -111,6 +111,8 @@ def beside(path: Path, kind: str) -> Path:
 
 def sync_directory(directory: Path) -> None:
     """Make renames and deletions in `directory` survive a power cut."""
+    if not hasattr(os, "O_DIRECTORY"):  # Windows opens no directories
+        return
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,6 @@ RUN/.lock                        held by the one process that writes here
 """
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -38,6 +37,7 @@ from manyhands.files import (
     cannot_write,
     write_atomic,
 )
+from manyhands.system import hold, let_go
 
 NAMES = BEST, LAST = "best", "last"
 """What two of a run's checkpoints are called: that with the best validation, and the newest."""
@@ -102,15 +102,15 @@ class RunDirectory:
         try:
             fresh = not self.path.is_dir() or not any(self.path.iterdir())
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise cannot_write(self.path, error) from error
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            hold(descriptor)
             os.ftruncate(descriptor, 0)
             os.write(descriptor, str(os.getpid()).encode())
         except BlockingIOError:
-            holder = os.pread(descriptor, 20, 0).decode() or "unknown"
+            holder = os.read(descriptor, 20).decode() or "unknown"
             os.close(descriptor)
             raise RunLocked(
                 f"{self.path}: in use by process {holder}; wait until it ends, stop it, or use another directory"
@@ -127,7 +127,7 @@ class RunDirectory:
                 self._unmake()
             raise
         finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a forked child may hold a copy of the descriptor
+            let_go(descriptor)  # a forked child may hold a copy of the descriptor
             os.close(descriptor)
 
     def _unmake(self) -> None:

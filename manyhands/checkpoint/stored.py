@@ -5,7 +5,6 @@ stays mapped here. Records are not even looked at: where they begin follows from
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from functools import partial
 
@@ -20,6 +19,7 @@ from manyhands.kernels import BACKENDS
 from manyhands.moe.stored import StoredExperts
 from manyhands.store.policies import policy
 from manyhands.store.store import Store, StoredLayer
+from manyhands.system import forget, read_at
 
 _PIECE = 8 << 20
 _log = logging.getLogger(__name__)
@@ -76,10 +76,10 @@ def read_tensor(source: Source, stored: Stored) -> Tensor:
         with open(path, "rb", buffering=0) as file:
             done = 0
             while done < stored.size:
-                count = os.preadv(file.fileno(), [view[done : done + _PIECE]], stored.start + done)
+                count = read_at(file.fileno(), view[done : done + _PIECE], stored.start + done)
                 if count <= 0:
                     raise CheckpointError(f"{path}: ends within a tensor; it was changed")
-                os.posix_fadvise(file.fileno(), stored.start + done, count, os.POSIX_FADV_DONTNEED)
+                forget(file.fileno(), stored.start + done, count)
                 done += count
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from None

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from manyhands.errors import UserError
+from manyhands.system import forget, read_at
 
 RECORD_BYTES = 1 << 20
 """Of a random read, where nobody says how large an expert is."""
@@ -67,7 +68,7 @@ def _in_order(path: str) -> float:
 
         def read(offset: int) -> int:
             with mmap.mmap(-1, _BLOCK) as buffer:
-                return os.preadv(descriptor, [buffer], offset)
+                return read_at(descriptor, memoryview(buffer), offset)
 
         start = time.perf_counter()
         with ThreadPoolExecutor(8) as pool:
@@ -83,7 +84,9 @@ def _at_random(path: str | Path, size: int, record: int) -> float:
             places, total = random.Random(seed), 0
             with mmap.mmap(-1, record) as buffer:
                 while time.perf_counter() < end:
-                    total += os.preadv(descriptor, [buffer], places.randrange((size - record) // _PAGE + 1) * _PAGE)
+                    total += read_at(
+                        descriptor, memoryview(buffer), places.randrange((size - record) // _PAGE + 1) * _PAGE
+                    )
             return total
 
         start = time.perf_counter()
@@ -100,8 +103,7 @@ def _opened(path: str | Path) -> Iterator[int]:
     except OSError:
         descriptor = os.open(path, os.O_RDONLY)
     try:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        forget(descriptor, 0, 0)
         yield descriptor
     finally:
         os.close(descriptor)

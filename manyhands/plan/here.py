@@ -29,5 +29,5 @@ class Here(Strict):
 
 def machine_key() -> str:
     """Host, processor count and memory."""
-    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in os.sysconf_names else 0
+    pages = os.sysconf("SC_PHYS_PAGES") if "SC_PHYS_PAGES" in getattr(os, "sysconf_names", ()) else 0
     return f"{platform.node()}/{platform.machine()}/{os.cpu_count()}/{pages}"

@@ -8,6 +8,7 @@ import platform
 from pathlib import Path
 
 from manyhands.plan.cgroup import memory_limits
+from manyhands.system import installed_memory
 
 FEATURES = (
     "avx2",
@@ -52,7 +53,7 @@ def usable_cores() -> int:
 
 def usable_memory() -> float:
     """Bytes that this process may have: the machine's, or its container's limit."""
-    total = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    total = float(installed_memory())
     return min([total, *(group.limit for group in memory_limits())])
 
 

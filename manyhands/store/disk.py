@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from manyhands.errors import DiskError
+from manyhands.system import expect_random, forget, read_at
 
 Stamp = tuple[int, int, int, int]
 """Device, inode, bytes, time of the last change in ns."""
@@ -41,12 +42,12 @@ class RecordFile:
         done, size = 0, len(view)
         try:
             while done < size:
-                count = os.preadv(self._fd, [view[done:]], offset + done)
+                count = read_at(self._fd, view[done:], offset + done)
                 if count <= 0:
                     break
                 done += count
             if not self.direct:
-                os.posix_fadvise(self._fd, offset, size, os.POSIX_FADV_DONTNEED)
+                forget(self._fd, offset, size)
         except OSError as error:
             if gone := self.lost():
                 raise DiskError(gone) from None
@@ -81,7 +82,7 @@ class RecordFile:
 
 def _open(path: Path, direct: bool) -> tuple[int, bool]:
     """A descriptor, and whether it reads past the page cache."""
-    flags = os.O_RDONLY | os.O_CLOEXEC
+    flags = os.O_RDONLY | getattr(os, "O_BINARY", 0)
     if direct and hasattr(os, "O_DIRECT"):
         try:
             fd = os.open(path, flags | os.O_DIRECT)
@@ -92,7 +93,7 @@ def _open(path: Path, direct: bool) -> tuple[int, bool]:
                 return fd, True
             os.close(fd)
     fd = os.open(path, flags)
-    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)  # no read-ahead: the next record is another's
+    expect_random(fd)  # no read-ahead: the next record is another's
     return fd, False
 
 

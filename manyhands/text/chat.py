@@ -10,7 +10,6 @@ import contextlib
 import importlib.util
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ from typing import Any, Self
 
 from manyhands import strict_json
 from manyhands.errors import CheckpointError, DataError, ManyhandsError
-from manyhands.text.chat_worker import OUTPUT, SECONDS
+from manyhands.text.chat_worker import LATE, OUTPUT, SECONDS
 
 Message = Mapping[str, Any]
 """`{"role": "user", "content": "…"}`, and whatever else the template reads; JSON values only."""
@@ -284,7 +283,7 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 
 def _death(process: subprocess.Popen[bytes]) -> CheckpointError:
     code = process.wait()
-    if code == -signal.SIGALRM:
+    if code == LATE:
         return CheckpointError(f"the chat template failed: it takes longer than {SECONDS:g} s")
     return CheckpointError(f"the chat template failed: it brought its process down (exit code {code})")
 

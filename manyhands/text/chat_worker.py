@@ -17,20 +17,22 @@ import codecs
 import contextlib
 import importlib.util
 import json
+import os
 import pprint  # noqa: F401  a filter imports it late, when no file can be opened any more
 import random  # noqa: F401
-import resource
 import signal
 import sys
 import textwrap  # noqa: F401
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 SECONDS = 2.0
+LATE = -signal.SIGALRM if hasattr(signal, "SIGALRM") else 14
 MEMORY = 256 << 20
 OUTPUT = 1 << 20
 """Of one rendering: wall time; address space of the process; UTF-8 bytes of the text."""
@@ -54,9 +56,8 @@ def main() -> None:
     answers.flush()
     while header := requests.read(4):
         request = json.loads(requests.read(int.from_bytes(header, "big")))
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)  # SIGALRM ends the process, whatever it is in the middle of
-        kind, text = _answer(compiled, request)
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        with _in_time():
+            kind, text = _answer(compiled, request)
         data = text.encode("utf-8", "surrogatepass")
         answers.write(kind + len(data).to_bytes(4, "big") + data)
         if kind == b"=":
@@ -229,11 +230,34 @@ def _lock_up() -> None:
     for codec in ("unicode-escape", "ascii", "latin-1"):  # jinja2 reads its strings through the first
         codecs.lookup(codec)
     limits = {"AS": MEMORY, "NOFILE": 0, "FSIZE": 0, "NPROC": 0, "CORE": 0}
-    for name, limit in limits.items():
+    resource = _resource()
+    for name, limit in limits.items() if resource is not None else ():
         with contextlib.suppress(ValueError, OSError):  # not every system knows every limit
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (limit, limit))
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
+
+
+def _resource() -> Any:
+    try:
+        return importlib.import_module("resource")
+    except ImportError:  # Windows, where only the time is limited
+        return None
+
+
+@contextlib.contextmanager
+def _in_time() -> Iterator[None]:
+    """SIGALRM ends the process, whatever it is in the middle of; on Windows a thread does, between two instructions."""
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+    else:
+        timer = threading.Timer(SECONDS, os._exit, (LATE,))
+        timer.start()
+        yield
+        timer.cancel()
 
 
 if __name__ == "__main__":

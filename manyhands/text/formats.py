@@ -3,13 +3,13 @@
 import contextlib
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from manyhands.errors import DataError
+from manyhands.system import installed_memory
 from manyhands.text.document import Document
 
 SUFFIXES = (".txt", ".md", ".py", ".jsonl", ".jsonl.gz", ".parquet")
@@ -27,7 +27,7 @@ _ALWAYS = 64 << 20
 
 def memory_for_text() -> int:
     """The bytes that all texts together may have: half of this machine's memory."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    return installed_memory() // 2
 
 
 class _Budget:

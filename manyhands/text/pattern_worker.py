@@ -5,8 +5,8 @@
 Request on stdin: a JSON list of patterns. Exit code 0: all of them matched everything in time.
 """
 
+import contextlib
 import json
-import resource
 import string
 import sys
 
@@ -21,11 +21,7 @@ def main() -> None:
     from tokenizers.pre_tokenizers import Split
 
     patterns = json.load(sys.stdin)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
+    _limit()
     for pattern in patterns:
         split = Split(Regex(pattern), "isolated")
         letters = sorted({c for c in pattern if c.isprintable()})[:64]
@@ -36,6 +32,19 @@ def main() -> None:
             for end in ("", "\0", "!" if unit != "!" else "~"):
                 split.pre_tokenize_str(unit * _REPEATS + end)
         split.pre_tokenize_str(string.printable)
+
+
+def _limit() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows: `vet.py` stops this process when its time is over, and nothing else limits it
+        return
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # macOS knows the name alone
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    seconds = int(used.ru_utime + used.ru_stime) + SECONDS
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))
 
 
 if __name__ == "__main__":

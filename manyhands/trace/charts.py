@@ -177,12 +177,13 @@ def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tupl
 def ticks(low: float, high: float, about: int) -> list[float]:
     """About `about` round numbers that cover [low, high]; the first is <= low, the last >= high."""
     span = high - low
-    if span <= 0:
+    if span <= 1e-9 * max(abs(low), abs(high)):  # equal but for rounding
         span = abs(low) or 1.0
     size = 10.0 ** math.floor(math.log10(span / about))
     step = next(size * m for m in (1, 2, 2.5, 5, 10) if size * m * about >= span * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(i * step, 12) for i in range(first, max(last, first + 1) + 1)]
+    digits = max(12, 3 - math.floor(math.log10(step)))  # of a span of 1e-14 too
+    return [round(i * step, digits) for i in range(first, max(last, first + 1) + 1)]
 
 
 def tick_text(value: float) -> str:

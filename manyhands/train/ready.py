@@ -12,6 +12,7 @@ from manyhands.kernels import check_name
 from manyhands.models import build
 from manyhands.models.tuned import adapt
 from manyhands.parallel.ranks import Alone, Ranks
+from manyhands.system import installed_memory
 from manyhands.text.tokenizer import smallest_vocabulary
 from manyhands.train.optim import build_optimizers
 from manyhands.train.rows import check_rows
@@ -89,7 +90,7 @@ def _check_memory(parameters: int, trained: int, device: str, ranks: Ranks) -> N
         have, many = torch.cuda.get_device_properties(chosen).total_memory, ranks.size
         where = "the GPU has" if many == 1 else f"{many} GPUs like this one have"
     else:
-        have, many = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), ranks.size // ranks.local_size
+        have, many = installed_memory(), ranks.size // ranks.local_size
         where = "this machine has" if many == 1 else f"{many} machines like this one have"
     have *= many
     need = (parameters - trained) * _BYTES_FROZEN + trained * _BYTES_TRAINED

@@ -15,6 +15,14 @@ def test_ticks_cover_the_range_and_are_few(low: float, high: float) -> None:
     assert np.allclose(np.diff(found), found[1] - found[0])
 
 
+@pytest.mark.parametrize(("low", "high"), [(0, 3e-14), (1e-14, 1e-14), (3.0, 3.0 + 1e-15), (5e5, 5e5 + 1e-10)])
+def test_ticks_of_next_to_nothing_are_apart(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert found[0] <= low < found[-1] and all(a < b for a, b in zip(found, found[1:], strict=False))
+    chart = line_chart([Line("a", np.array([0.0, 1.0]), np.array([low, high]))], "y")
+    assert "nan" not in chart.lower() and "inf" not in chart.lower()
+
+
 def test_tick_text() -> None:
     assert [tick_text(v) for v in (0, 0.001, 2.5, 8000, 20_000, 3e6)] == ["0", "0.001", "2.5", "8000", "20k", "3M"]
 

@@ -25,7 +25,7 @@ BAD = {
 def test_before_any_work(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(loop, "prepare", lambda *args: pytest.fail("it began to work"))
-    monkeypatch.setattr("manyhands.train.ready.os.sysconf", lambda name: 1 << 15)  # a machine of 1 GiB
+    monkeypatch.setattr("manyhands.train.ready.installed_memory", lambda: 1 << 30)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=BAD[change]) as caught:
         loop.train(tmp_path / "run", small_run(tmp_path, change), quiet=True)

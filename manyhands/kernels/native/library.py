@@ -1,6 +1,7 @@
 """The shared library: loaded from this folder, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
+import sys
 import threading
 from ctypes import c_char_p, c_int, c_int64
 from functools import cache
@@ -84,7 +85,7 @@ def _here() -> ctypes.CDLL | str:
     """The library in this folder, or why there is none."""
     path = Path(__file__).with_name(NAME)
     if not path.is_file():
-        return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
+        return _not_built()
     try:
         library = ctypes.CDLL(str(path))
         library.mh_abi.restype = library.mh_levels.restype = c_int64
@@ -102,6 +103,15 @@ def _here() -> ctypes.CDLL | str:
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which cannot be traced
+def _not_built() -> str:
+    if sys.platform.startswith("linux"):
+        return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
+    return (
+        "wheels carry the library for Linux alone; PyTorch does the work here. With a C++ compiler, "
+        "`pip install --no-binary manyhands manyhands` tries to build it"
+    )
+
+
 def missing() -> str | None:
     """Why there is no native backend on this machine, in one clause; None where there is one."""
     found = _here()
