@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/quickstart
 PROMPT ?= def read_file(path):
 
-.PHONY: run setup setup-dev test lint clean
+.PHONY: run setup setup-dev test lint dist clean
 
 run: setup  ## train the quickstart model on the standard library's sources, then generate from it
 	$(BIN)/manyhands train --preset quickstart --out $(OUT)
@@ -39,5 +39,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+dist: setup  ## sdist, this machine's wheel, the wheel without kernels
+	$(PIP) install -q build
+	$(BIN)/python -m build -q --outdir dist
+	MANYHANDS_PURE=1 $(BIN)/python -m build -q --wheel --outdir dist
+	cd dist && sha256sum manyhands-*
+
 clean:  ## remove what `make` made, except runs
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,6 +1,7 @@
 import base64
 import re
 import zlib
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ def test_ticks_cover_the_range_and_are_few(low: float, high: float) -> None:
 @pytest.mark.parametrize(("low", "high"), [(0, 3e-14), (1e-14, 1e-14), (3.0, 3.0 + 1e-15), (5e5, 5e5 + 1e-10)])
 def test_ticks_of_next_to_nothing_are_apart(low: float, high: float) -> None:
     found = ticks(low, high, 5)
-    assert found[0] <= low < found[-1] and all(a < b for a, b in zip(found, found[1:], strict=False))
+    assert found[0] <= low < found[-1] and all(a < b for a, b in pairwise(found))
     chart = line_chart([Line("a", np.array([0.0, 1.0]), np.array([low, high]))], "y")
     assert "nan" not in chart.lower() and "inf" not in chart.lower()
 
