@@ -58,7 +58,12 @@ def main() -> None:
         run = Path(folder) / "run"
         print(told("version", "--version").strip())
         told("plan", "plan", "mixtral-8x7b")
-        told("train", "train", "--preset", "quickstart", "--out", str(run), f"train.max_steps={STEPS}")
+        words = (
+            Path(folder) / "words.txt"
+        )  # little text: the kernels and the loop are tried, not the tokenizer's patience
+        words.write_text("".join(f"def number_{i % 97}(a, b):\n    return a * {i} + b\n\n" for i in range(20_000)))
+        steps = f"train.max_steps={STEPS}"
+        told("train", "train", "--preset", "quickstart", "--out", str(run), "--data", str(words), steps)
         text = told("generate", "generate", str(run), "--prompt", "def ", "--max-new-tokens", "16")
         if not text.strip():
             sys.exit("generate: no text")
