@@ -34,7 +34,7 @@ def test_before_any_work(change: str, tmp_path: Path, monkeypatch: pytest.Monkey
 
 @pytest.mark.parametrize("seed", [1 << 64, -(1 << 63) - 1])
 def test_a_seed_that_generators_do_not_take(seed: int, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=rf"train\.seed = {seed}: .* (less|greater) than"):
+    with pytest.raises(ConfigError, match=rf"train\.seed = {seed}: must be "):
         small_run(tmp_path, f"train.seed={seed}")
 
 
