@@ -1,7 +1,7 @@
 """The shared library: loaded from this folder, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
-import sys
+import platform
 import threading
 from ctypes import c_char_p, c_int, c_int64
 from functools import cache
@@ -104,7 +104,7 @@ def _here() -> ctypes.CDLL | str:
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which cannot be traced
 def _not_built() -> str:
-    if sys.platform.startswith("linux"):
+    if platform.system() == "Linux":
         return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
     return (
         "wheels carry the library for Linux alone; PyTorch does the work here. With a C++ compiler, "
