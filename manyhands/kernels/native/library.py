@@ -102,7 +102,6 @@ def _here() -> ctypes.CDLL | str:
     return library
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which cannot be traced
 def _not_built() -> str:
     if platform.system() == "Linux":
         return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
@@ -112,6 +111,7 @@ def _not_built() -> str:
     )
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # which cannot be traced
 def missing() -> str | None:
     """Why there is no native backend on this machine, in one clause; None where there is one."""
     found = _here()
