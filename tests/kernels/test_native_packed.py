@@ -5,6 +5,9 @@ bf16 weights, and so does the reference. Rows beside integer weights are rounded
 rounds in the same way. test_native_integers.py holds them to their bits.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 
@@ -56,10 +59,16 @@ def reference(case, packed: PackedExperts, format: str, group: int, level: str) 
     return y
 
 
+def in_turn(of: Sequence[Any], others: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Every format with each `of`; the `others` take turns, so that each meets every format and every `of`."""
+    return [(*f, o, *others[(i + j) % len(others)]) for i, f in enumerate(FORMATS) for j, o in enumerate(of)]
+
+
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("activation", "bias"), [("swiglu", False), ("swiglu_oai", True), ("gelu", True)])
+@pytest.mark.parametrize(
+    ("format", "group", "shape", "activation", "bias"),
+    in_turn(SHAPES, [("swiglu", False), ("swiglu_oai", True), ("gelu", True)]),
+)
 def test_experts(level: str, format: str, group: int, shape: tuple[int, ...], activation: str, bias: bool) -> None:
     case = make_case(*shape, activation=activation, bias=bias, drop=0.1)
     packed = pack_experts(case.experts, format, group)
@@ -71,9 +80,10 @@ def test_experts(level: str, format: str, group: int, shape: tuple[int, ...], ac
 
 
 @pytest.mark.parametrize("level", LEVELS)
-@pytest.mark.parametrize(("format", "group"), FORMATS)
-@pytest.mark.parametrize("count", [0, 1, 2, 4, 5, 16, 17, 300])
-@pytest.mark.parametrize(("N", "K", "bias"), [(40, 70, True), (64, 128, False), (1, 1, True)])
+@pytest.mark.parametrize(
+    ("format", "group", "count", "N", "K", "bias"),
+    in_turn([0, 1, 2, 4, 5, 16, 17, 300], [(40, 70, True), (64, 128, False), (1, 1, True)]),
+)
 def test_linear(level: str, format: str, group: int, count: int, N: int, K: int, bias: bool) -> None:
     g = torch.Generator().manual_seed(count)
     w, b, x = torch.randn(N, K, generator=g), torch.randn(N, generator=g), torch.randn(count, K, generator=g)
