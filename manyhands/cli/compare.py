@@ -28,7 +28,7 @@ def compare(
     same text; with different tokenizers bits per byte are compared.
     """
     from manyhands.compare.comparison import compare as measure
-    from manyhands.compare.side_by_side import check_page
+    from manyhands.compare.pages.side_by_side import check_page
 
     if report is not None:
         check_page(report)
@@ -37,8 +37,8 @@ def compare(
 
 def show_comparison(found: "Comparison", report: Path | None, json_output: bool) -> None:
     """Write the page, if one is wanted, and print."""
+    from manyhands.compare.pages.side_by_side import write_page
     from manyhands.compare.show import lines
-    from manyhands.compare.side_by_side import write_page
     from manyhands.terminal import shown
 
     if report is not None:

@@ -40,7 +40,7 @@ def sweep(
         commands = [command(each, place) for each, place in zip(planned, places, strict=True)]
         _list(places, states, commands, json_output)
         return
-    from manyhands.compare.side_by_side import check_page
+    from manyhands.compare.pages.side_by_side import check_page
 
     page = home / "compare.html"
     check_page(page)

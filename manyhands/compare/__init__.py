@@ -11,5 +11,6 @@ worth.py     what each expert is worth on a text
 
 comparison.py  runs side by side: `run.py` reads one, `groups.py` says which differ in their seed alone
 interval.py    how much better one configuration is, with an interval over seeds and documents (`student.py`)
+pages/         one_run.py, side_by_side.py: what is drawn of them as HTML
 sweep.py       the runs that a file asks for (`sweep_file.py`), trained one after the other or side by side
 """

@@ -43,6 +43,8 @@ class History:
     worth: Record | None
     stopped_early: bool
     """Whether it ended where validations no longer got better, as it was told to."""
+    saved: frozenset[int]
+    """Steps of which a checkpoint was written; older ones may be gone."""
     run: RunConfig | None
     """As it was at the end."""
 
@@ -63,6 +65,7 @@ class History:
             end=ends[-1] if ends and ends[-1]["step"] >= last else None,
             worth=worths[-1] if worths else None,
             stopped_early=any(record["step"] >= last for record in kind("early_stop")),
+            saved=frozenset(record["step"] for record in kind("checkpoint")),
             run=None if run is None else settings_at(run, last),
         )
 
@@ -88,6 +91,10 @@ class History:
         """Whether a signal, a guard or a callback ended it."""
         reason = "" if self.end is None else str(self.end.get("reason") or "")
         return reason.startswith(("SIG", HALTED, CALLBACK))
+
+    def keeps(self, step: int) -> bool:
+        """Whether the checkpoint of this step, with the best validation, stays for that."""
+        return step in self.saved and (self.run is None or self.run.train.keep_best)
 
     @property
     def own(self) -> Sequence[str]:

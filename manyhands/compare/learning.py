@@ -6,6 +6,7 @@ All comparisons are of means over stretches of steps (`History.windows`) with th
 import math
 from itertools import pairwise
 
+from manyhands.checkpoint.runs import BEST
 from manyhands.compare import limits
 from manyhands.compare.finding import Finding
 from manyhands.compare.history import History, Window, any_number, rise
@@ -143,7 +144,7 @@ def _overfit(history: History, windows: list[Window]) -> Finding | None:
             fault,
             f"validation was best at step {best_step:,} of {history.step:,} (loss {best:.3f}) and is {worse:.1%} worse "
             f"at the end ({last:.3f}){epochs}, while training went on",
-            f"keep the model of step {best_step:,}; {more}",
+            f"{_best(history, best_step)}; {_earlier_end(history)}{more}",
             worse,
             limits.OVERFIT if fault else limits.OVERFIT_REMARK,
         )
@@ -157,10 +158,24 @@ def _overfit(history: History, windows: list[Window]) -> Finding | None:
         "overfit",
         True,
         f"the loss is {trained:.3f} on the training text and {loss:.3f} on validation{epochs}: it is learnt by heart",
-        f"{more}; train.eval_every shows when it began",
+        f"{more}; with train.eval_every RUN/{BEST} is the model before it began, and train.early_stop ends a run there",
         gap,
         limits.GAP,
     )
+
+
+def _best(history: History, step: int) -> str:
+    """Where the model of the best validation is to be had."""
+    if history.keeps(step):
+        return f"take RUN/{BEST}, the model of step {step:,}"
+    return f"the model of step {step:,} would be the one to take, and was not kept (train.keep_best keeps RUN/{BEST})"
+
+
+def _earlier_end(history: History) -> str:
+    """The option that ends a run before it gets worse, unless it was set."""
+    if history.run is None or history.run.train.early_stop is not None:
+        return ""
+    return "train.early_stop=3 ends a run where validation no longer gets better; "
 
 
 def _still_falling(history: History) -> Finding | None:

@@ -18,6 +18,8 @@ def origin(start: Record, steps: Sequence[Record], evals: Sequence[Record]) -> d
     told: dict[str, str] = {}
     if command := start.get("command"):
         told["command"] = str(command)
+    if (own := start.get("own")) and isinstance(own, list):
+        told["brought by the caller"] = ", ".join(map(str, own))
     if machine := start.get("machine"):
         parts = [str(machine.get("cpu") or ""), f"{machine['cores']} cores" if machine.get("cores") else ""]
         parts += [f"{show(machine['memory'], 'B')} of memory" if _is_number(machine.get("memory")) else ""]

@@ -9,9 +9,9 @@ import pytest
 
 from manyhands.compare.comparison import Comparison, compare, decimals
 from manyhands.compare.groups import grouped
+from manyhands.compare.pages.side_by_side import render
 from manyhands.compare.run import Run
 from manyhands.compare.show import lines
-from manyhands.compare.side_by_side import render
 from manyhands.compare.verdict import judge
 from manyhands.errors import DataError, UserError
 from manyhands.trace.documents import DocumentLosses

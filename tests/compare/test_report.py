@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
@@ -80,11 +81,34 @@ def test_what_is_no_run_is_refused_in_a_line(ended: Path, tmp_path: Path) -> Non
         ([str(tmp_path)], "holds neither journal.jsonl nor run.yaml"),
         ([str(tmp_path / "nothing")], "does not exist"),
         ([str(ended), "--out", str(tmp_path / "page.html")], "was not made by this program"),
-        ([str(ended), str(ended), "--out", "x.html"], "names one page"),
+        ([str(ended), str(ended), "--out", str(tmp_path / "x.html")], "two runs or more"),
+        ([str(ended), str(killed(ended, tmp_path / "k")), "--out", str(tmp_path / "page.html")], "was not made by"),
     ):
         done = manyhands("report", *arguments)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done
-    assert (tmp_path / "page.html").read_text() == "mine"
+    assert (tmp_path / "page.html").read_text() == "mine" and not (tmp_path / "x.html").exists()
+
+
+def test_several_runs_have_a_page_more_and_say_why_not(ended: Path, tmp_path: Path) -> None:
+    home = tmp_path / "runs"
+    for name in ("a", "b", "same"):
+        shutil.copytree(ended, home / name)
+    settings = home / "b" / "run.yaml"
+    text = settings.read_text()
+    settings.write_text(re.sub(r"(?m)^(  lr: ).*$", r"\g<1>0.5", text, count=1))
+    assert settings.read_text() != text
+    done = manyhands("report", str(home / "a"), str(home / "b" / "journal.jsonl"), "--json")
+    assert done.returncode == 0 and not done.stderr, done
+    first, second = json.loads(done.stdout)
+    assert first["side_by_side"] == second["side_by_side"] == str(home / "compare.html")
+    page = (home / "compare.html").read_text()
+    assert "lr 0.5" in page and page.count('class="plot') >= 2 and "2 configurations, side by side" in page
+    again = manyhands("report", str(home / "a"), str(home / "b"), "--out", str(tmp_path / "both.html"))
+    assert again.returncode == 0 and f"side by side: {tmp_path / 'both.html'}" in again.stdout
+    (home / "compare.html").unlink()
+    unlike = manyhands("report", str(home / "a"), str(home / "same"))
+    assert unlike.returncode == 0 and unlike.stdout.count("verdict:") == 2 and not (home / "compare.html").exists()
+    assert "not side by side:" in unlike.stderr and "same configuration with the same seed" in unlike.stderr
 
 
 @pytest.mark.parametrize(

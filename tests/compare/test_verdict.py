@@ -124,6 +124,9 @@ def test_overfitting_needs_a_validation_that_was_better() -> None:
     assert kinds(verdict) == {("overfit", True)}
     assert "best at step 200 of 400 (loss 2.900) and is 6.9% worse" in verdict.lines()[1]
     assert "2.0 epochs" in verdict.lines()[1]
+    assert "was not kept" in verdict.lines()[1] and "train.early_stop=3" in verdict.lines()[1]
+    saved = {"kind": "checkpoint", "step": 200, "path": "checkpoints/step-00000200"}
+    assert "take RUN/best, the model of step 200" in judge([*journal(evals=rising), saved], RUN).lines()[1]
     assert told(evals={100: 3.2, 200: 2.9, 400: 2.93}) == {("overfit", False)}
     assert told(evals={100: 3.2, 200: 2.9, 400: 2.91}) == set()
     stopped = {"kind": "early_stop", "step": 400, "best_step": 200}

@@ -17,6 +17,7 @@ from manyhands.errors import CheckpointError, ConfigError, DataError, Interrupte
 from manyhands.models import build, init_weights
 from manyhands.text import PackedBatches
 from manyhands.trace.journal import read_journal
+from manyhands.trace.origin import origin
 from manyhands.train import finish, loop
 from manyhands.train.own_task import OwnBatches, OwnTask
 from manyhands.train.task import LanguageModelling
@@ -95,6 +96,8 @@ def test_what_is_ones_own_but_the_same_gives_the_same_run(text: Path, tmp_path: 
     mh.train(run, model, seen, language_loss, valid=valid, out=tmp_path / "own", quiet=True)
     history = History.of(read_journal(tmp_path / "own" / "journal.jsonl"), run)
     assert history.own == ["model", "batches", "valid", "loss"] and history.chance is None and history.tuned
+    told = origin(history.start, history.steps, history.evals)
+    assert told["brought by the caller"] == "model, batches, valid, loss"
     assert history.unigram is None and history.epochs is None, "of a text that it did not learn"
     ours, theirs = losses(tmp_path / "own"), losses(tmp_path / "plain")
     assert ours == pytest.approx(theirs, rel=1e-4) and len(ours) == 2

@@ -48,7 +48,7 @@ def render(found: Comparison) -> str:
         "differs": [(name, [value_of(arm, name) for arm in found.arms]) for name in names],
         "version": __version__,
     }
-    return fill("manyhands.compare", values)
+    return fill("manyhands.compare.pages", values)
 
 
 def _colour(number: int) -> str:
