@@ -148,6 +148,8 @@ FLAGS = {
         *("min_active", "mmlu", "sparse", "format", "kv_bits", "layout", "trace", "rows", "plot", "json_output"),
     },
     "plan": {
+        "accepted",
+        "speculate",
         "api_price",
         "bandwidth",
         "cached",

@@ -68,6 +68,14 @@ def plan(
         str | None, typer.Option(metavar="CLASS=BITS,…", help="Bits per weight of routed, linear, embedding, rest.")
     ] = None,
     kv_bits: Annotated[float, typer.Option(min=1, max=32, help="Bits per cached number.")] = 16,
+    speculate: Annotated[
+        int | None,
+        typer.Option(min=1, max=64, metavar="N", help="With --machine: N tokens are guessed ahead (MTP, …)."),
+    ] = None,
+    accepted: Annotated[
+        str | None,
+        typer.Option(metavar="TOKENS", help="With --speculate: what a step gives, 2.8, or each guess's chance, 85%."),
+    ] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Experts on disk, in a process of so many bytes: 4GB.")
     ] = None,
@@ -136,6 +144,8 @@ def plan(
         subjects += [read_subject(other, include_rumours=include_rumours) for other in versus]
     given = {
         "--load": load,
+        "--speculate": speculate is not None,
+        "--accepted": accepted is not None,
         "--memory": memory,
         "--disk": disk,
         "--trace": trace,
@@ -167,12 +177,14 @@ def plan(
         "machine": machine_asked(
             machine,
             Changes(memory_size, bandwidth, count),
-            needed=scale or (price is not None and tokens is None),
+            needed=scale or speculate is not None or (price is not None and tokens is None),
             quiet=json_output,
         ),
         "load": _load(load, subjects[0]),
         "memory": size("--memory", memory),
         "disk": size("--disk", disk.removesuffix("/s") if disk else None),
+        "speculate": speculate,
+        "accepted": _accepted(accepted, speculate),
         "price": _positive(price, "--price"),
         "api_price": read_api_price(api_price) if api_price is not None else None,
         "in_out": 3.0 if in_out is None else in_out,
@@ -283,6 +295,15 @@ def _network(text: str | None) -> "Network | None":
             f"--network {text}: a machine's links come with --machine {text}; expected LATENCY,RATE or a file"
         )
     return found.between
+
+
+def _accepted(text: str | None, drafts: int | None) -> float:
+    """Tokens that a step gives. Raises `ConfigError` for one without the other, and for what no step gives."""
+    from manyhands.plan.speculation import read_accepted
+
+    if (text is None) != (drafts is None):
+        raise ConfigError("--speculate and --accepted go together: how many are guessed, and what a step gives of them")
+    return 1.0 if text is None or drafts is None else read_accepted(text, drafts)
 
 
 def _positive(value: float | None, what: str) -> float | None:

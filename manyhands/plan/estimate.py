@@ -100,14 +100,19 @@ def estimate(bound: Bound, layers: int, kind: Kind, recorded: Sequence[Point] = 
 
     `without` names a group that does not count: how the method is tested.
     """
-    ours = [point for point in recorded if point.kind.work == kind.work and point.group != without]
-    points = ours or [point for point in published_points() if point.group != without]
-    law = fit(points, kind if ours else replace(kind, format=None))
+    law, ours = law_for(kind, recorded, without=without)
     each = bound.seconds / layers
     speed, (low, high) = bound.step.tokens / (layers * law.seconds(each)), law.band(each)
     top, what = bound.most_per_second, "recorded here" if ours else "published by others"
     source = f"from {law.points} speed{'s' if law.points > 1 else ''} {what}"
-    return Estimate(min(speed, top), min(speed * low, top), min(speed * high, top), source, bool(ours))
+    return Estimate(min(speed, top), min(speed * low, top), min(speed * high, top), source, ours)
+
+
+def law_for(kind: Kind, recorded: Sequence[Point] = (), *, without: str = "") -> tuple[Law, bool]:
+    """What speeds say of steps of `kind`, and whether they are of this machine (`recorded`) or published."""
+    ours = [point for point in recorded if point.kind.work == kind.work and point.group != without]
+    points = ours or [point for point in published_points() if point.group != without]
+    return fit(points, kind if ours else replace(kind, format=None)), bool(ours)
 
 
 def fit(points: Sequence[Point], kind: Kind) -> Law:

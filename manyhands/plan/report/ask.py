@@ -42,6 +42,10 @@ class Ask:
     """Bytes per second of reading experts, if the machine's are not meant."""
     hits: "Hits | None" = None
     """None: expected from the share of the experts that fits."""
+    speculate: int | None = None
+    """Drafts of a step; None: no speculation."""
+    accepted: float = 1.0
+    """Tokens that such a step gives."""
     price: float | None = None
     api_price: "ApiPrice | None" = None
     in_out: float = 3.0

@@ -33,6 +33,10 @@ ROOF = Formula(
     "Williams et al., CACM 52(4), 2009",
 )
 EXPECTED = Formula("expected time of a layer", "bound / a + c", "fitted on measured speeds, docs/planning.md")
+GUESSED = Formula(
+    "speed when guessing ahead", "accepted·B / (pass over B·(1 + d) tokens + d·draft)", "arXiv 2211.17192 §3.3"
+)
+PAYS = Formula("accepted tokens from which it pays", "step that guesses / step that does not", "the same speeds")
 OFFLOAD = Formula(
     "offloading, nothing overlapped", "(fixed + cache + h·experts)/memory + (1 - h)·experts/disk", "arXiv 2312.17238"
 )

@@ -63,6 +63,10 @@ def _on_machine(subject: Subject, ask: Ask, machine: "Machine") -> list[Section]
 
     if (likely := expected(subject, ask, machine, ask.recorded_here)) is not None:
         sections.append(likely)
+    if ask.speculate is not None:
+        from manyhands.plan.report.speculation import speculation
+
+        sections.append(speculation(subject, ask, machine, ask.speculate))
     fits = ask.need(subject).fits(machine)
     if subject.sizes.num_experts and ask.disk_rate and not (fits and machine.devices > 1):
         sections.append(offload(subject, ask, machine))
