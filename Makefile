@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/quickstart
 PROMPT ?= def read_file(path):
 
-.PHONY: run setup setup-dev test lint dist clean
+.PHONY: run setup setup-dev test lint docs dist clean
 
 run: setup  ## train the quickstart model on the standard library's sources, then generate from it
 	$(BIN)/manyhands train --preset quickstart --out $(OUT)
@@ -27,6 +27,11 @@ lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/mypy scripts/typed_calls.py
 	$(BIN)/lint-imports
 
+docs: export NO_MKDOCS_2_WARNING := 1
+docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/; a warning is an error
+	$(BIN)/mkdocs build --strict
+	@echo "site/index.html"
+
 # torch first and pinned: an open range pulls gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard native/*.cpp native/*.h native/*.inl)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "manyhands needs Python 3.11 or newer; set PYTHON=")'
@@ -39,6 +44,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/.installed-docs: $(VENV)/.installed
+	$(PIP) install -q -c constraints.txt -e '.[docs]'
+	touch $@
+
 dist: setup  ## sdist, this machine's wheel, the wheel without kernels
 	$(PIP) install -q build
 	$(BIN)/python -m build -q --outdir dist
@@ -46,4 +55,4 @@ dist: setup  ## sdist, this machine's wheel, the wheel without kernels
 	cd dist && sha256sum manyhands-*
 
 clean:  ## remove what `make` made, except runs
-	rm -rf $(VENV) dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
