@@ -50,7 +50,7 @@ class Command:
     @property
     def whole(self) -> bool:
         """Whether it can be run at all."""
-        return self.block >= 0 or re.fullmatch(r"manyhands (plan|models) [a-z][^A-Z…]*", self.text) is not None
+        return self.block >= 0 or re.fullmatch(r"manyhands (plan|models|choose) [a-z][^A-Z…]*", self.text) is not None
 
     @property
     def skipped(self) -> str | None:
@@ -159,9 +159,9 @@ def makes(block: list[Command]) -> set[str]:
     """Paths that a block makes itself: no stand-in lies there."""
     found = {path for command in block for pair in _MADE.findall(command.text) for path in pair if path}
     for command in block:
-        preset = re.search(r"--preset (\S+)", command.text)
-        if preset and "--out" not in command.text:
-            found.add(f"runs/{preset[1]}")
+        named = re.search(r"(?:--preset|-c|sweep) (\S+?)(?:\.yaml)?(?= |$)", command.text)
+        if named and "--out" not in command.text:
+            found.add(f"runs/{named[1]}")
         if "manyhands tune " in command.text and "--out" not in command.text:
             method = re.search(r"--method (\S+)", command.text)
             found.add(f"runs/tune-{method[1] if method else 'full'}")
@@ -244,7 +244,9 @@ def _ended(line: str, folder: Path, environment: dict[str, str]) -> str | None:
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return f"longer than {SECONDS} s"
-    allowed = (0, 4) if re.search(r"manyhands (train|tune) ", line) else (0,)  # so few steps may not be worth keeping
+    allowed = (
+        (0, 4) if re.search(r"manyhands (train|tune|sweep) ", line) else (0,)
+    )  # so few steps may not be worth keeping
     return (
         None if done.returncode in allowed else f"exit code {done.returncode}: {(done.stderr or done.stdout)[-1500:]}"
     )

@@ -28,10 +28,13 @@ def make_stand_ins(folder: Path) -> None:
     folder.mkdir()
     _texts(folder)
     run = ["train", "--preset", "tiny", "--data", "text.txt", "--quiet", *SMALL]
-    saved = ["train.save_every=2", "train.keep_checkpoints=10", "trace.every=3"]
+    saved = ["train.save_every=2", "train.keep_checkpoints=10", "train.eval_every=2", "trace.every=3"]
     _manyhands(folder, *run, "--out", "runs/quickstart", *saved)
     for copy in ("runs/mine", "run", "runs/a"):
         _copy(folder, "runs/quickstart", copy)
+    for name in ("a-0", "a-1", "b-0", "b-1"):
+        changed = [f"train.seed={name[-1]}", *["optim.lr=0.02"] * name.startswith("b")]
+        _manyhands(folder, *run, *changed, "--data", "my-text.jsonl", "--out", f"runs/{name}")
     _run_files(folder)
     for name, family in (("olmoe", "olmoe"), ("mixtral", "mixtral"), ("dense", "qwen3")):
         _model(folder, name, family)
@@ -51,6 +54,7 @@ def make_stand_ins(folder: Path) -> None:
         sampled = ["--max-new-tokens", "96", "--temperature", "1", "--seed", str(seed)]
         _manyhands(folder, "generate", "runs/quickstart", *prompts, *sampled, "--trace", trace)
     _copy(folder, "traces/one", "traces/monday")
+    _manyhands(folder, "trace", "import", "large.jsonl", "traces/large", "--num-experts", "128")
     _copy(folder, "runs/quickstart/traces/step-000003", "runs/b/traces/step-000050")
 
 
@@ -76,7 +80,13 @@ def _texts(folder: Path) -> None:
         for token in range(20)
         for layer in (0, 1)
     ]
-    for name, values in (("my-text", rows), ("mail", rows), ("preferences", pairs), ("routes", records)):
+    large = [
+        {"layer_idx": layer, "token_idx": token, "selected_ids": [(token * i + layer) % 128 for i in range(3, 11)]}
+        | {"gate_weights": [0.125] * 8}
+        for token in range(1, 13)
+        for layer in range(48)
+    ]
+    for name, values in (("large", large), ("my-text", rows), ("mail", rows), ("preferences", pairs), ("routes", records)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     tags = ("NOUN", "VERB", "ADJ")
     sentences = []
@@ -104,6 +114,9 @@ def _run_files(folder: Path) -> None:
     values["train"]["max_steps"] = 4
     for name in ("run.yaml", "my_run.yaml", "other.yaml"):
         (folder / name).write_text(yaml.safe_dump(values))
+    steps = [change for change in SMALL if "tokenizer" not in change] + ["data.sources=['my-text.jsonl']"]
+    sweep = {"preset": "tiny", "set": [*steps, "train.max_steps=3"], "seeds": 2, "grid": {"optim.lr": [0.003, 0.006]}}
+    (folder / "rates.yaml").write_text(yaml.safe_dump(sweep))
     (folder / "mine.yaml").write_text(yaml.safe_dump({**values, "start": "runs/quickstart"}))
 
 

@@ -108,6 +108,9 @@ def test_file_formats_name_every_file() -> None:
     page = (ROOT / "docs" / "formats.md").read_text(encoding="utf-8")
     names = re.findall(r'"([\w.]+\.(?:json|jsonl|yaml|safetensors|npy))"', (ROOT / "manyhands/files.py").read_text())
     assert len(names) > 10 and [name for name in names if f"`{name}`" not in page] == []
+    journal = (ROOT / "manyhands/trace/journal.py").read_text().partition("Every record")[2].partition("A line is")[0]
+    kinds = re.findall(r"^([a-z_]+(?: [a-z_]+)?)  ", journal, re.MULTILINE)
+    assert len(kinds) > 5 and [kind for line in kinds for kind in line.split() if f"`{kind}`" not in page] == []
 
 
 def test_every_route_of_the_server_is_documented() -> None:
