@@ -86,7 +86,13 @@ def _texts(folder: Path) -> None:
         for token in range(1, 13)
         for layer in range(48)
     ]
-    for name, values in (("large", large), ("my-text", rows), ("mail", rows), ("preferences", pairs), ("routes", records)):
+    for name, values in (
+        ("large", large),
+        ("my-text", rows),
+        ("mail", rows),
+        ("preferences", pairs),
+        ("routes", records),
+    ):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(value) + "\n" for value in values))
     tags = ("NOUN", "VERB", "ADJ")
     sentences = []
