@@ -149,7 +149,9 @@ FLAGS = {
     },
     "plan": {
         "accepted",
+        "ep",
         "speculate",
+        "train_memory",
         "api_price",
         "bandwidth",
         "cached",

@@ -101,6 +101,12 @@ def plan(
         float | None, typer.Option(min=0.0, max=1.0, help="With --price: share of the input in a cache.")
     ] = None,
     tokens: Annotated[str | None, typer.Option(help="Train on so many: 14.8T.")] = None,
+    train_memory: Annotated[
+        bool, typer.Option("--train-memory", help="Memory of training --batch sequences a device, by optimiser.")
+    ] = False,
+    ep: Annotated[
+        int, typer.Option(min=1, max=99_999, help="With --train-memory: devices that share out one set of experts.")
+    ] = 1,
     utilisation: Annotated[float, typer.Option(min=0.001, max=1.0, help="Share of the matrix rate in training.")] = 0.4,
     gpu_hours: Annotated[str | None, typer.Option(help="Device hours of training, instead of --utilisation.")] = None,
     scale: Annotated[bool, typer.Option("--scale", help="Expert parallelism on paper.")] = False,
@@ -146,6 +152,8 @@ def plan(
         "--load": load,
         "--speculate": speculate is not None,
         "--accepted": accepted is not None,
+        "--train-memory": train_memory,
+        "--ep": ep != 1,
         "--memory": memory,
         "--disk": disk,
         "--trace": trace,
@@ -192,6 +200,8 @@ def plan(
         "mixed": api_price is not None or in_out is not None or cached is not None,
         "tokens": quantity(tokens, "--tokens") if tokens else None,
         "hours": quantity(gpu_hours, "--gpu-hours") if gpu_hours else None,
+        "train_memory": train_memory,
+        "ep": ep,
         "utilisation": utilisation,
         "scale": scale,
         "devices": devices,
@@ -209,6 +219,10 @@ def plan(
         from manyhands.plan.report.scale import check_devices
 
         check_devices(subjects[0], values["machine"], devices, values["network"])
+    if train_memory:
+        from manyhands.plan.report.training_memory import check_ep
+
+        check_ep(subjects[0], values["machine"], ep)
     positions = [s.sizes.positions for s in subjects if s.sizes is not None and s.sizes.positions is not None]
     values["context"] = length(context, "--context") if context else min([PLAN_CONTEXT, *positions])
     asks = [
@@ -244,8 +258,10 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
     of_experts = given & {"--scale", "--load", "--memory", "--disk", "--trace"}
     if first.sizes is not None and not first.sizes.num_experts and (about := of_experts):
         raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")
-    if first.config is None and "--load" in given:
-        raise ConfigError(f"--load has no meaning for {first.name}: it is not of a family that manyhands runs")
+    if first.config is None and (about := given & {"--load", "--train-memory"}):
+        raise ConfigError(f"{min(about)} has no meaning for {first.name}: it is not of a family that manyhands runs")
+    if "--ep" in given and "--train-memory" not in given:
+        raise ConfigError("--ep goes with --train-memory")
     of_scale = {"--devices", "--imbalance", "--tokens-per-device", "--network"}
     if "--scale" not in given and (about := given & of_scale):
         raise ConfigError(f"{min(about)} goes with --scale")

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from manyhands.config.optim_groups import optim_group
 from manyhands.config.run import OptimConfig
 from manyhands.errors import CheckpointError
 from manyhands.parallel.shards import Reader, Rows, held_rows, laid_out, local, take
@@ -189,14 +190,4 @@ def build_optimizers(model: nn.Module, config: OptimConfig) -> Optimizers:
 
 def group_of(name: str, param: Tensor) -> str:
     """The group of the table above that parameter `name` belongs to."""
-    parts = name.split(".")
-    if "router" in parts:
-        return "router"
-    if "embed_tokens" in parts or ("lm_head" in parts and parts[-1] != "bias"):
-        return "embed"
-    if "shared_expert_gate" in parts:
-        return "shared_expert_gate"
-    # The experts' biases are stacked, and relative positions are a table: two dimensions, still no matrices.
-    if param.ndim < 2 or parts[-1].endswith("bias") or "relative_attention_bias" in parts:
-        return "vector"
-    return "gate_up" if parts[-1] == "gate_up_proj" else "hidden"
+    return optim_group(name, param.ndim)

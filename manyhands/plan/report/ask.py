@@ -58,6 +58,9 @@ class Ask:
     """To train on."""
     hours: float | None = None
     """Device hours that training took or may take."""
+    train_memory: bool = False
+    ep: int = 1
+    """With it: devices that share out one set of experts."""
     utilisation: float = 0.4
     scale: bool = False
     devices: int | None = None

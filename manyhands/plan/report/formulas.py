@@ -74,6 +74,14 @@ GATHERED = Formula(
 STATE = Formula(
     "memory of a device", "16·parameters/N + 2 gathered blocks in bf16", "arXiv 1910.02054 §3.1, moments in float32"
 )
+LASTING = Formula("memory that lasts", "4·numbers / W", "arXiv 1910.02054 §3.1, all of it in float32")
+CAST = Formula("matrices in bfloat16", "2·numbers of the blocks that are held at once", "this package's layout")
+KEPT = Formula(
+    "activations",
+    "T·Σ_layers 2·(4·D + 2·(H + G)·d + K·(2·D + 3·F) + 3·shared) + 4·(D + E + statistics)",
+    "what this package's modules keep for the backward pass",
+)
+RECOMPUTED = Formula("activations, recomputed", "T·(2·D·L + routings) + the largest block", "arXiv 1604.06174 §4.1")
 EFFICIENCY = Formula("efficiency", "mean device's arithmetic / step", "the same step")
 HOLD = Formula("smallest number of devices", "⌈weights / (memory·(1 - reserve))⌉", "10% of each device kept free")
 LAW = Formula(

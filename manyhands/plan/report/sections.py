@@ -40,6 +40,10 @@ def build_sections(subject: Subject, ask: Ask) -> list[Section]:
         from manyhands.plan.report.machine import training
 
         sections.append(training(subject, ask))
+    if ask.train_memory:
+        from manyhands.plan.report.training_memory import training_memory
+
+        sections.append(training_memory(subject, ask))
     if ask.scale and ask.machine is not None:
         from manyhands.plan.report.scale import parallel
         from manyhands.plan.report.scale_out import scale_out
