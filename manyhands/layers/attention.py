@@ -178,6 +178,12 @@ class Attention(nn.Module):
         if self.sinks is not None:
             nn.init.zeros_(self.sinks)
 
+    def extra_repr(self) -> str:
+        """Heads, and the window if there is one."""
+        a = self.config
+        heads = f"num_attention_heads={a.num_attention_heads}, num_key_value_heads={a.kv_heads}, head_dim={a.head_dim}"
+        return heads if self.window is None else f"{heads}, sliding_window={self.window}"
+
     def forward(self, x_BSD: Tensor, positions: Positions, cache: Caches = None) -> tuple[Tensor, Tensor | None]:
         """[B, S, D] -> [B, S, D], and the largest logit per head [H] when QK-Clip asks for it."""
         B, S, _ = x_BSD.shape

@@ -27,6 +27,10 @@ class RMSNorm(nn.Module):
         with torch.no_grad():
             self.weight.fill_(1.0)
 
+    def extra_repr(self) -> str:
+        """Width and eps."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
         if transformed():
@@ -55,6 +59,10 @@ class LayerNorm(nn.Module):
         with torch.no_grad():
             self.weight.fill_(1.0)
             self.bias.zero_()
+
+    def extra_repr(self) -> str:
+        """Width and eps."""
+        return f"{self.weight.shape[0]}, eps={self.eps}"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""

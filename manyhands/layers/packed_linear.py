@@ -28,6 +28,19 @@ class RecordLinear(nn.Module):
         return PackedLinear(self.record, self.layout)
 
     @property
+    def num_packed(self) -> int:
+        """Weights and biases in the record."""
+        return self.layout.num_weights
+
+    def extra_repr(self) -> str:
+        """Sizes and format, in the names of `nn.Linear`."""
+        (m,) = self.layout.matrices
+        return (
+            f"in_features={m.inputs}, out_features={m.parts * m.outputs}, bias={self.layout.bias}, "
+            f"format={self.layout.format}"
+        )
+
+    @property
     def stays(self) -> bool:
         """Whether the record is the layer's own, and not made anew for each look at it."""
         return held(self, "record")

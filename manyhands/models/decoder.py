@@ -23,7 +23,9 @@ from manyhands.layers.latent_attention import LatentAttention
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import Norm, norm_of
 from manyhands.layers.rope import rope_tables
+from manyhands.models.described import Described
 from manyhands.models.init import fill
+from manyhands.models.inputs import check_position_ids, ids_of, next_token_loss
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 
@@ -40,9 +42,11 @@ class Hidden:
     max_logits: dict[int, Tensor]
     """[H] per layer, when asked for: the largest attention logits (QK-Clip)."""
     cache: AnyCache | None
+    hidden_states: tuple[Tensor, ...] | None = None
+    """As in `Output`."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Output:
     """What the model returns."""
 
@@ -50,6 +54,26 @@ class Output:
     """[B, S, V]"""
     routings: dict[int, Routing]
     cache: AnyCache | None
+    loss: Tensor | None = None
+    """[] in nats per token, if there were labels. Without balance losses: `balance_objective(out.routings, …)`."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """L + 1 of [B, S, D], if asked for: what each block took, and what the final norm gave."""
+
+    def __repr__(self) -> str:
+        """Shapes, not numbers."""
+        parts = [f"logits={_shape(self.logits)}", f"routings of layers {list(self.routings)}"]
+        if self.routings:
+            routing = next(iter(self.routings.values()))
+            (T, K), E = routing.expert_ids.shape, routing.num_experts
+            parts[-1] += f": {K} of {E} experts for each of {T} tokens"
+        parts += [] if self.loss is None else [f"loss={_shape(self.loss)}"]
+        parts += [] if self.hidden_states is None else [f"{len(self.hidden_states)} hidden_states"]
+        parts += [] if self.cache is None else [f"cache={type(self.cache).__name__}"]
+        return f"Output({', '.join(parts)})"
+
+
+def _shape(t: Tensor) -> str:
+    return f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}"
 
 
 pytree.register_dataclass(Hidden)
@@ -117,14 +141,17 @@ def find_positions(
     real_BL: Tensor | None,
     device: torch.device,
     clip_above: float | None = None,
+    position_BS: Tensor | None = None,
 ) -> Positions:
     """Where the last `num_queries` of `length` positions are. `real_BL` None: there is no padding.
 
+    `position_BS` are the numbers they are turned by; None: real tokens are counted.
     Raises `ConfigError` where what is cached of the others is no longer right (LongRoPE).
     """
     S, L = num_queries, length
     whole_B1 = _length(config, S, L, real_BL, device)
-    rope = rope_tables(config.rope, config.rope_dim, _number(S, L, real_BL, device), whole_B1)
+    position_BS = _number(S, L, real_BL, device) if position_BS is None else position_BS
+    rope = rope_tables(config.rope, config.rope_dim, position_BS, whole_B1)
     return _look(config, rope, S, L, real_BL, clip_above)
 
 
@@ -205,7 +232,7 @@ def _look(
     )
 
 
-class Decoder(nn.Module):
+class Decoder(Described):
     """A causal language model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:
@@ -248,22 +275,43 @@ class Decoder(nn.Module):
 
     def forward(
         self,
-        ids_BS: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         cache: Cache | None = None,
         dtype: torch.dtype | None = None,
         edit: Edits | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> Output:
-        """Logits for token ids [B, S]. See `hidden` for the arguments."""
-        hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype, edit=edit)
-        return Output(self.head(hidden.states), hidden.routings, hidden.cache)
+        """Logits for token ids [B, S]. See `hidden` for the arguments.
+
+        `labels` [B, S] are the ids again, −100 where nothing is to be learned: `loss` is that of each next token. They
+        and the other arguments by name mean what they mean in transformers; so the first token behind padding counts,
+        though padding predicts it, unless its label is −100.
+        """
+        hidden = self.hidden(
+            input_ids,
+            attention_mask,
+            cache,
+            dtype=dtype,
+            edit=edit,
+            inputs_embeds=inputs_embeds,
+            position_ids=position_ids,
+            output_hidden_states=output_hidden_states,
+        )
+        logits = self.head(hidden.states)
+        loss = None if labels is None else next_token_loss(logits, labels)
+        return Output(logits, hidden.routings, hidden.cache, loss, hidden.hidden_states)
 
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
     def hidden(
         self,
-        ids_BS: Tensor,
+        ids_BS: Tensor | None,
         mask_BS: Tensor | None = None,
         cache: Cache | None = None,
         *,
@@ -273,6 +321,9 @@ class Decoder(nn.Module):
         keep_outputs: bool = False,
         edit: Edits | None = None,
         documents: Sequence[int] | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        output_hidden_states: bool = False,
     ) -> Hidden:
         """Everything but the head.
 
@@ -285,31 +336,45 @@ class Decoder(nn.Module):
         `documents` packs: B = 1, and the S tokens are those of texts of these lengths, one behind the other. Each has
         positions of its own and sees nothing of the others, as if it were alone; there is no padding and no cache.
 
+        `inputs_embeds` [B, S, D] stand in the place of ids: what the embedding says, before `embedding_multiplier`.
+        `position_ids` [B or 1, S] are what tokens are turned by, and nothing else (default: real tokens counted from
+        0). `output_hidden_states` keeps what each block took and what the final norm gave.
+
         Raises `ConfigError` for an edit of a layer without router, or that the layer cannot follow; for `documents`
-        that are not so, or with a router that gives each sequence as a whole its share.
+        that are not so, or with a router that gives each sequence as a whole its share; for embeddings or positions
+        that do not fit (`models/inputs.py`).
         """
         self._check(edit)
+        ids_BS = ids_of(self.config, ids_BS, inputs_embeds)
         S = ids_BS.shape[1]
         if documents is not None:
             self._check_documents(ids_BS, documents, mask_BS is None and cache is None)
         real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
         if mask_BS is not None and mask_BS.shape != ids_BS.shape:
             raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
+        if position_ids is not None:
+            if documents is not None:
+                raise ConfigError("documents have positions of their own: give them without position_ids")
+            position_ids = check_position_ids(self.config, position_ids, ids_BS, mask_BS is None and cache is None)
         if cache is not None:
             if len(cache.layers) != len(self.layers):
                 raise ConfigError(f"the cache has {len(cache.layers)} layers, the model {len(self.layers)}")
             real_BL = cache.extend(ids_BS, mask_BS)
         length = S if cache is None else cache.length
         if documents is None:
-            positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above)
+            positions = find_positions(self.config, S, length, real_BL, ids_BS.device, clip_above, position_ids)
         else:
             none = [None] * len(documents)
             positions = find_rows(self.config, documents, documents, none, ids_BS.device, clip_above)
         real_BS = torch.ones_like(ids_BS, dtype=torch.bool) if mask_BS is None else mask_BS
-        x = self.embed(ids_BS, dtype)
+        x = self.embed(ids_BS, dtype) if inputs_embeds is None else self._embedded(inputs_embeds, dtype)
         layers: Sequence[Caches] = [None] * len(self.layers) if cache is None else cache.layers
-        x, routings, largest = self._blocks(x, positions, layers, real_BS, ids_BS, recompute, keep_outputs, edit)
-        return self._hidden(self.norm(x), routings, largest, cache)
+        taken: list[Tensor] | None = [] if output_hidden_states else None
+        x, routings, largest = self._blocks(
+            x, positions, layers, real_BS, ids_BS, recompute, keep_outputs, edit, taken=taken
+        )
+        states = self.norm(x)
+        return self._hidden(states, routings, largest, cache, None if taken is None else (*taken, states))
 
     def hidden_rows(
         self, ids_1T: Tensor, counts: Sequence[int], caches: Sequence[Cache], edit: Edits | None = None
@@ -346,7 +411,9 @@ class Decoder(nn.Module):
 
     def embed(self, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Token ids [B, S] -> what the first block takes [B, S, D], in `dtype` (default: that of the weights)."""
-        x = F.embedding(ids_BS, self.embed_tokens.weight)
+        return self._embedded(F.embedding(ids_BS, self.embed_tokens.weight), dtype)
+
+    def _embedded(self, x: Tensor, dtype: torch.dtype | None) -> Tensor:
         x = x if dtype is None else x.to(dtype)
         return x if self.config.embedding_multiplier == 1.0 else x * self.config.embedding_multiplier
 
@@ -361,13 +428,19 @@ class Decoder(nn.Module):
         keep_outputs: bool = False,
         edit: Edits | None = None,
         first: int = 0,
+        taken: list[Tensor] | None = None,
     ) -> tuple[Tensor, dict[int, Routing], dict[int, Tensor]]:
-        """What block `first` takes (0: the embedded tokens) through all blocks, each with its cache or caches."""
+        """What block `first` takes (0: the embedded tokens) through all blocks, each with its cache or caches.
+
+        What each takes is put into `taken`, if there is such a list.
+        """
         routings: dict[int, Routing] = {}
         largest: dict[int, Tensor] = {}
         for layer, block in enumerate(self.layers):
             if layer < first:
                 continue
+            if taken is not None:
+                taken.append(x)
             edited = () if edit is None or layer not in edit else (edit[layer],)  # a block somebody wrote may know none
             arguments = (x, positions, caches[layer], real_BS, ids_BS, keep_outputs, *edited)
             x, routing, largest_H = (
@@ -399,11 +472,16 @@ class Decoder(nn.Module):
                 )
 
     def _hidden(
-        self, states: Tensor, routings: dict[int, Routing], largest: dict[int, Tensor], cache: Cache | None
+        self,
+        states: Tensor,
+        routings: dict[int, Routing],
+        largest: dict[int, Tensor],
+        cache: Cache | None,
+        hidden_states: tuple[Tensor, ...] | None = None,
     ) -> Hidden:
         if self.config.output_multiplier != 1.0:  # here, so that every use of the head has it
             states = states * self.config.output_multiplier
-        return Hidden(states, routings, largest, cache)
+        return Hidden(states, routings, largest, cache, hidden_states)
 
     def new_cache(self) -> Cache:
         """An empty cache for step-by-step decoding."""

@@ -25,6 +25,7 @@ from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.relative_attention import RelativeAttention, RelativeBias, hide
+from manyhands.models.described import Described
 from manyhands.models.decoder import Hidden, Output
 from manyhands.models.init_encoder_decoder import fill
 from manyhands.moe import MoELayer, Routing
@@ -147,7 +148,7 @@ class Stack(nn.Module):
         __call__ = forward  # so that calls are typed
 
 
-class EncoderDecoder(nn.Module):
+class EncoderDecoder(Described):
     """A sequence-to-sequence model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: EncoderDecoderConfig, experts_implementation: str = "auto") -> None:

@@ -19,6 +19,7 @@ from manyhands.errors import ConfigError
 from manyhands.layers.cache.recurrent import RecurrentCache
 from manyhands.layers.linear import Linear
 from manyhands.layers.lstm import LSTM, State
+from manyhands.models.described import Described
 from manyhands.models.decoder import Hidden, Output
 from manyhands.moe import ExpertBank, MoELayer, Router, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
@@ -58,7 +59,7 @@ class RecurrentBlock(nn.Module):
         __call__ = forward  # so that calls are typed
 
 
-class Recurrent(nn.Module):
+class Recurrent(Described):
     """A causal language model whose memory is a state of fixed size. Fresh weights come from torch's global generator;
     `init_weights` takes a seed."""
 

@@ -51,6 +51,16 @@ class ExpertBank(nn.Module):
         """D."""
         raise NotImplementedError
 
+    @property
+    def num_packed(self) -> int:
+        """Weights and biases that lie in records, not in parameters."""
+        return 0
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and backend."""
+        sizes = f"num_experts={self.num_experts}, hidden_size={self.hidden_size}"
+        return f"{sizes}, hidden_act={self.activation}, implementation={self.implementation}"
+
     @abstractmethod
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """The exact float weights of these experts, stacked in that order; gradients go through them.

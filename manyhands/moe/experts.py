@@ -83,6 +83,10 @@ class Experts(ExpertBank):
         """D."""
         return int(self.down_proj.shape[1])
 
+    def extra_repr(self) -> str:
+        """With F."""
+        return f"{super().extra_repr()}, moe_intermediate_size={self.down_proj.shape[-1]}"
+
     def stacked(self, ids: Sequence[int]) -> ExpertWeights:
         """Of these experts, in that order."""
         return self.weights().stacked(ids)

@@ -171,6 +171,12 @@ class Router(nn.Module):
     if TYPE_CHECKING:
         __call__ = forward  # so that calls are typed
 
+    def extra_repr(self) -> str:
+        """E, K, D, and how it chooses."""
+        c = self.config
+        sizes = f"num_experts={c.num_experts}, num_experts_per_tok={c.num_experts_per_tok}"
+        return f"{sizes}, hidden_size={self.weight.shape[-1]}, score={c.score}, select={c.select}"
+
     def select(self, scores_TE: Tensor, off_E: Tensor | None = None) -> Tensor:
         """[T, K] expert numbers: top-k of score + bias, within the best groups. No gradient flows through it.
 

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from manyhands.kernels.policy import FEW_SCORES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Routing:
     """The router's decision for one layer and one batch of tokens, flattened over batch and sequence."""
 
@@ -45,6 +45,11 @@ class Routing:
     def num_experts(self) -> int:
         """E."""
         return self.scores.shape[-1]
+
+    def __repr__(self) -> str:
+        """Sizes, not numbers."""
+        T, K = self.expert_ids.shape
+        return f"Routing({T} tokens, {K} of {self.num_experts} experts each)"
 
     def expert_counts(self) -> Tensor:
         """[E] int64: real tokens that chose each expert, before any capacity was applied."""

@@ -35,6 +35,16 @@ class StoredExperts(ExpertBank):
         return int(self.fetched_experts().table.shape[0])
 
     @property
+    def num_packed(self) -> int:
+        """Weights and biases in the records."""
+        return self.num_experts * self.layout.num_weights
+
+    def extra_repr(self) -> str:
+        """With F and the format."""
+        F, format = self.layout.matrices[1].inputs, self.layout.format
+        return f"{super().extra_repr()}, moe_intermediate_size={F}, format={format}"
+
+    @property
     def hidden_size(self) -> int:
         """D."""
         return self.layout.matrices[0].inputs

@@ -115,6 +115,11 @@ class Layout:
         return round_up(offset + size, PAGE)
 
     @property
+    def num_weights(self) -> int:
+        """Numbers that a record stands for: weights and biases, without scales and padding."""
+        return sum(m.parts * m.outputs * (m.inputs + int(self.bias)) for m in self.matrices)
+
+    @property
     def format(self) -> Format:
         """The format of the weights."""
         return self.matrices[0].format
