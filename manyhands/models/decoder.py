@@ -232,7 +232,7 @@ def _look(
     )
 
 
-class Decoder(Described):
+class Decoder(Described, nn.Module):
     """A causal language model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:

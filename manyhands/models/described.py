@@ -3,7 +3,7 @@
 E experts, K experts per token, L layers.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,8 +14,14 @@ from manyhands.moe import MoELayer
 from manyhands.moe.bank import ExpertBank
 
 
-class Described(nn.Module):
-    """Where a model is, what it computes in, how large it is; and the line of it in `repr`."""
+if TYPE_CHECKING:
+    _Base = nn.Module
+else:
+    _Base = object
+
+
+class Described(_Base):
+    """For classes of `nn.Module`: where a model is, what it computes in, how large it is; and the line of it in `repr`."""
 
     config: Any
     embed_tokens: nn.Embedding

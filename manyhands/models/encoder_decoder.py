@@ -148,7 +148,7 @@ class Stack(nn.Module):
         __call__ = forward  # so that calls are typed
 
 
-class EncoderDecoder(Described):
+class EncoderDecoder(Described, nn.Module):
     """A sequence-to-sequence model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: EncoderDecoderConfig, experts_implementation: str = "auto") -> None:
@@ -184,8 +184,8 @@ class EncoderDecoder(Described):
 
     def forward(
         self,
-        ids_BS: Tensor | None,
-        decoder_ids_BT: Tensor | None = None,
+        input_ids: Tensor | None,
+        decoder_input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         cache: EncoderDecoderCache | None = None,
@@ -194,12 +194,12 @@ class EncoderDecoder(Described):
     ) -> Output:
         """Logits [B, T, V] for the decoder's tokens. See `hidden` for the arguments.
 
-        Raises `ConfigError` without `decoder_ids_BT`, and as `hidden` does.
+        Raises `ConfigError` without `decoder_input_ids`, and as `hidden` does.
         """
-        if decoder_ids_BT is None:
-            raise ConfigError("an encoder-decoder predicts its decoder's next tokens: pass decoder_ids_BT too")
+        if decoder_input_ids is None:
+            raise ConfigError("an encoder-decoder predicts its decoder's next tokens: pass decoder_input_ids too")
         hidden = self.hidden(
-            ids_BS, decoder_ids_BT, attention_mask, decoder_attention_mask, cache, dtype=dtype, edit=edit
+            input_ids, decoder_input_ids, attention_mask, decoder_attention_mask, cache, dtype=dtype, edit=edit
         )
         return Output(self.head(hidden.states), hidden.routings, hidden.cache)
 

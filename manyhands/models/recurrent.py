@@ -59,7 +59,7 @@ class RecurrentBlock(nn.Module):
         __call__ = forward  # so that calls are typed
 
 
-class Recurrent(Described):
+class Recurrent(Described, nn.Module):
     """A causal language model whose memory is a state of fixed size. Fresh weights come from torch's global generator;
     `init_weights` takes a seed."""
 
@@ -103,14 +103,14 @@ class Recurrent(Described):
 
     def forward(
         self,
-        ids_BS: Tensor,
+        input_ids: Tensor,
         attention_mask: Tensor | None = None,
         cache: RecurrentCache | None = None,
         dtype: torch.dtype | None = None,
         edit: Edits | None = None,
     ) -> Output:
         """Logits for token ids [B, S]. See `hidden` for the arguments."""
-        hidden = self.hidden(ids_BS, attention_mask, cache, dtype=dtype, edit=edit)
+        hidden = self.hidden(input_ids, attention_mask, cache, dtype=dtype, edit=edit)
         return Output(self.head(hidden.states), hidden.routings, hidden.cache)
 
     if TYPE_CHECKING:

@@ -28,6 +28,7 @@ from manyhands.files import TOKENIZER, write_atomic, writing
 from manyhands.text import disarm
 from manyhands.text.chat import ChatTemplate, Message
 from manyhands.text.marks import has_blocks, read_marks, touching, without_marks
+from manyhands.text.padded import Padding, Side, Tensors, padded
 from manyhands.text.pretokenizers import RULES, Pre, pre_tokenizer
 from manyhands.text.stream import StreamDecoder
 from manyhands.text.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles, read_tokenizer_files
@@ -220,9 +221,13 @@ class Tokenizer:
         self, texts: Sequence[str], *, add_special_tokens: bool = False, parse_special: bool = False
     ) -> list[list[int]]:
         """Token ids of each text, on all cores. Arguments and errors are those of `encode`."""
+        return [encoding.ids for encoding in self._encodings(texts, add_special_tokens, parse_special)]
+
+    def _encodings(self, texts: Sequence[str], add_special_tokens: bool, parse_special: bool) -> list[Any]:
         inner = self._parsing if parse_special else self.inner
         try:
-            return [encoding.ids for encoding in inner.encode_batch_fast(texts, add_special_tokens=add_special_tokens)]
+            encodings: list[Any] = inner.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+            return encodings
         except TypeError:
             for text in texts:
                 _check_text(text)
@@ -232,6 +237,57 @@ class Tokenizer:
                 raise
             reason = " ".join(str(error).split())[:200]
             raise CheckpointError(f"this tokenizer.json cannot encode the text: {reason}") from None
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        *,
+        add_special_tokens: bool = True,
+        padding: Padding = False,
+        truncation: bool | None = None,
+        max_length: int | None = None,
+        padding_side: Side | None = None,
+        return_tensors: Tensors | None = None,
+        split_special_tokens: bool = True,
+    ) -> dict[str, Any]:
+        """`input_ids` and `attention_mask` of one text or several, as transformers gives them: what a model takes.
+
+            model(**tokenizer(["one", "another text"], padding=True, return_tensors="pt"))
+
+        `padding`: True or "longest" to the longest, "max_length" to `max_length` tokens; with `pad_token`, or the end
+        of text where there is none, on the side that tokenizer_config.json names (`padding_side`; else right).
+        `truncation` leaves `max_length` tokens, those of `add_special_tokens` among them; None: if there is a
+        `max_length` and no padding. `return_tensors`: "pt", "np";
+        None gives lists, flat ones for one text. Other than there, a special token that is spelled out in a text stays
+        letters, unless `split_special_tokens` is False. Raises `DataError` for what `encode` and `padded` refuse, and
+        for `truncation` without a `max_length` that has room, or a `max_length` that would do nothing.
+        """
+        truncation = max_length is not None and padding in (False, "do_not_pad") if truncation is None else truncation
+        if max_length is not None and not truncation and padding != "max_length":
+            raise DataError("max_length does nothing without truncation=True or padding='max_length'")
+        texts = [text] if isinstance(text, str) else list(text)
+        if truncation:
+            around = int(self.inner.num_special_tokens_to_add(False)) if add_special_tokens else 0
+            if max_length is None or max_length < around:
+                raise DataError(f"truncation needs max_length, {around} at least; it is {max_length}")
+            encodings = self._encodings(texts, False, not split_special_tokens)
+            for encoding in encodings:
+                encoding.truncate(max_length - around)
+            if add_special_tokens:
+                encodings = [self.inner.post_process(encoding, None, True) for encoding in encodings]
+        else:
+            encodings = self._encodings(texts, add_special_tokens, not split_special_tokens)
+        rows, side = [encoding.ids for encoding in encodings], padding_side or self.files.padding_side
+        found = padded(rows, padding, max_length, self.pad_token_id, side, return_tensors)
+        if isinstance(text, str) and return_tensors is None:
+            return {name: values[0] for name, values in found.items()}
+        return found
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """What shorter texts are filled up with: `pad_token`, else the end of text; no loss and no mask counts it."""
+        named = self.inner.token_to_id(self.files.named_tokens.get("pad_token", ""))
+        return self.eos_token_id if named is None else int(named)
 
     @cached_property
     def sentinel_ids(self) -> list[int]:

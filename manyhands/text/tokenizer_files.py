@@ -55,6 +55,8 @@ class TokenizerFiles:
     """`eos_token_id` of generation_config.json, or of config.json."""
     generation: Mapping[str, Any] = field(default_factory=dict)
     """generation_config.json."""
+    padding_side: str = "right"
+    """On which side a shorter text is padded."""
 
 
 def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
@@ -85,7 +87,10 @@ def read_tokenizer_files(directory: str | Path) -> TokenizerFiles:
             )
         content[TOKENIZER] = tokenizer_json(directory / TIKTOKEN, content[TIKTOKEN], config)
     ends = _ids(directory / GENERATION, generation.get("eos_token_id")) or _model_ids(directory / CONFIG, model)
-    return TokenizerFiles(content, tokens, template, ends, generation)
+    side = config.get("padding_side") or "right"
+    if side not in ("left", "right"):
+        raise CheckpointError(f"{directory / TOKENIZER_CONFIG}: padding_side is neither 'left' nor 'right'")
+    return TokenizerFiles(content, tokens, template, ends, generation, side)
 
 
 def has_tokenizer(directory: str | Path) -> bool:
