@@ -3,7 +3,7 @@
 from typing import Literal
 
 TEMPERATURE = 0.8
-"""Of chat and generate, where the model's publisher gives none."""
+"""Of `SamplingConfig`, chat and generate, where the model's publisher gives none."""
 EVAL_LENGTH = 1024
 """Positions of an evaluated sequence at most, where no run says what the model was trained with."""
 BENCH_PROMPT, BENCH_NEW = 256, 32

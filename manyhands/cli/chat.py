@@ -32,10 +32,16 @@ if TYPE_CHECKING:
     from manyhands.text import Tokenizer
 
 _COMMANDS = {
+    "/regenerate": "another answer to the last question, in the place of the one there is",
+    "/undo": "take the last question and its answer back",
+    "/system": "TEXT: what the system says, from here on and for all before; alone: nothing",
+    "/save": "FILE: write the conversation",
+    "/load": "FILE: go on from a written conversation",
     "/reset": "forget the conversation, but not the system's message",
     "/exit": "leave (also Ctrl-D)",
     "/help": "this",
 }
+_WANTING = ("/system", "/save", "/load")
 _HELP = """\
 \"\"\"     begins and ends a text of several lines; a pasted text is one turn as it is
 //…     says something that begins with a slash
@@ -101,13 +107,16 @@ def chat(
     if line is not None:
         print(shown(line), file=sys.stderr)
     with recording(model, tokenizer, trace, limit, "chat") as recorder:
-        _talk(Conversation(model, tokenizer, sampling, system, recorder), show_routing)
+        conversation = Conversation(model, tokenizer, sampling, system, recorder)
+        _talk(conversation, show_routing, f"{checkpoint}: {model.extra_repr()}")
 
 
-def _talk(conversation: "Conversation", show_routing: bool) -> None:
+def _talk(conversation: "Conversation", show_routing: bool, name: str) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
+        context = conversation.model.config.longest_continued
+        print(f"{shown(name)}, context {context:,} tokens", file=sys.stderr)
         print("/help shows the commands, Ctrl-D ends.", file=sys.stderr)
     for text in turns(interactive):
         try:
@@ -126,23 +135,51 @@ def _talk(conversation: "Conversation", show_routing: bool) -> None:
 def _turn(conversation: "Conversation", text: str, show_routing: bool, interactive: bool) -> bool:
     """Act on one turn. False: it was /exit."""
     try:
-        asked = command(text, _COMMANDS)
+        asked = command(text, _COMMANDS, _WANTING)
     except ValueError as error:
         print(f"manyhands: {shown(error)}", file=sys.stderr)
         return True
-    if asked == "/exit":
+    word, behind = asked or (None, "")
+    if word == "/exit":
         return False
-    if asked == "/help":
-        print("\n".join(f"{name:7} {what}" for name, what in _COMMANDS.items()), _HELP, sep="\n", file=sys.stderr)
-    elif asked == "/reset":
-        conversation.reset()
+    if word == "/help":
+        print("\n".join(f"{name:12} {what}" for name, what in _COMMANDS.items()), _HELP, sep="\n", file=sys.stderr)
+    elif word is not None and word != "/regenerate":
+        print(f"[{shown(_change(conversation, word, behind))}]", file=sys.stderr)
     else:
-        steps = conversation.ask(text.removeprefix("/") if text.startswith("//") else text)
+        said = text.removeprefix("/") if text.startswith("//") else text
+        steps = conversation.ask(said) if word is None else conversation.regenerate()
         if conversation.left_out:
             print(f"[the context is full: {conversation.left_out} of the oldest turns left out]", file=sys.stderr)
         with contextlib.closing(steps), _ctrl_c(interactive) as pressed:  # the answer so far is the turn
-            _print_answer(conversation, _until(steps, pressed), show_routing)
+            number = _print_answer(conversation, _until(steps, pressed), show_routing)
+        if interactive:
+            used, context = conversation.prompt_tokens + number, conversation.model.config.longest_continued
+            print(f"[{number:,} tokens; {used:,} of {context:,} in the context]", file=sys.stderr)
     return True
+
+
+def _change(conversation: "Conversation", word: str, behind: str) -> str:
+    """Act on a command that asks nothing of the model; what to say of it."""
+    from manyhands.generate.conversation_file import load_conversation, save_conversation
+
+    if word in ("/save", "/load") and not behind:
+        raise UserError(f"{word} takes the name of a file")
+    path = Path(behind).expanduser()
+    if word == "/save":
+        save_conversation(path, conversation.messages)
+        return f"{len(conversation.messages)} messages written to {path}"
+    if word == "/load":
+        conversation.take(load_conversation(path))
+        return f"{len(conversation.messages)} messages from {path}"
+    if word == "/system":
+        conversation.system(behind or None)
+        return "the system says that now" if behind else "the system says nothing now"
+    if word == "/reset":
+        conversation.reset()
+        return "forgotten"
+    question = conversation.undo()
+    return "there is nothing to take back" if question is None else f"taken back: {question.splitlines()[0][:60]}"
 
 
 @contextlib.contextmanager
@@ -176,7 +213,8 @@ def _until(steps: "Iterator[Step]", pressed: list[int]) -> "Iterator[Step]":
             raise KeyboardInterrupt
 
 
-def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_routing: bool) -> None:
+def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_routing: bool) -> int:
+    """Print it as it comes; how many tokens it has."""
     number, reason = 0, None
     answer, screen = conversation.reader(), _Screen()
     for step in steps:
@@ -196,6 +234,7 @@ def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_ro
             else f"--max-new-tokens {number}"
         )
         print(f"[cut off: {why}]", file=sys.stderr)
+    return number
 
 
 class _Screen:

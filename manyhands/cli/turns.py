@@ -4,7 +4,7 @@ import contextlib
 import difflib
 import select
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 QUOTES = '"""'
 _PASTED = 0.03
@@ -32,16 +32,19 @@ def turns(interactive: bool) -> Iterator[str]:
             yield text
 
 
-def command(text: str, known: dict[str, str]) -> str | None:
-    """The command that `text` is, or None for a message: a line that begins with a slash and a word.
+def command(text: str, known: dict[str, str], wanting: Collection[str] = ()) -> tuple[str, str] | None:
+    """The command that `text` is and what stands behind it, or None for a message.
 
-    Raises `ValueError` with what to say for one that there is not.
+    A command is a slash and a word; those of `wanting` take something behind them, the others nothing. One of several
+    lines is one if it is known and takes something. Raises `ValueError` with what to say for one that there is not.
     """
     word = text.split(maxsplit=1)[0]
+    if word in wanting:
+        return word, text.removeprefix(word).strip()
     if "\n" in text or not word.startswith("/") or not word[1:].isalpha():
         return None
     if word in known and text == word:
-        return word
+        return word, ""
     if word in known:
         raise ValueError(f"{word} takes nothing behind it")
     near = difflib.get_close_matches(word.lower(), known, 1)

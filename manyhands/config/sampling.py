@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field
 
 from manyhands.config.base import Strict
+from manyhands.defaults import TEMPERATURE
 
 MOST_LOGPROBS = 20
 """Alternatives that may be asked for with a token."""
@@ -13,9 +14,10 @@ StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 
 
 class SamplingConfig(Strict):
-    """How tokens are chosen and when to stop. The defaults sample from the model's own distribution."""
+    """How tokens are chosen and when to stop. The defaults are those of `manyhands generate` and `chat`: a temperature,
+    no filter. A temperature of 1 samples from the model's own distribution."""
 
-    temperature: Annotated[float, Field(ge=0.0, le=1e6)] = 1.0
+    temperature: Annotated[float, Field(ge=0.0, le=1e6)] = TEMPERATURE
     """The logits are divided by it. 0 is greedy: the most probable token, ties to the lower id."""
     top_k: Annotated[int, Field(ge=1)] | None = None
     """Only the k most probable tokens, and those equal to the k-th."""

@@ -1,6 +1,6 @@
 """Turns with a chat model: the messages so far, in its template, and what of them it has already computed."""
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 from manyhands.config import SamplingConfig
@@ -30,19 +30,60 @@ class Conversation:
         Raises `CheckpointError` if there is no chat template or it fails, `DataError` if it takes no `system`.
         """
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self._start: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
+        self._start: list[dict[str, Any]] = _system(system)
         self._engine = Engine(model, tokenizer, max_sequences=1, trace=trace)
         self._prefix = Prefix()
         self._prompt_end = ""
         self.reset()
-        tokenizer.apply_chat_template([*self._start, {"role": "user", "content": "Hello"}])
+        self._check(self._start)
 
     def reset(self) -> None:
         """Forget everything but the system's message."""
         self.messages: list[dict[str, Any]] = list(self._start)
         self.turns = 0
+        """Answers so far, those that were taken back too."""
+        self.prompt_tokens = 0
+        """Of the last question, with all that stands before it."""
         self.left_out = 0
         """Turns, the oldest, that the last question's answer does not see: the context was full."""
+
+    def undo(self) -> str | None:
+        """Take the last turn back, question and answer; the question, None if there is none."""
+        if len(self.messages) < len(self._start) + 2:
+            return None
+        *self.messages, question, _ = self.messages
+        return str(question["content"])
+
+    def system(self, text: str | None) -> None:
+        """Put `text` in the place of the system's message, also for the turns there were; None: no message.
+
+        Raises `DataError`, and changes nothing, if the template takes none.
+        """
+        start, past = _system(text), self.messages[len(self._start) :]
+        self._check(start)
+        self._start, self.messages = start, [*start, *past]
+
+    def take(self, messages: Sequence[dict[str, Any]]) -> None:
+        """Go on from these: a system's first, if any, then turns in pairs. Raises what the template does."""
+        start = [message for message in messages[:1] if message["role"] == "system"]
+        self._check([*messages])
+        self._start = start
+        self.reset()
+        self.messages = [*messages]
+        self.turns = (len(messages) - len(start)) // 2
+
+    def _check(self, messages: list[dict[str, Any]]) -> None:
+        self.tokenizer.apply_chat_template([*messages, {"role": "user", "content": "Hello"}])
+
+    def regenerate(self) -> Generator[Step, None, None]:
+        """Another answer to the last question, in the place of the one there is, which stays if nothing new is said.
+
+        Raises `UserError` if nothing was asked yet, and what `ask` does.
+        """
+        if len(self.messages) < len(self._start) + 2:
+            raise UserError("nothing was asked yet")
+        *past, question, _ = self.messages[len(self._start) :]
+        return self._ask(question, past)
 
     def ask(self, text: str) -> Generator[Step, None, None]:
         """The answer to `text`, token by token.
@@ -57,10 +98,11 @@ class Conversation:
         Raises, on the call, `UserError` if the message alone is too long, and what `apply_chat_template` and `generate`
         do.
         """
-        user = {"role": "user", "content": text}
+        return self._ask({"role": "user", "content": text}, self.messages[len(self._start) :])
+
+    def _ask(self, user: dict[str, Any], past: list[dict[str, Any]]) -> Generator[Step, None, None]:
         limit, left_out = self.model.config.longest_continued, 0
         room = min(self.sampling.max_new_tokens, limit // 4)
-        past = self.messages[len(self._start) :]
         while True:
             messages = [*self._start, *past, user]
             ids = self.tokenizer.apply_chat_template(messages)
@@ -74,7 +116,7 @@ class Conversation:
             )
         sampling = self.sampling.model_copy(update={"seed": (self.sampling.seed + self.turns) % (1 << 63)})
         steps = in_step(self._engine, [ids], sampling, self._prefix)
-        self.left_out = left_out
+        self.left_out, self.prompt_tokens = left_out, len(ids)
         self._prompt_end = self.tokenizer.decode(ids[-8:])
         return self._answer(messages, steps, self.reader())
 
@@ -96,3 +138,7 @@ class Conversation:
                 answer.finish()
                 self.messages = [*messages, answer.message()]
                 self.turns += 1
+
+
+def _system(text: str | None) -> list[dict[str, Any]]:
+    return [] if text is None else [{"role": "system", "content": text}]

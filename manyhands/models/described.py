@@ -13,7 +13,6 @@ from manyhands.layers.packed_linear import RecordLinear
 from manyhands.moe import MoELayer
 from manyhands.moe.bank import ExpertBank
 
-
 if TYPE_CHECKING:
     _Base = nn.Module
 else:
@@ -21,9 +20,8 @@ else:
 
 
 class Described(_Base):
-    """For classes of `nn.Module`: where a model is, what it computes in, how large it is; and the line of it in `repr`."""
+    """For classes of `nn.Module`: where a model is, what it computes in, how large it is, and its line in `repr`."""
 
-    config: Any
     embed_tokens: nn.Embedding
 
     @property
@@ -56,7 +54,8 @@ class Described(_Base):
     def extra_repr(self) -> str:
         """Parameters, layers, and the mixtures among them."""
         mixtures = [module for module in self.modules() if isinstance(module, MoELayer)]
-        layers = self.config.num_hidden_layers + getattr(self.config, "num_decoder_layers", 0)
+        config: Any = vars(self)["config"]  # of each kind of model its own
+        layers = config.num_hidden_layers + getattr(config, "num_decoder_layers", 0)
         line = f"{compact(self.num_parameters())} parameters, {layers} layers"
         kinds = {(m.router.config.num_experts, m.router.config.num_experts_per_tok) for m in mixtures}
         shapes = ", ".join(f"{E} experts and {K} per token" for E, K in sorted(kinds))

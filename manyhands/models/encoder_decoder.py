@@ -25,8 +25,8 @@ from manyhands.layers.feed_forward import FeedForward
 from manyhands.layers.linear import Linear
 from manyhands.layers.norm import RMSNorm
 from manyhands.layers.relative_attention import RelativeAttention, RelativeBias, hide
-from manyhands.models.described import Described
 from manyhands.models.decoder import Hidden, Output
+from manyhands.models.described import Described
 from manyhands.models.init_encoder_decoder import fill
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits

@@ -58,9 +58,11 @@ def check_position_ids(config: ModelConfig, position_ids: Tensor, ids_BS: Tensor
 
 
 def next_token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
-    """[] float32 at least: the mean of −log p(label of token s+1) over labels that are not −100, in nats; NaN if all are.
+    """[] float32 at least: the mean of −log p(label of token s+1) over labels that are not −100, in nats.
 
-    The labels are the ids themselves: they are moved by one here. Raises `ConfigError` for another shape.
+    NaN if all are. The labels are the ids themselves: they are moved by one here.
+
+    Raises `ConfigError` for another shape.
     """
     if labels_BS.shape != logits_BSV.shape[:2]:
         raise ConfigError(f"labels is {list(labels_BS.shape)}, not {list(logits_BSV.shape[:2])} as the ids are")

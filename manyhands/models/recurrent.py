@@ -19,8 +19,8 @@ from manyhands.errors import ConfigError
 from manyhands.layers.cache.recurrent import RecurrentCache
 from manyhands.layers.linear import Linear
 from manyhands.layers.lstm import LSTM, State
-from manyhands.models.described import Described
 from manyhands.models.decoder import Hidden, Output
+from manyhands.models.described import Described
 from manyhands.moe import ExpertBank, MoELayer, Router, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 

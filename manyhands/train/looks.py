@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 _LONG_RUN = 50
 """Steps from which on a run says a sample unless it is told to."""
 _SAMPLE_TOKENS, _PROMPT_TOKENS = 48, 16
-_TEMPERATURE = 0.8
 _MOST_TOKENS, _LEAST_TEXTS = 4096, 4
 _MOST_VALUES = 1 << 26
 """Of hidden states that are kept meanwhile, at the router and below its block each: 256 MB in float32."""
@@ -154,9 +153,7 @@ def sample(model: Decoder, data: RunData, seed: int, count: int) -> tuple[str, s
     """
     room = model.config.max_position_embeddings - count
     ids = [int(i) for i in data.valid.ids[: max(1, min(_PROMPT_TOKENS, room))]]
-    sampling = SamplingConfig(
-        temperature=_TEMPERATURE, seed=seed % (1 << 63), max_new_tokens=min(count, max(1, room + count - len(ids)))
-    )
+    sampling = SamplingConfig(seed=seed % (1 << 63), max_new_tokens=min(count, max(1, room + count - len(ids))))
     try:
         [completion] = Engine(model, data.tokenizer, max_sequences=1).generate([ids], sampling)
         text = completion.text

@@ -69,9 +69,28 @@ def test_commands(run: Path) -> None:
 
 
 def test_what_is_mistyped_does_not_go_to_the_model(run: Path) -> None:
-    code, out, err = chat(run, stdin="/sistem be brief\n/hepl\n/reset now\n/save x\n")
+    code, out, err = chat(run, stdin="/sistem be brief\n/hepl\n/reset now\n/safe x\n")
     assert code == 0 and out == "" and "[" not in err and len(err.splitlines()) == 4
     assert "no command /sistem" in err and "did you mean /help?" in err and "/reset takes nothing" in err
+
+
+def test_turns_are_taken_back_written_and_read(run: Path) -> None:
+    """Each command from a pipe: the answers are those of the conversation that it leaves."""
+    arguments = ("--max-new-tokens", "5", "--temperature", "0")
+    one, two = chat(run, *arguments, stdin="line 3\n")[1], chat(run, *arguments, stdin="line 3\nline 4\n")[1]
+    (run / "other.json").write_text("{}")
+    said = "line 3\nline 9\n/undo\n/save talk.json\n/save other.json\nline 4\n"
+    code, out, err = chat(run, *arguments, stdin=said)
+    assert code == 2 and "other.json: exists and was not made by this program" in err
+    assert "taken back: line 9" in err and "2 messages written to talk.json" in err
+    code, out, err = chat(run, *arguments, stdin="/load talk.json\nline 4\n/regenerate\n")
+    answer = two.removeprefix(one)
+    assert code == 0 and out == answer + answer and "2 messages from talk.json" in err
+    system = chat(run, *arguments, "--system", "be brief", stdin="line 3\n")[1]
+    code, out, err = chat(run, *arguments, stdin="/system be brief\nline 3\n/undo\n/system\nline 3\n")
+    assert code == 0 and out == system + one and "nothing now" in err
+    assert "takes the name of a file" in chat(run, stdin="/save\n")[2]
+    assert "nothing was asked yet" in chat(run, stdin="/regenerate\n")[2]
 
 
 def test_a_block_is_one_turn(run: Path) -> None:
@@ -140,6 +159,12 @@ def test_a_terminal(run: Path) -> None:
     )
     os.close(theirs)
     try:
+        wait_for(ours, "run: ")
+        wait_for(ours, "parameters")
+        wait_for(ours, "context 1,024 tokens")
+        wait_for(ours, "> ")
+        os.write(ours, b"/regenerate\n")
+        wait_for(ours, "nothing was asked yet")
         wait_for(ours, "> ")
         os.write(ours, b"zq" * 600 + b"\n")
         wait_for(ours, "context holds 1024")

@@ -23,7 +23,7 @@ def points(seed):
 
 
 def kept(**fields):
-    logits = filter_logits(torch.tensor(PROBABILITY).log(), SamplingConfig(**fields))
+    logits = filter_logits(torch.tensor(PROBABILITY).log(), SamplingConfig(**{"temperature": 1.0, **fields}))
     return logits.isfinite().nonzero().flatten().tolist()
 
 

@@ -6,6 +6,7 @@ import torch
 from manyhands.engine.runner import Runner
 from manyhands.errors import CheckpointError, DataError, UserError
 from manyhands.generate import Conversation, Prefix, SamplingConfig, Step, conversation, generate
+from manyhands.generate.conversation_file import load_conversation, save_conversation
 
 from .conftest import GQA
 
@@ -198,3 +199,83 @@ def test_what_cannot_be_is_said_at_the_start(make, tokenizer, chatty):
     Conversation(model, chatty.with_chat_template(refuses), GREEDY)
     with pytest.raises(DataError, match="no system here"):
         Conversation(model, chatty.with_chat_template(refuses), GREEDY, system="s")
+
+
+def text_of(steps):
+    return "".join(step.texts[0] for step in steps)
+
+
+def test_a_turn_is_taken_back_or_answered_anew(model, chatty):
+    sampling = SamplingConfig(temperature=1.0, max_new_tokens=6)
+    talk, fresh = Conversation(model, chatty, sampling), Conversation(model, chatty, sampling)
+    assert talk.undo() is None
+    with pytest.raises(UserError, match="nothing was asked"):
+        talk.regenerate()
+    first = text_of(talk.ask("f"))
+    assert text_of(fresh.ask("f")) == first
+    before = list(talk.messages)
+    text_of(talk.ask("x"))
+    assert talk.undo() == "x" and talk.messages == before
+    answers = {text_of(talk.regenerate()) for _ in range(4)} | {first}
+    assert len(answers) > 1, "each draws differently"
+    assert [m["role"] for m in talk.messages] == ["user", "assistant"] and talk.messages[1]["content"] in answers
+    kept = list(talk.messages)
+    talk.regenerate().close()
+    assert talk.messages == kept, "the answer that there is stays if nothing new is said"
+    assert talk.undo() == "f" and talk.messages == []
+
+
+def test_the_system_is_heard_from_then_on(model, chatty):
+    talk = Conversation(model, chatty, GREEDY, "be")
+    list(talk.ask("f"))
+    past = talk.messages[1:]
+    talk.system("do")
+    assert talk.messages == [{"role": "system", "content": "do"}, *past]
+    other = Conversation(model, chatty, GREEDY, "do")
+    other.take(talk.messages)
+    assert ids_of(talk.ask("x")) == ids_of(other.ask("x")) and talk.prompt_tokens == other.prompt_tokens > 0
+    talk.system(None)
+    assert talk.messages[0] == past[0]
+    talk.reset()
+    assert talk.messages == []
+    refusing = chatty.with_chat_template("{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}")
+    talk = Conversation(model, refusing, GREEDY)
+    with pytest.raises(DataError):
+        talk.system("do")
+    assert talk.messages == []
+
+
+def test_a_conversation_is_written_and_read(model, chatty, tmp_path):
+    talk, path = Conversation(model, chatty, GREEDY, "be"), tmp_path / "talk.json"
+    list(talk.ask("für"))
+    save_conversation(path, talk.messages)
+    assert load_conversation(path) == talk.messages
+    save_conversation(path, [])  # its own is replaced
+    assert load_conversation(path) == []
+    path.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}')
+    assert len(load_conversation(path)) == 2
+    with pytest.raises(UserError, match="was not made by this program"):
+        save_conversation(path, [])
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{}", "no conversation"),
+        ("[", "talk.json"),
+        ('{"messages": 3}', "no conversation"),
+        ('{"messages": [], "version": 2}', "version 2"),
+        ('{"messages": [{"role": "user", "content": "a"}]}', "no answer"),
+        ('{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}', "role = 'user'"),
+        ('{"messages": [{"role": "user", "content": 3}, {"role": "assistant"}]}', "not text"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant"}]}', "content is missing"),
+        ('{"messages": [1, 2]}', r"messages\[0\]"),
+    ],
+)
+def test_what_is_no_conversation_is_one_line(text, said, tmp_path):
+    path = tmp_path / "talk.json"
+    path.write_text(text)
+    with pytest.raises(DataError, match=said):
+        load_conversation(path)
+    with pytest.raises(DataError, match="cannot be read"):
+        load_conversation(tmp_path / "nowhere.json")
