@@ -267,5 +267,5 @@ def test_without_decoder_ids_it_says_what_is_missing() -> None:
         vocab_size=16, hidden_size=8, num_hidden_layers=1, num_decoder_layers=1, intermediate_size=8,
         num_attention_heads=2, head_dim=4,
     )  # fmt: skip
-    with pytest.raises(ConfigError, match="decoder_ids"):
+    with pytest.raises(ConfigError, match="decoder_input_ids"):
         EncoderDecoder(config)(torch.ones(1, 3, dtype=torch.int64))
