@@ -1,8 +1,9 @@
 """Shared by every test: one thread, so that the suite's speed does not hang on what else the machine does; no search
-for garbage among what collection made; and the level at which the native kernels run, `--level avx2`, for the machines
-that this one is not."""
+for garbage among what collection made; no wait for the disk; and the level at which the native kernels run,
+`--level avx2`, for the machines that this one is not."""
 
 import gc
+import os
 from collections.abc import Generator
 
 import pytest
@@ -12,6 +13,13 @@ import manyhands.kernels
 from manyhands.kernels.native import library, views
 
 torch.set_num_threads(1)
+
+
+def _not_waiting(descriptor: int) -> None:
+    os.fstat(descriptor)  # a wrong one is an error still
+
+
+os.fsync = _not_waiting  # what a test writes need not outlive a power cut
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

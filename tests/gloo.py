@@ -25,6 +25,7 @@ PRELOADED = [
     "manyhands.models",
     "manyhands.train.loop",
     "tests.small_runs",
+    "tests.frozen",
 ]
 
 

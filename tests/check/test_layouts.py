@@ -1,6 +1,7 @@
 """`check --layout`: green on what is right, red on the faults everybody makes, each named."""
 
 import json
+import subprocess
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from manyhands.train import step
 from manyhands.train.task import Count
 from tests.gloo import on_processes
 
+from ..forked import ForkedPopen
 from ..small_runs import manyhands, small_run
 
 
@@ -155,7 +157,8 @@ def test_refused_before_anything_is_started(arguments: list[str], said: str) -> 
     assert done.returncode == 2 and said in done.stderr
 
 
-def test_from_the_command_line() -> None:
+def test_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
     done = manyhands("check", "tiny", "model.hidden_size=32", "model.vocab_size=64", "--layout", "1x2", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

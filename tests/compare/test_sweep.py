@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -16,10 +17,17 @@ from manyhands.compare.sweep_file import read_sweep
 from manyhands.errors import ConfigError, Interrupted
 from manyhands.train import loop
 
+from ..forked import ForkedPopen
 from ..small_runs import SMALL, manyhands
 from .test_comparison import texts
 
 SMALLEST = [*SMALL[:-1], "train.max_steps=3", "data.valid_fraction=0.3"]
+
+
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are processes of their own, but do not import torch again."""
+    monkeypatch.setattr(subprocess, "Popen", ForkedPopen)
 
 
 def write(folder: Path, text: str, more: str = "") -> Path:

@@ -156,13 +156,21 @@ BOMBS = {
 }
 
 
+LATE = "{{ 10 ** (10 ** 8) }}"
+"""Its alarm is waited for; to the others, which set the same one, it is sent sooner."""
+
+
 @pytest.mark.parametrize("source", BOMBS)
 def test_the_limits_hold(worker, source):
     worker("")  # the time to start is not the template's
+    sooner = threading.Timer(0.3, os.kill, (worker.template._process.pid, signal.SIGALRM))
+    if BOMBS[source] == "2 s" and source != LATE:
+        sooner.start()
     start = time.monotonic()
     with pytest.raises(CheckpointError) as caught:
         worker(source)
     assert time.monotonic() - start < 4
+    sooner.cancel()
     assert BOMBS[source] in str(caught.value) and "\n" not in str(caught.value)
     assert worker("{{ messages[0].content }}") == "x", "the next one is served"
 

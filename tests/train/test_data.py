@@ -1,14 +1,15 @@
 """A run goes on with the tokens it was prepared with, or not at all."""
 
 import json
+import lzma
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from manyhands.errors import CheckpointError, DataError
-from manyhands.text import PackedBatches
-from manyhands.train.data import FILES, prepare_data
+from manyhands.text import Document, PackedBatches
+from manyhands.train.data import FILES, compressors, prepare_data
 
 from ..small_runs import small_run, write_text
 
@@ -87,3 +88,10 @@ def test_a_position_is_one_in_these_tokens_alone() -> None:
         PackedBatches(tokens, 8, 2, 0, sha256="b" * 64).load_state_dict(saved)
     older = {name: value for name, value in saved.items() if name != "sha256"}
     PackedBatches(tokens, 8, 2, 0, sha256="b" * 64).load_state_dict(older)
+
+
+def test_compressors_are_those_of_their_strongest_settings() -> None:
+    """A dictionary as long as the text, which takes little memory, finds what the largest does."""
+    for text in ("x", "".join(f"{i * i} hands\n" for i in range(9000))):
+        strongest = len(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+        assert compressors([Document("a", text)])["xz -9e"] == 8 * strongest / len(text)
