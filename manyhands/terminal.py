@@ -1,5 +1,8 @@
 """Text from a model, a file or a name, on its way to a terminal, which it must not steer."""
 
+import os
+from typing import TextIO
+
 _KEPT = "\t\n"
 _TURNS = [*range(0x202A, 0x202F), *range(0x2066, 0x206A)]  # embeddings and overrides of the direction of writing
 _CONTROL = dict.fromkeys(code for code in [*range(32), *range(127, 160), *_TURNS] if chr(code) not in _KEPT)
@@ -16,3 +19,8 @@ def shown(text: object) -> str:
     A file's name keeps its identity: `a\\x1b[2J.txt` is shown as `a\\\\x1b[2J.txt`.
     """
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode-escape").decode() for c in str(text))
+
+
+def styled(stream: TextIO) -> bool:
+    """Whether bold and colour may be written: to a terminal that knows them, and NO_COLOR (no-color.org) is not set."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

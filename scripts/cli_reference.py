@@ -18,7 +18,7 @@ HEAD = """# Every verb and option
 
 What `manyhands VERB --help` says, for all verbs; `python scripts/cli_reference.py` writes this page. A verb
 ends with 0 if it did what was asked, 2 if what it was given is wrong, 1 if the system refused;
-[training.md](training.md#going-on-under-other-settings) has the other codes. `--debug` anywhere shows the traceback of
+[command_line.md](command_line.md#exit-codes) has the other codes. `--debug` anywhere shows the traceback of
 an error.
 """
 _EXTRA = re.compile(r"\s*\[((?:[^\[\]]|\[[^\]]*\])*)\]$")

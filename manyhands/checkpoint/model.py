@@ -17,6 +17,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
+from manyhands.checkpoint.asked import asked_device, asked_dtype
 from manyhands.checkpoint.budget import Budget, share
 from manyhands.checkpoint.files import building
 from manyhands.checkpoint.find import find, open_directory, open_found
@@ -85,7 +86,7 @@ class Loaded(nn.Module):
         path: str | Path,
         *,
         family: str | None = None,
-        dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
         max_shard_size: int = MAX_SHARD_SIZE,
         overwrite: bool = False,
     ) -> None:
@@ -146,7 +147,7 @@ def _empty(config: BuiltConfig, implementation: str) -> LoadedModel:
 def load(
     path: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     experts_implementation: str = "auto",
     decode: bool = False,
@@ -200,7 +201,7 @@ def load(
 def load_model(
     directory: str | Path,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     experts_implementation: str = "auto",
     verified: bool = False,
@@ -216,10 +217,10 @@ def load_model(
     On the CPU a tensor that is stored as it is used stays the file itself, mapped into memory and private to this
     process: nothing is read until it is used, and a change is never written back. Stacked experts are copied once.
     Tensors that a publisher quantised are decoded; packed records of our own are not, unless `decode` says so (to
-    float32, exactly). `verified` says that the caller answers for the files. `dtype` converts the weights (None: as
-    stored), except records and the routers' weights, which are float32. NaN and infinite weights are loaded as they
-    are. `ignore_fields` names fields of `config.json` that nobody knows and that are to be read past: that they change
-    nothing is the caller's word.
+    float32, exactly). `verified` says that the caller answers for the files. `dtype` converts the weights
+    (`torch.bfloat16` or "bfloat16"; None, "auto": as stored), except records and the routers' weights, which are
+    float32. NaN and infinite weights are loaded as they are. `ignore_fields` names fields of `config.json` that nobody
+    knows and that are to be read past: that they change nothing is the caller's word.
 
     `memory` bounds what this process takes, in bytes: the experts of a packed model stay on disk, and as many as there
     is room for are kept in memory by `cache_policy`: `lfu` (those used most often of late), `lru`, or `pinned` (those
@@ -249,7 +250,7 @@ def save(
     tokenizer: Tokenizer | None = None,
     *,
     family: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     max_shard_size: int = MAX_SHARD_SIZE,
     overwrite: bool = False,
 ) -> None:
@@ -265,6 +266,7 @@ def save(
     if isinstance(model, LoadedModel) and model.budget is not None:
         raise UserError("its experts are on disk: load it without memory to save it, or copy its directory")
     refuse_adapted(model, "save")
+    dtype = asked_dtype(dtype)
     origin = model.origin if isinstance(model, LoadedModel) else None
     records = model.records if isinstance(model, LoadedModel) else {}
     sources = [] if origin is None else [origin.path]
@@ -330,7 +332,7 @@ def read_config(path: str | Path) -> BuiltConfig:
 
 def from_source(
     source: Source,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     implementation: str = "auto",
     decode: bool = False,
@@ -338,7 +340,8 @@ def from_source(
     crew: Crew | None = None,
 ) -> LoadedModel:
     """The model of an opened checkpoint; arguments and errors are those of `load_model`."""
-    device = torch.device(device) if crew is None else crew.ranks.device
+    dtype = asked_dtype(dtype)
+    device = asked_device(device) if crew is None else crew.ranks.device
     if crew is not None and (dtype is not None or decode):
         raise UserError("several processes hold experts as they are stored: not with a dtype or decode")
     if on_disk is not None:
@@ -373,7 +376,7 @@ def from_source(
 
 def _model(
     source: Source,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype | str | None,
     device: torch.device | str,
     implementation: str,
     decode: bool,

@@ -20,6 +20,7 @@ from manyhands.cli.options import (
     TraceLimit,
     on_disk,
 )
+from manyhands.cli.progress import loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.cli.turns import command, turns
@@ -94,7 +95,8 @@ def chat(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate import Conversation
 
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay)
+    with loading(checkpoint):
+        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay)
     model = only_decoder(loaded, "chat")
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)

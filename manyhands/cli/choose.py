@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands import terminal
+from manyhands.cli.drawn import drawn
 from manyhands.defaults import PLAN_CONTEXT
 from manyhands.errors import ConfigError
 
@@ -190,9 +191,10 @@ def choose(
     if plot is not None:
         from manyhands.plan.report.chosen_plot import draw_choice
 
+        line = drawn(plot)
         draw_choice(plot, chosen, found, wish)
         if not json_output:
-            print(f"\ndrawn: {terminal.shown(plot)}")
+            print(line)
 
 
 def _subjects(models: list[str], wanted: "Callable[[Known], bool]") -> "list[tuple[str, Subject]]":
@@ -295,7 +297,7 @@ def _print(notes: list[str], sections: "list[Section]", found: "list[Shown]") ->
 
     from manyhands.plan.report.render import render, wrapped
 
-    width, bold = min(shutil.get_terminal_size((80, 24)).columns, 120), sys.stdout.isatty()
+    width, bold = min(shutil.get_terminal_size((80, 24)).columns, 120), terminal.styled(sys.stdout)
     for note in notes:
         print("\n".join(wrapped(terminal.shown(note), width, "")))
     if not found:

@@ -34,7 +34,7 @@ def config(
 
         print(json.dumps([asdict(told) for told in found], ensure_ascii=False))
         return
-    width = max(min(shutil.get_terminal_size((100, 24)).columns, 120), 40)
+    width = max(min(shutil.get_terminal_size((80, 24)).columns, 120), 40)
     if field is None:
         for told in found:
             print(_row(told, width))

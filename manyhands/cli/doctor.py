@@ -76,7 +76,7 @@ def doctor(
     from manyhands.plan.report.machine_table import machine_section
     from manyhands.plan.report.render import render, wrapped
 
-    width = min(shutil.get_terminal_size((100, 24)).columns, 120)
+    width = min(shutil.get_terminal_size((80, 24)).columns, 120)
     print(render([machine_section(here), *([section] if section is not None else [])], width))
     if rate is not None:
         reads = f"random reads of {show(record_bytes, 'B')}, {THREADS} at a time"
@@ -93,6 +93,7 @@ def doctor(
         )
         print("\n" + "\n".join(wrapped(told, width)))
     if native is None:
-        print(f"\nnative expert kernels: {default_level()} (this processor has: {', '.join(levels())})")
+        told = f"native expert kernels: {default_level()} (this processor has: {', '.join(levels())})"
+        print("\n" + "\n".join(wrapped(told, width, "")))
     kept = f"remembered in {cache_file()}; --again measures anew" if remembered() == here else "not remembered"
-    print(f"\nmeasured {here.measured}, {kept}")
+    print("\n" + "\n".join(wrapped(f"measured {here.measured}, {kept}", width, "")))

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit, Which
+from manyhands.cli.progress import loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
@@ -140,7 +141,8 @@ def _measure_text(
     from manyhands.text import encode_documents, evaluation_batches
 
     sequence_length, batch_size, max_batches = sizes
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
+    with loading(checkpoint):
+        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
     model = only_language_model(loaded, "eval")
     if isinstance(data, Path):
         file = TokenFile.open(data, loaded.config.vocab_size)

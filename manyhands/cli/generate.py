@@ -20,6 +20,7 @@ from manyhands.cli.options import (
     Which,
     on_disk,
 )
+from manyhands.cli.progress import loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import TEMPERATURE
@@ -42,7 +43,7 @@ Shown = TypeVar("Shown")
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
     prompt: Annotated[
-        list[str] | None, typer.Option(help="The text to continue. Repeatable. Default: read standard input.")
+        list[str] | None, typer.Option(help="The text to continue; -: standard input, the default. Repeatable.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 200,
     temperature: Annotated[
@@ -61,7 +62,7 @@ def generate(
         typer.Option(
             "--without-expert",
             metavar="L.E",
-            help="Also answer as if expert E of layer L were off (3.17), and show both. Repeatable.",
+            help="Also answer as if expert E of layer L were off and show both. Repeatable.",
         ),
     ] = None,
     replay: Annotated[
@@ -99,7 +100,7 @@ def generate(
     The prompt is plain text, behind the model's beginning-of-text token if it has one. To talk with a chat model, use
     `manyhands chat`. Several prompts are continued together, each as it would be alone, and printed one after the
     other; with --json as a list. Sampling is the model's own (generation_config.json) where a flag does not say
-    otherwise. Control characters are not printed; --json has them.
+    otherwise. Control characters are not printed; --json has them. A line break that ends standard input is left out.
 
     On N processes, which share out the experts: torchrun --nproc-per-node N -m manyhands generate …
 
@@ -122,6 +123,8 @@ def generate(
         without = _check_edits(without_expert or [], replay, flags)
         if replay is not None and prompt:
             raise UserError("--replay brings its own texts: leave --prompt out")
+        if (prompt or []).count("-") > 1:
+            raise UserError("--prompt -: standard input is read once, give it once")
         if not prompt and replay is None and sys.stdin.isatty():
             raise UserError("nothing to continue: give --prompt TEXT, or text on standard input")
 
@@ -130,8 +133,10 @@ def generate(
         from manyhands.engine.engine import Engine
         from manyhands.terminal import shown
 
-        prompts = prompt or ([] if replay is not None else [sys.stdin.read()])
-        loaded, tokenizer = load(path, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
+        asked_for = prompt or ([] if replay is not None else ["-"])
+        prompts = [_standard_input() if text == "-" else text for text in asked_for]
+        with loading(path):
+            loaded, tokenizer = load(path, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
         sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
         if line is not None:
             print(shown(line), file=sys.stderr)
@@ -164,6 +169,11 @@ def generate(
             _say(prompts, engine.stream(prompts, sampling), tokenizer, sampling, show_routing, json_output)
 
     with_crew(answer)
+
+
+def _standard_input() -> str:
+    """`echo hi |` means hi: one line break at the end belongs to the shell."""
+    return sys.stdin.read().removesuffix("\n")
 
 
 def _say(

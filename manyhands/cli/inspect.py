@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyhands.cli.options import IgnoreField
+from manyhands.cli.progress import loading
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -165,7 +166,8 @@ def _of_model(
             f"--checkpoints: {subject} is not a run with two checkpoints or more; train with train.save_every and "
             "train.keep_checkpoints"
         )
-    loaded, tokenizer = load(subject, ignore_fields=asked.ignore)
+    with loading(subject):
+        loaded, tokenizer = load(subject, ignore_fields=asked.ignore)
     model = only_decoder(loaded, "inspect")
     check_inspectable(model)
     front = tuple(tokenizer.front_ids)

@@ -45,10 +45,11 @@ def _list(
 
         print(json.dumps({name: about.model_dump(mode="json") for name, about in found.items()}, ensure_ascii=False))
         return
-    width = max(map(len, found), default=0)
-    for name, about in found.items():
-        print(f"{name.ljust(width)}  {about.minutes:>4g} min  {about.question}")
-    print("\nmanyhands lab run NAME runs one; --quick takes seconds and shows the direction only.")
+    from manyhands.cli.columns import print_table
+
+    rows = [(name, f"{about.minutes:g}", about.question) for name, about in found.items()]
+    print_table(("experiment", ">minutes", "question"), rows)
+    print("\nmanyhands lab run NAME runs one; --quick: seconds, the direction only.")
     print("manyhands lab claims says what is claimed, and what is so.")
 
 

@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from manyhands.errors import CheckFailed, UserError
+from manyhands.terminal import styled
 
 
 def claims(
@@ -54,8 +55,8 @@ def claims(
         import shutil
         import sys
 
-        width = max(40, min(shutil.get_terminal_size((100, 24)).columns, 110))
-        told = (brief_lines if brief else lines)(groups, width, bold=sys.stdout.isatty())
+        width = max(40, min(shutil.get_terminal_size((80, 24)).columns, 110))
+        told = (brief_lines if brief else lines)(groups, width, bold=styled(sys.stdout))
         print(*told, sep="\n")
     if check and off:
         claim, finding = off[0]

@@ -1,5 +1,6 @@
 """The command line: verbs, exit codes, one line per mistake."""
 
+import platform
 import sys
 import time
 import traceback
@@ -34,6 +35,8 @@ from manyhands.cli import (
     tune,
     upcycle,
 )
+from manyhands.cli.first import FIRST
+from manyhands.cli.sections import Verb, Verbs
 from manyhands.errors import EndedElsewhere, ManyhandsError
 from manyhands.terminal import shown
 from manyhands.version import __version__
@@ -43,53 +46,67 @@ _LISTEN_SECONDS = 0.5  # torchrun ends a job when a process ends: the one that s
 app = typer.Typer(
     name="manyhands",
     help="The toolkit for mixture-of-experts language models.",
-    no_args_is_help=True,
-    add_completion=False,
+    cls=Verbs,
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # rich doubles the time of --help
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("train")(train.train)
-app.command("tune")(tune.tune)
-app.command("report")(report.report)
-app.command("generate")(generate.generate)
-app.command("chat")(chat.chat)
-app.command("eval")(evaluate.evaluate)
-app.command("inspect")(inspect.inspect)
-app.command("check")(check.check)
-app.command("compare")(compare.compare)
-app.command("sweep")(sweep.sweep)
-app.command("convert")(convert.convert)
-app.command("quantize")(quantize.quantize)
-app.command("upcycle")(upcycle.upcycle)
-app.command("prune")(prune.prune)
-app.command("serve")(serve.serve)
-app.command("presets")(presets.presets)
-app.command("config")(config.config)
-app.command("models")(models.models)
-app.command("plan")(plan.plan)
-app.command("choose")(choose.choose)
-app.command("doctor")(doctor.doctor)
-app.command("simulate")(simulate.simulate)
-app.command("bench")(bench.bench)
+app.command("train", cls=Verb)(train.train)
+app.command("tune", cls=Verb)(tune.tune)
+app.command("report", cls=Verb)(report.report)
+app.command("generate", cls=Verb)(generate.generate)
+app.command("chat", cls=Verb)(chat.chat)
+app.command("eval", cls=Verb)(evaluate.evaluate)
+app.command("inspect", cls=Verb)(inspect.inspect)
+app.command("check", cls=Verb)(check.check)
+app.command("compare", cls=Verb)(compare.compare)
+app.command("sweep", cls=Verb)(sweep.sweep)
+app.command("convert", cls=Verb)(convert.convert)
+app.command("quantize", cls=Verb)(quantize.quantize)
+app.command("upcycle", cls=Verb)(upcycle.upcycle)
+app.command("prune", cls=Verb)(prune.prune)
+app.command("serve", cls=Verb)(serve.serve)
+app.command("presets", cls=Verb)(presets.presets)
+app.command("config", cls=Verb)(config.config)
+app.command("models", cls=Verb)(models.models)
+app.command("plan", cls=Verb)(plan.plan)
+app.command("choose", cls=Verb)(choose.choose)
+app.command("doctor", cls=Verb)(doctor.doctor)
+app.command("simulate", cls=Verb)(simulate.simulate)
+app.command("bench", cls=Verb)(bench.bench)
 app.add_typer(lab.app, name="lab")
 app.add_typer(trace.app, name="trace")
 
 
 def _version(asked: bool) -> None:
     if asked:
-        print(f"manyhands {__version__}")
+        print(f"manyhands {__version__}", flush=True)
+        import torch
+
+        from manyhands.kernels.native import missing
+        from manyhands.kernels.native.library import default_level
+
+        absent = missing()
+        print(f"native expert kernels: {default_level() if absent is None else f'none ({absent})'}")
+        print(f"torch {torch.__version__}, Python {platform.python_version()}")
         raise typer.Exit
 
 
 @app.callback()
 def _options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option(
+            "--version", callback=_version, is_eager=True, help="Print the version, the kernels in use, torch."
+        ),
     ] = False,
 ) -> None:
     """The toolkit for mixture-of-experts language models."""
+    if context.invoked_subcommand is None:
+        print(FIRST, end="")
 
 
 def main() -> None:

@@ -1,11 +1,11 @@
 """`manyhands models`: the catalogue as a table, and its published figures beside the computed ones."""
 
-import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from manyhands.cli import complete
+from manyhands.cli.columns import print_table
 from manyhands.errors import ConfigError
 from manyhands.format import rounded
 
@@ -20,7 +20,11 @@ MARKS = {"rumour": "?", "assumed": "*", "undisclosed": "not disclosed"}
 def models(
     name: Annotated[
         str | None,
-        typer.Argument(metavar="[NAME]", help="One system: all its figures, prices and notes, with their sources."),
+        typer.Argument(
+            metavar="[NAME]",
+            help="One system: all its figures, prices and notes, with their sources.",
+            autocompletion=complete.systems,
+        ),
     ] = None,
     sparse: Annotated[bool, typer.Option("--sparse", help="Only mixtures of experts.")] = False,
     dense: Annotated[bool, typer.Option("--dense", help="Only dense models.")] = False,
@@ -99,8 +103,8 @@ def _by_year(chosen: "list[Entry]", json_output: bool) -> None:
         visited = ", ".join(f"{k}: {count}" for k, count in year.experts_per_token.items())
         numbers = (year.systems, year.sparse, year.dense, year.not_disclosed)
         lines.append((str(year.year), *map(str, numbers), visited))
-    _print(columns, lines)
-    print("\nOf the systems in this catalogue, which is a choice; those that share an architecture count each.")
+    print_table(columns, lines)
+    print("\nOf the systems in this catalogue, which is a choice;\nthose that share an architecture count each.")
 
 
 def _chosen(sparse: bool, dense: bool) -> "list[Entry]":
@@ -129,7 +133,7 @@ def _table(rows: "list[tuple[Entry, Counts | None]]") -> None:
         context = "" if entry.context is None else short(entry.context)
         sizes, experts = _sizes(entry, counts), _experts(entry)
         lines.append((entry.id, *sizes, experts, context, entry.released, entry.license))
-    _print(columns, lines)
+    print_table(columns, lines, spare=(">without emb.", "licence", "released"))
 
 
 def _sizes(entry: "Entry", counts: "Counts | None") -> tuple[str, str, str]:
@@ -186,7 +190,7 @@ def _check(chosen: set[str], json_output: bool) -> None:
         _check_table(rows)
         verdicts = [row.verdict for row in rows]
         shown = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in dict.fromkeys(verdicts))
-        print(f"{len(rows)} published figures of {len({row.id for row in rows})} systems: {shown}")
+        print(f"{len(rows)} published figures of {len({row.id for row in rows})} systems:\n{shown}")
     off = [row for row in rows if row.verdict == "off"]
     if off:
         raise CheckFailed(
@@ -201,32 +205,4 @@ def _check_table(rows: "list[Comparison]") -> None:
         mark, difference = MARKS.get(row.kind, ""), f"{100 * row.difference:+.2f} %"
         numbers = (row.printed + mark, row.computed_as_printed(), difference)
         lines.append((row.id, row.what, *numbers, row.verdict, row.because))
-    _print(columns, lines)
-
-
-def _print(columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
-    """`>` marks a column of numbers. A table that fits the terminal; elsewhere one plain line per row."""
-    if sys.stdout.isatty():
-        _print_fitted(columns, lines)
-        return
-    names = [name.lstrip(">") for name in columns]
-    widths = [max(map(len, column)) for column in zip(names, *lines, strict=True)]
-    for line in (names, *lines):
-        cells = (
-            text.rjust(width) if name.startswith(">") else text.ljust(width)
-            for name, text, width in zip(columns, line, widths, strict=True)
-        )
-        print("  ".join(cells).rstrip())
-
-
-def _print_fitted(columns: tuple[str, ...], lines: Sequence[tuple[str, ...]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in columns:
-        right, last = name.startswith(">"), name == columns[-1]
-        table.add_column(name.lstrip(">"), justify="right" if right else "left", no_wrap=not last)
-    for line in lines:
-        table.add_row(*line)
-    Console(highlight=False).print(table)
+    print_table(columns, lines)

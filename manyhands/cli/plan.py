@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyhands import terminal
+from manyhands.cli import complete
+from manyhands.cli.drawn import drawn
 from manyhands.defaults import PLAN_CONTEXT, TOKENS_PER_DEVICE
 from manyhands.errors import ConfigError
 
@@ -24,6 +26,7 @@ def plan(
         typer.Argument(
             metavar="MODEL",
             help="A name of the catalogue, a config.json, a checkpoint or run directory, a run file, a preset.",
+            autocompletion=complete.described,
         ),
     ],
     overrides: Annotated[
@@ -34,7 +37,12 @@ def plan(
         ),
     ] = None,
     versus: Annotated[
-        list[str] | None, typer.Option(metavar="MODEL", help="Another model, side by side; may be given several times.")
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL",
+            help="Another model, side by side; may be given several times.",
+            autocompletion=complete.described,
+        ),
     ] = None,
     machine: Annotated[
         str | None,
@@ -240,10 +248,11 @@ def plan(
     if plot is not None:
         from manyhands.plan.report.plot import draw
 
+        line = drawn(plot)
         draw(plot, subjects, asks)
     _print(subjects, asks, sections, explain=explain, json_output=json_output, hint=machine is None)
     if plot is not None and not json_output:
-        print(f"\ndrawn: {terminal.shown(plot)}")
+        print(line)
 
 
 def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
@@ -347,7 +356,7 @@ def _print(
         return
     from manyhands.plan.report.render import render, wrapped
 
-    width, bold = min(shutil.get_terminal_size((100, 24)).columns, 120), sys.stdout.isatty()
+    width, bold = min(shutil.get_terminal_size((80, 24)).columns, 120), terminal.styled(sys.stdout)
     for subject in subjects:
         print(f"{terminal.shown(subject.name)}: {terminal.shown(subject.origin)}")
         for note in subject.notes:
@@ -355,7 +364,7 @@ def _print(
     print()
     print(render(sections, width, explain=explain, bold=bold))
     if hint and asks[0].machine is None and subjects[0].sizes is not None:
-        print("\nFor speeds: --machine here (measures this one, once, in some seconds), or 8xh100, m4-max, …")
+        print("\nFor speeds: --machine here (measured once, in some seconds), or 8xh100, m4-max, …")
 
 
 def _as_dict(subjects: "list[Subject]", asks: "list[Ask]", sections: "list[Section]") -> dict[str, Any]:

@@ -39,7 +39,7 @@ def presets(
 
         print(json.dumps(found, ensure_ascii=False))
         return
-    width = max(min(shutil.get_terminal_size((100, 24)).columns, 120), 50)
+    width = max(min(shutil.get_terminal_size((80, 24)).columns, 120), 50)
     for preset in found:
         seconds = preset["max_seconds"]
         long = f"{preset['max_steps']:,} steps" if seconds is None else f"{duration(seconds)} at most"

@@ -74,7 +74,7 @@ def serve(
         ),
     ] = False,
     prefix_caching: Annotated[bool, typer.Option(help="Prompts that begin alike are computed once.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", help="No line per request.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line per request.")] = False,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.drawn import drawn
 from manyhands.cli.size import size
 from manyhands.errors import UserError
 from manyhands.format import number, show
@@ -144,6 +145,7 @@ def simulate(
     with _progress() as update:
         report = simulated(trace, settings, update)
     if plot is not None:
+        line = drawn(plot)
         draw(plot, report)
     if json_output:
         import json
@@ -152,7 +154,7 @@ def simulate(
         return
     _print(report)
     if plot is not None:
-        print(f"\ndrawn: {shown(plot)}")
+        print(line)
 
 
 def _print(report: "Report") -> None:

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from manyhands.cli.progress import loading
 from manyhands.errors import UserError
 from manyhands.files import check_replaceable, write_atomic
 from manyhands.terminal import shown
@@ -40,7 +41,8 @@ def answer_tasks(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.harness import language_model, run_tasks
 
-    loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields, adapter=adapter)
+    with loading(checkpoint):
+        loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields, adapter=adapter)
     model = only_decoder(loaded, "--tasks")
     if how["chat"] and tokenizer.chat_template is None:
         raise UserError("--apply-chat-template: the model has no chat template")

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyhands.cli import complete
 from manyhands.errors import ConfigError, UserError
 from manyhands.files import RUN
 
@@ -18,7 +19,10 @@ def train(
         list[str] | None,
         typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes on top of the preset or file."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="A run that ships with manyhands, for example quickstart.")] = None,
+    preset: Annotated[
+        str | None,
+        typer.Option(help="A run that ships with manyhands, for example quickstart.", autocompletion=complete.presets),
+    ] = None,
     config: Annotated[Path | None, typer.Option("--config", "-c", help="A run file (YAML).")] = None,
     resume: Annotated[Path | None, typer.Option(help="Continue the run in this directory, as it is.")] = None,
     out: Annotated[Path | None, typer.Option(help="The run's directory. Default: runs/NAME.")] = None,
@@ -32,7 +36,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, with its size and cost; write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:

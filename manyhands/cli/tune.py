@@ -89,7 +89,7 @@ def tune(
         int | None,
         typer.Option(min=1, metavar="N", help="Print the first N rows as the model would see them, and end."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print only the summary.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
     json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:

@@ -164,7 +164,7 @@ def test_plan_and_models_know_one_context() -> None:
             continue  # nothing is planned for it
         if sizes is not None:
             assert entry.context is not None and sizes.positions == entry.context
-            assert f" {short(entry.context)} " in rows[name]
+            assert f" {short(entry.context)} " in f"{rows[name]} "
 
 
 def test_thousands_of_positions_are_1024() -> None:

@@ -106,6 +106,12 @@ def test_generate_shows_the_experts(run_dir: Path) -> None:
 def test_generate_reads_standard_input(run_dir: Path) -> None:
     done = manyhands("generate", str(run_dir), "--max-new-tokens", "2", stdin="line 5")
     assert done.returncode == 0 and done.stdout.startswith("line 5")
+    both = manyhands(
+        "generate", str(run_dir), "--prompt", "a", "--prompt", "-", "--max-new-tokens", "2", "--json", stdin="line 5\n"
+    )
+    assert [one["prompt"] for one in json.loads(both.stdout)] == ["a", "line 5"]  # the last line break is the shell's
+    twice = manyhands("generate", str(run_dir), "--prompt", "-", "--prompt", "-", stdin="x")
+    assert twice.returncode == 2 and "read once" in twice.stderr
 
 
 def test_eval(run_dir: Path, tmp_path: Path) -> None:
