@@ -57,6 +57,9 @@ class Machine(Strict):
     disk_random: Positive | None = None
     """Records of a MiB at random places, 4 at a time."""
     disk_assumed: bool = False
+    power: Positive | None = None
+    """Watts that a device may draw at most; None: not known."""
+    power_source: str = "as given"
     source: str
 
     def rate(self, wanted: str) -> tuple[str, float] | None:

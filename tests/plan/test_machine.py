@@ -19,6 +19,8 @@ from manyhands.plan.roof import decode_bound, prefill_bound
 from manyhands.plan.sizes import sizes_of
 from manyhands.plan.storage import BF16, INT4
 
+from ..small_runs import manyhands
+
 PLAIN = Machine(
     name="here",
     title="this machine",
@@ -259,3 +261,17 @@ def test_what_doctor_forecasts() -> None:
     assert found is not None and found["bytes_per_second"] == 2e9
     assert found["tokens_per_second"] == pytest.approx(2 / (1 - 0.748))
     assert experts_from_disk(here(processor=PLAIN.model_copy(update={"disk": None}))) is None
+
+
+def test_power_has_a_source_and_gives_the_energy_of_a_token() -> None:
+    """At the power limit: watts of all devices over the expected tokens a second; not said where it is not known."""
+    powered = [machine for name in machine_names() if (machine := machine_named(name)).power is not None]
+    assert len(powered) >= 12 and all(machine.power_source.startswith("https://") for machine in powered)
+    assert all(machine.kind == "gpu" and 50 <= (machine.power or 0) <= 1000 for machine in powered)
+    asked = ["plan", "qwen3-30b-a3b", "--format", "int8", "--json", "--machine"]
+    told = [json.loads(manyhands(*asked, name).stdout)["sections"]["expected"] for name in ("4xh100", "m4-max")]
+    assert len(told[0]["figures"]) == len(told[0]["table"]) >= 3 and not told[1]["figures"]
+    for figure, row in zip(told[0]["figures"], told[0]["table"], strict=True):
+        assert figure["label"] == f"energy a token, {row['step']}" and figure["unit"] == "J"
+        assert figure["value"] == pytest.approx(4 * 700 / row["estimate"]["value"], rel=1e-12)
+    assert "every device draws its limit of 700 W" in told[0]["notes"][-1]

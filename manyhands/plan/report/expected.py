@@ -29,10 +29,12 @@ def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Po
     assert sizes is not None
     rows: list[tuple[Cell, ...]] = []
     sources: list[str] = []
+    energy: list[Figure] = []
 
     def add(step: str, bound: Bound, kind: Kind) -> None:
         found = estimate(bound, len(sizes.windows), kind, recorded)
         work = f"{bound.step.tokens} tokens in {len(sizes.windows)} layers of a·{show(bound.seconds, 's')} / layers + c"
+        energy.extend(_energy(machine, step, found.tokens_per_second))
         rows.append(
             (
                 step,
@@ -55,8 +57,21 @@ def expected(subject: Subject, ask: Ask, machine: Machine, recorded: Sequence[Po
         return None
     notes = ["; ".join(_merged(sources))]
     notes += _published([speed for speed in published_speeds() if _same(speed, subject, machine)])
+    if machine.power is not None:
+        notes.append(
+            f"energy: every device draws its limit of {machine.power:g} W ({machine.power_source}); one that waits for "
+            "memory draws less, and the computer around it comes on top"
+        )
     columns = (f"on {machine.name}", "all", "from", "to", "of the best")
-    return Section("expected", "Expected speed", (), Table(columns, tuple(rows), _KEYS), notes)
+    return Section("expected", "Expected speed", energy, Table(columns, tuple(rows), _KEYS), notes)
+
+
+def _energy(machine: Machine, step: str, speed: float) -> list[Figure]:
+    """Joules of a token, where the machine's power is known."""
+    if machine.power is None:
+        return []
+    watts = machine.power * machine.devices
+    return [Figure(f"energy a token, {step}", watts / speed, "J", f.ENERGY, f"{watts:,.0f} W / {show(speed, 'tok/s')}")]
 
 
 def _merged(sources: Sequence[str]) -> list[str]:

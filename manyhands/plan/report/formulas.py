@@ -33,6 +33,7 @@ ROOF = Formula(
     "Williams et al., CACM 52(4), 2009",
 )
 EXPECTED = Formula("expected time of a layer", "bound / a + c", "fitted on measured speeds, docs/planning.md")
+ENERGY = Formula("energy of a token", "watts of all devices / (tok/s)", "at the power limit of every device")
 GUESSED = Formula(
     "speed when guessing ahead", "accepted·B / (pass over B·(1 + d) tokens + d·draft)", "arXiv 2211.17192 §3.3"
 )
