@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OUT ?= runs/quickstart
 PROMPT ?= def read_file(path):
 
-.PHONY: run setup setup-dev test lint docs dist clean
+.PHONY: run setup setup-dev test lint docs notebooks dist clean
 
 run: setup  ## train the quickstart model on the standard library's sources, then generate from it
 	$(BIN)/manyhands train --preset quickstart --out $(OUT)
@@ -31,6 +31,10 @@ docs: export NO_MKDOCS_2_WARNING := 1
 docs: $(VENV)/.installed-docs  ## the documentation as a site, in site/; a warning is an error
 	$(BIN)/mkdocs build --strict
 	@echo "site/index.html"
+
+notebooks: setup  ## run the notebooks of examples/ as Jupyter does, two minutes
+	$(PIP) install -q -e '.[notebooks]'
+	$(BIN)/python scripts/notebooks.py
 
 # torch first and pinned: an open range pulls gigabytes of CUDA packages.
 $(VENV)/.installed: pyproject.toml constraints.txt setup.py $(wildcard native/*.cpp native/*.h native/*.inl)
