@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from manyhands.catalog import entries
 from manyhands.config.parallel import Layout
+from manyhands.plan.count_shape import count_shape
 from manyhands.simulate.exchange import exchanged
 from manyhands.simulate.tokens import Tokens
 from manyhands.trace.placement import contiguous
@@ -259,6 +261,29 @@ def test_plot(tmp_path: Path) -> None:
         done = manyhands("plan", "olmoe-1b-7b", "--machine", "desktop-ddr5", "--plot", str(path))
         assert done.returncode == 0, done.stderr
         assert path.read_bytes().startswith(start)
+
+
+def test_names_in_a_plot_are_apart_and_curves_end_where_the_model_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    done = manyhands("plan", "olmoe-1b-7b", "--versus", "deepseek-v3", "--plot", str(tmp_path / "a.png"))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.undo()
+    (figure,) = figures
+    catalogue, by_context = figure.axes[:2]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in catalogue.texts] + [catalogue.get_legend().get_window_extent()]
+    assert len(boxes) >= 6
+    assert not any(one.overlaps(two) for number, one in enumerate(boxes) for two in boxes[:number])
+    ends = [int(line.get_xdata()[-1]) for line in by_context.lines]
+    assert ends == [4096, 131072, 131072], "OLMoE's context, and what is drawn of DeepSeek-V3's"
+    dense = next(points for points in catalogue.collections if points.get_label() == "dense")
+    totals = {count_shape(entry.shape).total for entry in entries() if entry.id in ("t5-base", "t5-11b")}
+    assert len(totals) == 2 and totals <= {int(x) for x, _ in dense.get_offsets()}, "an encoder-decoder is no mixture"
+    pyplot.close(figure)
 
 
 def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

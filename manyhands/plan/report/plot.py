@@ -3,6 +3,8 @@
 Needs matplotlib, the optional extra `report`.
 """
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +45,10 @@ _MADE_BY: dict[str, dict[str, str | None]] = {
 """The mark in a plot that this program drew, and may replace."""
 
 
+_Panel = Callable[["Axes", list[Subject], list[Ask]], Callable[[], None] | None]
+"""Draws one; what it gives, if anything, is called when everything has its place."""
+
+
 def draw(path: Path, subjects: list[Subject], asks: list[Ask]) -> None:
     """Write the picture. Raises `ConfigError` without matplotlib or for a format it does not write."""
     if path.suffix.lower() not in FORMATS:
@@ -56,32 +62,35 @@ def draw(path: Path, subjects: list[Subject], asks: list[Ask]) -> None:
     except ImportError:
         raise ConfigError("--plot needs matplotlib: pip install 'manyhands[report]'") from None
 
-    panels = [_catalogue]
+    panels: list[_Panel] = [_catalogue]
     panels += [_by_context] if all(subject.sizes is not None for subject in subjects) else []
     panels += [_by_hit_rate] if _offloads(subjects, asks) else []
     figure, axes = pyplot.subplots(1, len(panels), figsize=(5.6 * len(panels), 4.6), squeeze=False)
+    later = []
     for panel, ax in zip(panels, axes[0], strict=True):
-        panel(ax, subjects, asks)
+        later.append(panel(ax, subjects, asks))
         ax.spines[["top", "right"]].set_visible(False)
         ax.tick_params(which="both", colors=_INK, labelsize=9)
         ax.grid(True, which="major", color="#eceef1", linewidth=0.8)
         ax.set_axisbelow(True)
     figure.tight_layout(pad=1.6, w_pad=2.6)
+    for write in later:
+        if write is not None:
+            write()
     kind = path.suffix[1:].lower()
     with writing(path) as file:
         figure.savefig(file, format=kind, dpi=160, metadata=_MADE_BY[kind])
     pyplot.close(figure)
 
 
-def _catalogue(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
+def _catalogue(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> Callable[[], None]:
     """Active against total parameters."""
     points: dict[bool, list[tuple[int, int]]] = {True: [], False: []}
-    for name, counts in _counted():
-        points[counts.active < counts.total].append((counts.total, counts.active))
+    named = []
+    for name, counts, is_sparse in _counted():
+        points[is_sparse].append((counts.total, counts.active))
         if name in _NAMED and all(counts.total != subject.counts.total for subject in subjects):
-            ax.annotate(
-                name, (counts.total, counts.active), (5, -9), textcoords="offset points", fontsize=7.5, color="#7b828c"
-            )
+            named.append((name, counts.total, counts.active))
     for is_sparse, found in points.items():
         x, y = [total for total, _ in found], [active for _, active in found]
         face = _POINT if is_sparse else "none"
@@ -95,19 +104,51 @@ def _catalogue(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
     ax.set_ylim(1e8, 1e12)
     ax.set_title("Active against total", fontsize=11, color=_INK, loc="left")
     ax.legend(fontsize=8, frameon=False, loc="upper left")
+    return partial(_write_names, ax, named, [(subject.counts.total, subject.counts.active) for subject in subjects])
 
 
-def _counted() -> list[tuple[str, Counts]]:
+def _write_names(ax: "Axes", named: list[tuple[str, int, int]], marks: list[tuple[int, int]]) -> None:
+    """Each name beside its point, where it covers no other name, nor the legend or one of the `marks`; else nowhere."""
+    from matplotlib.transforms import Bbox
+
+    figure = ax.figure
+    figure.canvas.draw()  # so that places are known
+    legend, frame = ax.get_legend(), ax.get_window_extent()
+    taken = [] if legend is None else [legend.get_window_extent()]
+    taken += [text.get_window_extent() for text in ax.texts]
+    taken += [Bbox.from_bounds(x - 6, y - 6, 12, 12) for x, y in ax.transData.transform(marks)]
+    for name, total, active in named:
+        for offset, side in (((5, -9), "left"), ((5, 4), "left"), ((-5, 4), "right"), ((-5, -9), "right")):
+            text = ax.annotate(
+                name, (total, active), offset, textcoords="offset points", fontsize=7.5, color="#7b828c", ha=side
+            )
+            box = text.get_window_extent()
+            inside = frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                taken.append(box.padded(3))
+                break
+            text.remove()
+
+
+def _counted() -> list[tuple[str, Counts, bool]]:
+    """Of every published system of some size: its name, its counts, whether it is a mixture."""
     from manyhands.catalog import entries
     from manyhands.plan.count_shape import count_shape
 
     found = []
     for entry in entries():
         if (config := entry.config) is not None:
-            found.append((entry.id, count_model(config)))
+            found.append((entry.id, count_model(config), entry.mixture is not None))
         elif entry.shape is not None:
-            found.append((entry.id, count_shape(entry.shape)))
-    return [(name, counts) for name, counts in found if counts.total > 1.5e8]
+            found.append((entry.id, count_shape(entry.shape), entry.mixture is not None))
+    return [one for one in found if one[1].total > 1.5e8]
+
+
+def drawn_contexts(positions: int | None) -> list[int]:
+    """Where a curve is computed: as far as the model's context goes, and no further; None: it has no end."""
+    if positions is None:
+        return _CONTEXTS
+    return ([c for c in _CONTEXTS if c < positions] or [max(1, positions // 2)]) + [min(positions, _CONTEXTS[-1])]
 
 
 def _by_context(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
@@ -116,11 +157,12 @@ def _by_context(ax: "Axes", subjects: list[Subject], asks: list[Ask]) -> None:
 
     for subject, colour in zip(subjects, _COLOURS, strict=False):
         assert subject.sizes is not None
-        forward = [forward_flops(subject.sizes, subject.counts, c) for c in _CONTEXTS]
-        ax.plot(_CONTEXTS, forward, color=colour, linewidth=2, label=f"{subject.name}, forward")
+        contexts = drawn_contexts(subject.sizes.positions)
+        forward = [forward_flops(subject.sizes, subject.counts, c) for c in contexts]
+        ax.plot(contexts, forward, color=colour, linewidth=2, label=f"{subject.name}, forward")
         if subject.sizes.mla:
-            latent = [forward_flops(subject.sizes, subject.counts, c, latent=True) for c in _CONTEXTS]
-            ax.plot(_CONTEXTS, latent, color=colour, linewidth=1.4, linestyle="--", label=f"{subject.name}, decoding")
+            latent = [forward_flops(subject.sizes, subject.counts, c, latent=True) for c in contexts]
+            ax.plot(contexts, latent, color=colour, linewidth=1.4, linestyle="--", label=f"{subject.name}, decoding")
     ax.set(xscale="log", yscale="log", xlabel="context, tokens")
     ax.set_xticks(_CONTEXTS[::2], [short(c) for c in _CONTEXTS[::2]])
     ax.xaxis.set_minor_locator(NullLocator())
