@@ -20,7 +20,11 @@ SMALL = [
     "train.sequence_length=64", "train.batch_size=4", "train.max_steps=6", "tokenizer.pre=llama-bpe",
 ]  # fmt: skip
 TEXT = "the hands are many and each of them is good at one thing , so the work goes to those that know it best"
-TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<|endoftext|>{% endif %}\n"
+    "{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 
 def make_stand_ins(folder: Path) -> None:
