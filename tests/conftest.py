@@ -4,7 +4,10 @@ for garbage among what collection made; no wait for the disk; and the level at w
 
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +31,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Make the level the default one."""
+    """Make the level the default one. What this machine was measured at, and remembers, is no matter of a test."""
+    fonts = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "matplotlib"
+    os.environ.setdefault("MPLCONFIGDIR", str(fonts))  # a list of fonts takes matplotlib seconds to make
+    config.add_cleanup(lambda: shutil.rmtree(empty, ignore_errors=True))
+    os.environ["XDG_CACHE_HOME"] = empty = tempfile.mkdtemp(prefix="manyhands-tests-")
     name = config.getoption("level")
     if name is None:
         return
