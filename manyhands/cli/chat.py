@@ -181,7 +181,7 @@ def _change(conversation: "Conversation", word: str, behind: str) -> str:
         conversation.reset()
         return "forgotten"
     question = conversation.undo()
-    return "there is nothing to take back" if question is None else f"taken back: {question.splitlines()[0][:60]}"
+    return "there is nothing to take back" if question is None else f"taken back: {' '.join(question.split())[:60]}"
 
 
 @contextlib.contextmanager

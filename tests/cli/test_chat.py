@@ -89,6 +89,10 @@ def test_turns_are_taken_back_written_and_read(run: Path) -> None:
     system = chat(run, *arguments, "--system", "be brief", stdin="line 3\n")[1]
     code, out, err = chat(run, *arguments, stdin="/system be brief\nline 3\n/undo\n/system\nline 3\n")
     assert code == 0 and out == system + one and "nothing now" in err
+    empty = [{"role": "user", "content": ""}, {"role": "assistant", "content": "a"}]
+    (run / "empty.json").write_text(json.dumps({"messages": empty}))
+    code, out, err = chat(run, stdin="/load empty.json\n/undo\n/undo\n")
+    assert code == 0 and "taken back: " in err and "nothing to take back" in err and "Traceback" not in err
     assert "takes the name of a file" in chat(run, stdin="/save\n")[2]
     assert "nothing was asked yet" in chat(run, stdin="/regenerate\n")[2]
 
