@@ -117,7 +117,11 @@ BAD_FIELDS = [  # of mixtral
     ("b" * 1000, 1, "a name of 1000 characters"),
 ]
 BAD_OTHERS = [  # of other families
-    ("qwen3_moe", {"mlp_only_layers": [0] * 10**5, "num_hidden_layers": 4096}, "mlp_only_layers = .*at most 4096"),
+    (
+        "qwen3_moe",
+        {"mlp_only_layers": [0] * 10**5, "num_hidden_layers": 4096},
+        "mlp_only_layers = .*4096 items at most",
+    ),
     ("qwen3_moe", {"mlp_only_layers": [10**9]}, "mlp_only_layers.0 = 1000000000"),
     ("qwen3_moe", {"mlp_only_layers": [2]}, "mlp_only_layers names layer 2 of 2"),
     ("qwen3_moe", {"mlp_only_layers": [-1]}, "mlp_only_layers.0 = -1"),

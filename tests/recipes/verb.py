@@ -49,8 +49,8 @@ def layers(
         Edit("manyhands/cli/main.py", "    layers,\n", after="    inspect,\n"),
         Edit(
             "manyhands/cli/main.py",
-            'app.command("layers")(layers.layers)\n',
-            after='app.command("models")(models.models)\n',
+            'app.command("layers", cls=Verb)(layers.layers)\n',
+            after='app.command("models", cls=Verb)(models.models)\n',
         ),
     ),
     CHECK,

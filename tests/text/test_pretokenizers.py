@@ -4,10 +4,10 @@ import json
 
 import pytest
 import tokenizers
-from pydantic import ValidationError
 from tokenizers import pre_tokenizers
 
 from manyhands.config import RunConfig
+from manyhands.errors import ConfigError
 from manyhands.text import Tokenizer
 from manyhands.text.pretokenizers import PRES, RULES, Pre, pre_of, pre_tokenizer
 
@@ -48,6 +48,6 @@ def test_a_rule_that_is_nearly_a_published_one_is_not_it() -> None:
 
 
 def test_a_tokenizer_that_is_there_has_its_rule_already() -> None:
-    with pytest.raises(ValidationError, match=r"tokenizer\.pre = 'qwen2' is for a tokenizer that is trained"):
+    with pytest.raises(ConfigError, match=r"tokenizer\.pre = 'qwen2' is for a tokenizer that is trained"):
         RunConfig.model_validate({"tokenizer": {"pre": "qwen2"}, "data": {"tokenizer": "there.json"}})
     assert RunConfig.model_validate({"tokenizer": {"pre": "gpt-2"}}).tokenizer.pre == "gpt-2"
