@@ -68,8 +68,7 @@ def _trained(run: "RunConfig") -> tuple[int, int]:
     from manyhands.config.tune import EsftTuning
     from manyhands.models import build
     from manyhands.models.tuned import adapt
-    from manyhands.train.muon import Muon
-    from manyhands.train.optim import build_optimizers
+    from manyhands.plan.training_memory import moments_of
     from manyhands.train.state import count_trained
     from manyhands.train.trainable import freeze
 
@@ -81,13 +80,8 @@ def _trained(run: "RunConfig") -> tuple[int, int]:
         adapt(model, run.tune)
     else:
         freeze(model, run.trainable)
-    if run.optim.name == "adafactor" or not count_trained(model):  # rows and columns alone: little
-        return count_trained(model), 0
-    kept = 0
-    for optimizer in build_optimizers(model, run.optim).optimizers:
-        moments = 1 if isinstance(optimizer, Muon) else 2
-        kept += moments * sum(p.numel() for group in optimizer.param_groups for p in group["params"])
-    return count_trained(model), _FLOAT * kept
+    trained = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    return count_trained(model), _FLOAT * sum(moments_of(name, shape, run.optim.name) for name, shape in trained)
 
 
 def _least_seconds(run: "RunConfig", active: int, tokens: int) -> float | None:

@@ -84,6 +84,8 @@ def test_dry_run_writes_nothing_and_says_what_the_run_then_does(dry: tuple[Path,
     folder, command = dry
     before = sorted(folder.rglob("*"))
     told = json.loads(manyhands(*command, "--dry-run", "--json").stdout)
+    rows = json.loads(manyhands(*command, "--dry-run", "--json", "optim.name=adafactor").stdout)
+    assert rows["memory_bytes"] > 8 * rows["parameters"]  # a mean for each row and column, beside weight and gradient
     shown = manyhands(*command, "--dry-run")
     assert sorted(folder.rglob("*")) == before
     assert shown.returncode == 0 and "nothing was written" in shown.stdout and "epochs   about" in shown.stdout
