@@ -25,6 +25,7 @@ lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy scripts/typed_calls.py
+	$(BIN)/mypy --config-file scripts/mypy.ini scripts benchmarks
 	$(BIN)/lint-imports
 
 docs: export NO_MKDOCS_2_WARNING := 1

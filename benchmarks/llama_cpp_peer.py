@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from manyhands.checkpoint.model import load_model
+from manyhands.checkpoint.model import Model, load_model
 from manyhands.config import ModelConfig
 
 FORMATS = {"bf16": "BF16", "int8": "Q8_0", "int4": "Q4_0"}  # ours: the nearest of theirs
@@ -216,6 +216,7 @@ def logits_difference(directory: str) -> dict[str, float]:
     positions' logits together; `same_argmax`: the share of those positions with the same greedy token.
     """
     model = load_model(Path(directory) / "plain", dtype=torch.float32)
+    assert isinstance(model, Model)
     ids = torch.randint(0, model.config.vocab_size, (1, 16), generator=torch.Generator().manual_seed(1))
     ours = model.head(model.hidden(ids).states[:, 7:])[0].float()
     peer = LlamaCpp(Path(directory) / "gguf" / "BF16.gguf", ids.shape[1])

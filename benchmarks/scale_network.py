@@ -77,8 +77,10 @@ def of_trace(path: Path) -> tuple[Tokens, int]:
         every = Tokens.of(trace, kept=True)
         step = np.bincount(every.step).argmax()
         chosen = every.step == step
-        rows = (array[chosen] for array in (every.expert_ids, every.step, every.sequence, every.decode))
-        return Tokens(*rows, every.none), trace.manifest.num_experts
+        experts, steps, sequences, decode = (
+            array[chosen] for array in (every.expert_ids, every.step, every.sequence, every.decode)
+        )
+        return Tokens(experts, steps, sequences, decode, every.none), trace.manifest.num_experts
 
 
 def made_up(T: int = 2048, L: int = 8, E: int = 16, K: int = 4) -> tuple[Tokens, int]:

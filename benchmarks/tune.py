@@ -41,7 +41,8 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("SYSTEM", "FOLDER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        run_one(*arguments.one, arguments)
+        name, folder = arguments.one
+        run_one(name, folder, arguments)
         return
     try:
         import peft
@@ -161,10 +162,11 @@ def trained(parameters: list[Tensor], loss: Callable[[Tensor], Tensor]) -> Calla
 def ours(folder: Path, packed: bool) -> Callable[[Tensor], float]:
     """Ours, from PEFT's files."""
     from manyhands.checkpoint.adapters import load_adapter
-    from manyhands.checkpoint.model import load_model
+    from manyhands.checkpoint.model import Model, load_model
     from manyhands.layers.cross_entropy import linear_cross_entropy
 
     model = load_model(folder / ("packed" if packed else "model"))
+    assert isinstance(model, Model)
     load_adapter(model, folder / "adapter")
     model.train()
 

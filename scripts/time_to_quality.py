@@ -121,7 +121,7 @@ def advance(job: Job, out: Path, run: RunConfig, name: str) -> None:
     with job.clock() as clock:
         train(out / name, changed(run, f"train.max_steps={steps}"), quiet=True)
     best = min(progress(out, run, name).losses)
-    busy = "" if clock.quiet else "; the machine is busy: times mean little"
+    busy = "" if job.quiet else "; the machine is busy: times mean little"
     print(f"  {name}: step {steps:,}, best validation loss {best:.4f} ({clock.seconds:.0f} s{busy})", flush=True)
 
 

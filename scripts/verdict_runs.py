@@ -91,7 +91,9 @@ def described(name: str, out: Path) -> RunConfig:
     base = out / "tiny"
     sections = {"data": {"sources": [str(LIBRARY / "logging"), str(LIBRARY / "asyncio")]}}
     sections |= {"train": {"max_steps": 60, "sequence_length": 32}, "optim": {"lr": 0.003}}
-    return settings(str(base), load_run(base / "run.yaml").model, LoraTuning(method="lora"), sections=sections)
+    return settings(
+        str(base), load_run(base / "run.yaml").model, LoraTuning.model_validate({"method": "lora"}), sections=sections
+    )
 
 
 def go(name: str, out: Path) -> None:
