@@ -261,9 +261,8 @@ def _refuse_ignored(subjects: "list[Subject]", given: set[str]) -> None:
     if len(subjects) > 1 and given:
         raise ConfigError(f"{min(given)} is about one model: leave --versus out")
     if first.sizes is None and (about := given - {"--flops"}):
-        raise ConfigError(
-            f"{min(about)} has no meaning for {first.name}: only parameters and memory are planned for it"
-        )
+        planned = "parameters, memory and FLOPs" if first.pairs is not None else "parameters and memory"
+        raise ConfigError(f"{min(about)} has no meaning for {first.name}: only {planned} are planned for it")
     of_experts = given & {"--scale", "--load", "--memory", "--disk", "--trace"}
     if first.sizes is not None and not first.sizes.num_experts and (about := of_experts):
         raise ConfigError(f"{min(about)} is about experts, and {first.name} is dense")

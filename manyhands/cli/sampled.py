@@ -19,7 +19,7 @@ def sample_of(
     """[B, S + 1] ids of the given text or of the built-in one; None for a model without a tokenizer.
 
     `batches` of 8 × 256 tokens. To `calibrate`, the last quarter is measured on and the rest is not. Raises `DataError`
-    for too few tokens, and for text that nothing can encode.
+    for too few tokens, and for text that nothing can encode; `ConfigError` for a model that is no decoder.
     """
     from manyhands.checkpoint.sidecars import tokenizer_of
     from manyhands.files import TOKENIZER
@@ -27,6 +27,7 @@ def sample_of(
     from manyhands.text import read_documents
     from manyhands.text.tokenizer_files import instead
 
+    longest = source.decoder("packing").max_position_embeddings  # before any text is read
     tokenizer, unread = tokenizer_of(source.path)
     if tokenizer is None:
         if documents is not None:
@@ -38,7 +39,7 @@ def sample_of(
             documents = read_documents(["stdlib"])
         except DataError:  # a Python without its sources
             return None
-    S = min(SEQUENCE, source.decoder("running on text").max_position_embeddings)
+    S = min(SEQUENCE, longest)
     ids = _encode(documents, tokenizer, batches * BATCH * S + 1)
     least = 2 if calibrate else 1  # rows: some to calibrate with, and others to measure on
     if len(ids) <= least:

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from manyhands.checkpoint.model import load, load_model, save
 from manyhands.cli.main import app
 from manyhands.cli.quantize import advice
-from manyhands.config import ModelConfig
+from manyhands.config import ModelConfig, RecurrentConfig
 from manyhands.errors import CheckpointError, ConfigError, DataError, UserError
 from manyhands.generate.evaluate import evaluate
-from manyhands.models import Decoder, init_weights
+from manyhands.models import Decoder, Recurrent, init_weights
 from manyhands.text import Tokenizer, evaluation_batches
 
 from .test_open_checkpoints import FAMILIES as OPEN
@@ -207,3 +207,11 @@ def test_mistakes_are_one_line(mixtral, tmp_path, capsys):
 def test_the_advice_is_never_what_is_in_use(linear: str, experts: str, said: str) -> None:
     assert said in advice(linear, experts)
     assert f"--linear {linear}" not in advice(linear, experts) and f"--experts {experts}" not in advice(linear, experts)
+
+
+def test_what_is_no_decoder_is_refused_before_any_text_is_read(tmp_path) -> None:
+    model = Recurrent(RecurrentConfig(vocab_size=288, hidden_size=16, num_hidden_layers=1, moe=None, moe_after=[]))
+    save(model, tmp_path / "recurrent", Tokenizer.train([TEXT], 280))
+    with pytest.raises(ConfigError, match=r"^kind = 'recurrent': packing is for decoders only$"):
+        app(["quantize", str(tmp_path / "recurrent"), str(tmp_path / "packed")], standalone_mode=False)
+    assert not (tmp_path / "packed").exists()
