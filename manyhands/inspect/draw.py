@@ -106,10 +106,12 @@ def bars(share_E: Floats) -> Markup:
         paths[kind] += f"M{width * (e + 0.1):.1f} 1000h{width * 0.8:.1f}v-{tall:.1f}h-{width * 0.8:.1f}z"
     drawn = Markup("").join(Markup('<path class="bar{}" d="{}"/>').format(kind, d) for kind, d in paths.items() if d)
     fair = 1000 * (1 - 1 / most)
+    busiest = int(share_E.argmax())
+    told = f"load of {E} experts; the busiest is {busiest}, with {share_E[busiest] * E:.2f} times the fair share"
     return Markup(
-        '<svg class="load" viewBox="0 0 1000 1000" preserveAspectRatio="none" role="img" aria-label="load per expert">'
-        '{}<path class="fairline" d="M0 {:.0f}H1000"/></svg>'
-    ).format(drawn, fair)
+        '<div class="plot loads" role="img" aria-label="{}"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none">'
+        '{}<path class="fairline" d="M0 {:.0f}H1000"/></svg></div>'
+    ).format(told, drawn, fair)
 
 
 def hue(expert: int) -> int:

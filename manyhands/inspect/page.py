@@ -5,22 +5,19 @@ model lies above all of theirs.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from typing import Any
 
 import numpy as np
 import torch
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from manyhands.format import compact, number
 from manyhands.inspect import titles
 from manyhands.inspect.draw import bars, heat, hue, intervals
 from manyhands.inspect.observed import Observed
 from manyhands.trace.charts import Line, line_chart
+from manyhands.trace.page import fill
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import LayerExperts, visible, what_experts_take
-from manyhands.version import __version__
 
 _MOST_MAPS = 6
 _READ_TOKENS = 240
@@ -32,42 +29,39 @@ Spell = Callable[[int], str]
 def render(name: str, seen: Observed, found: Mapping[str, Any], spell: Spell | None) -> str:
     """The page as text. `name` is the subject's; `spell` gives the text of a token id, if there is a tokenizer."""
     layers = found["layers"]
-    frame = (resources.files("manyhands.inspect") / "page.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "compact": compact}
     shown = _spread(len(layers), _MOST_MAPS)
     E = found["num_experts"]
     experts = [str(e) for e in range(E)]
-    return environment.from_string(frame).render(
-        name=name,
-        version=__version__,
-        found=found,
-        aligned=seen.about.get("aligned"),
-        titles=titles.of(found),
-        tiles=titles.tiles(found),
-        load=[(each["layer"], bars(each["load"]["share"]), each["load"]) for each in layers],
-        vocabulary=_rows(layers, "vocabulary", "share"),
-        vocabulary_bits=_rows(layers, "vocabulary", "bits", False),
-        syntax=_rows(layers, "syntax", "bits", False),
-        syntax_given=_rows(layers, "syntax", "bits_given_token", False),
-        syntax_maps=[_syntax_map(layers[i], seen.tags, experts) for i in shown if "syntax" in layers[i]],
-        domains=_rows(layers, "domains", "bits", False),
-        windows=_rows(layers, "domains", "window"),
-        domain_maps=[_domain_map(layers[i], seen.domains, experts, found) for i in shown if "domains" in layers[i]],
-        predicted=_predicted(layers),
-        over_time=_over_time(layers, shown),
-        pairs=[
+    values = {
+        "name": name,
+        "found": found,
+        "aligned": seen.about.get("aligned"),
+        "titles": titles.of(found),
+        "tiles": titles.tiles(found),
+        "load": [(each["layer"], bars(each["load"]["share"]), each["load"]) for each in layers],
+        "vocabulary": _rows(layers, "vocabulary", "share"),
+        "vocabulary_bits": _rows(layers, "vocabulary", "bits", False),
+        "syntax": _rows(layers, "syntax", "bits", False),
+        "syntax_given": _rows(layers, "syntax", "bits_given_token", False),
+        "syntax_maps": [_syntax_map(layers[i], seen.tags, experts) for i in shown if "syntax" in layers[i]],
+        "domains": _rows(layers, "domains", "bits", False),
+        "windows": _rows(layers, "domains", "window"),
+        "domain_maps": [_domain_map(layers[i], seen.domains, experts, found) for i in shown if "domains" in layers[i]],
+        "predicted": _predicted(layers),
+        "over_time": _over_time(layers, shown),
+        "pairs": [
             (layers[i]["layer"], heat(layers[i]["coactivation"]["lift"], experts, experts, "pairs"), layers[i])
             for i in shown
         ],
-        saturation=_saturation(found),
-        against=_against(found),
-        least=_least(found, spell),
-        read=_read(seen, spell) if spell else [],
-        taken=_taken(seen, spell),
-        hues=[hue(e) for e in range(E)],
-        layer_numbers=list(seen.layers),
-    )
+        "saturation": _saturation(found),
+        "against": _against(found),
+        "least": _least(found, spell),
+        "read": _read(seen, spell) if spell else [],
+        "taken": _taken(seen, spell),
+        "hues": [hue(e) for e in range(E)],
+        "layer_numbers": list(seen.layers),
+    }
+    return fill("inspect", "manyhands.inspect", "page.html", values)
 
 
 def _spread(count: int, most: int) -> list[int]:

@@ -12,7 +12,6 @@ from manyhands.lab.run import Result
 from manyhands.lab.show import spread
 from manyhands.trace.charts import Line, line_chart
 from manyhands.trace.page import COLOURS, fill
-from manyhands.version import __version__
 
 _MARK = b'<meta name="generator" content="manyhands lab">'
 
@@ -31,7 +30,7 @@ def write_page(path: Path, results: Sequence[Result]) -> None:
 def render(results: Sequence[Result]) -> str:
     """The page as text."""
     shown = [(result, [(chart, draw(chart)) for chart in result.outcome.charts]) for result in results]
-    return fill("manyhands.lab", {"results": shown, "version": __version__, "svg": Markup}, {"spread": spread})
+    return fill("lab", "manyhands.lab", "page.html", {"results": shown, "svg": Markup}, {"spread": spread})
 
 
 def draw(chart: Chart) -> Markup:

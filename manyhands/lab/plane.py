@@ -29,7 +29,8 @@ def plane(
     def place(x: float, y: float) -> tuple[float, float]:
         return _LEFT + right * _share(x, x_range), 10 + above * (1 - _share(y, y_range))
 
-    parts = [f'<svg class="drawing" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" font-size="11" fill="var(--soft)">']
+    told = escape(f"{axes[1]} against {axes[0]}: which of {', '.join(names)} answers where")
+    parts = [f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{told}" font-size="11" fill="var(--soft)">']
     parts.append('<g opacity=".22">')  # of all together: neighbours overlap a little, so that no gap shines through
     cell_w, cell_h = right / columns, above / rows
     for row in range(rows):

@@ -1,8 +1,8 @@
 """Charts as HTML that opens offline: lines, and expert load as a heat map beside its final bars.
 
 The drawing stretches with the page, its text does not: shapes are SVG in a 1000 × 1000 box without aspect ratio,
-labels are HTML placed in percent. Colours are CSS variables, so one drawing serves light and dark. What the pointer
-shows comes from `data-` attributes, which the script at the end of `report.html` reads.
+labels are HTML placed in percent. Colours are CSS variables, so one drawing serves light and dark. What the pointer and
+the arrow keys show comes from `data-` attributes, which `page.js` reads; a screen reader is told what each line does.
 """
 
 import base64
@@ -21,6 +21,7 @@ from manyhands.format import compact
 from manyhands.trace.series import Floats
 
 _LABEL_PIXELS = 15  # least distance between two reference labels
+_TOLD = 8  # lines of a chart that a screen reader is told of
 _LEVELS = 60  # steps of the heat map from nothing to twice the fair share
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 
@@ -98,15 +99,18 @@ def line_chart(
     )
     return Markup(
         '<div class="chart"><div class="top"><span class="ylabel">{}</span><span class="legend">{}</span></div>'
-        '<div class="plot{}" style="height:{}px" data-range="{}" data-hover="{}">'
+        '<div class="plot{}" style="height:{}px" role="img" aria-label="{}" '
+        'data-x="{}" data-range="{}" data-hover="{}">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
-        '<svg class="over" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>{}</div>'
+        '<svg class="above" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>{}</div>'
         '<div class="xlabel">{}</div></div>'
     ).format(
         y_label,
         legend if len(named) > 1 else "",
         " refs" if references else "",
         height,
+        _told(named or shown, y_label, x_label),
+        x_label,
         json.dumps([x0, x1]),
         json.dumps(hover, separators=(",", ":")),
         Markup("").join(marks),
@@ -114,6 +118,20 @@ def line_chart(
         Markup("").join(labels),
         x_label,
     )
+
+
+def _told(lines: Sequence[Line], y_label: str, x_label: str) -> str:
+    """A chart in words: of each line where it begins and ends, and its least and most."""
+    parts = []
+    for line in lines[:_TOLD]:
+        y = line.y[np.isfinite(line.y)]
+        ends = (
+            f"{y[0]:.4g}" if len(y) == 1 else f"from {y[0]:.4g} to {y[-1]:.4g}, least {y.min():.4g}, most {y.max():.4g}"
+        )
+        parts.append(f"{line.name}: {ends}")
+    if len(lines) > _TOLD:
+        parts.append(f"and {len(lines) - _TOLD} more lines")
+    return f"{y_label} over {x_label}. " + "; ".join(parts)
 
 
 def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tuple[float, float]) -> Markup:
@@ -139,6 +157,11 @@ def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tupl
         Markup('<i class="y" style="top:{:.2f}%">{}</i>').format(100 * (i + 0.5) / rows, round(i * group))
         for i in range(0, rows, max(1, math.ceil(rows * 14 / height)))
     ]
+    busiest, idle = int(final_E.argmax()), int((final_E == 0).sum())
+    told = (
+        f"load of {num_experts} experts over training; at the end {idle} of {rows} rows got nothing, and the busiest, "
+    )
+    told += f"from expert {round(busiest * group)}, took {final_E[busiest]:.2f} times its fair share"
     x0, x1 = x_range
     x_labels = [
         Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(100 * (x - x0) / (x1 - x0), tick_text(x))
@@ -147,9 +170,11 @@ def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tupl
     ]
     return Markup(
         '<div class="chart load"><div class="ylabel">expert</div><div class="pair">'
-        '<div class="plot heat" style="height:{h}px" data-range="{r}" data-rows="{rows}" data-columns="{c}" '
-        'data-group="{g}" data-levels="{levels}"><img alt="expert load over time" src="{png}">{y}{x}</div>'
-        '<div class="plot bars" style="height:{h}px" data-rows="{rows}" data-group="{g}" data-final="{final}">'
+        '<div class="plot heat" style="height:{h}px" role="img" aria-label="{told}" '
+        'data-x="step" data-range="{r}" data-rows="{rows}" data-columns="{c}" '
+        'data-group="{g}" data-levels="{levels}"><img alt="" src="{png}">{y}{x}</div>'
+        '<div class="plot bars" style="height:{h}px" role="img" aria-label="{told}" '
+        'data-rows="{rows}" data-group="{g}" data-final="{final}">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="barfair" d="{fair}"/>'
         '<path class="barover" d="{over}"/><path class="bardead" d="{dead}"/>'
         '<path class="fairline" d="M{one:.1f} 0V1000"/></svg>'
@@ -157,6 +182,7 @@ def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tupl
         '<div class="xlabel two"><span>optimiser step</span><span>final load, × fair share</span></div></div>'
     ).format(
         h=height,
+        told=told,
         r=json.dumps([x0, x1]),
         rows=rows,
         c=columns,

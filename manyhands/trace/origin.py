@@ -1,6 +1,9 @@
 """Where a run came from, for its page: the command, the machine, the versions, the data, and what was set."""
 
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -11,6 +14,14 @@ from manyhands.format import compact, number, show
 from manyhands.trace.series import Record
 
 _LONGEST = 300
+_LONGEST_COMMAND = 2000
+
+
+def command_line() -> str:
+    """The command that runs this process, as one would type it."""
+    name, *arguments = sys.argv or [""]
+    name = Path(name).name
+    return shlex.join(["manyhands" if name == "__main__.py" else name, *arguments])[:_LONGEST_COMMAND]
 
 
 def origin(start: Record, steps: Sequence[Record], evals: Sequence[Record]) -> dict[str, str]:

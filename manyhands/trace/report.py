@@ -2,12 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from manyhands.config import RunConfig
@@ -17,6 +15,7 @@ from manyhands.format import compact, duration, number, show
 from manyhands.trace.charts import Line, line_chart, load_chart
 from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer
 from manyhands.trace.origin import origin, unlike_defaults
+from manyhands.trace.page import fill
 from manyhands.trace.series import (
     Floats,
     Record,
@@ -26,6 +25,7 @@ from manyhands.trace.series import (
     layer_column,
     layer_load,
     smooth,
+    window,
 )
 from manyhands.trace.tokens import TokenShare
 from manyhands.trace.visible import what_experts_take
@@ -115,33 +115,31 @@ def render_report(
     layers = sorted({layer for step in steps for layer in step.get("moe") or {}}, key=int)
     rows = _layer_rows(steps, layers)
     worths, samples = ([record for record in records if record["kind"] == kind] for kind in ("worth", "sample"))
-    template = (resources.files("manyhands.trace") / "report.html").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "compact": compact}
-    return environment.from_string(template).render(
-        name=name,
-        verdict=verdict,
-        start=start,
-        ended=_ended(steps, end, run),
-        tiles=_tiles(steps, evals, start, rows),
-        compared=_compared(evals, compressors),
-        charts=_charts(steps, evals, compressors),
-        balance=_balance_charts(steps, layers),
-        rows=rows,
-        fair=100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
-        last_steps=min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
-        taken=what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
-        worth=worth_layers(worths[-1] if worths else None),
-        worth_record=worths[-1] if worths else None,
-        worth_time=worth_over_time(worths),
-        samples=samples[-1:] + samples[-2::-1][: _MOST_SAMPLES - 1],
-        skipped=[step for step in steps if step.get("skipped")],
-        most_skipped=_MOST_SKIPPED,
-        extra={**origin(start, steps, evals), **extra},
-        changed=[] if run is None else unlike_defaults(run),
-        config=None if run is None else dump_run(run),
-        problem=problem,
-    )
+    values = {
+        "name": name,
+        "verdict": verdict,
+        "start": start,
+        "ended": _ended(steps, end, run),
+        "tiles": _tiles(steps, evals, start, rows),
+        "compared": _compared(evals, compressors),
+        "charts": _charts(steps, evals, compressors),
+        "balance": _balance_charts(steps, layers),
+        "rows": rows,
+        "fair": 100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
+        "last_steps": min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
+        "taken": what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
+        "worth": worth_layers(worths[-1] if worths else None),
+        "worth_record": worths[-1] if worths else None,
+        "worth_time": worth_over_time(worths),
+        "samples": samples[-1:] + samples[-2::-1][: _MOST_SAMPLES - 1],
+        "skipped": [step for step in steps if step.get("skipped")],
+        "most_skipped": _MOST_SKIPPED,
+        "extra": {**origin(start, steps, evals), **extra},
+        "changed": [] if run is None else unlike_defaults(run),
+        "config": None if run is None else dump_run(run),
+        "problem": problem,
+    }
+    return fill("report", "manyhands.trace", "report.html", values)
 
 
 def _ended(steps: Sequence[Record], end: Record | None, run: RunConfig | None) -> str:
@@ -223,7 +221,7 @@ def _charts(steps: Sequence[Record], evals: Sequence[Record], compressors: Mappi
 
     def curve(name: str, color: str = "var(--c0)") -> list[Line]:
         y = column(steps, name)
-        calm = smooth(np.where(skipped, np.nan, y), len(y) // 40)
+        calm = smooth(np.where(skipped, np.nan, y), window(len(y)))
         return [
             Line("each step", *envelope(x, y, 2 * _POINTS), color=color, style="faint"),
             Line("training", bin_mean(x, _POINTS), bin_mean(calm, _POINTS), color),
@@ -255,7 +253,7 @@ def _balance_charts(steps: Sequence[Record], layers: Sequence[str]) -> dict[str,
         return {}
     x = column(steps, "step")
     points = min(_POINTS, max(60, _LINE_POINTS // len(layers)))
-    span = len(steps) // 100
+    span = max(len(steps) // 100, min(5, len(steps) // 8))
     lines = []
     for i, layer in enumerate(layers):
         y = bin_mean(smooth(layer_column(steps, layer, "max_vio"), span), points)

@@ -62,6 +62,11 @@ def envelope(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
     return np.repeat(x[starts], 2), np.stack([low, high], axis=1).reshape(-1)
 
 
+def window(steps: int) -> int:
+    """Over how many of a run's steps its curves are smoothed: a fortieth, and of a short run a few all the same."""
+    return max(steps // 40, min(9, steps // 6))
+
+
 def smooth(y: Floats, width: int) -> Floats:
     """[n]: means over a centred window of about `width` steps; NaN carries no weight.
 

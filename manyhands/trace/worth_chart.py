@@ -119,11 +119,14 @@ def _bars(of: Record, pairs: list[tuple[float, float]], marks: list[float]) -> M
     labels += [
         Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(x(mark) / 10, tick_text(mark)) for mark in marks
     ]
+    first = f"dearest: {', '.join(f'expert {e} costs {pairs[e][0]:.4g}' for e in order[:5])}"
+    told = f"bits per byte lost without each of {E} experts; the {first}"
     grid = "".join(f"M{x(mark):.1f} 0V1000" for mark in marks)
     drawn = Markup("").join(Markup('<path class="{}" d="{}"/>').format(kind, d) for kind, d in kinds.items() if d)
     return Markup(
         '<div class="chart worth"><div class="ylabel">expert, the dearest first</div><div class="plot" '
-        'style="height:{}px"><svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
+        'style="height:{}px" role="img" aria-label="{}">'
+        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">'
         '<path class="grid" d="{}"/>{}<path class="fairline" d="M{:.1f} 0V1000"/></svg>{}</div>'
         '<div class="xlabel">bits per byte lost without it</div></div>'
-    ).format(height, grid, drawn, x(0.0), Markup("").join(labels))
+    ).format(height, told, grid, drawn, x(0.0), Markup("").join(labels))

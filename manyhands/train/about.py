@@ -5,9 +5,6 @@ V vocabulary.
 
 import math
 import platform
-import shlex
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,12 +12,12 @@ import numpy.typing as npt
 
 from manyhands.config import RunConfig
 from manyhands.plan.host import cpu_name, usable_cores, usable_memory
+from manyhands.trace.origin import command_line
 from manyhands.train.data import RunData
 from manyhands.train.row_data import RowData
 
 _COUNTED = 1 << 25  # tokens, at most, that the unigram is counted on: a second or so
 _AT_ONCE = 1 << 22  # of them, because numpy counts in int64
-_LONGEST_COMMAND = 2000
 
 
 def about(run: RunConfig, data: RunData, device: str) -> dict[str, Any]:
@@ -29,10 +26,8 @@ def about(run: RunConfig, data: RunData, device: str) -> dict[str, Any]:
     `data` has `sources`, `train_tokens`, `valid_tokens`; of plain text also bytes and documents, and `unigram`: the
     validation loss, in nats per token, of knowing only how often each token occurs.
     """
-    name, *arguments = sys.argv or [""]
-    command = shlex.join([Path(name).name if Path(name).name != "__main__.py" else "manyhands", *arguments])
     return {
-        "command": command[:_LONGEST_COMMAND],
+        "command": command_line(),
         "python": platform.python_version(),
         "machine": {"cpu": cpu_name(), "cores": usable_cores(), "memory": usable_memory(), "device": device},
         "data": _data(run, data),

@@ -43,7 +43,7 @@ def test_the_page_says_where_the_run_came_from(ended: Path) -> None:
     page = (ended / "report.html").read_text()
     for said in ("<td>command</td>", "<td>machine</td>", "<td>versions</td>", "PyTorch", "<td>epochs</td>", "text.txt"):
         assert said in page, said
-    assert "<td>model.hidden_size</td><td>32</td>" in page and "Verdict: too short to judge" in page
+    assert "<td>model.<wbr>hidden_<wbr>size</td><td>32</td>" in page and "Verdict: too short to judge" in page
     assert "<td>optim.grad_clip</td>" not in page  # the default
 
 

@@ -14,8 +14,7 @@ from manyhands.compare.show import HEAD, row, value_of
 from manyhands.files import check_place, check_replaceable, write_atomic
 from manyhands.trace.charts import Line, line_chart, tick_text, ticks
 from manyhands.trace.page import COLOURS, fill
-from manyhands.trace.series import Floats, bin_mean, smooth
-from manyhands.version import __version__
+from manyhands.trace.series import Floats, bin_mean, smooth, window
 
 _MARK = b'<meta name="generator" content="manyhands compare">'
 _POINTS = 300
@@ -46,9 +45,8 @@ def render(found: Comparison) -> str:
         "whiskers": _whiskers(found),
         "charts": _charts(found),
         "differs": [(name, [value_of(arm, name) for arm in found.arms]) for name in names],
-        "version": __version__,
     }
-    return fill("manyhands.compare.pages", values)
+    return fill("compare", "manyhands.compare.pages", "page.html", values)
 
 
 def _colour(number: int) -> str:
@@ -74,7 +72,7 @@ def _charts(found: Comparison) -> list[tuple[str, str, Markup]]:
 
 def _training(run: Run, x: str) -> tuple[Floats, Floats]:
     xs, ys = run.curve(x)
-    return bin_mean(xs, _POINTS), bin_mean(smooth(ys, len(ys) // 40), _POINTS)
+    return bin_mean(xs, _POINTS), bin_mean(smooth(ys, window(len(ys))), _POINTS)
 
 
 def _drawn(arms: Sequence[Arm], curves: Sequence[Sequence[tuple[Floats, Floats]]], y: str, x: str) -> Markup:
