@@ -21,7 +21,8 @@ def signature(path: str) -> str:
         keyword = parameter.kind is parameter.KEYWORD_ONLY
         if keyword and (number == 0 or parameters[number - 1].kind is not parameter.KEYWORD_ONLY):
             parts.append("*")
-        parts.append(parameter.name if parameter.default is parameter.empty else f"{parameter.name}={_text(parameter)}")
+        name = f"**{parameter.name}" if parameter.kind is parameter.VAR_KEYWORD else parameter.name
+        parts.append(name if parameter.default is parameter.empty else f"{name}={_text(parameter)}")
     return f"{path}({', '.join(parts)})"
 
 

@@ -14,8 +14,11 @@ from manyhands.engine.adjust import Adjuster
 from manyhands.engine.mode import one_thread
 from manyhands.engine.points import point
 from manyhands.engine.sampling import NOT_FINITE, greedy, sample
+from manyhands.errors import UserError
 
-NOTHING_ALLOWED = "no token is allowed here: the constraint, the bias and the model's vocabulary leave none"
+NOTHING_ALLOWED = (
+    "no token is allowed here: the constraint, the bias, the processors and the model's vocabulary leave none"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def _draw_all(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[Drawn]:
         for r in changed:
             try:
                 logits_RV[r] = wishes[r].adjuster.apply(logits_RV[r])
-            except Exception as error:  # of its constraint: somebody else's code
+            except Exception as error:  # of its constraint or a processor: somebody else's code
                 errors[r], logits_RV[r] = broken(error), 0.0
                 continue
             if not bool(logits_RV[r].amax().isfinite()):
@@ -83,8 +86,10 @@ def _draw_all(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[Drawn]:
 
 
 def broken(error: Exception) -> str:
-    """What is said of a request whose constraint raised."""
-    return f"the constraint failed: {type(error).__name__}: {error}"
+    """What is said of a request whose constraint or processor raised."""
+    if isinstance(error, UserError):
+        return str(error)
+    return f"the constraint or a logits processor failed: {type(error).__name__}: {error}"
 
 
 def _tokens(logits_RV: Tensor, wishes: Sequence[Wish]) -> list[int]:

@@ -18,7 +18,7 @@ from functools import partial
 from torch import Tensor
 
 from manyhands.config import SamplingConfig
-from manyhands.engine.adjust import Adjuster
+from manyhands.engine.adjust import Adjuster, LogitsProcessor
 from manyhands.engine.answer import Completion, Ran, Token
 from manyhands.engine.batch import Batch, Row
 from manyhands.engine.constraint import Constraint
@@ -120,11 +120,13 @@ class Engine:
         cache_salt: str = "",
         priority: int = 0,
         edit: Edits | Recorded | None = None,
+        logits_processor: Sequence[LogitsProcessor] = (),
     ) -> Request:
         """Queue a prompt. An empty one starts from the end-of-text token, which stands between documents.
 
         It ends at any of `tokenizer.eos_token_ids` and `sampling.stop_token_ids`; without a tokenizer there is no text.
-        A `constraint` says before each token which may come; it is this request's alone.
+        A `constraint` says before each token which may come; it is this request's alone. Each `logits_processor`, as
+        transformers has them, is given the request's ids [1, n] and scores [1, V], between penalties and temperature.
         `routing` keeps the routing of every token for `completion`. With a `prefix` what an earlier request with it has
         computed is not computed again, and what this one computes is kept in it; one request has it at a time. What
         other requests with the same `cache_salt` have computed is used in any case, but for what `routing` still needs
@@ -162,7 +164,7 @@ class Engine:
         eos = tokenizer.eos_token_ids if tokenizer and not sampling.ignore_eos else frozenset()
         ends = eos | frozenset(sampling.stop_token_ids)
         request.kept = State(
-            adjuster=Adjuster(sampling, ids, ends, constraint),
+            adjuster=Adjuster(sampling, ids, ends, constraint, tuple(logits_processor)),
             ends=ends,
             stream=TextStream(tokenizer.stream_decoder(), sampling.stop) if tokenizer else None,
             prefix=prefix,

@@ -24,6 +24,7 @@ from manyhands.layers.linear import Linear
 from manyhands.layers.norm import Norm, norm_of
 from manyhands.layers.rope import rope_tables
 from manyhands.models.described import Described
+from manyhands.models.generates import Generates
 from manyhands.models.init import fill
 from manyhands.models.inputs import check_position_ids, ids_of, next_token_loss
 from manyhands.moe import MoELayer, Routing
@@ -232,7 +233,7 @@ def _look(
     )
 
 
-class Decoder(Described, nn.Module):
+class Decoder(Described, Generates, nn.Module):
     """A causal language model. Fresh weights come from torch's global generator; `init_weights` takes a seed."""
 
     def __init__(self, config: ModelConfig, experts_implementation: str = "auto") -> None:

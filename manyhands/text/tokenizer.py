@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence, Set
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,9 @@ from manyhands.text.stream import StreamDecoder
 from manyhands.text.tokenizer_files import TEMPLATE, TOKENIZER_CONFIG, TokenizerFiles, read_tokenizer_files
 from manyhands.text.vet import vet
 from manyhands.text.vocabulary import bytes_of_tokens
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 END_OF_TEXT = "<|endoftext|>"
 _DEEPSEEK = "<｜end▁of▁sentence｜>"
@@ -413,12 +416,18 @@ class Tokenizer:
         """The same tokenizer with its eyes open for special tokens: a second one, because threads share them."""
         return tokenizers.Tokenizer.from_str(self.inner.to_str())
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens by their names; bytes that are not UTF-8 become U+FFFD.
+    def decode(self, ids: "Sequence[int] | npt.NDArray[np.integer] | Tensor", skip_special_tokens: bool = False) -> str:
+        """The text of `ids` [N], special tokens by their names or left out; bytes that are not UTF-8 become U+FFFD.
 
         An id the vocabulary does not have (a model's padded rows) has no text.
         """
-        return str(self.inner.decode(ids, skip_special_tokens=False))
+        return str(self.inner.decode(_plain(ids), skip_special_tokens=skip_special_tokens))
+
+    def batch_decode(
+        self, rows: "Sequence[Sequence[int]] | npt.NDArray[np.integer] | Tensor", skip_special_tokens: bool = False
+    ) -> list[str]:
+        """The text of each row of ids, as `model.generate` gives them."""
+        return [self.decode(row, skip_special_tokens) for row in _plain(rows)]
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that `token_id` stands for; a part of a character, often. Empty for an id it does not have."""
@@ -440,6 +449,11 @@ class Tokenizer:
     def stream_decoder(self) -> StreamDecoder:
         """Text piece by piece while ids arrive, never half a character."""
         return StreamDecoder(self.token_bytes)
+
+
+def _plain(ids: Any) -> Any:
+    """Numbers, of an array or a tensor too."""
+    return ids.tolist() if hasattr(ids, "tolist") else ids
 
 
 def smallest_vocabulary(sentinels: int = 0) -> int:

@@ -99,3 +99,13 @@ def test_nothing_to_pad_with(tmp_path):
     tokenizer.eos_token_id = None
     with pytest.raises(DataError, match="neither a pad_token"):
         tokenizer(["a", "a b c"], padding=True)
+
+
+def test_back_to_texts(pair) -> None:
+    """Of lists, arrays and tensors, as transformers does it."""
+    ours, theirs = pair
+    ids = ours(TEXTS[:1] + TEXTS[2:], padding=True, split_special_tokens=False)["input_ids"]
+    for skip in (False, True):
+        expected = [theirs.decode(row, skip_special_tokens=skip, clean_up_tokenization_spaces=False) for row in ids]
+        for rows in (ids, np.asarray(ids), torch.tensor(ids)):
+            assert ours.batch_decode(rows, skip_special_tokens=skip) == expected
