@@ -53,11 +53,12 @@ $(VENV)/.installed-docs: $(VENV)/.installed
 	$(PIP) install -q -c constraints.txt -e '.[docs]'
 	touch $@
 
+# Each wheel from the sdist: what lies in build/ or beside the sources gets into none.
 dist: setup  ## sdist, this machine's wheel, the wheel without kernels
 	$(PIP) install -q build
 	$(BIN)/python -m build -q --outdir dist
-	MANYHANDS_PURE=1 $(BIN)/python -m build -q --wheel --outdir dist
+	MANYHANDS_PURE=1 $(BIN)/python -m build -q --outdir dist
 	cd dist && sha256sum manyhands-*
 
 clean:  ## remove what `make` made, except runs
-	rm -rf $(VENV) dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

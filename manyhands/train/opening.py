@@ -9,6 +9,7 @@ import torch
 from manyhands.config import EncoderDecoderConfig, RunConfig
 from manyhands.config.history import settings_at, stopped_early
 from manyhands.config.kinds import BuiltConfig
+from manyhands.kernels.native import missing
 from manyhands.models import AnyModel, build
 from manyhands.trace.journal import Journal
 from manyhands.train.schedule import learning_rate, no_faster_than_warmup
@@ -75,6 +76,8 @@ def announce(
         screen.note("a dense model: model.moe is not set, so there are no experts")
     if warning := not_causal(run.model):
         screen.note(f"warning: {warning}")
+    if slower := without_kernels(run, next(state.model.parameters()).device):
+        screen.note(slower)
 
 
 def _whole(run: RunConfig) -> AnyModel:
@@ -99,6 +102,13 @@ def not_causal(config: BuiltConfig) -> str | None:
         "this router looks at other tokens, the later ones too; its loss is not a causal model's, and generate will "
         "refuse it"
     )
+
+
+def without_kernels(run: RunConfig, device: torch.device) -> str | None:
+    """That PyTorch computes what the native kernels would, and why; None where they do, or were not to."""
+    absent = missing()
+    wanted = run.model.moe is not None and run.train.experts_implementation == "auto" and device.type == "cpu"
+    return None if absent is None or not wanted else f"PyTorch computes the experts, which is slower: {absent}"
 
 
 def say_changes(

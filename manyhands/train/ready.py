@@ -19,6 +19,7 @@ from manyhands.train.rows import check_rows
 from manyhands.train.seq2seq import check_spans
 from manyhands.train.state import count_parameters, count_trained, pick_device
 from manyhands.train.together import check_together
+from manyhands.train.trackers import not_installed
 from manyhands.train.trainable import freeze
 
 _BYTES_TRAINED = 12  # weight, gradient, and one moment at least, in float32
@@ -35,7 +36,7 @@ def check_ready(run: RunConfig, ranks: Ranks | None = None) -> None:
     check_name(run.train.experts_implementation)
     for tracker in run.train.trackers:
         if importlib.util.find_spec(tracker) is None:
-            raise ConfigError(f"train.trackers: {tracker} is not installed; run: pip install {tracker}")
+            raise not_installed(tracker)
     sentinels = run.spans.sentinels if run.model.kind == "encoder_decoder" else 0
     least = smallest_vocabulary(sentinels)
     if run.data.tokenizer is None and run.start is None and run.model.vocab_size < least:

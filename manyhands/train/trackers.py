@@ -59,4 +59,10 @@ def open_tracker(name: str, run_dir: Path, step: int = 0, config: Mapping[str, A
             return TensorBoard(run_dir, step, config or {})
         return RunTracker(name, run_dir, config or {})
     except ImportError:
-        raise ConfigError(f"train.trackers: {name} is not installed; run: pip install {name}") from None
+        raise not_installed(name) from None
+
+
+def not_installed(name: str) -> ConfigError:
+    """The error that says how to install a tracker."""
+    what = "'manyhands[track]'" if name == "tensorboard" else name
+    return ConfigError(f"train.trackers: {name} is not installed; run: pip install {what}")

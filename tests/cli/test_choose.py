@@ -3,11 +3,13 @@
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from manyhands.errors import ConfigError
 from manyhands.plan.here import Here, machine_key
 from manyhands.plan.host import cache_file
 from manyhands.plan.report.chosen_plot import check_plot
@@ -134,6 +136,12 @@ def test_the_picture_names_every_row_and_replaces_only_its_own(tmp_path: Path) -
     assert b"manyhands choose" in path.read_bytes()
     done = manyhands(*command, str(other))
     assert done.returncode == 2 and other.read_text() == "<svg/>"
+
+
+def test_without_matplotlib_nothing_is_computed_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ConfigError, match=r"needs matplotlib: pip install 'manyhands\[report\]'"):
+        check_plot(tmp_path / "c.svg")
 
 
 def test_a_recorded_hit_rate_is_the_policys_own(tmp_path: Path) -> None:

@@ -14,7 +14,8 @@ def test_a_missing_tracker_is_one_line_that_says_what_to_do(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard" if name == "tensorboard" else name, None)
-    with pytest.raises(ConfigError, match=f"{name} is not installed; run: pip install {name}"):
+    what = r"'manyhands\[track\]'" if name == "tensorboard" else name
+    with pytest.raises(ConfigError, match=f"{name} is not installed; run: pip install {what}"):
         open_tracker(name, tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -1,7 +1,6 @@
 """The shared library: loaded from this folder, compared with what `structs.py` declares, its errors raised."""
 
 import ctypes
-import platform
 import threading
 from ctypes import c_char_p, c_int, c_int64
 from functools import cache
@@ -103,11 +102,11 @@ def _here() -> ctypes.CDLL | str:
 
 
 def _not_built() -> str:
-    if platform.system() == "Linux":
-        return "the library was not built: install again with a C++ compiler (g++ 12 or clang) present"
+    # Without a cache: what pip built before there was a compiler lies in it, and would be installed again.
     return (
-        "wheels carry the library for Linux alone; PyTorch does the work here. With a C++ compiler, "
-        "`pip install --no-binary manyhands manyhands` tries to build it"
+        "this install is without the compiled library; with a C++ compiler (g++ 12 or clang): "
+        "MANYHANDS_REQUIRE_NATIVE=1 pip install --force-reinstall --no-deps --no-cache-dir --no-binary manyhands "
+        "manyhands"
     )
 
 

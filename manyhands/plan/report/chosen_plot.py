@@ -25,27 +25,28 @@ _MADE_BY: dict[str, dict[str, str | None]] = {
 
 
 def check_plot(path: Path) -> None:
-    """Raises `ConfigError` for a format that is not written, and as `check_replaceable` does."""
+    """Raises `ConfigError` for a format that is not written, without matplotlib, and as `check_replaceable` does."""
     if path.suffix.lower() not in FORMATS:
         raise ConfigError(f"--plot {path}: the name must end in {', '.join(FORMATS)}")
     check_replaceable(path, _MARK.encode())
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ConfigError("--plot needs matplotlib: pip install 'manyhands[report]'") from None
 
 
 def draw_choice(path: Path, chosen: Chosen, rows: list[Shown], wish: Wish) -> None:
     """Write the picture: what is shown with its number and name, all other offers as rings.
 
-    Raises `ConfigError` without matplotlib, for a format it does not write, and where there is nothing to draw.
+    Raises `ConfigError` as `check_plot` does, and where there is nothing to draw.
     """
     check_plot(path)
     if not rows:
         raise ConfigError(f"--plot {path}: nothing keeps what was asked, so there is nothing to draw")
-    try:
-        import matplotlib
+    import matplotlib
 
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'manyhands[report]'") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
 
     size = 5.2 + 0.16 * max(0, len(rows) - 12)
     figure, (ax, key) = pyplot.subplots(1, 2, figsize=(10.4, size), width_ratios=(5, 3))
