@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from manyhands.cli.loudness import everywhere
 from manyhands.cli.main import app
 
 PAGE = Path(__file__).parent.parent / "docs" / "cli.md"
@@ -18,8 +19,9 @@ HEAD = """# Every verb and option
 
 What `manyhands VERB --help` says, for all verbs; `python scripts/cli_reference.py` writes this page. A verb
 ends with 0 if it did what was asked, 2 if what it was given is wrong, 1 if the system refused;
-[command_line.md](command_line.md#exit-codes) has the other codes. `--debug` anywhere shows the traceback of
-an error.
+[command_line.md](command_line.md#exit-codes) has the other codes. Every verb also takes `-q` (only the
+result and warnings), `-v` (also what was read, what computes it, and what it took) and `--debug` (the traceback of an
+error).
 """
 _EXTRA = re.compile(r"\s*\[((?:[^\[\]]|\[[^\]]*\])*)\]$")
 _TAG = re.compile(r"<([^<>]+)>")
@@ -41,7 +43,7 @@ def rows(command: Any, path: str) -> list[str]:
     found = []
     for parameter in command.get_params(context):
         record = parameter.get_help_record(context)
-        if record is None or "--help" in parameter.opts:
+        if record is None or "--help" in parameter.opts or parameter in everywhere():
             continue
         names, told = record
         extra = _EXTRA.search(told)

@@ -68,7 +68,6 @@ FLAGS = {
         "resume",
         "out",
         "data",
-        "quiet",
         "json_output",
         "strict",
         "print_config",
@@ -77,7 +76,7 @@ FLAGS = {
     "tune": {
         *("model", "data", "valid", "method", "train", "by", "threshold", "trace", "experts", "out", "resume", "lr"),
         *("r", "alpha", "targets", "num_experts", "top_k", "show_data", "strict"),
-        *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "quiet", "json_output"),
+        *("max_steps", "max_seconds", "batch_size", "sequence_length", "seed", "set_", "json_output"),
     },
     "report": {"runs", "out", "strict", "json_output"},
     "generate": {
@@ -126,7 +125,6 @@ FLAGS = {
             "shutdown_timeout",
             "exact",
             "prefix_caching",
-            "quiet",
             "ignore_field",
             "trace",
             "trace_limit",

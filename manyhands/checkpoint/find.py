@@ -1,5 +1,6 @@
 """From what a person means by a path to an opened checkpoint, every byte of it verified where that can be."""
 
+import logging
 from collections.abc import Collection
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from manyhands.checkpoint.source import Source, open_source
 from manyhands.errors import CheckpointError
 from manyhands.files import CONFIG, RUN, TOKENIZER, TUNED
 from manyhands.text.tokenizer_files import TIKTOKEN
+
+_log = logging.getLogger(__name__)
 
 
 def open_checkpoint(path: str | Path, ignore_fields: Collection[str] = ()) -> Source:
@@ -46,7 +49,10 @@ def find(path: str | Path) -> Path:
     ours = (directory / MANIFEST).exists() or (directory / RUN).exists()
     if not ours and (file := gguf_in(directory)) is not None:
         return file
-    return resolve_checkpoint(path)  # verifies every byte
+    found = resolve_checkpoint(path)  # verifies every byte
+    if found != directory:
+        _log.debug("%s: takes %s", path, found)
+    return found
 
 
 def open_found(directory: Path, ignore_fields: Collection[str] = ()) -> Source:

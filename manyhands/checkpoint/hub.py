@@ -1,10 +1,12 @@
 """Models by their name on the Hugging Face hub, where `huggingface_hub` is installed and there is a network."""
 
+import logging
 import re
 from pathlib import Path
 
 from manyhands.errors import CheckpointError
 
+_log = logging.getLogger(__name__)
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}(@[\w./-]{1,100})?")
 _FILES = [
     "*.json",
@@ -37,9 +39,11 @@ def download(name: str) -> Path:
             f'{name}: no such directory; to load it from the Hugging Face hub: pip install "manyhands[hub]"'
         ) from None
     try:
-        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
+        found = Path(snapshot_download(repository, revision=revision or None, allow_patterns=_FILES))
     except Exception as error:  # the library raises its own, the network's and the file system's errors here
         reason = " ".join(str(error).split())[:160]
         raise CheckpointError(
             f"{name}: no such directory, and not to be had from the Hugging Face hub: {type(error).__name__}: {reason}"
         ) from None
+    _log.debug("%s: in the hub's cache, %s", name, found)
+    return found

@@ -4,6 +4,7 @@ import hashlib
 import logging
 import os
 import stat
+import time
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -12,6 +13,7 @@ from pydantic import Field
 from manyhands.config import Strict, parse
 from manyhands.errors import CheckpointError, ConfigError
 from manyhands.files import GENERATION, within
+from manyhands.format import show
 from manyhands.strict_json import read_object
 
 MANIFEST = "manifest.json"
@@ -68,7 +70,7 @@ def verify(directory: str | Path, *, hashes: bool = True, exact: bool = False) -
     README) may be edited or missing: that is a warning, and an error only if `exact`.
     """
     directory = Path(directory)
-    manifest = read_manifest(directory)
+    manifest, began = read_manifest(directory), time.monotonic()
     for name, entry in manifest.files.items():
         problem = _problem(directory, name, entry, hashes)
         if problem is None:
@@ -81,6 +83,9 @@ def verify(directory: str | Path, *, hashes: bool = True, exact: bool = False) -
             "records it",
             *(directory, name[:200], directory),
         )
+    size = show(sum(entry.size for entry in manifest.files.values()), "B")
+    took = show(time.monotonic() - began, "s")
+    _log.debug("%s: %d files, %s, are as the manifest says (%s)", directory, len(manifest.files), size, took)
     return manifest
 
 

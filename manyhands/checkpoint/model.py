@@ -10,6 +10,7 @@ tokenizer.json      and what lies beside it: chat template, special tokens
 manifest.json       in what manyhands wrote: SHA-256 of every file, verified on loading
 """
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -48,6 +49,8 @@ from manyhands.moe import Router
 from manyhands.moe.crew import Crew, CrewExperts
 from manyhands.text import Tokenizer
 from manyhands.text.tokenizer_files import has_tokenizer, instead
+
+_log = logging.getLogger(__name__)
 
 
 class Loaded(nn.Module):
@@ -362,6 +365,7 @@ def from_source(
         raise CheckpointError(f"{source.directory / CONFIG}: no such model can be built: {reason}") from None
     if own is not None:
         keep_own(model, own)
+    _log.debug("%s: %s, %d tensors", source.directory, source.family.model_type, len(source.files.stored))
     state = read_state(source, model, records, dtype, device, own)
     _check_tied(source)
     model.load_state_dict(state, assign=True)

@@ -20,17 +20,18 @@ def rank(
 ) -> None:
     """Measure and print; with `json_output` every expert."""
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
     from manyhands.checkpoint.model import load, only_decoder
+    from manyhands.cli.progress import bar, loading
     from manyhands.generate.evaluate import trained_length
     from manyhands.inspect.ablate import ablate
     from manyhands.inspect.watch import check_inspectable
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, read_documents
 
-    loaded, tokenizer = load(subject, ignore_fields=ignore)
+    with loading(subject) as read:
+        loaded, tokenizer = load(subject, ignore_fields=ignore)
+        read(loaded)
     model = only_decoder(loaded, "inspect")
     check_inspectable(model)
     ids = encode_documents(read_documents(data, text_field), tokenizer)[:max_tokens]
@@ -39,9 +40,8 @@ def rank(
         raise DataError(f"--data has {len(ids):,} tokens: two texts of {S + 1} are needed; give a --sequence-length")
     texts = torch.tensor(ids[: len(ids) // (S + 1) * (S + 1)].astype("int64")).view(-1, S + 1)
     experts = sum(mlp.router.config.num_experts for mlp in model.sparse_layers().values())
-    with Progress(console=Console(stderr=True), transient=True, disable=json_output) as bar:
-        task = bar.add_task(f"without each of {experts:,} experts", total=experts + 1)
-        found = ablate(model, texts, seed=seed, progress=lambda done: bar.update(task, completed=done))
+    with bar(f"without each of {experts:,} experts") as update:
+        found = ablate(model, texts, seed=seed, progress=lambda done: update(done, experts + 1))
     if json_output:
         print(json.dumps({"model": subject, "data": data, "sequence_length": S, "texts": len(texts), **asdict(found)}))
         return

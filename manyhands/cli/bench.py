@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from manyhands.cli.loudness import LOG, quiet
 from manyhands.cli.options import IgnoreField
+from manyhands.cli.progress import loading
 from manyhands.defaults import BENCH_NEW, BENCH_PROMPT
 
 
@@ -65,7 +67,10 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        decoder = only_decoder(from_source(open_checkpoint(model, ignore_field or ())), "bench")
+        with loading(model) as read:
+            loaded = from_source(open_checkpoint(model, ignore_field or ()))
+            read(loaded)
+        decoder = only_decoder(loaded, "bench")
     room = decoder.config.longest_continued
     if new is None:
         new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))
@@ -77,15 +82,15 @@ def bench(
             f"{decoder.config.max_position_embeddings}"
         )
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    machine = measured(quiet=json_output)
+    machine = measured(quiet=quiet())
     here = machine.processor
     names = [check_name(name) for name in backend or (["auto", *backend_names()] if decoder.config.moe else ["auto"])]
     bytes_read = read_per_token(decoder)
     roof = here.bandwidth / bytes_read
     rows: list[Speed] = []
     for name in names:
-        if sys.stderr.isatty() and not json_output:
-            print(f"measuring {name} …", file=sys.stderr, flush=True)
+        if sys.stderr.isatty():
+            LOG.info("measuring %s …", name)
         if not rows:
             warm_up(decoder, name, prompt, new)
         row = measure_speed(decoder, name, prompt, new)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.loudness import LOG, quiet
 from manyhands.cli.options import (
     TRACE_LIMIT,
     Adapter,
@@ -95,8 +96,9 @@ def chat(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate import Conversation
 
-    with loading(checkpoint):
+    with loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay)
+        read(loaded)
     model = only_decoder(loaded, "chat")
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)
@@ -107,19 +109,18 @@ def chat(
         )
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
-        print(shown(line), file=sys.stderr)
+        LOG.info("%s", line)
     with recording(model, tokenizer, trace, limit, "chat") as recorder:
         conversation = Conversation(model, tokenizer, sampling, system, recorder)
-        _talk(conversation, show_routing, f"{checkpoint}: {model.extra_repr()}")
+        _talk(conversation, show_routing)
 
 
-def _talk(conversation: "Conversation", show_routing: bool, name: str) -> None:
+def _talk(conversation: "Conversation", show_routing: bool) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
         context = conversation.model.config.longest_continued
-        print(f"{shown(name)}, context {context:,} tokens", file=sys.stderr)
-        print("/help shows the commands, Ctrl-D ends.", file=sys.stderr)
+        LOG.info("context %s tokens; /help shows the commands, Ctrl-D ends", f"{context:,}")
     for text in turns(interactive):
         try:
             if not _turn(conversation, text, show_routing, interactive):
@@ -155,7 +156,7 @@ def _turn(conversation: "Conversation", text: str, show_routing: bool, interacti
             print(f"[the context is full: {conversation.left_out} of the oldest turns left out]", file=sys.stderr)
         with contextlib.closing(steps), _ctrl_c(interactive) as pressed:  # the answer so far is the turn
             number = _print_answer(conversation, _until(steps, pressed), show_routing)
-        if interactive:
+        if interactive and not quiet():
             used, context = conversation.prompt_tokens + number, conversation.model.config.longest_continued
             print(f"[{number:,} tokens; {used:,} of {context:,} in the context]", file=sys.stderr)
     return True

@@ -45,24 +45,11 @@ def check(
         raise ConfigError("--layout trains in float64 with 'eager': it goes with neither --backend nor --dtype")
 
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
     from manyhands.check import render, run_check
+    from manyhands.cli.progress import named_bar
 
-    errors = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        console=errors,
-        transient=True,
-    )
-    with bar:
-        task = bar.add_task("", total=None)
-
-        def progress(what: str, done: int, total: int) -> None:
-            bar.update(task, description=what, completed=done, total=total)
-
+    with named_bar() as progress:
         if layout is not None:
             from manyhands.check.layout_jobs import parse_layouts, run_layouts
 

@@ -7,6 +7,7 @@ import typer
 
 from manyhands import terminal
 from manyhands.cli.drawn import drawn
+from manyhands.cli.loudness import quiet
 from manyhands.defaults import PLAN_CONTEXT
 from manyhands.errors import ConfigError
 
@@ -114,7 +115,7 @@ def choose(
         from manyhands.plan.report.chosen_plot import check_plot
 
         check_plot(plot)
-    given = Given(machine or [], memory, bandwidth, disk, host, devices, price or [], quiet=json_output)
+    given = Given(machine or [], memory, bandwidth, disk, host, devices, price or [], quiet=quiet())
     floors = {
         "--tokens-per-second": tokens_per_second,
         "--ttft": ttft,

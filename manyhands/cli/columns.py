@@ -8,6 +8,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
+from manyhands.cli.loudness import LOG
 from manyhands.terminal import styled
 
 
@@ -43,4 +44,4 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], spare: Se
         if more := ": ".join(row[i] for i in below if row[i]):
             print(textwrap.fill(more, max(room, 40), initial_indent="    ", subsequent_indent="    "))
     if gone:
-        print(f"left out at {room} columns: {', '.join(gone)}; --json has all", file=sys.stderr)
+        LOG.info("left out at %d columns: %s; --json has all", room, ", ".join(gone))

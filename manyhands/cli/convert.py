@@ -1,6 +1,5 @@
 """`manyhands convert`: a checkpoint from one family's format to another's, with a receipt."""
 
-import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,6 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from manyhands.cli.options import IgnoreField, Which
+from manyhands.cli.progress import named_bar
 from manyhands.defaults import MAX_SHARD_SIZE
 from manyhands.terminal import shown
 
@@ -68,8 +68,6 @@ def convert(
     import json
 
     import torch
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from manyhands.checkpoint.convert import RECEIPT
     from manyhands.checkpoint.convert import convert as run
@@ -77,12 +75,6 @@ def convert(
     from manyhands.checkpoint.runs import checkpoint_of
     from manyhands.errors import UserError
 
-    columns = (
-        TextColumn("{task.fields[tensor]}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
     if which is not None:
         source = str(checkpoint_of(source, which))
     to_gguf = target.endswith(".gguf")
@@ -101,12 +93,7 @@ def convert(
         raise UserError("--adapter merges into a directory; convert that to a GGUF file afterwards")
     if to_gguf and dtype is not None:
         raise UserError("--dtype is for a directory; how a GGUF file stores weights is --type")
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("tensors", total=None, tensor="")
-
-        def progress(name: str, done: int, total: int) -> None:
-            bar.update(task, completed=done, total=total, tensor=shown(name[-50:]))
-
+    with named_bar() as progress:
         if to_gguf:
             written = export(
                 source,

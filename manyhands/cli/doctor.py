@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands import terminal
+from manyhands.cli.loudness import quiet
 from manyhands.format import show
 
 
@@ -41,12 +42,12 @@ def doctor(
     from manyhands.plan.remember import measured, remembered
 
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-    here = measured(again=again, quiet=json_output)
+    here = measured(again=again, quiet=quiet())
     limits = diagnose(here, environment=os.environ, load=load, free=free_memory())
     if speeds:
         from manyhands.cli.speeds import run_typical
 
-        run_typical(here, load, quiet=json_output)
+        run_typical(here, load, quiet=quiet())
     from manyhands.cli.speeds import speeds_section
     from manyhands.kernels.native import levels, missing
     from manyhands.kernels.native.library import default_level

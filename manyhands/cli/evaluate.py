@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit, Which
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import bar, loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
@@ -141,14 +141,18 @@ def _measure_text(
     from manyhands.text import encode_documents, evaluation_batches
 
     sequence_length, batch_size, max_batches = sizes
-    with loading(checkpoint):
+    with loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
+        read(loaded)
     model = only_language_model(loaded, "eval")
     if isinstance(data, Path):
         file = TokenFile.open(data, loaded.config.vocab_size)
         ids, num_documents, said = file.ids, file.info.num_documents, [str(data)]
     else:
-        ids, num_documents, said = encode_documents(documents, tokenizer), len(documents), data
+        characters = sum(len(document.text) for document in documents)
+        with bar("tokenizing") as update:
+            ids = encode_documents(documents, tokenizer, lambda done: update(done, characters))
+        num_documents, said = len(documents), data
     longest = longest_sequence(model.config) or EVAL_LENGTH
     length = sequence_length or trained_length(checkpoint) or min(EVAL_LENGTH, longest)
     targets = ids[1:] if max_batches is None else ids[1 : 1 + max_batches * batch_size * length]
@@ -157,8 +161,11 @@ def _measure_text(
         num_bytes = file.info.num_bytes
     front = tokenizer.front_ids
     batches = evaluation_batches(ids, length, batch_size, max_batches)
-    with recording(model, tokenizer, trace, trace_limit, "eval") as recorder:
-        result = measure(model, batches, num_bytes, given=front[0] if front else None, trace=recorder)
+    given = front[0] if front else None
+    with recording(model, tokenizer, trace, trace_limit, "eval") as recorder, bar("evaluating") as update:
+        result = measure(
+            model, batches, num_bytes, given=given, trace=recorder, progress=lambda done: update(done, len(targets))
+        )
     front_text = tokenizer.decode(front) if front else None
     if json_output:
         about = {

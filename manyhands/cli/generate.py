@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from manyhands.cli.crew import with_crew
+from manyhands.cli.loudness import LOG
 from manyhands.cli.options import (
     TRACE_LIMIT,
     Adapter,
@@ -131,15 +132,17 @@ def generate(
     def answer(crew: "Crew | None") -> None:
         from manyhands.checkpoint.model import EncoderDecoderModel, RecurrentModel, load, only_decoder
         from manyhands.engine.engine import Engine
-        from manyhands.terminal import shown
 
         asked_for = prompt or ([] if replay is not None else ["-"])
         prompts = [_standard_input() if text == "-" else text for text in asked_for]
-        with loading(path):
+        if prompts == [""] and "" not in (prompt or []):
+            raise UserError("nothing to continue: standard input is empty; --prompt '' is a text without a beginning")
+        with loading(path) as read:
             loaded, tokenizer = load(path, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
+            read(loaded)
         sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
         if line is not None:
-            print(shown(line), file=sys.stderr)
+            LOG.info("%s", line)
         only = {"--replay": replay is not None, "--without-expert": bool(without), "--show-routing": show_routing}
         only |= {"--exact": exact, "--speculate": bool(speculate), "--trace": trace is not None}
         if isinstance(loaded, EncoderDecoderModel):

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from manyhands.cli.loudness import LOG
 from manyhands.cli.options import IgnoreField
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import bar, loading
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def inspect(
     if page is not None:
         check_replaceable(page, b"manyhands inspect")
     ignore = tuple(ignore_field or ())
-    asked = _Asked(data or [], max_tokens, sequence_length, text_field, random_routers, seed, ignore, json_output)
+    asked = _Asked(data or [], max_tokens, sequence_length, text_field, random_routers, seed, ignore)
     if is_trace(subject):
         for flag, given in (("--data", bool(data)), ("--checkpoints", checkpoints)):
             if given:
@@ -114,10 +115,10 @@ class _Asked:
 
     def __init__(
         self, data: list[str], max_tokens: int, length: int | None, field: str, routers: int, seed: int,
-        ignore: tuple[str, ...], quiet: bool,
+        ignore: tuple[str, ...],
     ) -> None:  # fmt: skip
         self.data, self.max_tokens, self.length, self.field = data, max_tokens, length, field
-        self.routers, self.seed, self.ignore, self.quiet = routers, seed, ignore, quiet
+        self.routers, self.seed, self.ignore = routers, seed, ignore
 
 
 def _of_trace(
@@ -166,8 +167,9 @@ def _of_model(
             f"--checkpoints: {subject} is not a run with two checkpoints or more; train with train.save_every and "
             "train.keep_checkpoints"
         )
-    with loading(subject):
+    with loading(subject) as found:
         loaded, tokenizer = load(subject, ignore_fields=asked.ignore)
+        found(loaded)
     model = only_decoder(loaded, "inspect")
     check_inspectable(model)
     front = tuple(tokenizer.front_ids)
@@ -178,7 +180,9 @@ def _of_model(
     seen.about["aligned"] = read.aligned
     other = None
     if against is not None:
-        compared, theirs = load(against, ignore_fields=asked.ignore)
+        with loading(against) as found:
+            compared, theirs = load(against, ignore_fields=asked.ignore)
+            found(compared)
         if theirs.inner.to_str() != tokenizer.inner.to_str():
             raise UserError(f"--against {against}: its tokenizer is not {subject}'s, so their tokens are not the same")
         other = _observe(compared, read, front, 0, asked, against)
@@ -193,15 +197,10 @@ def _of_model(
 def _observe(
     model: Any, read: "Sequences", front: tuple[int, ...], routers: int, asked: _Asked, name: str
 ) -> "Observed":
-    from rich.console import Console
-    from rich.progress import Progress
-
     from manyhands.inspect.watch import observe
-    from manyhands.terminal import shown
 
-    console = Console(stderr=True)
-    if not asked.quiet and not console.is_terminal:
-        print(f"reading with {shown(name)}", file=sys.stderr)
-    with Progress(console=console, transient=True, disable=asked.quiet or not console.is_terminal) as bar:
-        task = bar.add_task(f"reading with {shown(name)[-40:]}", total=len(read.token_ids))
-        return observe(model, read, front, routers, asked.seed, lambda done: bar.update(task, completed=done))
+    if not sys.stderr.isatty():
+        LOG.info("reading with %s", name)
+    with bar(f"reading with {name[-40:]}") as update:
+        total = len(read.token_ids)
+        return observe(model, read, front, routers, asked.seed, lambda done: update(done, total))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli import lab_claims
+from manyhands.cli.sections import Verb, Verbs
 from manyhands.errors import Interrupted, ManyhandsError, UserError
 from manyhands.terminal import shown
 
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     from manyhands.lab.run import Result
 
 app = typer.Typer(
+    cls=Verbs,
     help="Experiments that show what is claimed of mixtures of experts, or do not. Without a command: which there are.",
     rich_markup_mode=None,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("claims")(lab_claims.claims)
+app.command("claims", cls=Verb)(lab_claims.claims)
 _FAILED = 4
 """Exit code where a stated criterion did not hold, as of `check`."""
 
@@ -53,7 +55,7 @@ def _list(
     print("manyhands lab claims says what is claimed, and what is so.")
 
 
-@app.command("run")
+@app.command("run", cls=Verb)
 def run(
     experiments: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="`lab` lists them.")] = None,
     every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,

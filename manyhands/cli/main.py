@@ -35,9 +35,11 @@ from manyhands.cli import (
     tune,
     upcycle,
 )
+from manyhands.cli.endings import UsageMistake, discard_output, open_streams, refused, usage
 from manyhands.cli.first import FIRST
+from manyhands.cli.loudness import heard
 from manyhands.cli.sections import Verb, Verbs
-from manyhands.errors import EndedElsewhere, ManyhandsError
+from manyhands.errors import EndedElsewhere, ManyhandsError, exit_code_of
 from manyhands.terminal import shown
 from manyhands.version import __version__
 
@@ -96,7 +98,6 @@ def _version(asked: bool) -> None:
 @app.callback()
 def _options(
     context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
         typer.Option(
@@ -110,21 +111,33 @@ def _options(
 
 
 def main() -> None:
-    """Entry point. A user's mistake ends in one line on stderr and its exit code; `--debug` shows the traceback."""
-    debug = "--debug" in sys.argv
-    sys.argv = [argument for argument in sys.argv if argument != "--debug"]  # before or after the verb
+    """Entry point. A mistake ends in one line on stderr and its exit code; `--debug` shows the traceback."""
+    open_streams()
     try:
-        app()
-    except ManyhandsError as error:
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, EndedElsewhere):
-            time.sleep(_LISTEN_SECONDS)
-        else:
-            print(f"manyhands: {shown(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # the reader of our output left, as `| head` does
-        sys.stderr.close()
-        sys.exit(141)
+        with heard():
+            code = app(standalone_mode=False)
+            sys.stdout.flush()
+    except UsageMistake as error:
+        code = _fail(usage(error))
+    except (ManyhandsError, OSError) as error:
+        code = _fail(error)
     except KeyboardInterrupt:
-        sys.exit(130)
+        code = 130
+    if code:
+        discard_output()
+        sys.exit(code)
+
+
+def _fail(error: ManyhandsError | OSError) -> int:
+    """Say what went wrong; the exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of our output left, as `| head` does
+        return 141
+    if "--debug" in sys.argv:
+        traceback.print_exception(error)
+    if isinstance(error, EndedElsewhere):
+        time.sleep(_LISTEN_SECONDS)
+    elif isinstance(error, ManyhandsError):
+        print(f"manyhands: {shown(error)}", file=sys.stderr)
+    else:
+        print(f"manyhands: {shown(refused(error))} (--debug shows where)", file=sys.stderr)
+    return exit_code_of(error)

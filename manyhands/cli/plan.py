@@ -9,6 +9,7 @@ import typer
 from manyhands import terminal
 from manyhands.cli import complete
 from manyhands.cli.drawn import drawn
+from manyhands.cli.loudness import quiet
 from manyhands.defaults import PLAN_CONTEXT, TOKENS_PER_DEVICE
 from manyhands.errors import ConfigError
 
@@ -194,7 +195,7 @@ def plan(
             machine,
             Changes(memory_size, bandwidth, count),
             needed=scale or speculate is not None or (price is not None and tokens is None),
-            quiet=json_output,
+            quiet=quiet(),
         ),
         "load": _load(load, subjects[0]),
         "memory": size("--memory", memory),

@@ -1,38 +1,102 @@
-"""The bar of verbs that write tensor after tensor, and the line of those that read a model."""
+"""What is shown of what takes long: a bar on a terminal, and for a model that was loaded one line that stays.
+
+Nothing with -q, and no bar where standard error is no terminal.
+"""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from manyhands.cli.loudness import LOG, quiet
 from manyhands.terminal import shown
 
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
-@contextmanager
-def tensors_bar(unit: str = "tensors") -> Iterator[Callable[[str, int, int], None]]:
-    """Gives what is called with (the last one's name, how many are done, of how many); nothing but on a terminal."""
+    from manyhands.checkpoint.model import LoadedModel
+
+
+def _drawn(*columns: Any) -> "Progress":
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
-    columns = (
-        TextColumn("{task.fields[tensor]}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task(unit, total=None, tensor="")
-        yield lambda name, done, total: bar.update(task, completed=done, total=total, tensor=shown(name[-50:]))
+    off = quiet() or not sys.stderr.isatty()
+    return Progress(*columns, console=Console(stderr=True), disable=off, transient=True)
 
 
 @contextmanager
-def loading(place: str | Path) -> Iterator[None]:
-    """Says on a terminal that a model is read. A download says so itself."""
-    if not sys.stderr.isatty() or not Path(place).exists():
+def bar(what: str) -> Iterator[Callable[[float, float], None]]:
+    """Gives what is called with how much is done, and of how much."""
+    with bars() as update:
+        yield lambda done, total: update(what, done, total)
+
+
+@contextmanager
+def bars() -> Iterator[Callable[[str, float, float], None]]:
+    """Gives what is called with (what it is, how much is done, of how much): a bar for each thing."""
+    from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    with _drawn(text, BarColumn(), TaskProgressColumn(), TimeRemainingColumn()) as drawn:
+        rows: dict[str, Any] = {}
+
+        def update(what: str, done: float, total: float) -> None:
+            if what not in rows:
+                rows[what] = drawn.add_task(shown(what[-60:]), total=total)
+            drawn.update(rows[what], completed=done, total=total)
+
+        yield update
+
+
+@contextmanager
+def named_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """Gives what is called with (what is at hand, a tensor's name say, how many are done, of how many): one bar."""
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    with _drawn(text, BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()) as drawn:
+        task = drawn.add_task("", total=None)
+        yield lambda name, done, total: drawn.update(task, completed=done, total=total, description=shown(name[-50:]))
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """For what cannot say how far it is."""
+    from rich.progress import SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    with _drawn(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()) as drawn:
+        drawn.add_task(shown(what), total=None)
         yield
+
+
+@contextmanager
+def loading(place: str | Path) -> Iterator[Callable[["LoadedModel"], None]]:
+    """Says that a model is read, and then what was: gives what is called with it. A download has bars of its own."""
+    found: list[LoadedModel] = []
+    began = time.monotonic()
+    if Path(place).exists():
+        with waiting(f"loading {place}"):
+            yield found.append
+    else:
+        yield found.append
+    if not found:
         return
-    from rich.console import Console
-    from rich.markup import escape
+    from manyhands.checkpoint.about import about
+    from manyhands.format import show
 
-    with Console(stderr=True).status(f"loading {escape(shown(place))}"):
-        yield
+    LOG.info("%s: %s; loaded in %s", place, about(found[0]), show(time.monotonic() - began, "s"))
+    LOG.debug("%s", _computed_by())
+
+
+def _computed_by() -> str:
+    import torch
+
+    from manyhands.kernels.native import missing
+    from manyhands.kernels.native.library import default_level
+
+    absent = missing()
+    kernels = f"native kernels {default_level()}" if absent is None else f"no native kernels ({absent})"
+    return f"{kernels}, torch {torch.__version__}, {torch.get_num_threads()} threads"

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from manyhands.cli.options import IgnoreField
-from manyhands.cli.progress import tensors_bar
+from manyhands.cli.progress import named_bar
 from manyhands.cli.sampled import BATCH, SEQUENCE
 from manyhands.defaults import MAX_SHARD_SIZE
 from manyhands.errors import UserError
@@ -99,7 +99,7 @@ def prune(
     count = parse_keep(keep, config.moe.router.num_experts)
     scores = recorded is None and (by != "random" or merge is not None)
     sample = sample_of(source, documents, data or [], max_batches, calibrate=scores) if measure else None
-    with tensors_bar() as progress:
+    with named_bar() as progress:
         receipt = run(
             source,
             target,

@@ -8,7 +8,7 @@ import typer
 
 from manyhands import terminal
 from manyhands.cli.options import IgnoreField
-from manyhands.cli.progress import tensors_bar
+from manyhands.cli.progress import named_bar
 from manyhands.cli.sampled import BATCH, SEQUENCE, sample_of
 from manyhands.defaults import GROUP_SIZE
 
@@ -80,7 +80,7 @@ def quantize(
     source = open_checkpoint(model, ignore_field or ())
     calibrate = documents is not None
     sample = sample_of(source, documents, data or [], max_batches or (4 if calibrate else 1), calibrate)
-    with tensors_bar() as progress:
+    with named_bar() as progress:
         receipt = run(source, target, packed, sample, measure=measure, overwrite=overwrite, progress=progress)
     if json_output:
         import json

@@ -1,12 +1,11 @@
 """`--trace DIR` of the verbs that run a model."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from manyhands.terminal import shown
+from manyhands.cli.loudness import LOG
 
 if TYPE_CHECKING:
     from manyhands.models import AnyModel
@@ -36,4 +35,4 @@ def recording(
     with recorder_for(model, tokenizer, trace, f"recorded by manyhands {verb} {__version__}", limit) as recorder:
         yield recorder
     dropped = f", the first {recorder.dropped_tokens:,} deleted again" if recorder.dropped_tokens else ""
-    print(shown(f"[{recorder.num_tokens:,} tokens recorded in {trace}{dropped}]"), file=sys.stderr)
+    LOG.info("[%s tokens recorded in %s%s]", f"{recorder.num_tokens:,}", trace, dropped)

@@ -6,7 +6,10 @@ A flag that is in no section stands in the first, "Options": what one needs firs
 from collections.abc import Iterable
 from typing import Any
 
+import typer
 from typer.core import TyperCommand, TyperGroup
+
+from manyhands.cli.loudness import QUIET, everywhere, set_level, verbose
 
 _SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed --stop"
 _ON_DISK = "--memory --cache-policy --pin"
@@ -70,7 +73,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "Method": "--method --train --r --alpha --targets --num-experts --top-k",
         "Which experts (ESFT)": "--by --threshold --trace --experts",
         "Run": "--out --resume --lr --max-steps --max-seconds --batch-size --sequence-length --seed --set",
-        "Output": "--show-data --quiet --json --strict",
+        "Output": "--show-data --json --strict",
     },
     "upcycle": {
         "Experts": "--experts --top-k --granularity --drop --noise --seed",
@@ -88,7 +91,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "Network": "--host --port --api-key --api-key-file --insecure --max-body --request-timeout --shutdown-timeout",
         "Load": "--max-sequences --max-batch-tokens --max-waiting --kv-memory --prefix-caching --exact",
         "Experts on disk": _ON_DISK,
-        "Output": f"--quiet {_TRACE}",
+        "Output": _TRACE,
     },
     "simulate": {
         "Caches": "--policies --budgets --disk --memory-rate --record-bytes --pin",
@@ -109,8 +112,21 @@ VERBS = {
 """The title of a section, and its verbs."""
 
 
+EVERYWHERE = ("--quiet", "--verbose", "--debug", "--help")
+
+
 class Verb(TyperCommand):
-    """A verb whose flags are shown in the sections of its name."""
+    """A verb whose flags are shown in the sections of its name, after them those that all verbs have."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Its own, and those that all verbs have."""
+        return [*super().get_params(ctx), *everywhere()]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do it; --json speaks to a program, which reads no remarks."""
+        if ctx.params.get("json_output") and not verbose():
+            set_level(QUIET)
+        return super().invoke(ctx)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         arguments: list[tuple[str, str]] = []
@@ -123,13 +139,25 @@ class Verb(TyperCommand):
             else:
                 options.append((max(parameter.opts, key=len), record))
         _write(formatter, "Arguments", arguments)
-        titles = titles_of(SECTIONS.get(self.name or "", {}))
-        for title in dict.fromkeys(["Options", *SECTIONS.get(self.name or "", {})]):
+        own = SECTIONS.get(self.name or "", {})
+        titles = titles_of(own) | dict.fromkeys(EVERYWHERE, "Of every verb")
+        for title in dict.fromkeys(["Options", *own, "Of every verb"]):
             _write(formatter, title, [record for flag, record in options if titles.get(flag, "Options") == title])
 
 
 class Verbs(TyperGroup):
     """The verbs, in sections."""
+
+    def get_params(self, ctx: Any) -> Any:
+        """Its own, and those that all verbs have."""
+        return [*super().get_params(ctx), *everywhere()]
+
+    def invoke(self, ctx: Any) -> Any:
+        """Do it. Whoever reads the output may leave, as `head` does: Typer would make that a failure, code 1."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise typer.Exit(141) from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         titles = titles_of(VERBS)
@@ -137,8 +165,9 @@ class Verbs(TyperGroup):
         widest = max(map(len, commands))
         limit = formatter.width - 6 - widest
         rows = [(name, command.get_short_help_str(limit)) for name, command in commands.items() if command is not None]
-        for title in [*VERBS, "More"]:
-            _write(formatter, title, [(f"{n:<{widest}}", told) for n, told in rows if titles.get(n, "More") == title])
+        for title in [*VERBS, "Commands"]:
+            of = [(f"{name:<{widest}}", told) for name, told in rows if titles.get(name, "Commands") == title]
+            _write(formatter, title, of)
 
 
 def titles_of(sections: dict[str, str]) -> dict[str, str]:

@@ -1,6 +1,5 @@
 """`manyhands serve`: a model behind OpenAI's HTTP interface."""
 
-import logging
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli.crew import with_crew
+from manyhands.cli.loudness import dated
 from manyhands.cli.options import TRACE_LIMIT, CachePolicy, IgnoreField, Pin, TraceDirectory, TraceLimit, on_disk
 from manyhands.cli.recorded import check_trace
 from manyhands.cli.size import size
@@ -74,7 +74,6 @@ def serve(
         ),
     ] = False,
     prefix_caching: Annotated[bool, typer.Option(help="Prompts that begin alike are computed once.")] = True,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No line per request.")] = False,
     trace: TraceDirectory = None,
     trace_limit: TraceLimit = TRACE_LIMIT,
     ignore_field: IgnoreField = None,
@@ -127,9 +126,7 @@ def serve(
         limit,
         **stay,
     )
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING if quiet else logging.INFO, format="%(asctime)s %(message)s"
-    )
+    dated()
     one_arena()
     code = 0
 

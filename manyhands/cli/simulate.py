@@ -1,8 +1,6 @@
 """`manyhands simulate`: a recorded trace under cache policies, or laid out on ranks that share experts."""
 
-import sys
 import textwrap
-from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -10,14 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli.drawn import drawn
+from manyhands.cli.progress import bar
 from manyhands.cli.size import size
 from manyhands.errors import UserError
 from manyhands.format import number, show
 from manyhands.terminal import shown
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     from manyhands.simulate.report import Report
     from manyhands.simulate.sweep import Row, Speed
 
@@ -115,7 +112,7 @@ def simulate(
         from manyhands.simulate.parallel import laid_out
 
         laid = layout_settings(layout, placement, redundant, groups, node, network, row_bytes, sequences, tokens, pin)
-        with _progress() as update:
+        with bar("replaying") as update:
             found = laid_out(trace, laid, update)
         if json_output:
             import json
@@ -142,7 +139,7 @@ def simulate(
         from manyhands.simulate.plot import check_plot, draw
 
         check_plot(plot)
-    with _progress() as update:
+    with bar("replaying") as update:
         report = simulated(trace, settings, update)
     if plot is not None:
         line = drawn(plot)
@@ -263,15 +260,3 @@ def _measured() -> float | None:
 
     here = remembered()
     return here.processor.bandwidth if here is not None else None
-
-
-@contextmanager
-def _progress() -> "Iterator[Callable[[int, int], None]]":
-    """A bar on a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("replaying"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty(), transient=True) as bar:
-        task = bar.add_task("")
-        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -1,13 +1,12 @@
 """`manyhands eval --tasks`: tasks of lm-eval, answered by a model, on the screen and in a file."""
 
 import json
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import bars, loading
 from manyhands.errors import UserError
 from manyhands.files import check_replaceable, write_atomic
 from manyhands.terminal import shown
@@ -35,26 +34,16 @@ def answer_tasks(
     if output is not None:
         check_replaceable(output, f'"{MARK}"'.encode())
 
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.harness import language_model, run_tasks
 
-    with loading(checkpoint):
+    with loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields, adapter=adapter)
+        read(loaded)
     model = only_decoder(loaded, "--tasks")
     if how["chat"] and tokenizer.chat_template is None:
         raise UserError("--apply-chat-template: the model has no chat template")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty() or json_output) as bar:
-        rows: dict[str, Any] = {}
-
-        def progress(what: str, done: int, total: int) -> None:
-            if what not in rows:
-                rows[what] = bar.add_task(what)
-            bar.update(rows[what], completed=done, total=total)
-
+    with bars() as progress:
         lm = language_model(model, tokenizer, name=str(checkpoint), progress=progress, **answering)
         found = run_tasks(lm, tasks, **how)
     about = {"model": str(checkpoint), "tasks": tasks, MARK: __version__, "max_length": lm.max_length}

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.sections import Verb, Verbs
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -12,8 +13,8 @@ if TYPE_CHECKING:
     from manyhands.trace.summary import Summary
 
 app = typer.Typer(
+    cls=Verbs,
     help="Recorded routing: which experts each token went to, and which tokens shared a forward pass.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -22,7 +23,7 @@ _ROWS = 16
 _FORMATS = "big-moe-on-edge, lattice, llama.cpp, megatron, sglang, vllm"
 
 
-@app.command("show")
+@app.command("show", cls=Verb)
 def show(
     trace: Annotated[Path, typer.Argument(help="A directory that --trace or `trace import` wrote.")],
     verify: Annotated[bool, typer.Option("--verify", help="Also compare every file's SHA-256.")] = False,
@@ -50,7 +51,7 @@ def show(
     _print(found, about)
 
 
-@app.command("import")
+@app.command("import", cls=Verb)
 def import_(
     source: Annotated[Path, typer.Argument(help="A file of another engine, or Megatron's directory.")],
     target: Annotated[Path, typer.Argument(help="The directory to write; it must be new or empty.")],
@@ -83,7 +84,7 @@ def import_(
     show(target, json_output=json_output)
 
 
-@app.command("export")
+@app.command("export", cls=Verb)
 def export(
     trace: Annotated[Path, typer.Argument(help="A trace.")],
     target: Annotated[Path, typer.Argument(help="The file to write, .npy or .csv; it must not exist.")],

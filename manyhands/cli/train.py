@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from manyhands.cli import complete
+from manyhands.cli.loudness import quiet
 from manyhands.errors import ConfigError, UserError
 from manyhands.files import RUN
 
@@ -36,8 +37,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what would be trained, with its size and cost; write nothing.")
     ] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies -q.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:
     """Train a model, or continue where a run stopped.
@@ -76,11 +76,11 @@ def train(
         if run.tune is None:
             from manyhands.train.loop import train as start
 
-            summary = start(directory, run, quiet=quiet or json_output, ranks=ranks)
+            summary = start(directory, run, quiet=quiet(), ranks=ranks)
         else:
             from manyhands.tune.run import tune
 
-            summary = tune(directory, run, quiet=quiet or json_output, ranks=ranks)
+            summary = tune(directory, run, quiet=quiet(), ranks=ranks)
     end(summary, json_output, strict, ranks.rank)
 
 

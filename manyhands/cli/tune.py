@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from manyhands.cli.loudness import quiet
 from manyhands.cli.train import end
 from manyhands.errors import ConfigError, UserError
 from manyhands.files import RUN
@@ -89,8 +90,7 @@ def tune(
         int | None,
         typer.Option(min=1, metavar="N", help="Print the first N rows as the model would see them, and end."),
     ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print only the summary.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies --quiet.")] = False,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON; implies -q.")] = False,
     strict: Annotated[bool, typer.Option("--strict", help="Exit with 4 for a remark of the verdict too.")] = False,
 ) -> None:
     """Fine-tune a model: its loss on held-out data before and after stands at the end.
@@ -170,5 +170,5 @@ def tune(
 
     keep_freed_memory()
     with joined(run.train.device) as ranks:
-        summary = start(directory, run, quiet=quiet or json_output, ranks=ranks)
+        summary = start(directory, run, quiet=quiet(), ranks=ranks)
     end(summary, json_output, strict, ranks.rank)

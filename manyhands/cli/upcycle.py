@@ -50,11 +50,11 @@ def upcycle(
     import torch
 
     from manyhands.checkpoint.find import open_checkpoint
-    from manyhands.cli.progress import tensors_bar
+    from manyhands.cli.progress import named_bar
     from manyhands.tune.upcycle import upcycle as run
 
     source = open_checkpoint(model, ignore_field or ())
-    with tensors_bar() as progress:
+    with named_bar() as progress:
         receipt = run(
             source,
             target,

@@ -3,6 +3,7 @@
 T tokens of R rows, D model width, V vocabulary.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from manyhands.quant import Layout
 from manyhands.runtime import Program, prepare
 from manyhands.runtime.program import Step
 from manyhands.store.store import Store
+
+_log = logging.getLogger(__name__)
 
 Experts = Callable[[], tuple[Tensor, Tensor]]
 
@@ -214,6 +217,7 @@ class Runner:
             self._look_again()
             most = max(1 << (wanted - 1).bit_length(), 0 if found is None else found.capacity)
             found = prepare(self.model, most, edited)
+            _log.debug("decoding, up to %d tokens at a time: %r", most, found)
             if edited:
                 self._edited = found
             else:

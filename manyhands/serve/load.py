@@ -1,8 +1,10 @@
 """From paths and settings to models that can be served."""
 
 import itertools
+import logging
 import os
 import re
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +12,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+from manyhands.checkpoint.about import about
 from manyhands.checkpoint.find import find
 from manyhands.checkpoint.gguf.files import is_gguf
 from manyhands.checkpoint.model import Model, load, only_decoder
@@ -23,6 +26,7 @@ from manyhands.engine.kept_routing import routing_bytes_per_token
 from manyhands.engine.recording import recorder_for
 from manyhands.engine.service import PATIENCE, Service
 from manyhands.errors import CheckpointError, UserError
+from manyhands.format import show
 from manyhands.models import Decoder
 from manyhands.models.adapted import sharing
 from manyhands.moe.crew import Crew
@@ -33,6 +37,7 @@ from manyhands.text import Tokenizer
 from manyhands.trace.recorder import Recorder
 from manyhands.version import __version__
 
+_log = logging.getLogger(__name__)
 READING = 600.0
 """Seconds that a step may take whose experts are on disk: a prompt may want all of them."""
 
@@ -133,7 +138,9 @@ def _read(directory: Path, settings: Settings, on_disk: bool) -> tuple[Model, To
     if on_disk:
         how = {"memory": settings.memory, "cache_policy": settings.cache_policy, "pin": settings.pin}
         how["cache_bytes"] = settings.kv_bytes
+    began = time.monotonic()
     loaded, tokenizer = load(directory, ignore_fields=settings.ignore_fields, crew=settings.crew, **how)
+    _log.info("%s: %s; loaded in %s", directory, about(loaded), show(time.monotonic() - began, "s"))
     return only_decoder(loaded, "serve"), tokenizer
 
 

@@ -46,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chat(run: Path, *arguments: str, stdin: str, template: str = "template.jinja") -> tuple[int, str, str]:
-    done = manyhands("chat", "run", "--template", template, *arguments, stdin=stdin, cwd=run)
+    done = manyhands("chat", "run", "-q", "--template", template, *arguments, stdin=stdin, cwd=run)
     return done.returncode, done.stdout, done.stderr
 
 
@@ -147,7 +147,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_mistake_is_one_line(run: Path, mistake: str) -> None:
     arguments, said = MISTAKES[mistake]
-    done = manyhands(*arguments, stdin="hello\n", cwd=run)
+    done = manyhands(*arguments, "-q", stdin="hello\n", cwd=run)
     assert done.returncode == 2 and done.stdout == "" and said in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1 and done.stderr.startswith("manyhands: ")
 

@@ -65,7 +65,7 @@ def test_a_replayed_trace_says_the_same(run_dir: Path, record: Path) -> None:
 )
 def test_a_mistake_is_one_line(run_dir: Path, flags: tuple[str, ...], says: str) -> None:
     n = layer_of(run_dir)
-    done = manyhands("generate", str(run_dir), *(f.replace("LAYER", str(n)) for f in flags))
+    done = manyhands("generate", str(run_dir), "-q", *(f.replace("LAYER", str(n)) for f in flags))
     assert done.returncode > 0 and says in done.stderr and "Traceback" not in done.stderr
     assert not done.stdout and len(done.stderr.strip().splitlines()) == 1
 

@@ -103,7 +103,7 @@ def test_mistakes_are_one_line(folder: Path, tmp_path: Path) -> None:
         ((model, "--data", tree, "--out", str(tmp_path / "mine.html")), "was not made by this program"),
         ((str(tmp_path / "nothing"), "--data", tree), "does not exist"),
     ):
-        done = manyhands("inspect", *arguments, cwd=tmp_path)
+        done = manyhands("inspect", *arguments, "-q", cwd=tmp_path)
         assert done.returncode == 2 and complaint in done.stderr, (arguments, done.stderr)
         assert done.stderr.count("\n") == 1 and not done.stdout
     assert (tmp_path / "mine.html").read_text() == "my own page"

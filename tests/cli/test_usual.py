@@ -13,6 +13,7 @@ from manyhands import errors
 from manyhands.cli import complete
 from manyhands.cli.columns import print_table
 from manyhands.cli.drawn import drawn
+from manyhands.cli.loudness import heard
 from manyhands.cli.main import app
 from manyhands.cli.sections import SECTIONS, VERBS, titles_of
 from manyhands.terminal import styled
@@ -117,7 +118,8 @@ def test_a_table_leaves_out_before_it_cuts(capsys: pytest.CaptureFixture[str], m
         (20, ["name        size", "nnnnnnnnnn    12", "    because of this"]),
     ):
         monkeypatch.setenv("COLUMNS", str(room))
-        print_table(columns, [row], spare=("extra",))
+        with heard():
+            print_table(columns, [row], spare=("extra",))
         told = capsys.readouterr()
         assert told.out.splitlines() == lines
         assert ("left out" in told.err) is (room < 60)

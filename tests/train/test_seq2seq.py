@@ -149,7 +149,7 @@ def test_a_run_goes_on_bit_for_bit_and_writes(text: Path, tmp_path: Path) -> Non
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert 1 <= len(found["token_ids"]) <= 6 and found["filled"].startswith("line ")
-    shown = manyhands(*asked, "--max-new-tokens", "6")
+    shown = manyhands(*asked, "--max-new-tokens", "6", "-q")
     assert shown.returncode == 0 and shown.stderr == ""
     for flags, word in (
         (["--exact"], "--exact"),
