@@ -2,13 +2,19 @@
 
 from typing import TYPE_CHECKING
 
+from manyhands.moe import MoELayer
+from manyhands.moe.crew import CrewExperts
+
 if TYPE_CHECKING:
     from manyhands.checkpoint.model import LoadedModel
 
 
 def about(model: "LoadedModel") -> str:
     """`6.92B parameters, 16 layers, 16 mixtures of 64 experts and 8 per token; experts int4, linear int8`."""
-    return f"{model.extra_repr()}; {stored_as(model)}" + (", experts on disk" if model.budget is not None else "")
+    where = ", experts on disk" if model.budget is not None else ""
+    if any(isinstance(moe.experts, CrewExperts) for moe in model.modules() if isinstance(moe, MoELayer)):
+        where = ", with the experts of this process alone"
+    return f"{model.extra_repr()}; {stored_as(model)}{where}"
 
 
 def stored_as(model: "LoadedModel") -> str:

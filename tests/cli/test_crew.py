@@ -67,7 +67,7 @@ def wait_for(running: Job, said: str) -> str:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_dies_ends_the_job_with_one_line(model: Path, rank: int) -> None:
     many = [argument for _ in range(40) for argument in ("--prompt", "x")]
-    with started(2, "generate", str(model), "--max-new-tokens", "40", "--temperature", "0", *many) as running:
+    with started(2, "generate", str(model), "-q", "--max-new-tokens", "40", "--temperature", "0", *many) as running:
         wait_for(running, "x")
         running.kill(rank)
         found = running.wait(20)
