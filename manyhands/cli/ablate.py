@@ -22,18 +22,18 @@ def rank(
     import torch
 
     from manyhands.checkpoint.model import load, only_decoder
-    from manyhands.cli.progress import bar, loading
+    from manyhands.cli.progress import Loading, bar
     from manyhands.generate.evaluate import trained_length
     from manyhands.inspect.ablate import ablate
     from manyhands.inspect.watch import check_inspectable
     from manyhands.terminal import shown
     from manyhands.text import encode_documents, read_documents
 
-    with loading(subject) as read:
+    with Loading(subject) as read:
         loaded, tokenizer = load(subject, ignore_fields=ignore)
-        read(loaded)
     model = only_decoder(loaded, "inspect")
     check_inspectable(model)
+    read.said(model)
     ids = encode_documents(read_documents(data, text_field), tokenizer)[:max_tokens]
     S = min(length or trained_length(subject) or 512, model.config.max_position_embeddings)
     if len(ids) < 2 * (S + 1):

@@ -7,7 +7,7 @@ import typer
 
 from manyhands.cli.loudness import LOG, quiet
 from manyhands.cli.options import IgnoreField
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import Loading
 from manyhands.defaults import BENCH_NEW, BENCH_PROMPT
 
 
@@ -67,10 +67,10 @@ def bench(
         decoder = Decoder(config).eval()
         init_weights(decoder, seed=0)
     else:
-        with loading(model) as read:
+        with Loading(model) as read:
             loaded = from_source(open_checkpoint(model, ignore_field or ()))
-            read(loaded)
         decoder = only_decoder(loaded, "bench")
+        read.said(loaded)
     room = decoder.config.longest_continued
     if new is None:
         new = max(2, min(BENCH_NEW, room // 4 if prompt is None else room - prompt))

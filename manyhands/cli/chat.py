@@ -21,7 +21,7 @@ from manyhands.cli.options import (
     TraceLimit,
     on_disk,
 )
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import Loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.cli.turns import command, turns
@@ -96,9 +96,8 @@ def chat(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate import Conversation
 
-    with loading(checkpoint) as read:
+    with Loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter, **stay)
-        read(loaded)
     model = only_decoder(loaded, "chat")
     if other is not None:
         tokenizer = tokenizer.with_chat_template(other)
@@ -107,6 +106,7 @@ def chat(
             f"{checkpoint} has no chat template: `manyhands generate` continues text with it; "
             "to chat all the same, say how with --template FILE"
         )
+    read.said(model)
     sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
     if line is not None:
         LOG.info("%s", line)

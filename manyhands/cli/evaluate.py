@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from manyhands.cli.options import TRACE_LIMIT, Adapter, IgnoreField, TraceDirectory, TraceLimit, Which
-from manyhands.cli.progress import bar, loading
+from manyhands.cli.progress import Loading, bar
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import EVAL_LENGTH
@@ -141,10 +141,10 @@ def _measure_text(
     from manyhands.text import encode_documents, evaluation_batches
 
     sequence_length, batch_size, max_batches = sizes
-    with loading(checkpoint) as read:
+    with Loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_field or (), adapter=adapter)
-        read(loaded)
     model = only_language_model(loaded, "eval")
+    read.said(loaded)
     if isinstance(data, Path):
         file = TokenFile.open(data, loaded.config.vocab_size)
         ids, num_documents, said = file.ids, file.info.num_documents, [str(data)]

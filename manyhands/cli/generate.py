@@ -21,7 +21,7 @@ from manyhands.cli.options import (
     Which,
     on_disk,
 )
-from manyhands.cli.progress import loading
+from manyhands.cli.progress import Loading
 from manyhands.cli.recorded import check_trace, recording
 from manyhands.cli.size import size
 from manyhands.defaults import TEMPERATURE
@@ -137,9 +137,8 @@ def generate(
         prompts = [_standard_input() if text == "-" else text for text in asked_for]
         if prompts == [""] and "" not in (prompt or []):
             raise UserError("nothing to continue: standard input is empty; --prompt '' is a text without a beginning")
-        with loading(path) as read:
+        with Loading(path) as read:
             loaded, tokenizer = load(path, ignore_fields=ignore_field or (), adapter=adapter, **stay, crew=crew)
-            read(loaded)
         sampling, line = sampling_from(tokenizer.files.generation, asked, **others)
         if line is not None:
             LOG.info("%s", line)
@@ -149,6 +148,7 @@ def generate(
             from manyhands.cli.rewritten import refuse, show_rewritten
 
             refuse(only)
+            read.said(loaded)
             show_rewritten(loaded, tokenizer, prompts, sampling, json_output)
             return
         if isinstance(loaded, RecurrentModel):
@@ -156,9 +156,11 @@ def generate(
             from manyhands.cli.rewritten import refuse
 
             refuse(only, "a recurrent one")
+            read.said(loaded)
             show_continued(loaded, tokenizer, prompts, sampling, json_output)
             return
         model = only_decoder(loaded, "generate")
+        read.said(model)
         if without or replay is not None:
             from manyhands.cli.edited import show_edited
 

@@ -8,7 +8,7 @@ import typer
 
 from manyhands.cli.loudness import LOG
 from manyhands.cli.options import IgnoreField
-from manyhands.cli.progress import bar, loading
+from manyhands.cli.progress import Loading, bar
 from manyhands.errors import UserError
 
 if TYPE_CHECKING:
@@ -167,11 +167,11 @@ def _of_model(
             f"--checkpoints: {subject} is not a run with two checkpoints or more; train with train.save_every and "
             "train.keep_checkpoints"
         )
-    with loading(subject) as found:
+    with Loading(subject) as reading:
         loaded, tokenizer = load(subject, ignore_fields=asked.ignore)
-        found(loaded)
     model = only_decoder(loaded, "inspect")
     check_inspectable(model)
+    reading.said(model)
     front = tuple(tokenizer.front_ids)
     room = model.config.max_position_embeddings - len(front)
     length = min(asked.length or trained_length(subject) or 512, room)
@@ -180,11 +180,11 @@ def _of_model(
     seen.about["aligned"] = read.aligned
     other = None
     if against is not None:
-        with loading(against) as found:
+        with Loading(against) as reading:
             compared, theirs = load(against, ignore_fields=asked.ignore)
-            found(compared)
         if theirs.inner.to_str() != tokenizer.inner.to_str():
             raise UserError(f"--against {against}: its tokenizer is not {subject}'s, so their tokens are not the same")
+        reading.said(compared)
         other = _observe(compared, read, front, 0, asked, against)
         del compared
     runs = []

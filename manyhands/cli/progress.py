@@ -6,7 +6,7 @@ Nothing with -q, and no bar where standard error is no terminal.
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,23 +72,33 @@ def waiting(what: str) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def loading(place: str | Path) -> Iterator[Callable[["LoadedModel"], None]]:
-    """Says that a model is read, and then what was: gives what is called with it. A download has bars of its own."""
-    found: list[LoadedModel] = []
-    began = time.monotonic()
-    if Path(place).exists():
-        with waiting(f"loading {place}"):
-            yield found.append
-    else:
-        yield found.append
-    if not found:
-        return
-    from manyhands.checkpoint.about import about
-    from manyhands.format import show
+class Loading:
+    """`with` it a model is read, which is shown; `said(model)`, once it is known to be of use, tells what was read.
 
-    LOG.info("%s: %s; loaded in %s", place, about(found[0]), show(time.monotonic() - began, "s"))
-    LOG.debug("%s", _computed_by())
+    A mistake is then one line alone. A download has bars of its own.
+    """
+
+    def __init__(self, place: str | Path) -> None:
+        self._place, self._seconds = place, time.monotonic()
+        self._waiting: AbstractContextManager[None] = (
+            waiting(f"loading {place}") if Path(place).exists() else nullcontext()
+        )
+
+    def __enter__(self) -> "Loading":
+        self._waiting.__enter__()
+        return self
+
+    def __exit__(self, *failed: Any) -> None:
+        self._waiting.__exit__(*failed)
+        self._seconds = time.monotonic() - self._seconds
+
+    def said(self, model: "LoadedModel") -> None:
+        """One line: size, shape, format, seconds."""
+        from manyhands.checkpoint.about import about
+        from manyhands.format import show
+
+        LOG.info("%s: %s; loaded in %s", self._place, about(model), show(self._seconds, "s"))
+        LOG.debug("%s", _computed_by())
 
 
 def _computed_by() -> str:

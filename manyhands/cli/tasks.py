@@ -6,7 +6,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from manyhands.cli.progress import bars, loading
+from manyhands.cli.progress import Loading, bars
 from manyhands.errors import UserError
 from manyhands.files import check_replaceable, write_atomic
 from manyhands.terminal import shown
@@ -37,12 +37,12 @@ def answer_tasks(
     from manyhands.checkpoint.model import load, only_decoder
     from manyhands.generate.harness import language_model, run_tasks
 
-    with loading(checkpoint) as read:
+    with Loading(checkpoint) as read:
         loaded, tokenizer = load(checkpoint, ignore_fields=ignore_fields, adapter=adapter)
-        read(loaded)
     model = only_decoder(loaded, "--tasks")
     if how["chat"] and tokenizer.chat_template is None:
         raise UserError("--apply-chat-template: the model has no chat template")
+    read.said(loaded)
     with bars() as progress:
         lm = language_model(model, tokenizer, name=str(checkpoint), progress=progress, **answering)
         found = run_tasks(lm, tasks, **how)
