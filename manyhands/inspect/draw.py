@@ -9,7 +9,8 @@ from markupsafe import Markup
 from manyhands.format import number
 from manyhands.inspect.observed import Floats
 from manyhands.inspect.resample import Figure
-from manyhands.trace.charts import png, tick_text, ticks
+from manyhands.trace.charts import tick_text, ticks
+from manyhands.trace.heat import png
 
 _OCTAVES = 3
 """A heat map goes from an eighth of what is expected to eight times as much."""

@@ -1,17 +1,14 @@
-"""Charts as HTML that opens offline: lines, and expert load as a heat map beside its final bars.
+"""Charts as HTML that opens offline: lines and dots. `heat.py` has expert load.
 
 The drawing stretches with the page, its text does not: shapes are SVG in a 1000 × 1000 box without aspect ratio,
 labels are HTML placed in percent. Colours are CSS variables, so one drawing serves light and dark. What the pointer and
 the arrow keys show comes from `data-` attributes, which `page.js` reads; a screen reader is told what each line does.
 """
 
-import base64
 import json
 import math
-import struct
-import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,8 +19,6 @@ from manyhands.trace.series import Floats
 
 _LABEL_PIXELS = 15  # least distance between two reference labels
 _TOLD = 8  # lines of a chart that a screen reader is told of
-_LEVELS = 60  # steps of the heat map from nothing to twice the fair share
-_ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz-_"
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ def line_chart(
     not flatten the rest.
     """
     references = references or {}
-    shown = [line for line in lines if np.isfinite(line.y).any()]
+    shown = [_visible(line) for line in lines if np.isfinite(line.y).any()]
     if not shown:
         return Markup('<p class="none">Nothing recorded.</p>')
     x0, x1 = _x_range(shown)
@@ -61,10 +56,12 @@ def line_chart(
 
     def path(line: Line) -> str:
         px, py = (line.x - x0) / (x1 - x0) * 1000, 1000 - (line.y - y0) / (y1 - y0) * 1000
-        points = [(x, min(y, 9000.0)) for x, y in zip(px, np.maximum(py, -9000), strict=True) if np.isfinite(y)]
+        points = [(x, min(y, 9000.0)) for x, y in zip(px, np.maximum(py, -9000), strict=True)]
         if line.style == "dots":
-            return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in points)
-        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
+            return "".join(f"M{x:.1f} {y:.1f}h.01" for x, y in points if math.isfinite(y))
+        return _strokes(points)
+
+    whole = all(np.array_equal(line.x, np.rint(line.x)) for line in shown)  # no step 1.5
 
     def top(y: float) -> float:
         return 100 * (1 - (y - y0) / (y1 - y0))
@@ -85,21 +82,21 @@ def line_chart(
     labels += [
         Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(100 * (x - x0) / (x1 - x0), tick_text(x))
         for x in ticks(x0, x1, 6)
-        if x0 <= x <= x1
+        if x0 <= x <= x1 and (x == round(x) or not whole)
     ]
     labels += [
         Markup('<i class="reflabel" style="top:{:.2f}%">{}</i>').format(place, name)
         for name, place in _spread({name: top(y) for name, y in references.items()}, 100 * _LABEL_PIXELS / height)
     ]
     named = [line for line in shown if line.style != "faint"]
-    hover = [{"name": s.name, "x": _short(s.x), "y": _short(s.y)} for s in named]
+    hover = [{"name": s.name, "x": short(s.x), "y": short(s.y)} for s in named]
     legend = Markup("").join(
         Markup('<span><b class="{}" style="background:{}"></b>{}</span>').format(s.style, s.color, s.name)
         for s in named
     )
     return Markup(
         '<div class="chart"><div class="top"><span class="ylabel">{}</span><span class="legend">{}</span></div>'
-        '<div class="plot{}" style="height:{}px" role="img" aria-label="{}" '
+        '<div class="plot{}" style="height:{}px;--left:{}ch" role="img" aria-label="{}" '
         'data-x="{}" data-range="{}" data-hover="{}">'
         '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>'
         '<svg class="above" viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true">{}</svg>{}</div>'
@@ -109,6 +106,7 @@ def line_chart(
         legend if len(named) > 1 else "",
         " refs" if references else "",
         height,
+        max(len(tick_text(y)) for y in y_ticks),
         _told(named or shown, y_label, x_label),
         x_label,
         json.dumps([x0, x1]),
@@ -118,6 +116,22 @@ def line_chart(
         Markup("").join(labels),
         x_label,
     )
+
+
+def _visible(line: Line) -> Line:
+    """One point makes no line, and is drawn as a dot."""
+    alone = line.style == "line" and np.isfinite(line.y).sum() == 1
+    return replace(line, style="dots") if alone else line
+
+
+def _strokes(points: Sequence[tuple[float, float]]) -> str:
+    """A line through the points, with a gap where there is no number."""
+    path, gap = "", True
+    for x, y in points:
+        if math.isfinite(y):
+            path += f"{'M' if gap else 'L'}{x:.1f} {y:.1f}"
+        gap = not math.isfinite(y)
+    return path
 
 
 def _told(lines: Sequence[Line], y_label: str, x_label: str) -> str:
@@ -132,72 +146,6 @@ def _told(lines: Sequence[Line], y_label: str, x_label: str) -> str:
     if len(lines) > _TOLD:
         parts.append(f"and {len(lines) - _TOLD} more lines")
     return f"{y_label} over {x_label}. " + "; ".join(parts)
-
-
-def load_chart(load_CE: Floats, final_E: Floats, num_experts: int, x_range: tuple[float, float]) -> Markup:
-    """Expert load over time as a heat map, and the final load as bars on the same rows.
-
-    load_CE   [C, rows] load in fair shares over time (experts may be grouped into fewer rows).
-    final_E   [rows] the final load in fair shares.
-    x_range   first and last step.
-    """
-    columns, rows = load_CE.shape
-    level_CE = np.where(load_CE > 0, 1 + np.rint(np.clip(load_CE, 0, 2) * _LEVELS / 2), 0)
-    level_EC = level_CE.T.astype(np.uint8)
-    height = min(280, max(72, 14 * rows))
-    longest = max(2.0, 1.1 * float(final_E.max()))
-    row = 1000 / rows
-    bars = {"fair": "", "over": "", "dead": ""}
-    for i, load in enumerate(final_E):
-        kind = "dead" if load == 0 else "over" if load > 1.5 else "fair"
-        width = 30 if load == 0 else 1000 * load / longest
-        bars[kind] += f"M0 {row * (i + 0.12):.1f}h{width:.1f}v{row * 0.76:.1f}h-{width:.1f}z"
-    group = num_experts / rows
-    y_labels = [
-        Markup('<i class="y" style="top:{:.2f}%">{}</i>').format(100 * (i + 0.5) / rows, round(i * group))
-        for i in range(0, rows, max(1, math.ceil(rows * 14 / height)))
-    ]
-    busiest, idle = int(final_E.argmax()), int((final_E == 0).sum())
-    told = (
-        f"load of {num_experts} experts over training; at the end {idle} of {rows} rows got nothing, and the busiest, "
-    )
-    told += f"from expert {round(busiest * group)}, took {final_E[busiest]:.2f} times its fair share"
-    x0, x1 = x_range
-    x_labels = [
-        Markup('<i class="x" style="left:{:.2f}%">{}</i>').format(100 * (x - x0) / (x1 - x0), tick_text(x))
-        for x in ticks(x0, x1, 4)
-        if x0 <= x <= x1
-    ]
-    return Markup(
-        '<div class="chart load"><div class="ylabel">expert</div><div class="pair">'
-        '<div class="plot heat" style="height:{h}px" role="img" aria-label="{told}" '
-        'data-x="step" data-range="{r}" data-rows="{rows}" data-columns="{c}" '
-        'data-group="{g}" data-levels="{levels}"><img alt="" src="{png}">{y}{x}</div>'
-        '<div class="plot bars" style="height:{h}px" role="img" aria-label="{told}" '
-        'data-rows="{rows}" data-group="{g}" data-final="{final}">'
-        '<svg viewBox="0 0 1000 1000" preserveAspectRatio="none" aria-hidden="true"><path class="barfair" d="{fair}"/>'
-        '<path class="barover" d="{over}"/><path class="bardead" d="{dead}"/>'
-        '<path class="fairline" d="M{one:.1f} 0V1000"/></svg>'
-        '<i class="x" style="left:0">0</i><i class="x" style="left:{onepc:.1f}%">1×</i></div></div>'
-        '<div class="xlabel two"><span>optimiser step</span><span>final load, × fair share</span></div></div>'
-    ).format(
-        h=height,
-        told=told,
-        r=json.dumps([x0, x1]),
-        rows=rows,
-        c=columns,
-        g=round(group, 4),
-        levels="".join(_ALPHABET[level] for level in level_EC.reshape(-1)),
-        png=png(level_EC),
-        y=Markup("").join(y_labels),
-        x=Markup("").join(x_labels),
-        final=json.dumps(_short(final_E)),
-        fair=bars["fair"],
-        over=bars["over"],
-        dead=bars["dead"],
-        one=1000 / longest,
-        onepc=100 / longest,
-    )
 
 
 def ticks(low: float, high: float, about: int) -> list[float]:
@@ -244,24 +192,6 @@ def _spread(places: Mapping[str, float], least: float) -> list[tuple[str, float]
     return out
 
 
-def _short(values: Floats) -> list[float | None]:
+def short(values: Floats) -> list[float | None]:
+    """For JSON in a page: four digits, None for what is no number."""
     return [float(f"{value:.4g}") if math.isfinite(value) else None for value in values.tolist()]
-
-
-def png(level_EC: np.ndarray[tuple[int, ...], np.dtype[np.uint8]]) -> str:
-    """A data URI of levels 0 … 60: red for 0 (nothing), blue below 30, clear at it, orange above."""
-    rows, columns = level_EC.shape
-    colors, alphas = bytearray((220, 38, 70)), bytearray((255,))
-    for level in range(_LEVELS + 1):
-        distance = level / (_LEVELS / 2) - 1
-        colors += bytes((37, 105, 235) if distance < 0 else (234, 121, 8))
-        alphas.append(round(255 * abs(distance) ** 0.85))
-    body = b"".join(b"\0" + line.tobytes() for line in level_EC)
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    header = struct.pack(">IIBBBBB", columns, rows, 8, 3, 0, 0, 0)
-    parts = ((b"IHDR", header), (b"PLTE", bytes(colors)), (b"tRNS", bytes(alphas)), (b"IDAT", zlib.compress(body, 9)))
-    image = b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts) + chunk(b"IEND", b"")
-    return "data:image/png;base64," + base64.b64encode(image).decode()

@@ -23,12 +23,13 @@
     heat(plot, fx, fy) {
       const [x0, x1] = range(plot), columns = +plot.dataset.columns, row = within(fy, +plot.dataset.rows);
       const level = letters.indexOf(plot.dataset.levels[row * columns + within(fx, columns)]);
-      const load = level === 0 ? "nothing" : level === 61 ? "2× its share or more" : `${((level - 1) / 30).toFixed(2)}× its share`;
+      const load = level === 0 ? (+plot.dataset.group > 1 ? "one of them nothing" : "nothing") : level === 61 ? "2× its share or more" : `${((level - 1) / 30).toFixed(2)}× its share`;
       return `${expert(plot, row)}, ${at(plot, x0 + fx * (x1 - x0))}\n${load}`;
     },
     bars(plot, fx, fy) {
       const row = within(fy, +plot.dataset.rows);
-      return `${expert(plot, row)}, final load\n${JSON.parse(plot.dataset.final)[row].toFixed(2)}× its share`;
+      return `${expert(plot, row)}, final load\n${JSON.parse(plot.dataset.final)[row].toFixed(2)}× its share`
+        + (plot.dataset.dead[row] === "1" && +plot.dataset.group > 1 ? "\none of them nothing" : "");
     },
   };
   for (const plot of document.querySelectorAll(".plot[data-range], .plot.bars")) {

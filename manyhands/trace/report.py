@@ -12,18 +12,16 @@ from manyhands.config import RunConfig
 from manyhands.config.load import dump_run
 from manyhands.files import write_atomic
 from manyhands.format import compact, duration, number, show
-from manyhands.trace.charts import Line, line_chart, load_chart
-from manyhands.trace.journal import LAST_STEPS, last_steps, of_layer
+from manyhands.trace.balance_charts import LayerRow, balance_charts, in_trouble, layer_rows
+from manyhands.trace.charts import Line, line_chart
+from manyhands.trace.journal import LAST_STEPS, of_layer
 from manyhands.trace.origin import origin, unlike_defaults
 from manyhands.trace.page import fill
 from manyhands.trace.series import (
-    Floats,
     Record,
     bin_mean,
     column,
     envelope,
-    layer_column,
-    layer_load,
     smooth,
     window,
 )
@@ -32,9 +30,6 @@ from manyhands.trace.visible import what_experts_take
 from manyhands.trace.worth_chart import worth_layers, worth_over_time
 
 _POINTS = 400  # per line
-_LINE_POINTS = 6000  # over all lines of one chart
-_CELLS = 100_000  # over all heat maps
-_MOST_ROWS = 64  # of one heat map
 _MOST_SKIPPED = 20
 _MOST_SAMPLES = 8
 
@@ -47,20 +42,6 @@ class Tile:
     value: str
     about: str
     bad: bool = False
-
-
-@dataclass(frozen=True)
-class LayerRow:
-    """One MoE layer over the last steps."""
-
-    layer: str
-    max_vio: float | None
-    worst_max_vio: float | None
-    entropy: float | None
-    dead: int
-    dropped: float | None
-    top1_weight: float | None
-    load: Markup
 
 
 def write_report(
@@ -113,7 +94,7 @@ def render_report(
     extra = dict(extra or {})
     compressors: dict[str, float] = extra.pop("compressors", None) or {}
     layers = sorted({layer for step in steps for layer in step.get("moe") or {}}, key=int)
-    rows = _layer_rows(steps, layers)
+    rows = layer_rows(steps, layers)
     worths, samples = ([record for record in records if record["kind"] == kind] for kind in ("worth", "sample"))
     values = {
         "name": name,
@@ -123,10 +104,11 @@ def render_report(
         "tiles": _tiles(steps, evals, start, rows),
         "compared": _compared(evals, compressors),
         "charts": _charts(steps, evals, compressors),
-        "balance": _balance_charts(steps, layers),
+        "balance": balance_charts(steps, layers),
         "rows": rows,
+        "open_rows": in_trouble(rows),
         "fair": 100 / len(of_layer(steps[-1], layers[0])["load"]) if layers else None,
-        "last_steps": min(LAST_STEPS, steps[-1]["step"]) if steps else 0,
+        "last": _last(steps),
         "taken": what_experts_take(tokens, decode, tokens.layers, random=random_tokens) if tokens else [],
         "worth": worth_layers(worths[-1] if worths else None),
         "worth_record": worths[-1] if worths else None,
@@ -165,7 +147,11 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
         speed = speed[np.isfinite(speed)]
         tiles += [
             Tile("tokens/s", compact(float(np.median(speed))) if len(speed) else "–", "median over the steps"),
-            Tile("tokens seen", compact(steps[-1].get("tokens") or 0), f"in {steps[-1]['step']} steps"),
+            Tile(
+                "tokens seen",
+                compact(steps[-1].get("tokens") or 0),
+                f"in {steps[-1]['step']} steps",
+            ),
             *_used(steps),
             Tile("training time", duration(steps[-1].get("elapsed") or 0), "in steps: without validation and saving"),
         ]
@@ -179,16 +165,20 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
         dead = sum(row.dead for row in rows)
         dropped = max((row.dropped or 0 for row in rows), default=0)
         tiles += [
-            Tile(
-                "MaxVio", number(vio, 2), f"worst layer ({worst.layer}), mean of the last {LAST_STEPS} steps", vio > 0.5
-            ),
-            Tile("dead experts", str(dead), f"got nothing in the last {LAST_STEPS} steps", dead > 0),
+            Tile("MaxVio", number(vio, 2), f"worst layer ({worst.layer}), mean of {_last(steps)}", vio > 0.5),
+            Tile("dead experts", str(dead), f"got nothing in {_last(steps)}", dead > 0),
             Tile("dropped", f"{100 * dropped:.2g} %", "of routed pairs, worst layer", dropped > 0.01),
         ]
     if steps:
         skipped = sum(bool(step.get("skipped")) for step in steps)
         tiles.append(Tile("skipped updates", str(skipped), "by the guard against spikes and NaN", skipped > 0))
     return tiles
+
+
+def _last(steps: Sequence[Record]) -> str:
+    """Over which steps figures of balance are taken, in words."""
+    count = min(LAST_STEPS, steps[-1]["step"]) if steps else 0
+    return "the one step" if count == 1 else f"the last {count} steps"
 
 
 def _used(steps: Sequence[Record]) -> list[Tile]:
@@ -222,6 +212,7 @@ def _charts(steps: Sequence[Record], evals: Sequence[Record], compressors: Mappi
     def curve(name: str, color: str = "var(--c0)") -> list[Line]:
         y = column(steps, name)
         calm = smooth(np.where(skipped, np.nan, y), window(len(y)))
+        calm = np.where(np.isfinite(y), calm, np.nan)  # a mean near a loss that is lost would look like a loss
         return [
             Line("each step", *envelope(x, y, 2 * _POINTS), color=color, style="faint"),
             Line("training", bin_mean(x, _POINTS), bin_mean(calm, _POINTS), color),
@@ -245,59 +236,3 @@ def _charts(steps: Sequence[Record], evals: Sequence[Record], compressors: Mappi
         "grad": line_chart(curve("grad_norm", "var(--c3)"), "gradient norm", **small),
         "speed": line_chart(curve("tokens_per_s", "var(--c4)"), "tokens per second", **small),
     }
-
-
-def _balance_charts(steps: Sequence[Record], layers: Sequence[str]) -> dict[str, Markup]:
-    """MaxVio of every layer, and the balance loss; empty for a dense run."""
-    if not layers:
-        return {}
-    x = column(steps, "step")
-    points = min(_POINTS, max(60, _LINE_POINTS // len(layers)))
-    span = max(len(steps) // 100, min(5, len(steps) // 8))
-    lines = []
-    for i, layer in enumerate(layers):
-        y = bin_mean(smooth(layer_column(steps, layer, "max_vio"), span), points)
-        lines.append(Line(f"layer {layer}", bin_mean(x, points), y, _by_depth(i, len(layers))))
-    aux = Line("balance loss", bin_mean(x, _POINTS), bin_mean(smooth(column(steps, "aux_loss"), span), _POINTS))
-    return {
-        "max_vio": line_chart(lines, "MaxVio", y_from_zero=True, spikes_run_off=True, references={"0.5": 0.5}),
-        "aux": line_chart([aux], "balance loss f·P", references={"balance": 1.0}),
-    }
-
-
-def _by_depth(position: int, count: int) -> str:
-    """From blue (first layer) to orange (last), at a lightness that reads on white and on black."""
-    share = position / max(count - 1, 1)
-    return f"hsl({215 + 175 * share:.0f} 72% 52%)"
-
-
-def _layer_rows(steps: Sequence[Record], layers: Sequence[str]) -> list[LayerRow]:
-    rows = []
-    for layer in layers:
-        here = [step for step in steps if of_layer(step, layer)]
-        last = last_steps(here, LAST_STEPS)
-        load_nE = layer_load(here, layer)
-        final_E = layer_load(last, layer).mean(axis=0)
-        num_experts = len(final_E)
-        columns = int(np.clip(_CELLS // (min(num_experts, _MOST_ROWS) * len(layers)), 24, 160))
-        map_CE = bin_mean(bin_mean(load_nE, columns).T, _MOST_ROWS).T
-        span = (float(here[0]["step"]), float(max(here[-1]["step"], here[0]["step"] + 1)))
-        vio = layer_column(last, layer, "max_vio")
-        rows.append(
-            LayerRow(
-                layer=layer,
-                max_vio=_mean(vio),
-                worst_max_vio=float(np.nanmax(vio)) if np.isfinite(vio).any() else None,
-                entropy=_mean(layer_column(last, layer, "entropy")),
-                dead=int((final_E == 0).sum()),
-                dropped=_mean(layer_column(last, layer, "dropped")),
-                top1_weight=_mean(layer_column(last, layer, "top1_weight")),
-                load=load_chart(map_CE, bin_mean(final_E, _MOST_ROWS), num_experts, span),
-            )
-        )
-    return rows
-
-
-def _mean(values: Floats) -> float | None:
-    real = values[np.isfinite(values)]
-    return float(real.mean()) if len(real) else None

@@ -51,6 +51,13 @@ def bin_mean(values: Floats, most: int) -> Floats:
     return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
+def bin_least(values: Floats, most: int) -> Floats:
+    """The least over the bins of `bin_mean`."""
+    starts = edges(len(values), most)
+    least: Floats = np.minimum.reduceat(values, starts, axis=0) if len(starts) else values
+    return least
+
+
 def envelope(x: Floats, y: Floats, most: int) -> tuple[Floats, Floats]:
     """(x, y) unchanged if it has at most `most` points; else the lowest and highest of each of `most` / 2 bins."""
     real = np.isfinite(y)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from manyhands.trace.balance_charts import by_depth
 from manyhands.trace.charts import Line, line_chart, tick_text, ticks
 from manyhands.trace.series import Record, column
 
@@ -60,8 +61,7 @@ def worth_over_time(records: Sequence[Record]) -> Markup | None:
     lines = []
     for place, name in enumerate(names):
         y = column([{"y": record["layers"].get(name, {}).get("shuffled")} for record in worths], "y")
-        color = f"hsl({215 + 175 * place / max(1, len(names) - 1):.0f} 72% 52%)"
-        lines.append(Line(f"layer {name}", x, y, color))
+        lines.append(Line(f"layer {name}", x, y, by_depth(place, len(names))))
     return line_chart(lines, "bits per byte lost with the experts of other tokens", y_from_zero=True)
 
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from manyhands.trace.charts import Line, line_chart, load_chart, tick_text, ticks
+from manyhands.trace.charts import Line, line_chart, tick_text, ticks
+from manyhands.trace.heat import load_chart
 
 
 @pytest.mark.parametrize(("low", "high"), [(0, 1), (1.3, 5.6), (0, 3e-4), (-2, 2), (0, 123_456), (2.0, 2.0), (0, 0)])
@@ -37,6 +38,12 @@ def test_gaps_are_left_out_and_nothing_is_said_to_be_nothing() -> None:
     x = np.array([1.0, 2.0, 3.0])
     assert "nan" not in line_chart([Line("a", x, np.array([1.0, np.nan, 2.0]))], "y").lower()
     assert "Nothing recorded" in line_chart([Line("a", x, x * np.nan)], "y")
+
+
+def test_a_point_alone_is_a_dot_and_there_is_no_step_and_a_half() -> None:
+    chart = line_chart([Line("a", np.array([1.0]), np.array([0.0004]))], "y")
+    assert 'class="dots"' in chart and re.findall(r'class="x"[^>]*>([^<]*)<', chart) == ["1", "2"]
+    assert "--left:6ch" in chart, "room for 0.0004"
 
 
 def test_reference_labels_do_not_overlap() -> None:

@@ -4,7 +4,8 @@ from importlib import resources
 import numpy as np
 import pytest
 
-from manyhands.trace.charts import Line, line_chart, load_chart
+from manyhands.trace.charts import Line, line_chart
+from manyhands.trace.heat import load_chart
 from manyhands.trace.page import breakable, fill
 
 PAGES = [

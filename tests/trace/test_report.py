@@ -171,3 +171,37 @@ def test_what_experts_are_worth_is_drawn_and_what_is_wrong_with_them_said(tmp_pa
     assert 'class="whisker"' in page and 'class="null"' in page and "with the experts of other tokens" in page
     assert "&lt;b&gt;def" in page and "<b>def" not in page
     assert "What each expert is worth" not in report(tmp_path, [*journal, {"kind": "worth", "step": 60, "layers": {}}])
+
+
+def test_one_dead_expert_among_many_is_seen_and_the_layers_in_trouble_are_open(tmp_path: Path) -> None:
+    """256 experts share 64 rows, and a mean of four would hide one that got nothing."""
+    journal = records(6, layers=tuple(range(12)), num_experts=256)
+    for record in journal:
+        if record["kind"] == "step":
+            record["moe"]["9"]["load"][77] = 0.0
+    page = report(tmp_path, journal)
+    bars = re.findall(r"<h3>Layer (\d+)</h3><div class=\"chart load.*?data-dead=\"(\d+)\"", page)
+    assert {layer: dead.find("1") for layer, dead in bars if "1" in dead} == {"9": 77 // 4} and len(bars) == 12
+    opened, folded = page.split("<summary>The other 4 layers")
+    assert "<h3>Layer 9</h3>" in opened and folded.count('class="plot heat"') == 4
+    assert "up to 4 neighbouring experts" in page and "worst layer" in page and page.count(">layer 11</span>") == 0
+
+
+def test_a_loss_that_is_lost_ends_the_curve_there(tmp_path: Path) -> None:
+    journal = records(60, layers=())
+    for record in journal:
+        if record["kind"] == "step" and record["step"] > 20:
+            record["loss"] = record["bits_per_byte"] = None
+    line = re.search(r'bits per byte.*?class="line"[^>]* d="([^"]*)"', report(tmp_path, journal), re.DOTALL)
+    assert line and float(re.findall(r"[ML]([\d.]+) ", line[1])[-1]) <= 1000 * 20 / 60 + 0.1
+
+
+def test_the_curve_of_a_short_run_is_smoothed_too(tmp_path: Path) -> None:
+    journal = records(60, layers=())
+    for record in journal:
+        if record["kind"] == "step":
+            record["bits_per_byte"] = 2.0 + (record["step"] % 2)
+    line = re.search(r'bits per byte.*?class="line"[^>]* d="([^"]*)"', report(tmp_path, journal), re.DOTALL)
+    assert line
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ (-?[\d.]+)", line[1])]
+    assert max(heights) - min(heights) < 500, "of 1000 for a sawtooth from top to bottom"
