@@ -1,6 +1,7 @@
 """`manyhands choose` as a person uses it."""
 
 import json
+import math
 import re
 import shlex
 import sys
@@ -142,6 +143,28 @@ def test_without_matplotlib_nothing_is_computed_first(tmp_path: Path, monkeypatc
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ConfigError, match=r"needs matplotlib: pip install 'manyhands\[report\]'"):
         check_plot(tmp_path / "c.svg")
+
+
+def test_numbers_in_the_picture_are_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models of one size and speed lie on one point; each number is read all the same."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    done = manyhands("choose", "--memory", "16GB", "--plot", str(tmp_path / "c.png"))
+    assert done.returncode == 0, done.stderr
+    monkeypatch.undo()
+    (figure,) = figures
+    from matplotlib.text import Text  # of the number alone, without the line to its point
+
+    figure.canvas.draw()
+    ax, key = figure.axes
+    numbers = [text for text in ax.texts if text.get_text().isdigit()]
+    middles = [Text.get_window_extent(text) for text in numbers]
+    middles = [((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2) for box in middles]
+    assert len(middles) == len([t for t in key.texts if t.get_text().isdigit()]) >= 10
+    assert all(math.dist(one, two) > 12 for n, one in enumerate(middles) for two in middles[:n])
+    assert "16 GiB" in ax.get_title(loc="left") and "context" in ax.get_title(loc="left")
+    pyplot.close(figure)
 
 
 def test_a_recorded_hit_rate_is_the_policys_own(tmp_path: Path) -> None:

@@ -255,22 +255,14 @@ def test_mistakes_end_in_one_line(arguments: list[str], message: str) -> None:
     assert re.search(message, done.stderr) and len(done.stderr.splitlines()) == 1
 
 
-def test_plot(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    for name, start in (("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")):
-        path = tmp_path / name
-        done = manyhands("plan", "olmoe-1b-7b", "--machine", "desktop-ddr5", "--plot", str(path))
-        assert done.returncode == 0, done.stderr
-        assert path.read_bytes().startswith(start)
-
-
 def test_names_in_a_plot_are_apart_and_curves_end_where_the_model_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pyplot = pytest.importorskip("matplotlib.pyplot")
     figures = []
     monkeypatch.setattr(pyplot, "close", figures.append)
-    done = manyhands("plan", "olmoe-1b-7b", "--versus", "deepseek-v3", "--plot", str(tmp_path / "a.png"))
+    versus = ("--versus", "deepseek-v3", "--versus", "t5-large")
+    done = manyhands("plan", "olmoe-1b-7b", *versus, "--plot", str(tmp_path / "a.png"))
     assert done.returncode == 0, done.stderr
     monkeypatch.undo()
     (figure,) = figures
@@ -280,7 +272,15 @@ def test_names_in_a_plot_are_apart_and_curves_end_where_the_model_does(
     assert len(boxes) >= 6
     assert not any(one.overlaps(two) for number, one in enumerate(boxes) for two in boxes[:number])
     ends = [int(line.get_xdata()[-1]) for line in by_context.lines]
-    assert ends == [4096, 131072, 131072], "OLMoE's context, and what is drawn of DeepSeek-V3's"
+    assert ends == [4096, 131072, 131072], "OLMoE's context, what is drawn of DeepSeek-V3's, and nothing of T5's"
+    names = [text.get_window_extent() for text in catalogue.texts if text.get_text().count("-")]
+    points = [p for found in catalogue.collections for p in catalogue.transData.transform(found.get_offsets())]
+    assert len(names) >= 3 and not any(name.contains(*point) for name in names for point in points)
+    for panel in figure.axes[1:]:
+        legend = panel.get_legend().get_window_extent()
+        drawn = [p for line in panel.lines for p in panel.transData.transform(line.get_xydata())]
+        assert not any(legend.contains(*point) for point in drawn), "a legend covers no curve"
+        assert 3 <= len([t for t in panel.get_yticklabels() if t.get_text()]) <= 12
     dense = next(points for points in catalogue.collections if points.get_label() == "dense")
     totals = {count_shape(entry.shape).total for entry in entries() if entry.id in ("t5-base", "t5-11b")}
     assert len(totals) == 2 and totals <= {int(x) for x, _ in dense.get_offsets()}, "an encoder-decoder is no mixture"
@@ -293,17 +293,17 @@ def test_plot_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert done.returncode == 2 and done.stderr.startswith("manyhands: --plot needs matplotlib")
 
 
-@pytest.mark.parametrize("name", ["a.png", "a.svg", "a.pdf"])
-def test_a_plot_replaces_plots_only(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(("name", "start"), [("a.png", b"\x89PNG"), ("a.svg", b"<?xml"), ("a.pdf", b"%PDF")])
+def test_a_plot_replaces_plots_only(tmp_path: Path, name: str, start: bytes) -> None:
     pytest.importorskip("matplotlib")
     path = tmp_path / name
-    arguments = ("plan", "olmoe-1b-7b", "--plot", str(path))
+    arguments = ("plan", "olmoe-1b-7b", "--machine", "desktop-ddr5", "--plot", str(path))
     path.write_bytes(b"\x89PNG somebody's holiday " * 20_000)
     done = manyhands(*arguments)
     assert done.returncode == 2 and "was not made by this program, so it stays" in done.stderr
     assert path.read_bytes().startswith(b"\x89PNG somebody")
     path.unlink()
-    assert manyhands(*arguments).returncode == 0
+    assert manyhands(*arguments).returncode == 0 and path.read_bytes().startswith(start)
     assert manyhands(*arguments).returncode == 0  # its own is drawn again
 
 
