@@ -204,6 +204,7 @@ FLAGS = {
         "without_vocabulary",
     },
     "chat": {
+        "history",
         "adapter",
         "trace",
         "trace_limit",

@@ -9,6 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.chat_answer import print_answer
+from manyhands.cli.chat_commands import ALIASES, COMMANDS, HELP, WANTING, act
+from manyhands.cli.history import history_file, kept_history
 from manyhands.cli.loudness import LOG, quiet
 from manyhands.cli.options import (
     TRACE_LIMIT,
@@ -27,27 +30,12 @@ from manyhands.cli.size import size
 from manyhands.cli.turns import command, turns
 from manyhands.defaults import TEMPERATURE
 from manyhands.errors import ManyhandsError, UserError
-from manyhands.terminal import clean, shown
+from manyhands.format import show
+from manyhands.terminal import shown
 
 if TYPE_CHECKING:
     from manyhands.generate import Conversation, Step
-    from manyhands.text import Tokenizer
 
-_COMMANDS = {
-    "/regenerate": "another answer to the last question, in the place of the one there is",
-    "/undo": "take the last question and its answer back",
-    "/system": "TEXT: what the system says, from here on and for all before; alone: nothing",
-    "/save": "FILE: write the conversation",
-    "/load": "FILE: go on from a written conversation",
-    "/reset": "forget the conversation, but not the system's message",
-    "/exit": "leave (also Ctrl-D)",
-    "/help": "this",
-}
-_WANTING = ("/system", "/save", "/load")
-_HELP = """\
-\"\"\"     begins and ends a text of several lines; a pasted text is one turn as it is
-//…     says something that begins with a slash
-Ctrl-C stops an answer."""
 _TEMPLATE_BYTES = 1 << 20
 
 
@@ -74,6 +62,9 @@ def chat(
     memory: Memory = None,
     cache_policy: CachePolicy = None,
     pin: Pin = None,
+    history: Annotated[
+        bool, typer.Option("--history/--no-history", help="Keep what is typed for the next session's arrow keys.")
+    ] = True,
     adapter: Adapter = None,
     ignore_field: IgnoreField = None,
 ) -> None:
@@ -112,11 +103,16 @@ def chat(
         LOG.info("%s", line)
     with recording(model, tokenizer, trace, limit, "chat") as recorder:
         conversation = Conversation(model, tokenizer, sampling, system, recorder)
-        _talk(conversation, show_routing)
+        _talk(conversation, show_routing, history)
 
 
-def _talk(conversation: "Conversation", show_routing: bool) -> None:
+def _talk(conversation: "Conversation", show_routing: bool, history: bool) -> None:
     interactive = sys.stdin.isatty()
+    with kept_history(history_file()) if interactive and history else contextlib.nullcontext():
+        _take_turns(conversation, show_routing, interactive)
+
+
+def _take_turns(conversation: "Conversation", show_routing: bool, interactive: bool) -> None:
     if interactive:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
         context = conversation.model.config.longest_continued
@@ -138,7 +134,8 @@ def _talk(conversation: "Conversation", show_routing: bool) -> None:
 def _turn(conversation: "Conversation", text: str, show_routing: bool, interactive: bool) -> bool:
     """Act on one turn. False: it was /exit."""
     try:
-        asked = command(text, _COMMANDS, _WANTING)
+        first, _, rest = text.partition(" ")
+        asked = command(" ".join(filter(None, (ALIASES.get(first, first), rest))), COMMANDS, WANTING)
     except ValueError as error:
         print(f"manyhands: {shown(error)}", file=sys.stderr)
         return True
@@ -146,43 +143,26 @@ def _turn(conversation: "Conversation", text: str, show_routing: bool, interacti
     if word == "/exit":
         return False
     if word == "/help":
-        print("\n".join(f"{name:12} {what}" for name, what in _COMMANDS.items()), _HELP, sep="\n", file=sys.stderr)
+        print("\n".join(f"{name:12} {what}" for name, what in COMMANDS.items()), HELP, sep="\n", file=sys.stderr)
     elif word is not None and word != "/regenerate":
-        print(f"[{shown(_change(conversation, word, behind))}]", file=sys.stderr)
+        print(f"[{shown(act(conversation, word, behind))}]", file=sys.stderr)
     else:
         said = text.removeprefix("/") if text.startswith("//") else text
         steps = conversation.ask(said) if word is None else conversation.regenerate()
         if conversation.left_out:
             print(f"[the context is full: {conversation.left_out} of the oldest turns left out]", file=sys.stderr)
         with contextlib.closing(steps), _ctrl_c(interactive) as pressed:  # the answer so far is the turn
-            number = _print_answer(conversation, _until(steps, pressed), show_routing)
+            number, seconds = print_answer(conversation, _until(steps, pressed), show_routing)
         if interactive and not quiet():
-            used, context = conversation.prompt_tokens + number, conversation.model.config.longest_continued
-            print(f"[{number:,} tokens; {used:,} of {context:,} in the context]", file=sys.stderr)
+            speed = "" if seconds is None or number < 2 else f", {show((number - 1) / seconds, 'tok/s')}"
+            print(f"[{number:,} tokens{speed}; {_filled(conversation, number)}]", file=sys.stderr)
     return True
 
 
-def _change(conversation: "Conversation", word: str, behind: str) -> str:
-    """Act on a command that asks nothing of the model; what to say of it."""
-    from manyhands.generate.conversation_file import load_conversation, save_conversation
-
-    if word in ("/save", "/load") and not behind:
-        raise UserError(f"{word} takes the name of a file")
-    path = Path(behind).expanduser()
-    if word == "/save":
-        save_conversation(path, conversation.messages)
-        return f"{len(conversation.messages)} messages written to {path}"
-    if word == "/load":
-        conversation.take(load_conversation(path))
-        return f"{len(conversation.messages)} messages from {path}"
-    if word == "/system":
-        conversation.system(behind or None)
-        return "the system says that now" if behind else "the system says nothing now"
-    if word == "/reset":
-        conversation.reset()
-        return "forgotten"
-    question = conversation.undo()
-    return "there is nothing to take back" if question is None else f"taken back: {' '.join(question.split())[:60]}"
+def _filled(conversation: "Conversation", answer: int) -> str:
+    """How much of the context is used, with an answer of so many tokens."""
+    used, context = conversation.prompt_tokens + answer, conversation.model.config.longest_continued
+    return f"{used:,} of {context:,} tokens in the context"
 
 
 @contextlib.contextmanager
@@ -214,59 +194,6 @@ def _until(steps: "Iterator[Step]", pressed: list[int]) -> "Iterator[Step]":
         yield step
         if pressed:
             raise KeyboardInterrupt
-
-
-def _print_answer(conversation: "Conversation", steps: "Iterator[Step]", show_routing: bool) -> int:
-    """Print it as it comes; how many tokens it has."""
-    number, reason = 0, None
-    answer, screen = conversation.reader(), _Screen()
-    for step in steps:
-        number, reason = number + 1, step.finish_reasons[0]
-        if show_routing:
-            _print_routing(conversation.tokenizer, step)
-        else:
-            screen.show(answer.push(step.texts[0]))
-    if not show_routing:
-        screen.show(answer.finish())
-        print(flush=True)
-    if reason == "length":
-        full = number < conversation.sampling.max_new_tokens
-        why = (
-            "the context is full: /reset starts anew, or the next turn leaves out the oldest"
-            if full
-            else f"--max-new-tokens {number}"
-        )
-        print(f"[cut off: {why}]", file=sys.stderr)
-    return number
-
-
-class _Screen:
-    """An answer as it comes: its words, and on a terminal its thoughts before them, dimmed."""
-
-    def __init__(self) -> None:
-        self._thinking = False
-        self._terminal = sys.stdout.isatty()
-
-    def show(self, pieces: list[tuple[bool, str]]) -> None:
-        for thought, text in pieces:
-            if thought and not self._terminal:
-                continue
-            text = clean(text)
-            if not thought and self._thinking:
-                print()
-            self._thinking = thought
-            print(f"\x1b[2m{text}\x1b[0m" if thought else text, end="", flush=True)
-
-
-def _print_routing(tokenizer: "Tokenizer", step: "Step") -> None:
-    from rich.console import Console
-
-    from manyhands.generate.show_routing import routing_line
-
-    token = step.token_ids[0]
-    assert token is not None
-    text = tokenizer.token_bytes(token).decode("utf-8", errors="replace")
-    Console(highlight=False, soft_wrap=True).print(routing_line(text, step.routings[0]))
 
 
 def _read(path: Path) -> str:

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli import complete
 from manyhands.cli.options import IgnoreField
 from manyhands.errors import ConfigError
 
@@ -14,7 +15,12 @@ if TYPE_CHECKING:
 
 
 def check(
-    model: Annotated[str, typer.Argument(help="A preset, a run file (YAML), a checkpoint or a run's directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="A preset, a run file (YAML), a checkpoint or a run's directory.", autocompletion=complete.presets
+        ),
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes to a preset or run file.")
     ] = None,

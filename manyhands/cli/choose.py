@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands import terminal
+from manyhands.cli import complete
 from manyhands.cli.drawn import drawn
 from manyhands.cli.loudness import quiet
 from manyhands.defaults import PLAN_CONTEXT
@@ -29,6 +30,7 @@ def choose(
         typer.Argument(
             metavar="[MODEL]...",
             help="Only these: names of the catalogue, config.json, GGUF, directories.  Default: the catalogue.",
+            autocompletion=complete.systems,
         ),
     ] = None,
     machine: Annotated[
@@ -36,6 +38,7 @@ def choose(
         typer.Option(
             metavar="NAME",
             help="here, 8xh100, rtx4090, FILE.toml, … or any; repeatable.  Default: this one, measured once.",
+            autocompletion=complete.machines,
         ),
     ] = None,
     memory: Annotated[

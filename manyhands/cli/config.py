@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli import complete
 from manyhands.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
 def config(
     field: Annotated[
         str | None,
-        typer.Argument(metavar="[FIELD]", help="A path or the last part of one: model.moe.router, num_experts, lr."),
+        typer.Argument(
+            metavar="[FIELD]",
+            help="A path or the last part of one: model.moe.router, num_experts, lr.",
+            autocompletion=complete.fields,
+        ),
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:

@@ -1,6 +1,7 @@
 """`manyhands generate`: continue a prompt."""
 
 import sys
+import time
 from collections import deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -171,9 +172,22 @@ def generate(
             engine = Engine(
                 model, tokenizer, max_sequences=len(prompts), exact=exact, speculate=speculate, trace=recorder
             )
-            _say(prompts, engine.stream(prompts, sampling), tokenizer, sampling, show_routing, json_output)
+            _say(prompts, _timed(engine.stream(prompts, sampling)), tokenizer, sampling, show_routing, json_output)
 
     with_crew(answer)
+
+
+def _timed(stream: "Iterator[tuple[int, Token]]") -> "Iterator[tuple[int, Token]]":
+    """The same; at its end, with -v, how fast it came."""
+    began, first, number = time.monotonic(), 0.0, 0
+    for found in stream:
+        first, number = first or time.monotonic(), number + 1
+        yield found
+    if number > 1:
+        from manyhands.format import show
+
+        rate = (number - 1) / max(time.monotonic() - first, 1e-9)
+        LOG.debug("the first token after %s, then %s", show(first - began, "s"), show(rate, "tok/s"))
 
 
 def _standard_input() -> str:

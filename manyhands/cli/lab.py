@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from manyhands.cli import lab_claims
+from manyhands.cli import complete, lab_claims
 from manyhands.cli.sections import Verb, Verbs
 from manyhands.errors import Interrupted, ManyhandsError, UserError
 from manyhands.terminal import shown
@@ -57,7 +57,9 @@ def _list(
 
 @app.command("run", cls=Verb)
 def run(
-    experiments: Annotated[list[str] | None, typer.Argument(metavar="NAME…", help="`lab` lists them.")] = None,
+    experiments: Annotated[
+        list[str] | None, typer.Argument(metavar="NAME…", help="`lab` lists them.", autocompletion=complete.experiments)
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="All of them.")] = False,
     quick: Annotated[bool, typer.Option("--quick", help="Seconds instead of minutes: the direction only.")] = False,
     seeds: Annotated[

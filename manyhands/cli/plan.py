@@ -50,6 +50,7 @@ def plan(
         typer.Option(
             metavar="NAME",
             help="here (measured once), 8xh100, rtx4090, m4-max, …, or FILE.toml; the speeds are its upper bound.",
+            autocompletion=complete.machines,
         ),
     ] = None,
     memory_size: Annotated[

@@ -9,6 +9,7 @@ from typing import Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from manyhands.cli.examples import examples
 from manyhands.cli.loudness import QUIET, everywhere, set_level, verbose
 
 _SAMPLING = "--max-new-tokens --temperature --top-k --top-p --min-p --seed --stop"
@@ -69,6 +70,15 @@ SECTIONS: dict[str, dict[str, str]] = {
         "Calibration and measurement": "--data --text-field --max-batches --measure",
         "Output": "--overwrite --ignore-field --json",
     },
+    "check": {
+        "What is checked": "--backend --dtype --routers --layout --seed",
+        "Output": "--ignore-field --json",
+    },
+    "train": {
+        "The run": "--preset --config --resume --out --data",
+        "Instead of training": "--print-config --dry-run",
+        "Output": "--json --strict",
+    },
     "tune": {
         "Method": "--method --train --r --alpha --targets --num-experts --top-k",
         "Which experts (ESFT)": "--by --threshold --trace --experts",
@@ -127,6 +137,12 @@ class Verb(TyperCommand):
         if ctx.params.get("json_output") and not verbose():
             set_level(QUIET)
         return super().invoke(ctx)
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:
+        """Its examples."""
+        with formatter.section("Examples"):
+            for line in examples(ctx.command_path.partition(" ")[2]):
+                formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         arguments: list[tuple[str, str]] = []

@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 def train(
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Changes on top of the preset or file."),
+        typer.Argument(
+            metavar="[SECTION.KEY=VALUE]...",
+            help="Changes on top of the preset or file.",
+            autocompletion=complete.changes,
+        ),
     ] = None,
     preset: Annotated[
         str | None,

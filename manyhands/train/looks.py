@@ -44,7 +44,8 @@ def look(trainer: "Trainer", last: bool = False) -> None:
     texts = worth_texts(trainer.data.valid, run, state.progress.max_steps)
     if texts is None:
         return
-    found = expert_worth(model, texts, dtype=trainer.dtype, seed=run.train.seed, ranks=trainer.ranks)  # type: ignore[arg-type]
+    with trainer.screen.busy("measuring what each expert is worth"):
+        found = expert_worth(model, texts, dtype=trainer.dtype, seed=run.train.seed, ranks=trainer.ranks)  # type: ignore[arg-type]
     trainer.journal.write("worth", step=step, **worth_record(found, trainer.data.valid))
 
 

@@ -190,9 +190,10 @@ class Trainer:
 
     def validate(self) -> Evaluation:
         """The task's validation; recorded and shown, and compared with the best."""
-        result = self.evaluation = self.task.validate(
-            self.state.model, self.data, self.course.run, self.dtype, self.ranks
-        )
+        with self.screen.busy("validating"):
+            result = self.evaluation = self.task.validate(
+                self.state.model, self.data, self.course.run, self.dtype, self.ranks
+            )
         record = self.journal.write(
             "eval",
             step=self.state.progress.step,
@@ -213,7 +214,8 @@ class Trainer:
         """Write a checkpoint and delete those that are too old."""
         began = time.perf_counter()
         path = self.directory.checkpoint_path(self.state.progress.step)
-        self.state.save(path, self.data.tokenizer_path, self.ranks)
+        with self.screen.busy("saving"):
+            self.state.save(path, self.data.tokenizer_path, self.ranks)
         self.journal.write("checkpoint", step=self.state.progress.step, path=str(path.relative_to(self.directory.path)))
         self.keep()
         self.saved_at = time.perf_counter()
@@ -302,6 +304,7 @@ def train(
         with StopSignals() as signals:
             signals.speaks = lambda exit_code: ranks.first_to_fail(exit_code) is None
             with Screen(str(path), run.train.max_steps, quiet or ranks.rank > 0) as screen:
+                signals.leaving = screen.give_back
                 given = Given(model, callbacks, own)
                 trainer, evaluation = _fit(
                     directory, session, task or task_of(session.run), ranks, signals, screen, given
@@ -332,7 +335,7 @@ def _fit(
     step, start = session.step, session.start
 
     def ready() -> RunData:
-        with signals.preparing() if ranks.rank == 0 else nullcontext():
+        with signals.preparing() if ranks.rank == 0 else nullcontext(), screen.busy("preparing the data"):
             found = prepare(directory.data_dir, session.run, screen.note, start.tokenizer if start else None)
             return with_reference(found, directory.data_dir, session.run, session.base, screen.note)
 

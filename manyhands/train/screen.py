@@ -1,6 +1,7 @@
 """What a person sees while a model trains: a live view on a terminal, plain lines anywhere else.
 
-Reads the journal's records and nothing else. Nothing here may end a run: a display that fails is turned off.
+Reads the journal's records. Nothing here may end a run, but a person who presses q twice: a display that fails is
+turned off.
 """
 
 import contextlib
@@ -10,12 +11,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, Self, TextIO
 
 from rich.console import Console, Group, RenderableType
-from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -23,6 +23,7 @@ from rich.text import Text
 from manyhands.format import compact, duration, number
 from manyhands.terminal import shown
 from manyhands.trace.strip import strip
+from manyhands.train.live import LiveView
 
 P = ParamSpec("P")
 Record = dict[str, Any]
@@ -30,7 +31,7 @@ Record = dict[str, Any]
 _LIVE_SECONDS = 0.2
 _PLAIN_SECONDS = 5.0
 _SPEED_WINDOW = 50  # steps over which the time left is estimated
-_OTHER_LINES = 8  # lines of the live view that are not strips
+_OTHER_LINES = 10  # lines of the live view that are not strips
 
 
 def _harmless(method: "Callable[Concatenate[Screen, P], None]") -> "Callable[Concatenate[Screen, P], None]":
@@ -76,14 +77,13 @@ class Screen:
         self._elapsed: deque[tuple[int, float]] = deque(maxlen=_SPEED_WINDOW)
         self._shown_at = float("-inf")
         self._shown: Record | None = None
-        self._live: Live | None = None
+        self._live: LiveView | None = None
         out = sys.stdout if file is None else file
         on_terminal = out.isatty()
         self._console = _Console(file=out, force_terminal=on_terminal, highlight=False, markup=False, emoji=False)
         self._ascii = self._console.options.ascii_only
         if on_terminal and not self._console.is_dumb_terminal:
-            # Refreshed from `step`, not from a thread: two cores have better things to do.
-            self._live = Live(console=self._console, auto_refresh=False)
+            self._live = LiveView(self._console, self._view)
         self._progress = Progress(
             BarColumn(bar_width=None, complete_style="green", finished_style="green"),
             MofNCompleteColumn(),
@@ -125,7 +125,7 @@ class Screen:
         if self._live is not None:
             if now - self._shown_at >= _LIVE_SECONDS:
                 self._shown_at = now
-                self._live.update(self._view(), refresh=True)
+                self._live.refresh()
         elif now - self._shown_at >= _PLAIN_SECONDS or record["step"] >= self._max_steps:
             self._shown_at = now
             self._shown = record
@@ -136,14 +136,29 @@ class Screen:
         """Show an `eval` record."""
         self._last_eval = record
         if self._live is not None:
-            self._live.update(self._view(), refresh=True)
+            self._live.refresh()
         else:
             self._console.print(self._eval_line(record), soft_wrap=True)
 
     @_harmless
     def note(self, text: str) -> None:
         """Print a line that stays."""
-        self._console.print(Text(shown(text)), soft_wrap=True)
+        line = Text(shown(text))
+        if self._live is not None:
+            self._live.note(line)
+        else:
+            self._console.print(line, soft_wrap=True)
+
+    @contextlib.contextmanager
+    def busy(self, what: str) -> Iterator[None]:
+        """While `what` is done, which makes no steps, a live view goes on: it shows for how long."""
+        with contextlib.nullcontext() if self.dark or self._live is None else self._live.busy(what, self._refresh):
+            yield
+
+    def give_back(self) -> None:
+        """The terminal as it was, for who ends the process at once; from any thread."""
+        if self._live is not None and not self.dark:
+            self._live.give_back()
 
     @_harmless
     def set_max_steps(self, max_steps: int) -> None:
@@ -169,10 +184,13 @@ class Screen:
                 self._live.stop()
 
     @_harmless
-    def _finish(self) -> None:
+    def _refresh(self) -> None:
         if self._live is not None:
-            self._live.update(self._view(), refresh=True)
-        elif self._last is not None and self._last is not self._shown:
+            self._live.refresh()
+
+    @_harmless
+    def _finish(self) -> None:
+        if self._live is None and self._last is not None and self._last is not self._shown:
             self._console.print(self._line(self._last), soft_wrap=True)
 
     def _seconds_left(self) -> float | None:
@@ -209,7 +227,7 @@ class Screen:
             f"  bits/byte {number(record['valid_bits_per_byte'])}  perplexity {number(record['valid_perplexity'], 2)}"
         ).replace("–", "-")
 
-    def _view(self) -> RenderableType:
+    def _view(self) -> list[RenderableType]:
         step = self._last["step"] if self._last else 0
         self._progress.update(self._task, completed=step, left=self._left())
         head = Text(shown(self._title), "bold", no_wrap=True, overflow="ellipsis")
@@ -222,7 +240,7 @@ class Screen:
                 lines.append(self._strips(self._last["moe"]))
         if self._last_eval is not None:
             lines.append(Text(self._eval_line(self._last_eval), "cyan"))
-        return Group(*lines)
+        return lines
 
     def _numbers(self, record: Record) -> Text:
         text = Text()

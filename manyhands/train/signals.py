@@ -28,6 +28,8 @@ class StopSignals:
         self.requested: signal.Signals | None = None
         self.speaks: Callable[[int], bool] = lambda exit_code: True
         """Asked before a message that this process ends with: of several that end, one says why."""
+        self.leaving: Callable[[], None] = lambda: None
+        """Called before the process ends at once, from any thread: the terminal is given back."""
         self._before: dict[signal.Signals, Any] = {}
         self._preparing = False
         self._pipe: tuple[int, int] | None = None
@@ -69,6 +71,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.requested is not None:
+            self.leaving()
             os._exit(128 + number)  # not SystemExit: `finally` blocks could take as long as the save that hangs
         self.requested = signal.Signals(number)
         if self._preparing:
@@ -84,8 +87,10 @@ class StopSignals:
                 continue
             seen += 1
             if seen > 1:
+                self.leaving()
                 os._exit(128 + number)
             if self._preparing and not select.select([pipe], [], [], _GRACE_SECONDS)[0] and self._preparing:
+                self.leaving()
                 if self.speaks(128 + number):
                     print(f"manyhands: {_nothing_saved(signal.Signals(number))}", file=sys.stderr, flush=True)
                 os._exit(128 + number)

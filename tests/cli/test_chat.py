@@ -71,6 +71,9 @@ def test_commands(run: Path) -> None:
 def test_what_is_mistyped_does_not_go_to_the_model(run: Path) -> None:
     code, out, err = chat(run, stdin="/sistem be brief\n/hepl\n/reset now\n/safe x\n")
     assert code == 0 and out == "" and "[" not in err and len(err.splitlines()) == 4
+    code, out, err = chat(run, stdin="/?\n/clear\n/bye\nnever said\n")
+    assert code == 0 and out == "" and "/regenerate" in err and "[forgotten]" in err
+    err = chat(run, stdin="/sistem be brief\n/hepl\n/reset now\n")[2]
     assert "no command /sistem" in err and "did you mean /help?" in err and "/reset takes nothing" in err
 
 
@@ -157,7 +160,7 @@ def test_a_terminal(run: Path) -> None:
     ours, theirs = pty.openpty()
     options = ["--template", "template.jinja", "--temperature", "0", "--max-new-tokens", "1000"]
     command = [sys.executable, "-m", "manyhands", "chat", "run", *options]
-    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1", "XDG_STATE_HOME": str(run / "state")}
     process = subprocess.Popen(
         command, stdin=theirs, stdout=theirs, stderr=theirs, cwd=run, env=environment, start_new_session=True
     )
@@ -169,6 +172,9 @@ def test_a_terminal(run: Path) -> None:
         wait_for(ours, "> ")
         os.write(ours, b"/regenerate\n")
         wait_for(ours, "nothing was asked yet")
+        wait_for(ours, "> ")
+        os.write(ours, b"/show\n")
+        wait_for(ours, "temperature 0.0; 0 turns; context 1,024 tokens")
         wait_for(ours, "> ")
         os.write(ours, b"zq" * 600 + b"\n")
         wait_for(ours, "context holds 1024")
@@ -187,6 +193,9 @@ def test_a_terminal(run: Path) -> None:
         wait_for(ours, "> ")
         os.write(ours, b"\x04")
         assert process.wait(timeout=20) == 0
+        kept = run / "state" / "manyhands" / "chat_history"
+        assert kept.read_text().splitlines() == ["/regenerate", "/show", "zq" * 600, "zq" * 20]
+        assert kept.stat().st_mode & 0o777 == 0o600 and kept.parent.stat().st_mode & 0o777 == 0o700
     finally:
         process.kill()
         process.wait()

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from manyhands import errors
 from manyhands.cli import complete
 from manyhands.cli.columns import print_table
 from manyhands.cli.drawn import drawn
+from manyhands.cli.examples import EXAMPLES, examples
 from manyhands.cli.loudness import heard
 from manyhands.cli.main import app
 from manyhands.cli.sections import SECTIONS, VERBS, titles_of
@@ -89,12 +91,31 @@ def test_json_everywhere_but_where_one_talks() -> None:
         ("manyhands models mixtral-8x2", "mixtral-8x22b"),
         ("manyhands plan olmoe-t", "olmoe-tiny"),
         ("manyhands plan x --versus deepseek-v3", "deepseek-v3"),
+        ("manyhands plan x --machine h1", "h100"),
+        ("manyhands choose --machine her", "here"),
+        ("manyhands lab run coll", "collapse"),
+        ("manyhands check qui", "quickstart"),
+        ("manyhands config num_exp", "num_experts"),
+        ("manyhands config model.moe.rou", "model.moe.router"),
+        ("manyhands train optim.l", "optim.lr="),
+        ("manyhands convert a b --type q8", "q8_0"),
     ],
 )
 def test_completion(typed: str, offered: str) -> None:
     asked = {"_MANYHANDS_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
     done = CliRunner().invoke(app, [], prog_name="manyhands", env=asked)
     assert offered in done.stdout.split()
+
+
+def test_every_verb_has_examples_that_are_commands() -> None:
+    found = commands()
+    assert set(EXAMPLES) == set(found)
+    for name, command in found.items():
+        shown = CliRunner().invoke(app, [*name.split(), "--help"], prog_name="manyhands", terminal_width=80).stdout
+        for line in examples(name):
+            words = shlex.split(line.partition(" < ")[0])
+            assert line in shown and words[: 1 + len(name.split())] == ["manyhands", *name.split()]
+            command.make_context(name, words[1 + len(name.split()) :])
 
 
 def test_names_complete_in_any_case() -> None:
