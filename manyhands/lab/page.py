@@ -34,11 +34,14 @@ def render(results: Sequence[Result]) -> str:
 
 
 def draw(chart: Chart) -> Markup:
-    """The curves of a chart; faint ones have the colour of the last one that is not."""
+    """The curves of a chart. Faint ones have the colour of the last one that is not: further seeds have its name too,
+    and no entry in the legend; a baseline has a name of its own, and one.
+    """
     lines: list[Line] = []
     colour = -1
     for curve in chart.curves:
         colour += not curve.faint
         x, y, shade = np.asarray(curve.x, float), np.asarray(curve.y, float), f"var(--c{max(colour, 0) % COLOURS})"
-        lines.append(Line(curve.name, x, y, shade, "faint" if curve.faint else "line"))
+        again = any(curve.name == line.name for line in lines)
+        lines.append(Line(curve.name, x, y, shade, "line" if not curve.faint else "faint" if again else "dashed"))
     return line_chart(lines, chart.y_label, chart.x_label, height=260, y_from_zero=chart.y_from_zero)

@@ -23,13 +23,13 @@ _TOLD = 8  # lines of a chart that a screen reader is told of
 
 @dataclass(frozen=True)
 class Line:
-    """One series. `faint` lines stay in the background: no legend, no pointer."""
+    """One series. `dashed` is what others are held against; `faint` stays in the background: no legend, no pointer."""
 
     name: str
     x: Floats
     y: Floats
     color: str = "var(--c0)"
-    style: Literal["line", "faint", "dots"] = "line"
+    style: Literal["line", "dashed", "faint", "dots"] = "line"
 
 
 def line_chart(
@@ -181,7 +181,7 @@ def _y_range(
         real = line.y[np.isfinite(line.y)]
         low.append(float(real.min()))
         high.append(float(np.quantile(real, 0.96) if spikes_run_off else real.max()))
-    return 0.0 if from_zero else min(low), max(high)
+    return min(0.0, *low) if from_zero else min(low), max(high)
 
 
 def _spread(places: Mapping[str, float], least: float) -> list[tuple[str, float]]:

@@ -150,7 +150,7 @@ def _tiles(steps: Sequence[Record], evals: Sequence[Record], start: Record, rows
             Tile(
                 "tokens seen",
                 compact(steps[-1].get("tokens") or 0),
-                f"in {steps[-1]['step']} steps",
+                f"in {steps[-1]['step']:,} steps",
             ),
             *_used(steps),
             Tile("training time", duration(steps[-1].get("elapsed") or 0), "in steps: without validation and saving"),

@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 from manyhands.cli.main import app
 from manyhands.errors import DataError
 from manyhands.lab import run as lab_run
-from manyhands.lab.experiment import Arm, Criterion, Description, Figure, Outcome
+from manyhands.lab.experiment import Arm, Chart, Criterion, Curve, Description, Figure, Outcome
 from manyhands.lab.job import Clock, Job, Processors
+from manyhands.lab.page import draw
 from manyhands.lab.show import lines
 
 from ..small_runs import manyhands
@@ -148,3 +149,11 @@ def test_a_page_that_cannot_be_written_is_said_before_anything_runs(made_up: lis
     assert (
         done.returncode == 2 and done.stdout == "" and done.stderr.startswith("manyhands: /proc/no/page.html: cannot")
     )
+
+
+def test_a_baseline_is_named_in_a_chart_and_a_further_seed_is_not() -> None:
+    x, y = [1.0, 2.0], [3.0, 4.0]
+    curves = (Curve("model", x, y), Curve("model", x, y, faint=True), Curve("chance", x, y, faint=True))
+    drawn = draw(Chart("t", "epoch", "error", curves))
+    assert drawn.count("</b>model</span>") == 1 and drawn.count("</b>chance</span>") == 1
+    assert [drawn.count(f'class="{style}" style="stroke') for style in ("line", "faint", "dashed")] == [1, 1, 1]

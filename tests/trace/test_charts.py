@@ -40,6 +40,12 @@ def test_gaps_are_left_out_and_nothing_is_said_to_be_nothing() -> None:
     assert "Nothing recorded" in line_chart([Line("a", x, x * np.nan)], "y")
 
 
+def test_what_lies_below_zero_is_seen_in_a_chart_that_starts_there() -> None:
+    chart = line_chart([Line("a", np.array([0.0, 10.0]), np.array([-1.0, 4.0]))], "y", y_from_zero=True)
+    heights = [float(y) for y in re.findall(r"[ML][\d.]+ (-?[\d.]+)", chart.split('class="line"')[1])]
+    assert heights and max(heights) <= 1000
+
+
 def test_a_point_alone_is_a_dot_and_there_is_no_step_and_a_half() -> None:
     chart = line_chart([Line("a", np.array([1.0]), np.array([0.0004]))], "y")
     assert 'class="dots"' in chart and re.findall(r'class="x"[^>]*>([^<]*)<', chart) == ["1", "2"]

@@ -56,16 +56,17 @@ def _colour(number: int) -> str:
 def _charts(found: Comparison) -> list[tuple[str, str, Markup]]:
     """Title, a sentence, and the drawing: training and, where runs validated on the way, validation."""
     drawn = []
+    seeds = "; dashed: single seeds" if any(len(arm.group.runs) > 1 for arm in found.arms) else ""
     y = "loss, bits per byte" if found.unit == BITS else "loss, nats per target"
     axes = {"tokens": ("tokens", "over tokens"), "elapsed": ("seconds in training steps", "over time")}
     for x, (label, over) in axes.items():
         curves = [[_training(run, x) for run in arm.group.runs] for arm in found.arms]
-        about = "Training text, smoothed; dashed: single seeds."
+        about = f"Training text, smoothed{seeds}."
         drawn.append((f"Training loss {over}", about, _drawn(found.arms, curves, y, label)))
     for x, (label, over) in axes.items():
         curves = [[run.validations(x) for run in arm.group.runs] for arm in found.arms]
         if all(len(xs) >= _LEAST_VALIDATIONS for runs in curves for xs, _ in runs):
-            about = "Validation text; dashed: single seeds."
+            about = f"Validation text{seeds}."
             drawn.append((f"Validation loss {over}", about, _drawn(found.arms, curves, y, label)))
     return drawn
 
