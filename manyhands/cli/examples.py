@@ -83,4 +83,4 @@ EXAMPLES: dict[str, str] = {
 
 def examples(verb: str) -> list[str]:
     """The command lines."""
-    return [f"manyhands {line.strip()}" for line in EXAMPLES[verb].strip().splitlines()]
+    return [f"manyhands {line.strip()}" for line in EXAMPLES.get(verb, "").strip().splitlines()]

@@ -1,11 +1,11 @@
 """What `manyhands inspect` says: the page, a few lines, or JSON."""
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from manyhands.cli.loudness import LOG
 from manyhands.files import write_atomic
 from manyhands.inspect import titles
 from manyhands.inspect.findings import measure, plain
@@ -31,8 +31,7 @@ def report(
     """Measure, write the page where one is wanted, and print."""
 
     def say(line: str) -> None:
-        if not json_output:
-            print(line, file=sys.stderr)
+        LOG.info("%s", line)
 
     found = measure(seen, draws, seed, against, checkpoints, say)
     if page is not None:

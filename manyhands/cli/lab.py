@@ -1,7 +1,6 @@
 """`manyhands lab`: experiments that show what is claimed of mixtures of experts, or do not."""
 
 import signal
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from manyhands.cli import complete, lab_claims
+from manyhands.cli.loudness import LOG, quiet
 from manyhands.cli.sections import Verb, Verbs
 from manyhands.errors import Interrupted, ManyhandsError, UserError
 from manyhands.terminal import shown
@@ -106,7 +106,7 @@ def run(
                 if len(wanted) == 1:
                     raise
                 failed.append(name)
-                print(f"{name}: could not be run: {shown(error)}", file=sys.stderr, flush=True)
+                LOG.error("%s: could not be run: %s", name, error)
                 continue
             results.append(result)
             if not json_output:
@@ -134,8 +134,8 @@ def _saying(name: str) -> "Iterator[Callable[[str], None]]":
     from rich.console import Console
 
     console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda text: print(f"{name}: {shown(text)}", file=sys.stderr, flush=True)
+    if not console.is_terminal or quiet():
+        yield lambda text: LOG.info("%s: %s", name, text)
         return
     with console.status(name, spinner="dots") as status:
         yield lambda text: status.update(f"{name}: {shown(text)}")

@@ -1,10 +1,11 @@
 """`manyhands report`: the page of a run, and its verdict, from its journal; of several runs one page more."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from manyhands.cli.loudness import LOG
 
 
 def report(
@@ -64,7 +65,6 @@ def _side_by_side(runs: list[Path], out: Path | None) -> Path | None:
     from manyhands.compare.pages.side_by_side import check_page, write_page
     from manyhands.errors import UserError
     from manyhands.files import JOURNAL
-    from manyhands.terminal import shown
 
     folders = [path.parent if path.name == JOURNAL and path.is_file() else path for path in runs]
     homes = {folder.resolve().parent for folder in folders}
@@ -75,6 +75,6 @@ def _side_by_side(runs: list[Path], out: Path | None) -> Path | None:
     except UserError as error:
         if out is not None:
             raise
-        print(shown(f"not side by side: {error}"), file=sys.stderr)
+        LOG.warning("not side by side: %s", error)
         return None
     return page

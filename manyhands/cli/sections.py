@@ -4,11 +4,13 @@ A flag that is in no section stands in the first, "Options": what one needs firs
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from manyhands.cli.endings import UsageMistake
 from manyhands.cli.examples import examples
 from manyhands.cli.loudness import QUIET, everywhere, set_level, verbose
 
@@ -132,6 +134,14 @@ class Verb(TyperCommand):
         """Its own, and those that all verbs have."""
         return [*super().get_params(ctx), *everywhere()]
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Its own name goes with what is wrong."""
+        try:
+            return list(super().parse_args(ctx, args))
+        except UsageMistake as error:
+            error.ctx = error.ctx or ctx
+            raise
+
     def invoke(self, ctx: Any) -> Any:
         """Do it; --json speaks to a program, which reads no remarks."""
         if ctx.params.get("json_output") and not verbose():
@@ -140,8 +150,9 @@ class Verb(TyperCommand):
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         """Its examples."""
-        with formatter.section("Examples"):
-            for line in examples(ctx.command_path.partition(" ")[2]):
+        lines = examples(ctx.command_path.partition(" ")[2])
+        with formatter.section("Examples") if lines else nullcontext():
+            for line in lines:
                 formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:

@@ -1,11 +1,11 @@
 """`manyhands sweep`: the runs of a file, one after the other or side by side, and their comparison."""
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from manyhands.cli.loudness import LOG
 from manyhands.errors import ManyhandsError, UserError
 from manyhands.terminal import shown
 
@@ -87,4 +87,4 @@ def _list(places: list[Path], states: "list[State]", commands: list[list[str]], 
 
 
 def _say(text: str) -> None:
-    print(shown(text), file=sys.stderr, flush=True)
+    LOG.info("%s", text)

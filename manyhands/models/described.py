@@ -59,4 +59,5 @@ class Described(_Base):
         line = f"{compact(self.num_parameters())} parameters, {layers} layers"
         kinds = {(m.router.config.num_experts, m.router.config.num_experts_per_tok) for m in mixtures}
         shapes = ", ".join(f"{E} experts and {K} per token" for E, K in sorted(kinds))
-        return f"{line}, {len(mixtures)} mixtures of {shapes}" if mixtures else f"{line}, dense"
+        several = "mixture" if len(mixtures) == 1 else "mixtures"
+        return f"{line}, {len(mixtures)} {several} of {shapes}" if mixtures else f"{line}, dense"

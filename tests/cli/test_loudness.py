@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,7 @@ MISTAKES = {
     "generate x --temprature 1": "generate: there is no option --temprature; did you mean --temperature?",
     "generate x -z": "generate: there is no option -z",
     "generate": "generate: missing argument",
+    "generate x --prompt": "generate: option '--prompt' requires an argument",
     "convert a b --type q8": "did you mean 'q8_0'?",
     "tune a --data b --method loraa": "did you mean 'lora'?",
     "serve x --port 99999999": "serve: --port: ",
@@ -150,3 +152,18 @@ def test_head_takes_what_it_wants() -> None:
         os.close(writing)
         _, err = process.communicate(timeout=60)
     assert process.returncode == 141 and err == ""
+
+
+def test_ctrl_c_while_modules_are_imported() -> None:
+    """The process ends by the signal itself, so that a shell's loop ends too; no traceback."""
+    program = (
+        "import os, signal, sys\n"
+        "from manyhands.__main__ import main\n"
+        "class Pressed:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Pressed())\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, "models"], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGINT and done.stdout == done.stderr == ""
