@@ -72,6 +72,10 @@ ATTENTIONS: dict[str, ModelConfig] = {
         MLA | {"q_lora_rank": 32, "latent_norm_eps": 1e-2},
         YARN | {"interleave": True, "mscale": 1.0, "mscale_all_dim": 0.8},
     ),
+    "chunks, norm without weights (Llama 4)": _of(
+        {"attention_chunk_size": 6, "qk_norm": "unweighted_after_rope"}, {"interleave": True}, rms_norm_eps=1e-2
+    ),
+    "no rotation, queries by position (Llama 4)": _of({"nope_layers": (0,), "floor_scale": 4, "attn_scale": 0.5}),
     "head width without a kernel": _of({"head_dim": 24, "qk_norm": "head"}),
     "latent width without a kernel": _of(MLA | {"kv_lora_rank": 24, "qk_rope_head_dim": 8}),
     "latent, window, biases": _of(MLA | {"q_lora_rank": 32, "sliding_window": 5, "attention_bias": True}),

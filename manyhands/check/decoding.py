@@ -113,6 +113,7 @@ def small_models() -> dict[str, ModelConfig]:
         moe = MoEConfig(
             router=router,
             unchosen=layer_config(name).unchosen,
+            weigh=layer_config(name).weigh,
             moe_intermediate_size=32,
             hidden_act=("swiglu", "geglu", "swiglu_oai", "geglu_tanh", "gelu", "relu")[i % 6],
             expert_bias=i % 3 == 1,

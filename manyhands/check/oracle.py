@@ -10,6 +10,7 @@ B batch, S sequence, T = B·S tokens, D width, E experts, V vocabulary, M micro-
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -113,7 +114,7 @@ def moe_layer(
             slack=slack,
             sequence_length=sequence_length,
         )
-        outputs_TED = experts(x_TD)
+        outputs_TED = experts(x_TD) if config.weigh == "output" else _weighed(x_TD, routing, experts)
     y = torch.einsum("te,ted->td", routing.weights * routing.kept, outputs_TED)
     if config.unchosen != "nothing":
         others = torch.where(routing.chosen, 0.0, routing.scores) * config.router.routed_scaling_factor
@@ -129,6 +130,13 @@ def moe_layer(
             shared = shared / (1.0 + (-x_TD @ p[prefix + "shared_expert_gate.weight"].T).exp())
         y = y + shared
     return y, replace(routing, outputs=outputs_TED)
+
+
+def _weighed(x_TD: Tensor, routing: DenseRouting, experts: Callable[[Tensor], Tensor]) -> Tensor:
+    """[T, E, D]: what expert e says of w_te·x_t, over w_te, so that the weight times it is what is added."""
+    said = [experts(x_TD * w_T[:, None])[:, e] for e, w_T in enumerate(routing.weights.unbind(1))]
+    w_TE = torch.where(routing.chosen, routing.weights, 1.0)
+    return torch.stack(said, 1) / w_TE[..., None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -52,7 +52,7 @@ def speeds(rope: RopeConfig, dim: int, long: bool = False) -> tuple[list[float],
             wavelength = 2.0 * math.pi / w
             if wavelength > longest:
                 found.append(w / s)
-            elif wavelength < shortest:
+            elif wavelength < shortest or longest == shortest:
                 found.append(w)
             else:
                 smooth = (length / wavelength - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -109,13 +109,16 @@ def _turned(x_BSHd: Tensor, position_BS: Tensor, rope: RopeConfig, dim: int, lon
     return torch.stack(columns, -1)
 
 
-def visible(mask_BS: Tensor, window: int | None) -> Tensor:
-    """[B, S, S] bool: whether a query sees a key. Itself always; of real tokens the last `window`."""
+def visible(mask_BS: Tensor, window: int | None, chunk: int | None = None) -> Tensor:
+    """[B, S, S] bool: whether a query sees a key. Itself always; of real tokens the last `window`, of its `chunk`."""
     S = mask_BS.shape[1]
     nth = mask_BS.long().cumsum(1)
     back = nth[:, :, None] - nth[:, None, :]
     earlier = torch.ones(S, S, dtype=torch.bool).tril()
     near = back < (S + 1 if window is None else window)
+    if chunk is not None:
+        number = torch.div(nth.clamp(min=1) - 1, chunk, rounding_mode="floor")
+        near = near & (number[:, :, None] == number[:, None, :])
     return (earlier & near & mask_BS[:, None, :]) | torch.eye(S, dtype=torch.bool)
 
 
@@ -137,9 +140,11 @@ def mix(
 def attention(p: Params, prefix: str, x_BSD: Tensor, config: ModelConfig, layer: int, mask_BS: Tensor) -> Tensor:
     """[B, S, D] -> [B, S, D] in decoder layer `layer`."""
     position_BS = (mask_BS.long().cumsum(1) - 1).clamp(min=0)
-    seen = visible(mask_BS, config.attention.window(layer))
-    kind = _latent if config.attention.kind == "mla" else _grouped
-    heads = kind(p, prefix, x_BSD, config, position_BS, seen)
+    seen = visible(mask_BS, config.attention.window(layer), config.attention.chunk(layer))
+    if config.attention.kind == "mla":
+        heads = _latent(p, prefix, x_BSD, config, position_BS, seen)
+    else:
+        heads = _grouped(p, prefix, x_BSD, config, position_BS, seen, layer not in config.attention.nope_layers)
     return _product(p, prefix + "o_proj", heads.flatten(2))
 
 
@@ -148,7 +153,9 @@ def _product(p: Params, name: str, x: Tensor) -> Tensor:
     return y + p[name + ".bias"] if name + ".bias" in p else y
 
 
-def _grouped(p: Params, prefix: str, x: Tensor, config: ModelConfig, position_BS: Tensor, seen: Tensor) -> Tensor:
+def _grouped(
+    p: Params, prefix: str, x: Tensor, config: ModelConfig, position_BS: Tensor, seen: Tensor, rotates: bool
+) -> Tensor:
     a, eps, (B, S, _) = config.attention, config.rms_norm_eps, x.shape
     q, k, v = (_product(p, f"{prefix}{name}_proj", x) for name in "qkv")
 
@@ -158,8 +165,15 @@ def _grouped(p: Params, prefix: str, x: Tensor, config: ModelConfig, position_BS
     q, k = normed(q, "q", "full"), normed(k, "k", "full")  # over the whole projected width
     q, k, v = (t.view(B, S, -1, a.head_dim) for t in (q, k, v))
     q, k = normed(q, "q", "head"), normed(k, "k", "head")
-    q, k = (rotate(t, position_BS, config.rope, config.rope_dim) for t in (q, k))
+    if rotates:
+        q, k = (rotate(t, position_BS, config.rope, config.rope_dim) for t in (q, k))
     q, k = normed(q, "q", "head_after_rope"), normed(k, "k", "head_after_rope")
+    if rotates and a.qk_norm == "unweighted_after_rope":
+        one = torch.ones((), dtype=x.dtype)
+        q, k = rms_norm(q, one, eps), rms_norm(k, one, eps)
+    if not rotates and a.floor_scale is not None:
+        times = (position_BS + 1.0).double().div(a.floor_scale).floor()
+        q = q * (1.0 + a.attn_scale * (1.0 + times).log())[:, :, None, None]
     owner = torch.arange(a.num_attention_heads) // (a.num_attention_heads // a.kv_heads)
     scale = a.attention_multiplier or 1.0 / math.sqrt(a.head_dim)
     return mix(q, k[:, :, owner], v[:, :, owner], seen, scale, a.attn_logit_softcap, p.get(prefix + "sinks"))

@@ -103,6 +103,7 @@ def slices(source: Source) -> tuple[dict[str, Tensor], str]:
         for n in range(config.num_hidden_layers)
         if config.is_sparse(n) == small.is_sparse(small.num_hidden_layers - 1)
         and config.layer_types[n] == small.layer_types[-1]
+        and (n in config.attention.nope_layers) == (small.num_hidden_layers - 1 in small.attention.nope_layers)
     ]
     layers = [*range(small.num_hidden_layers - 1), same_kind[-1]]
     chosen: list[int] = []

@@ -57,7 +57,9 @@ ROUTERS: dict[str, RouterConfig] = {
         n_group=4,
         topk_group=2,
     ),
-    "sigmoid top-1, raw gate (Llama 4)": RouterConfig(score="sigmoid", num_experts_per_tok=1, norm_topk_prob=False),
+    "sigmoid top-1, weighed input (Llama 4)": RouterConfig(
+        score="sigmoid", num_experts_per_tok=1, norm_topk_prob=False
+    ),
     "capacity by probability": RouterConfig(
         capacity_factor=0.75, eval_capacity_factor=0.5, min_capacity=1, drop_policy="probability"
     ),
@@ -98,6 +100,7 @@ def layer_config(name: str) -> MoEConfig:
         moe_intermediate_size=F,
         hidden_act=("swiglu", "geglu", "gelu", "relu", "swiglu_oai", "geglu_tanh")[number % 6],
         expert_bias=number % 3 == 1,
+        weigh="input" if "weighed input" in name else "output",
         n_shared_experts=number % 2,
         shared_expert_gate=number % 4 == 1,
     )

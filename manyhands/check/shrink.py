@@ -7,6 +7,7 @@ from manyhands.config import AttentionConfig, ModelConfig, MoEConfig, RouterConf
 MAX_EXPERTS = 16
 MAX_GROUPS = 4
 MAX_CHOSEN = 4
+MAX_LAYERS = 8
 WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "vocab_size": 128}
 
 
@@ -22,13 +23,22 @@ def shrink(config: ModelConfig) -> ModelConfig:
     factors = {name: getattr(config.rope, name) for name in ("short_factor", "long_factor")}
     changes["rope"] = config.rope.model_copy(update={n: f and f[:pairs] for n, f in factors.items()})
     if config.moe is None:
-        return _of_length(config.model_copy(update=changes), min(config.num_hidden_layers, 2))
+        return _of_length(config.model_copy(update=changes), min(config.num_hidden_layers, max(2, _kinds(config))))
     moe = shrink_moe(config.moe)
     wanted, layers, sparse = min(2, len(config.sparse_layers)), 0, 0
     while sparse < wanted:
         sparse += moe.is_sparse(layers)
         layers += 1
-    return _of_length(config.model_copy(update=changes | {"moe": moe}), min(config.num_hidden_layers, layers))
+    layers = min(config.num_hidden_layers, max(layers, _kinds(config)))
+    return _of_length(config.model_copy(update=changes | {"moe": moe}), layers)
+
+
+def _kinds(config: ModelConfig) -> int:
+    """How many of the first layers have one of each kind of attention, as far as few do."""
+    first: dict[tuple[str, bool], int] = {}
+    for layer, sees in enumerate(config.layer_types[:MAX_LAYERS]):
+        first.setdefault((sees, layer in config.attention.nope_layers), layer)
+    return max(first.values()) + 1
 
 
 def _of_length(config: ModelConfig, layers: int) -> ModelConfig:
@@ -36,6 +46,9 @@ def _of_length(config: ModelConfig, layers: int) -> ModelConfig:
     values = config.model_dump() | {"num_hidden_layers": layers}
     if types := values["attention"]["layer_types"]:
         values["attention"]["layer_types"] = types[:layers]
+    values["attention"]["nope_layers"] = [n for n in values["attention"]["nope_layers"] if n < layers]
+    if not values["attention"]["nope_layers"]:
+        values["attention"]["floor_scale"] = None
     if values["moe"]:
         values["moe"]["mlp_only_layers"] = [n for n in values["moe"]["mlp_only_layers"] if n < layers]
     return ModelConfig.model_validate(values)
@@ -47,8 +60,9 @@ def _attention(a: AttentionConfig) -> AttentionConfig:
     update: dict[str, Any] = {"num_attention_heads": heads}
     if a.num_key_value_heads is not None:
         update["num_key_value_heads"] = heads if a.kind == "mla" else kv
-    if a.sliding_window is not None:
-        update["sliding_window"] = min(a.sliding_window, 8)
+    for name in ("sliding_window", "attention_chunk_size", "floor_scale"):
+        if getattr(a, name) is not None:
+            update[name] = min(getattr(a, name), 8)
     limits = {"head_dim": 16}
     if a.kind == "mla":
         limits = {"kv_lora_rank": 32, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16}

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from manyhands.config.base import Strict
-from manyhands.config.numbers import Multiplier, Multipliers, Rate, Rotations, Size
+from manyhands.config.numbers import Count, Multiplier, Multipliers, Rate, Rotations, Size
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal["full_attention", "sliding_attention", "chunked_attention"]
 
 
 class RopeConfig(Strict):
@@ -46,8 +46,8 @@ class RopeConfig(Strict):
     def _consistent(self) -> "RopeConfig":
         if self.rope_type in ("yarn", "llama3", "longrope") and self.original_max_position_embeddings is None:
             raise ValueError(f"rope_type = {self.rope_type!r} needs original_max_position_embeddings")
-        if self.rope_type == "llama3" and self.high_freq_factor <= self.low_freq_factor:
-            raise ValueError("rope_type = 'llama3' needs high_freq_factor > low_freq_factor")
+        if self.rope_type == "llama3" and self.high_freq_factor < self.low_freq_factor:
+            raise ValueError("rope_type = 'llama3' needs high_freq_factor >= low_freq_factor")
         for name in ("short_factor", "long_factor", "short_mscale", "long_mscale"):
             if self.rope_type != "longrope" and getattr(self, name) is not None:
                 raise ValueError(f"{name} has no meaning with rope_type = {self.rope_type!r}; it goes with 'longrope'")
@@ -74,16 +74,26 @@ class AttentionConfig(Strict):
     num_key_value_heads: Size | None = None
     """gqa: defaults to num_attention_heads, which is plain multi-head attention."""
     head_dim: Size = 64
-    qk_norm: Literal["none", "head", "full", "head_after_rope"] = "none"
-    """RMSNorm of queries and keys: per head (Qwen3), over the full projected width (OLMoE), or per head after the
-    rotation (Hunyuan)."""
+    qk_norm: Literal["none", "head", "full", "head_after_rope", "unweighted_after_rope"] = "none"
+    """RMSNorm of queries and keys: per head (Qwen3), over the full projected width (OLMoE), per head after the
+    rotation (Hunyuan), or so without weights and in no layer of `nope_layers` (Llama 4)."""
     attention_bias: bool = False
     """Biases on the query, key and value projections."""
     output_bias: bool = False
     sliding_window: Size | None = None
     """A token sees itself and the sliding_window - 1 tokens before it."""
     layer_types: tuple[LayerType, ...] | None = None
-    """Which layers have the window, one entry per layer (gpt-oss: every other one). None: all of them."""
+    """Which layers have the window or the chunks, one entry per layer (gpt-oss: every other one). None: all of them."""
+    attention_chunk_size: Size | None = None
+    """A token sees itself and those before it in its own chunk: positions 0 to attention_chunk_size - 1, and so on
+    (Llama 4: 8192)."""
+    nope_layers: Annotated[tuple[Count, ...], Field(max_length=4096)] = ()
+    """Layers, from 0, that rotate nothing: they see the order of tokens by the mask alone (Llama 4: every fourth)."""
+    floor_scale: Size | None = None
+    """In `nope_layers`, the query at position p is multiplied by 1 + attn_scale·ln(1 + ⌊(p + 1) / floor_scale⌋), so
+    that attention stays sharp in a long context (Llama 4: 8192)."""
+    attn_scale: Multiplier = 0.1
+    """How fast that factor grows."""
     sinks: bool = False
     """A learned logit per head that takes attention and gives no value (gpt-oss)."""
     attn_logit_softcap: Multiplier | None = None
@@ -115,20 +125,37 @@ class AttentionConfig(Strict):
                 f"num_key_value_heads = {self.kv_heads} does not divide num_attention_heads = "
                 f"{self.num_attention_heads}"
             )
-        if self.layer_types is not None and self.sliding_window is None and "sliding_attention" in self.layer_types:
-            raise ValueError("layer_types has 'sliding_attention', which needs a sliding_window")
+        for kind, field in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
+            if self.layer_types is not None and getattr(self, field) is None and kind in self.layer_types:
+                raise ValueError(f"layer_types has {kind!r}, which needs {field}")
+        if self.sliding_window is not None and self.attention_chunk_size is not None:
+            raise ValueError("a model has a sliding_window or an attention_chunk_size, not both")
+        if self.floor_scale is not None and not self.nope_layers:
+            raise ValueError("floor_scale is for the layers that nope_layers names")
         if self.kind == "mla":
             if self.qk_norm != "none":
                 raise ValueError("qk_norm cannot be used with kind = 'mla': the keys are never materialised")
             if self.num_key_value_heads not in (None, self.num_attention_heads):
                 raise ValueError("num_key_value_heads has no meaning with kind = 'mla'")
-            for name in ("sinks", "attn_logit_softcap", "attention_multiplier"):
+            only_gqa = ("sinks", "attn_logit_softcap", "attention_multiplier", "attention_chunk_size", "nope_layers")
+            for name in only_gqa:
                 if getattr(self, name):
                     raise ValueError(f"{name} has no meaning with kind = 'mla'")
         return self
 
     def window(self, layer: int) -> int | None:
-        """The sliding window of decoder layer `layer` (from 0); None where it sees everything."""
-        if self.layer_types is not None and self.layer_types[layer] == "full_attention":
-            return None
-        return self.sliding_window
+        """The sliding window of decoder layer `layer` (from 0); None where it has none."""
+        return self.sliding_window if self._has(layer, "sliding_attention") else None
+
+    def chunk(self, layer: int) -> int | None:
+        """The length of the chunks of decoder layer `layer`; None where it has none."""
+        return self.attention_chunk_size if self._has(layer, "chunked_attention") else None
+
+    def layer_type(self, layer: int) -> LayerType:
+        """What a token of decoder layer `layer` sees."""
+        if self.window(layer) is not None:
+            return "sliding_attention"
+        return "full_attention" if self.chunk(layer) is None else "chunked_attention"
+
+    def _has(self, layer: int, kind: LayerType) -> bool:
+        return self.layer_types is None or self.layer_types[layer] == kind

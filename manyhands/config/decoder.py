@@ -79,9 +79,8 @@ class ModelConfig(AnyModelConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """`full_attention` or `sliding_attention`, layer by layer."""
-        windows = (self.attention.window(layer) for layer in range(self.num_hidden_layers))
-        return ["full_attention" if window is None else "sliding_attention" for window in windows]
+        """`full_attention`, `sliding_attention` or `chunked_attention`, layer by layer."""
+        return [self.attention.layer_type(layer) for layer in range(self.num_hidden_layers)]
 
     @field_validator("kind", mode="before")
     @classmethod
@@ -104,6 +103,8 @@ class ModelConfig(AnyModelConfig):
         types = self.attention.layer_types
         if types is not None and len(types) != self.num_hidden_layers:
             raise ValueError(f"layer_types has {len(types)} entries for num_hidden_layers = {self.num_hidden_layers}")
+        if beyond := [layer for layer in self.attention.nope_layers if layer >= self.num_hidden_layers]:
+            raise ValueError(f"nope_layers names layer {beyond[0]} of {self.num_hidden_layers} (from 0)")
         if not self.rope_dim or self.rope_dim % 2:
             raise ValueError(f"the rotated head width is {self.rope_dim}; it must be even, and not 0")
         for name in ("short_factor", "long_factor"):

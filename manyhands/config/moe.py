@@ -25,6 +25,8 @@ class MoEConfig(Strict):
     would have said (DenseMixer); the output stays that of the chosen."""
     average_decay: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.9
     """How much of that running mean stays after each optimiser step."""
+    weigh: Literal["output", "input"] = "output"
+    """What a token's weight multiplies: what its expert says, or what its one expert reads (Llama 4)."""
     moe_intermediate_size: Size = 128
     """Width of an expert."""
     hidden_act: Activation = "swiglu"
@@ -50,6 +52,9 @@ class MoEConfig(Strict):
             raise ValueError(f"unchosen = {self.unchosen!r} goes with select = 'topk', without noisy and random_second")
         if self.unchosen == "average" and r.renormalises:
             raise ValueError("unchosen = 'average' weighs all experts: router.norm_topk_prob = false")
+        single = r.most_experts_per_tok == 1 and r.select != "soft" and self.unchosen == "nothing"
+        if self.weigh == "input" and not single:
+            raise ValueError("weigh = 'input' is for one expert per token: router.num_experts_per_tok = 1")
         if self.shared_expert_gate and not self.n_shared_experts:
             raise ValueError("shared_expert_gate needs n_shared_experts >= 1")
         if self.shared_expert_intermediate_size is not None and not self.n_shared_experts:

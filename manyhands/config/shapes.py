@@ -84,7 +84,7 @@ def _gqa(a: AttentionConfig, D: int) -> Iterator[tuple[str, Shape]]:
     yield "o_proj.weight", (D, H * d)
     if a.output_bias:
         yield "o_proj.bias", (D,)
-    if a.qk_norm != "none":
+    if a.qk_norm not in ("none", "unweighted_after_rope"):
         full = a.qk_norm == "full"
         yield "q_norm.weight", (H * d if full else d,)
         yield "k_norm.weight", (G * d if full else d,)

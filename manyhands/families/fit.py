@@ -158,7 +158,10 @@ def _decoder(config: ModelConfig) -> ModelConfig:
     types = set(config.layer_types)
     if len(types) == 1:
         attention["layer_types"] = None
-        attention["sliding_window"] = None if types == {"full_attention"} else a.sliding_window
+        attention["sliding_window"] = a.sliding_window if types == {"sliding_attention"} else None
+        attention["attention_chunk_size"] = a.attention_chunk_size if types == {"chunked_attention"} else None
+    if not a.nope_layers or a.floor_scale is None:
+        attention |= {"floor_scale": None, "attn_scale": defaults.attn_scale}
     changes["attention"] = a.model_copy(update=attention)
     changes["rope"] = _rope(config.rope)
     if config.moe is not None:

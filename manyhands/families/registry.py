@@ -16,6 +16,7 @@ from manyhands.families.hunyuan_v1_moe import HUNYUAN_V1_MOE
 from manyhands.families.kimi_k2 import KIMI_K2
 from manyhands.families.kimi_k25 import KIMI_K25
 from manyhands.families.llama import LLAMA
+from manyhands.families.llama4 import LLAMA4, LLAMA4_TEXT
 from manyhands.families.manyhands import MANYHANDS
 from manyhands.families.minimax_m2 import MINIMAX_M2
 from manyhands.families.mixtral import MIXTRAL
@@ -51,6 +52,8 @@ FAMILIES: dict[str, Family] = {
         HUNYUAN_V1_MOE,
         PHIMOE,
         GROK_1,
+        LLAMA4_TEXT,
+        LLAMA4,
         T5,
         SWITCH_TRANSFORMERS,
     )
@@ -58,14 +61,8 @@ FAMILIES: dict[str, Family] = {
 
 
 _DELTA_NET = "gated delta networks in three layers of four, and attention whose output is gated"
-_LLAMA_4 = (
-    "experts whose input, not output, is weighed, attention in chunks, layers without positions that scale their "
-    "queries by position, and queries and keys of length 1"
-)
 _V4 = "compressed sparse attention with an indexer, hyper-connections, and a low-rank output projection in groups"
 NOT_EXPRESSED: dict[str, tuple[str, str]] = {
-    "llama4": ("Llama 4", _LLAMA_4),
-    "llama4_text": ("Llama 4", _LLAMA_4),
     "qwen3_next": ("Qwen3-Next", _DELTA_NET),
     "qwen3_5_moe": ("Qwen3.5", _DELTA_NET),
     "qwen3_5_moe_text": ("Qwen3.5", _DELTA_NET),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from manyhands.config import ModelConfig
+from manyhands.config.attention import LayerType
 from manyhands.kernels.attention import attend_natively
 from manyhands.kernels.moment import ordinary
 from manyhands.layers.cache import LayerCache
@@ -39,14 +40,20 @@ class Positions:
     """[B, S] bool, false for padding among the queries; None where there is none."""
     sliding_mask: Tensor | None = None
     """`mask` for the layers with a sliding window."""
+    chunked_mask: Tensor | None = None
+    """`mask` for the layers with chunks."""
+    temperature: Tensor | None = None
+    """[B, 1, S, 1] float32: what queries are multiplied by in the layers without rotation; None: nothing."""
     start_B: Tensor | None = None
     """[B or 1] int64: where each row's real positions begin, where `start_of` says it; for the native kernels."""
     rows: "tuple[tuple[slice, Positions], ...]" = ()
     """Of a ragged batch: which of the S tokens each sequence has, and where those are. Empty for a rectangle."""
 
-    def mask_of(self, sliding: bool) -> Tensor | None:
+    def mask_of(self, kind: LayerType) -> Tensor | None:
         """The mask of a layer."""
-        return self.sliding_mask if sliding else self.mask
+        if kind == "full_attention":
+            return self.mask
+        return self.sliding_mask if kind == "sliding_attention" else self.chunked_mask
 
 
 Caches = LayerCache | Sequence[LayerCache] | None
@@ -72,14 +79,16 @@ def each_row(
     return torch.cat([y for y, _ in done], 2), torch.stack(largest).amax(0) if largest else None
 
 
-def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool) -> Tensor | None:
+def causal_mask(
+    real_BL: Tensor, num_queries: int, sliding_window: int | None, plain: bool, chunk: int | None = None
+) -> Tensor | None:
     """[B, 1, S, L] bool for the last S of L positions, or None where `is_causal` or no mask is enough.
 
-    `plain` says that there is no padding. A padding query sees itself, so that no row is empty. The window counts
-    real tokens: padding between them (a right-padded prompt that is continued) takes no room in it.
+    `plain` says that there is no padding. A padding query sees itself, so that no row is empty. Window and chunks
+    count real tokens: padding between them (a right-padded prompt that is continued) takes no room in them.
     """
     L = real_BL.shape[1]
-    if plain and (sliding_window is None or sliding_window >= L) and num_queries in (1, L):
+    if plain and min(sliding_window or L, chunk or L) >= L and num_queries in (1, L):
         return None
     keys = torch.arange(L, device=real_BL.device)
     queries = keys[L - num_queries :, None]
@@ -88,6 +97,9 @@ def causal_mask(real_BL: Tensor, num_queries: int, sliding_window: int | None, p
         place_BL = real_BL.cumsum(1)
         window_BSL = place_BL[:, None, :] > place_BL[:, L - num_queries :, None] - sliding_window
         allowed_SL = allowed_SL & window_BSL  # now [B, S, L]
+    if chunk is not None:
+        chunk_BL = (real_BL.cumsum(1) - 1).clamp(min=0) // chunk
+        allowed_SL = allowed_SL & (chunk_BL[:, None, :] == chunk_BL[:, L - num_queries :, None])
     return ((allowed_SL & real_BL[:, None, :]) | (keys == queries))[:, None]
 
 
@@ -107,7 +119,9 @@ def start_of(real_BL: Tensor, plain: bool) -> Tensor | None:
 
 
 @torch.no_grad()
-def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions, sliding: bool = False) -> Tensor:
+def max_logits(
+    q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Positions, kind: LayerType = "full_attention"
+) -> Tensor:
     """[H] float32: the largest scale·q·k a real query saw, per head (QK-Clip's S).
 
     First the bound max‖q‖·max‖k‖, which costs nothing; the products only where it exceeds `clip_above`.
@@ -118,7 +132,7 @@ def max_logits(q_BHSd: Tensor, k_BHLd: Tensor, scale: float, positions: Position
     if bool((bound_H <= positions.clip_above).all()):
         return bound_H
     hidden = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).triu(1)
-    mask = positions.mask_of(sliding)
+    mask = positions.mask_of(kind)
     blocked = hidden if mask is None else ~mask
     if positions.real_BS is not None:
         blocked = blocked | ~positions.real_BS[:, None, :, None]
@@ -150,14 +164,17 @@ def better_in_float32(q_BHSd: Tensor) -> bool:
 
 
 class Attention(nn.Module):
-    """MHA or GQA, with optional QK-norm, biases, sliding window, sinks and soft cap."""
+    """MHA or GQA, with optional QK-norm, biases, sliding window or chunks, sinks and soft cap; with or without
+    rotation."""
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         a, D = config.attention, config.hidden_size
         self.config = a
         self.window = a.window(layer)
-        self.sliding = self.window is not None
+        self.kind = a.layer_type(layer)
+        self.rotates = layer not in a.nope_layers
+        self.eps = config.rms_norm_eps
         self.scale = a.attention_multiplier or a.head_dim**-0.5
         self.interleave = config.rope.interleave
         H, G, d = a.num_attention_heads, a.kv_heads, a.head_dim
@@ -166,7 +183,7 @@ class Attention(nn.Module):
         self.v_proj = Linear(D, G * d, bias=a.attention_bias)
         self.o_proj = Linear(H * d, D, bias=a.output_bias)
         self.q_norm = self.k_norm = None
-        if a.qk_norm != "none":
+        if a.qk_norm not in ("none", "unweighted_after_rope"):
             full = a.qk_norm == "full"
             self.q_norm = RMSNorm(H * d if full else d, config.rms_norm_eps)
             self.k_norm = RMSNorm(G * d if full else d, config.rms_norm_eps)
@@ -196,11 +213,16 @@ class Attention(nn.Module):
         if self.config.qk_norm == "head":
             assert self.q_norm is not None and self.k_norm is not None
             q, k = self.q_norm(q), self.k_norm(k)
-        q_BHSd = apply_rope(q.transpose(1, 2), positions.rope, self.interleave)
-        k_BGLd = apply_rope(k.transpose(1, 2), positions.rope, self.interleave)
+        q_BHSd, k_BGLd = q.transpose(1, 2), k.transpose(1, 2)
+        if self.rotates:
+            q_BHSd, k_BGLd = (apply_rope(t, positions.rope, self.interleave) for t in (q_BHSd, k_BGLd))
+        elif positions.temperature is not None:
+            q_BHSd = (q_BHSd * positions.temperature).to(q.dtype)
         if self.config.qk_norm == "head_after_rope":
             assert self.q_norm is not None and self.k_norm is not None
             q_BHSd, k_BGLd = self.q_norm(q_BHSd), self.k_norm(k_BGLd)
+        elif self.config.qk_norm == "unweighted_after_rope" and self.rotates:
+            q_BHSd, k_BGLd = (F.rms_norm(t.float(), (d,), eps=self.eps).to(t.dtype) for t in (q_BHSd, k_BGLd))
         y_BHSd, largest_H = each_row(self._core, positions, cache, q_BHSd, k_BGLd, v.transpose(1, 2))
         return self.o_proj(y_BHSd.transpose(1, 2).reshape(B, S, -1).to(x_BSD.dtype)), largest_H
 
@@ -212,12 +234,13 @@ class Attention(nn.Module):
         if cache is not None:
             k_BGLd, v_BGLd = cache.append(k_BGLd, v_BGLd)
         groups = self.config.num_attention_heads // self.config.kv_heads
-        mask = positions.mask_of(self.sliding)
+        mask = positions.mask_of(self.kind)
         largest_H = None
         if positions.clip_above is not None:
-            largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.sliding)
+            largest_H = max_logits(q_BHSd, k_BGLd.repeat_interleave(groups, 1), self.scale, positions, self.kind)
         cap = self.config.attn_logit_softcap
-        done = attend_natively(q_BHSd, k_BGLd, v_BGLd, positions.start_B, self.window, self.scale, self.sinks, cap)
+        start_B = None if self.kind == "chunked_attention" and mask is not None else positions.start_B
+        done = attend_natively(q_BHSd, k_BGLd, v_BGLd, start_B, self.window, self.scale, self.sinks, cap)
         if done is not None:
             return done, largest_H
         if cap is not None or self.sinks is not None:

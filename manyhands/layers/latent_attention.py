@@ -32,7 +32,7 @@ class LatentAttention(nn.Module):
         a, D = config.attention, config.hidden_size
         self.config = a
         self.window = a.window(layer)
-        self.sliding = self.window is not None
+        self.kind = config.attention.layer_type(layer)
         self.interleave = config.rope.interleave
         H, R, n, r, v = (
             a.num_attention_heads,
@@ -120,7 +120,7 @@ class LatentAttention(nn.Module):
         k = torch.cat((k_nope, k_rope_B1Lr.expand(-1, a.num_attention_heads, -1, -1)), dim=-1)
         largest_H = None
         if positions.clip_above is not None:
-            largest_H = max_logits(q, k, self.scale, positions, self.sliding)
+            largest_H = max_logits(q, k, self.scale, positions, self.kind)
         done = attend_natively(q, k, v_BHLv, positions.start_B, self.window, self.scale)
         return self._attend(q, k, v_BHLv, positions) if done is None else done, largest_H
 
@@ -142,7 +142,7 @@ class LatentAttention(nn.Module):
         return expand(y_BHSR, up_HmR, a.qk_nope_head_dim)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, positions: Positions) -> Tensor:
-        mask = positions.mask_of(self.sliding)
+        mask = positions.mask_of(self.kind)
         causal = positions.causal and mask is None
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=self.scale)
 

@@ -55,7 +55,8 @@ def _frequencies(config: RopeConfig, dim: int, device: torch.device, long: bool)
     if config.rope_type == "llama3":
         # 0: interpolate (long wavelengths), 1: keep; in between, linear in the turns over the original context
         low, high = config.low_freq_factor, config.high_freq_factor
-        kept = ((length * plain / (2 * math.pi) - low) / (high - low)).clamp(0.0, 1.0)
+        turns = length * plain / (2 * math.pi)
+        kept = (turns >= low).float() if high == low else ((turns - low) / (high - low)).clamp(0.0, 1.0)
         return (1.0 - kept) * plain / config.factor + kept * plain, 1.0
 
     def dimension_of(rotations: float) -> float:

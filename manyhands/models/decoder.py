@@ -153,7 +153,7 @@ def find_positions(
     whole_B1 = _length(config, S, L, real_BL, device)
     position_BS = _number(S, L, real_BL, device) if position_BS is None else position_BS
     rope = rope_tables(config.rope, config.rope_dim, position_BS, whole_B1)
-    return _look(config, rope, S, L, real_BL, clip_above)
+    return _look(config, rope, S, L, real_BL, clip_above, _temperature(config, _number(S, L, real_BL, device)))
 
 
 def find_rows(
@@ -179,7 +179,7 @@ def find_rows(
         tokens = slice(start, start + S)
         rows.append((tokens, _look(config, (cos[:, :, tokens], sin[:, :, tokens]), S, L, real_1L, clip_above)))
         start += S
-    return Positions((cos, sin), None, causal=False, rows=tuple(rows))
+    return Positions((cos, sin), None, causal=False, rows=tuple(rows), temperature=_temperature(config, position_1T))
 
 
 def _number(S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Tensor:
@@ -187,6 +187,15 @@ def _number(S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Ten
     if real_BL is None:
         return torch.arange(L - S, L, device=device)[None]
     return (real_BL.long().cumsum(1) - 1).clamp(min=0)[:, L - S :]
+
+
+def _temperature(config: ModelConfig, position_BS: Tensor) -> Tensor | None:
+    """[B, 1, S, 1]: what the queries of layers without rotation are multiplied by."""
+    a = config.attention
+    if a.floor_scale is None:
+        return None
+    long_BS = ((position_BS + 1) // a.floor_scale).float()
+    return (1.0 + a.attn_scale * long_BS.log1p())[:, None, :, None]
 
 
 def _length(config: ModelConfig, S: int, L: int, real_BL: Tensor | None, device: torch.device) -> Tensor | None:
@@ -216,17 +225,22 @@ def _look(
     L: int,
     real_BL: Tensor | None,
     clip_above: float | None = None,
+    temperature: Tensor | None = None,
 ) -> Positions:
     """Where the last S of L tokens may look."""
     plain = real_BL is None
     if real_BL is None:
         real_BL = torch.ones(1, L, dtype=torch.bool, device=rope[0].device)
-    window = config.attention.sliding_window if "sliding_attention" in config.layer_types else None
+    a, types = config.attention, set(config.layer_types)
+    window = a.sliding_window if "sliding_attention" in types else None
+    chunk = a.attention_chunk_size if "chunked_attention" in types else None
     return Positions(
         rope,
         causal_mask(real_BL, S, None, plain),
         causal=S == L,
         sliding_mask=None if window is None else causal_mask(real_BL, S, window, plain),
+        chunked_mask=None if chunk is None else causal_mask(real_BL, S, None, plain, chunk),
+        temperature=temperature,
         clip_above=clip_above,
         real_BS=None if plain else real_BL[:, L - S :],
         start_B=start_of(real_BL, plain),

@@ -18,6 +18,8 @@ from manyhands.moe.routing import Routing
 from manyhands.moe.soft import soft
 from manyhands.moe.unchosen import router_gradient, unchosen_weights
 
+LEAST_WEIGHT = 1e-20  # a sigmoid may be 0 in float32
+
 
 class MoELayer(nn.Module):
     """y, routing = moe(x). The routing is returned, never remembered: no hooks, no module state.
@@ -41,7 +43,7 @@ class MoELayer(nn.Module):
             found = f"{experts.num_experts} of width {experts.hidden_size}"
             raise ConfigError(f"experts: the bank holds {found}, where the layer has {E} of width {hidden_size}")
         self.experts = experts
-        self.input_jitter = config.input_jitter
+        self.input_jitter, self.weigh = config.input_jitter, config.weigh
         self.unchosen, self.average_decay = config.unchosen, config.average_decay
         average = torch.zeros(E, hidden_size) if config.unchosen == "average" else None
         self.register_buffer("average_outputs", average)
@@ -97,14 +99,17 @@ class MoELayer(nn.Module):
             **more,
         )
         shared: list[Tensor] = []  # what is computed already, while tokens travel to other processes
+        read_TD, asked = self._weighed(x_TD, routing)
         if keep_outputs:
-            outputs_TKD = self.experts.outputs(x_TD, routing)
+            outputs_TKD = self.experts.outputs(read_TD, asked)
+            y_TD = (asked.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
+            if self.weigh == "input":  # so that weight times output is what was added
+                outputs_TKD = outputs_TKD / routing.weights[..., None].clamp(min=LEAST_WEIGHT)
             routing = replace(routing, expert_outputs=outputs_TKD)
-            y_TD = (routing.weights[..., None] * outputs_TKD).sum(1).to(x_TD.dtype)
         elif getattr(self.experts, "placement", None) is not None and self.shared_experts is not None:
-            y_TD = self.experts.beside(x_TD, routing, lambda: shared.append(self._shared(x_TD)))
+            y_TD = self.experts.beside(read_TD, asked, lambda: shared.append(self._shared(x_TD)))
         else:
-            y_TD = self.experts(x_TD, routing)
+            y_TD = self.experts(read_TD, asked)
         if self.average_outputs is not None:
             others_TE = unchosen_weights(routing, self.router.config, edit)
             y_TD = y_TD + (others_TE @ self.average_outputs.float()).to(y_TD.dtype)
@@ -112,6 +117,13 @@ class MoELayer(nn.Module):
             others_TE = unchosen_weights(routing, self.router.config, edit)
             y_TD = y_TD + router_gradient(others_TE, x_TD, self.experts.outputs)
         return self._with_shared(y_TD, x, *shared), routing
+
+    def _weighed(self, x_TD: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        """What the experts read, and how what they say is weighed."""
+        if self.weigh == "output":
+            return x_TD, routing
+        weighed_TD = (x_TD * routing.weights).to(x_TD.dtype)  # one expert per token
+        return weighed_TD, replace(routing, weights=torch.ones_like(routing.weights))
 
     def _soft(
         self, x: Tensor, token_mask: Tensor | None, keep_outputs: bool, edit: Edit | None

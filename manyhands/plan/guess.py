@@ -123,10 +123,7 @@ def _values(get: Any, use: Callable[[str], None], fields: Mapping[str, Any]) -> 
         return values | {"intermediate_size": get("intermediate_size", True)}
     expert_width, shared, shared_width = get("expert_width") or dense, get("shared") or 0, get("shared_width")
     if (wide := fields.get("intermediate_size_mlp")) is not None:
-        if not str(fields.get("model_type")).startswith("llama4"):
-            raise ConfigError(f"intermediate_size_mlp = {repr(wide)[:40]} is understood in llama4's files only")
-        use("intermediate_size_mlp")
-        dense, expert_width, shared = wide, dense, 1  # Llama4TextMoe has one shared expert as wide as a routed one
+        raise ConfigError(f"intermediate_size_mlp = {repr(wide)[:40]} is understood in llama4's files only")
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 < layers <= MAX_LAYERS:
         return values  # refused by `parse`, which names it
     sparse = set(sparse_layers(fields, layers, use))

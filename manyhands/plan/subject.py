@@ -137,7 +137,7 @@ def _config_file(path: Path, name: str) -> Subject:
         found = _any_kind(config, name, str(path))
         stored = storage_of_files(path.parent, found.counts, packed=False) if model_type == "manyhands" else None
         return replace(found, native=stored or found.native, file_bytes=_file_bytes(path))
-    counts = count_model(config)
+    counts, sizes = count_model(config), sizes_of(config)
     storage, note = native_storage(fields if model_type != "manyhands" else {"dtype": "float32"})
     if model_type == "manyhands":
         packed = values.get("packed") is not None
@@ -147,7 +147,7 @@ def _config_file(path: Path, name: str) -> Subject:
         origin=origin,
         counts=counts,
         config=config,
-        sizes=replace(sizes_of(config), chunked=chunked(values)),
+        sizes=sizes if sizes.chunked else replace(sizes, chunked=chunked(values)),
         native=storage,
         file_bytes=_file_bytes(path),
         notes=(*notes, *([note] if note else [])),

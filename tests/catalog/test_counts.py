@@ -137,13 +137,6 @@ def _experts(s: DecoderShape) -> dict[str, Any]:
     return {"num_local_experts": s.moe.num_experts, "num_experts_per_tok": s.moe.num_experts_per_tok}
 
 
-def _llama4(s: DecoderShape) -> dict[str, Any]:
-    assert s.moe is not None
-    widths = {"intermediate_size": s.moe.moe_intermediate_size, "intermediate_size_mlp": s.intermediate_size or 16384}
-    step = s.num_hidden_layers // s.moe.layers
-    return _decoder(s, **widths, **_experts(s), interleave_moe_layer_step=step, head_dim=s.attention.head_dim)
-
-
 def _phimoe(s: DecoderShape) -> dict[str, Any]:
     assert s.moe is not None
     width = s.moe.moe_intermediate_size
@@ -183,8 +176,6 @@ ORACLES: list[tuple[str, str, str, Callable[[Any], dict[str, Any]]]] = [
     ("jetmoe-8b", "JetMoeForCausalLM", "JetMoeConfig", _jetmoe),
     ("qwen2.5-72b", "Qwen2ForCausalLM", "Qwen2Config", lambda s: _decoder(s, intermediate_size=s.intermediate_size)),
     ("gpt-3-175b", "GPT2LMHeadModel", "GPT2Config", _gpt2),
-    ("llama-4-scout", "Llama4ForCausalLM", "Llama4TextConfig", _llama4),
-    ("llama-4-maverick", "Llama4ForCausalLM", "Llama4TextConfig", _llama4),
 ]
 
 

@@ -26,6 +26,7 @@ from manyhands.check.sizes import layer_jobs, loss_head, wide_expert
 from manyhands.engine.caches import Caches
 from manyhands.kernels import linear, native
 from manyhands.kernels.native import library, step
+from manyhands.layers.attention import Attention
 from manyhands.layers.norm import RMSNorm
 from manyhands.moe import Router
 from tests.check.configs import BALANCE, MIXTRAL
@@ -211,7 +212,7 @@ def test_native_attention_that_reads_a_field_wrongly(monkeypatch, function, plac
     _told(monkeypatch, function, place, struct, **{field: value})
     rows = attention_rows()
     assert red(rows) == {"attention to a cache"}
-    native_kinds = {name for name in ATTENTIONS if "without a kernel" not in name}
+    native_kinds = {name for name in ATTENTIONS if "without a kernel" not in name and not name.startswith("chunks")}
     assert scopes(rows) == (native_kinds if kinds is None else kinds)
 
 
@@ -367,12 +368,33 @@ def test_latent_without_its_norm(monkeypatch):
 def test_window(monkeypatch, off_by):
     right = manyhands.models.decoder.causal_mask
 
-    def wrong(real, n, window, plain):
-        return right(real, n, None if window is None else window + off_by, plain)
+    def wrong(real, n, window, plain, chunk=None):
+        return right(real, n, window and window + off_by, plain, chunk and chunk + off_by)
 
     monkeypatch.setattr(manyhands.models.decoder, "causal_mask", wrong)
-    windows = {name for name, config in ATTENTIONS.items() if config.attention.sliding_window}
+    windows = {n for n, c in ATTENTIONS.items() if c.attention.sliding_window or c.attention.attention_chunk_size}
     assert scopes(attention_rows()) == windows
+
+
+@pytest.mark.parametrize(("field", "value", "kind"), [
+    ("rotates", True, "no rotation, queries by position (Llama 4)"),
+    ("eps", 0.0, "chunks, norm without weights (Llama 4)"),
+])  # fmt: skip
+def test_layers_of_llama_4(monkeypatch, field, value, kind):
+    right = Attention.__init__
+
+    def wrong(self, *arguments):
+        right(self, *arguments)
+        setattr(self, field, value)
+
+    monkeypatch.setattr(Attention, "__init__", wrong)
+    assert scopes(attention_rows()) == {kind}
+
+
+def test_queries_by_position_from_one_late(monkeypatch):
+    right = manyhands.models.decoder._temperature
+    monkeypatch.setattr(manyhands.models.decoder, "_temperature", lambda config, at_BS: right(config, at_BS - 1))
+    assert scopes(attention_rows()) == {"no rotation, queries by position (Llama 4)"}
 
 
 @pytest.mark.parametrize("kind", ["yarn", "llama3", "linear"])

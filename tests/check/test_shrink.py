@@ -54,3 +54,17 @@ def test_what_is_said_of_each_layer_is_shortened_with_them():
     assert small.num_hidden_layers == 3 and small.sparse_layers == [1, 2] and small.dense_layers == [0]
     assert small.layer_types == ["sliding_attention", "full_attention", "sliding_attention"]
     assert small.attention.sliding_window == 8 and small.moe.shared_width == 48
+
+
+def test_one_layer_of_each_kind_of_attention_stays():
+    a = AttentionConfig(
+        layer_types=(["chunked_attention"] * 3 + ["full_attention"]) * 4, attention_chunk_size=8192, floor_scale=8192,
+        nope_layers=[3, 7, 11, 15],
+    )  # fmt: skip
+    for moe in (MoEConfig(), None):
+        small = shrink(ModelConfig(num_hidden_layers=16, attention=a, moe=moe))
+        assert small.layer_types == ["chunked_attention"] * 3 + ["full_attention"]
+        assert small.attention.nope_layers == (3,) and small.attention.attention_chunk_size == 8
+        assert small.attention.floor_scale == 8 and shrink(small) == small
+    far = AttentionConfig(sliding_window=9, layer_types=["full_attention"] * 12 + ["sliding_attention"] * 4)
+    assert shrink(ModelConfig(num_hidden_layers=16, attention=far)).num_hidden_layers == 2, "one far off is not reached"

@@ -19,7 +19,7 @@ WIDTHS = {
     "hidden_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "head_dim",
     "q_lora_rank", "kv_lora_rank", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim", "d_model", "d_kv", "d_ff",
 }  # fmt: skip
-PER_LAYER = ("layer_types", "mlp_only_layers", "attn_type_list")
+PER_LAYER = ("layer_types", "mlp_only_layers", "attn_type_list", "no_rope_layers", "moe_layers")
 LAYERS, VOCAB = 12, 2048
 SMALLEST, SHARD = 250_000_000, 60_000_000  # bytes
 

@@ -311,6 +311,23 @@ def kimi_k25_int4(directory: Path, hostile: bool) -> Reference:
     return _k25(directory, hostile, packed=True)
 
 
+def llama4(directory: Path, hostile: bool) -> Reference:
+    """The language model of a whole Llama 4; the vision tower is kept."""
+    from transformers import Llama4Config, Llama4ForConditionalGeneration
+
+    vision = {
+        "hidden_size": 24, "num_attention_heads": 2, "num_hidden_layers": 1, "intermediate_size": 28,
+        "image_size": 8, "patch_size": 4, "vision_output_dim": 24, "projector_input_dim": 24,
+        "projector_output_dim": 24,
+    }  # fmt: skip
+    text = CASES["llama4_text"][1] | {"interleave_moe_layer_step": 2, "use_qk_norm": False}
+    model: Any = Llama4ForConditionalGeneration(Llama4Config(text_config=text, vision_config=vision)).float().eval()
+    model.set_attn_implementation("eager")
+    randomise(model, hostile)
+    model.save_pretrained(directory)
+    return reference(model, directory)
+
+
 GROK: dict[str, Any] = {
     "architectures": ["Grok1ModelForCausalLM"], "model_type": "grok-1", "vocab_size": V, "hidden_size": 48,
     "intermediate_size": 40, "num_hidden_layers": L, "num_attention_heads": 6, "num_key_value_heads": 2,
@@ -375,6 +392,7 @@ OTHERS: dict[str, Callable[[Path, bool], Reference]] = {
     "kimi_k25": kimi_k25,
     "kimi_k25, INT4": kimi_k25_int4,
     "gpt_oss, MXFP4": gpt_oss_mxfp4,
+    "llama4": llama4,
     "grok-1": grok_1,
 }
 """Case -> its maker (directory, hostile). The case begins with the `model_type`."""

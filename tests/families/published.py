@@ -34,6 +34,13 @@ K2: Json = V3 | {
     "rope_scaling": YARN_4K | {"beta_fast": 1.0, "factor": 32.0, "mscale": 1.0, "mscale_all_dim": 1.0},
     "rope_theta": 50000.0, "routed_scaling_factor": 2.827, "topk_group": 1, "vocab_size": 163840,
 }  # fmt: skip
+LLAMA4: Json = {
+    "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "head_dim": 128,
+    "hidden_act": "silu", "hidden_size": 5120, "intermediate_size": 8192, "intermediate_size_mlp": 16384,
+    "model_type": "llama4_text", "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
+    "num_key_value_heads": 8, "output_router_logits": False, "rms_norm_eps": 1e-05, "rope_theta": 500000.0,
+    "router_aux_loss_coef": 0.001, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 202048,
+}  # fmt: skip
 
 PUBLISHED: dict[str, tuple[float, Json]] = {
     "mixtral": (46.7, {
@@ -203,6 +210,23 @@ PUBLISHED: dict[str, tuple[float, Json]] = {
         },
         "rope_theta": 10000.0, "router_aux_loss_coef": 0.0, "router_jitter_noise": 0.01, "sliding_window": 131072,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 32064,
+    }),
+    "llama4": (107.8, {  # Scout, without the vision tower's 0.9
+        "architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
+        "image_token_index": 200092, "model_type": "llama4", "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0.dev0", "vision_config": {"model_type": "llama4_vision_model"},
+        "text_config": LLAMA4 | {
+            "interleave_moe_layer_step": 1, "max_position_embeddings": 10485760, "num_local_experts": 16,
+            "rope_scaling": {
+                "factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            "use_qk_norm": True,
+        },
+    }),
+    "llama4_text": (400.7, LLAMA4 | {  # Maverick's language model
+        "interleave_moe_layer_step": 2, "max_position_embeddings": 1048576, "num_local_experts": 128,
+        "rope_scaling": None, "use_qk_norm": False,
     }),
     "hunyuan_v1_moe": (80.4, {
         "add_classification_head": False, "architectures": ["HunYuanMoEV1ForCausalLM"], "attention_bias": False,

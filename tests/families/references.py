@@ -137,6 +137,14 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "MiniMaxM2",
         GQA | LOCAL | {"rope_parameters": PLAIN | {"partial_rotary_factor": 0.5}},
     ),
+    "llama4_text": (
+        "Llama4Text",
+        GQA | LOCAL | {
+            "num_experts_per_tok": 1, "intermediate_size_mlp": 40, "no_rope_layer_interval": 2,
+            "attention_chunk_size": 7,
+            "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0},
+        },
+    ),
     "phimoe": (
         "Phimoe",
         BASE | LOCAL | {
@@ -207,7 +215,7 @@ def randomise(model: torch.nn.Module, hostile: bool) -> None:
             t.normal_(0.0, 0.5 if "embed" in name else 1.3 * t.shape[-1] ** -0.5, generator=g)
     if not hostile:
         return
-    sigmoid = type(model).__name__.startswith(("DeepseekV3", "Dots1", "Glm4Moe", "Kimi", "MiniMaxM2"))
+    sigmoid = type(model).__name__.startswith(("DeepseekV3", "Dots1", "Glm4Moe", "Kimi", "Llama4", "MiniMaxM2"))
     for name, t in model.state_dict().items():
         if any(part in name for part in (".gate.weight", ".router.weight", ".router.layer.weight", ".wg.weight")):
             t.mul_(2.0 if sigmoid else 6.0)
@@ -229,12 +237,24 @@ def router_names(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
     return found
 
 
+def llama4_routers(model: torch.nn.Module) -> dict[int, torch.nn.Module]:
+    """Layer number -> router, of a Llama 4: its experts are not told who chose them."""
+    named = model.named_modules()
+    return {int(name.split("layers.")[1].split(".")[0]): m for name, m in named if type(m).__name__ == "Llama4Router"}
+
+
 def runner(model: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Chosen]]:
     """A forward pass that also says which experts were chosen."""
 
     def run(ids_BS: Tensor, mask_BS: Tensor) -> tuple[Tensor, Chosen]:
         chosen: Chosen = {}
         handles = [
+            module.register_forward_hook(
+                lambda _m, _args, out, n=layer: chosen.__setitem__(n, out[0].argmax(-1, keepdim=True))
+            )
+            for layer, module in llama4_routers(model).items()
+        ]
+        handles += [
             experts.register_forward_pre_hook(
                 lambda _m, args, kwargs, n=layer: chosen.__setitem__(
                     n, (args[1] if len(args) > 1 else kwargs.get("top_k_index", kwargs.get("router_indices"))).clone()
@@ -242,6 +262,7 @@ def runner(model: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Chosen]]:
                 with_kwargs=True,
             )
             for layer, experts in router_names(model).items()
+            if not handles
         ]
         with torch.no_grad():
             out = model(input_ids=ids_BS, attention_mask=mask_BS, position_ids=positions(mask_BS), use_cache=False)
@@ -266,7 +287,7 @@ def make(case: str, directory: Path, hostile: bool = False, **changes: Any) -> R
     quiet()
     prefix, fields = CASES[case]
     config_class = getattr(transformers, f"{prefix}Config")
-    model_class = getattr(transformers, f"{prefix}ForCausalLM")
+    model_class = getattr(transformers, f"{prefix.removesuffix('Text')}ForCausalLM")
     model = model_class(config_class(**(copy.deepcopy(fields) | changes))).float().eval()
     randomise(model, hostile)
     model.save_pretrained(directory)

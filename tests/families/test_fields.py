@@ -83,7 +83,7 @@ def test_what_fine_tuning_leaves_behind_is_accepted(name: str) -> None:
     assert read_config(values, "config.json")[1] == expected
 
 
-@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deepseek", "grok-1", "kimi_k2", "kimi_k25")])
+@pytest.mark.parametrize("name", [n for n in NAMES if n not in ("deepseek", "grok-1", "kimi_k2", "kimi_k25", "llama4")])
 @pytest.mark.parametrize("whole", [False, True])
 def test_all_that_transformers_writes_is_known(name: str, whole: bool) -> None:
     """Its configuration with every default, generation settings of any version among them, is the same model."""

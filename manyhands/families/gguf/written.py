@@ -89,7 +89,9 @@ def first_fit(config: ModelConfig) -> Plan:
         except ConfigError as error:
             problems[model_type] = str(error).rpartition("fit ")[2]
     least = sorted(problems.values(), key=lambda problem: problem.count(";"))[:3]
-    raise ConfigError(f"llama.cpp has no architecture that computes this model; the nearest: {' | '.join(least)}")
+    raise ConfigError(
+        f"no architecture of llama.cpp that is written here computes this model; the nearest: {' | '.join(least)}"
+    )
 
 
 _OWN_HEAD = ("dots1", "qwen2moe", "olmoe", "gpt-oss", "minimax-m2")
