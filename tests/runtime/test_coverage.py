@@ -24,8 +24,8 @@ ALL = {
 }
 NOT_COMPUTED = {
     "route": {"eval_capacity_factor", "capacity_tokens", "bias_on", "mixer_epsilon", "slots_per_expert"},
-    "attention": set(),
-    "mixture": {"unchosen", "average_decay"},
+    "attention": {"attention_chunk_size", "nope_layers", "floor_scale", "attn_scale"},
+    "mixture": {"unchosen", "average_decay", "weigh"},
     "model": {"kind"},
     "rope": {"short_factor", "long_factor", "short_mscale", "long_mscale"},
 }
