@@ -1,7 +1,9 @@
 """Files that are complete or not there: made under a hidden name beside the final one, flushed, renamed."""
 
 import contextlib
+import difflib
 import errno
+import itertools
 import os
 import tempfile
 from collections.abc import Iterator
@@ -48,6 +50,12 @@ def writing(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+OUTSIDE = (
+    "a symbolic link out of the checkpoint, which is not followed; put the file itself there (cp, or ln without -s)"
+)
+"""What is said of a file that is not `within`."""
+
+
 def within(path: Path) -> bool:
     """Whether an existing file really lies in its directory: no link leads out of it.
 
@@ -56,6 +64,17 @@ def within(path: Path) -> bool:
     real, directory = Path(os.path.realpath(path)), Path(os.path.realpath(path.parent))
     blobs = directory.parent.parent / "blobs" if directory.parent.name == "snapshots" else None
     return real.parent in (directory, blobs)
+
+
+def did_you_mean(path: str | Path) -> str:
+    """` (did you mean …?)` where a path that is not there is nearly one that is; else nothing."""
+    path = Path(path)
+    try:
+        there = [entry.name for entry in itertools.islice(path.parent.iterdir(), 1000)]
+    except (OSError, ValueError):
+        return ""
+    near = difflib.get_close_matches(path.name, there, n=1, cutoff=0.6)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def write_atomic(path: str | Path, data: bytes | str) -> None:

@@ -119,6 +119,7 @@ FLAGS = {
     "serve": {
         "adapter",
         *("checkpoint", "model", "served_model_name", "host", "port", "api_key", "api_key_file", "insecure"),
+        "allow_origin",
         *("max_sequences", "max_batch_tokens", "max_waiting", "kv_memory", "memory", "max_body"),
         *(
             "request_timeout",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import CheckpointError
-from manyhands.files import within
+from manyhands.files import OUTSIDE, within
 from manyhands.strict_json import parse_object
 
 _WIDE_LIMIT = 4 << 20  # text that is not ASCII takes up to four times its bytes
@@ -65,4 +65,4 @@ def check_inside(path: Path) -> None:
     if not stat.S_ISREG(mode):
         raise CheckpointError(f"{path}: not a regular file")
     if not within(path):
-        raise CheckpointError(f"{path}: a symbolic link out of the checkpoint, which is not followed")
+        raise CheckpointError(f"{path}: {OUTSIDE}")

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Collection
 from pathlib import Path
 
+from manyhands.checkpoint.adapters.fields import CONFIG as ADAPTER
 from manyhands.checkpoint.gguf.files import gguf_in, is_gguf
 from manyhands.checkpoint.gguf.open import open_gguf
 from manyhands.checkpoint.hub import download, is_hub_name
@@ -39,13 +40,15 @@ def find(path: str | Path) -> Path:
 
     Raises `CheckpointError` saying what is there and what was expected.
     """
-    directory = Path(path)
+    directory = fetched(path)
     if is_gguf(directory):
         return directory
+    if (directory / ADAPTER).is_file() and not (directory / CONFIG).is_file():
+        raise CheckpointError(f"{path}: an adapter, and no whole model; give its base model, and --adapter {path}")
+    if directory != Path(path):
+        return _of_the_hub(directory, path)
     if (directory / CONFIG).is_file() and not (directory / MANIFEST).exists():
         return directory  # somebody else's: there is nothing to verify it by
-    if not directory.exists() and not is_named(directory) and is_hub_name(str(path)):
-        return download(str(path))
     ours = (directory / MANIFEST).exists() or (directory / RUN).exists()
     if not ours and (file := gguf_in(directory)) is not None:
         return file
@@ -53,6 +56,25 @@ def find(path: str | Path) -> Path:
     if found != directory:
         _log.debug("%s: takes %s", path, found)
     return found
+
+
+def fetched(path: str | Path) -> Path:
+    """The path itself; of a name on the hub that is no path here, where it was downloaded to.
+
+    Raises `CheckpointError` as `download` does.
+    """
+    directory = Path(path)
+    here = directory.exists() or is_gguf(directory) or is_named(directory) or not is_hub_name(str(path))
+    return directory if here else download(str(path))
+
+
+def _of_the_hub(snapshot: Path, name: str | Path) -> Path:
+    """A model of config.json and safetensors, or the one in GGUF."""
+    if (snapshot / CONFIG).is_file():
+        return snapshot
+    if (file := gguf_in(snapshot)) is not None:
+        return file
+    raise CheckpointError(f"{name}: no {CONFIG} there; if it holds files in GGUF, say of which type: {name}:Q4_K_M")
 
 
 def open_found(directory: Path, ignore_fields: Collection[str] = ()) -> Source:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from manyhands.checkpoint.adapters import load_adapter
 from manyhands.checkpoint.adapters.fields import CONFIG as ADAPTER_CONFIG
-from manyhands.checkpoint.find import find
+from manyhands.checkpoint.find import fetched, find
 from manyhands.checkpoint.origin import Origin
 from manyhands.checkpoint.tuned import Change
 from manyhands.errors import UserError
@@ -21,12 +21,12 @@ def put_adapter(model: AnyModel, origin: Origin, path: str | Path, *, shared: bo
     Raises `CheckpointError` for an adapter that is damaged, or of another model, and `UserError` for a path that holds
     none, or one that cannot share.
     """
-    directory = Path(path)
+    directory = fetched(path)
     if (directory / ADAPTER_CONFIG).is_file():
         load_adapter(model, directory)
         model.eval()
         return None
-    directory = find(path)
+    directory = find(directory)
     change = Change.at(directory, origin.path)
     if change is None:
         raise UserError(

@@ -35,6 +35,7 @@ from manyhands.files import (
     VALID_TOKENS,
     beside,
     cannot_write,
+    did_you_mean,
     write_atomic,
 )
 from manyhands.system import hold, let_go
@@ -261,7 +262,7 @@ def _resolve(path: Path) -> Path:
         return newest[1]
     expected = f"expected a model (config.json, safetensors), a checkpoint with {MANIFEST}, or a run that has one"
     if not path.is_dir():
-        what = "not a directory" if path.exists() else "does not exist"
+        what = "not a directory" if path.exists() else f"does not exist{did_you_mean(path)}"
     elif run.checkpoints_dir.is_dir():
         what = "a run without a complete checkpoint"
     elif names := sorted(entry.name for entry in path.iterdir()):

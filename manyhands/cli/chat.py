@@ -40,7 +40,7 @@ _TEMPLATE_BYTES = 1 << 20
 
 
 def chat(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")],
     system: Annotated[str | None, typer.Option(help="A message from the system, in front of the first turn.")] = None,
     template: Annotated[
         Path | None, typer.Option(help="A chat template (jinja2) to use instead of the model's own.")

@@ -13,7 +13,7 @@ from manyhands.terminal import shown
 
 
 def convert(
-    source: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    source: Annotated[str, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")],
     target: Annotated[
         str, typer.Argument(help="The directory to write: a new one, or an empty folder. Or a file, NAME.gguf.")
     ],

@@ -14,7 +14,7 @@ from manyhands.errors import UserError
 
 
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")],
     data: Annotated[
         list[str] | None,
         typer.Option(

@@ -43,7 +43,7 @@ Shown = TypeVar("Shown")
 
 
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")],
     prompt: Annotated[
         list[str] | None, typer.Option(help="The text to continue; -: standard input, the default. Repeatable.")
     ] = None,

@@ -14,7 +14,7 @@ from manyhands.defaults import GROUP_SIZE
 
 
 def quantize(
-    model: Annotated[str, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")],
+    model: Annotated[str, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")],
     target: Annotated[str, typer.Argument(help="The directory to write: a new one, or an empty folder.")],
     experts: Annotated[
         Literal["int4", "int8", "bf16", "q4_0", "q8_0"],

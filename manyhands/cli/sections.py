@@ -100,7 +100,8 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "serve": {
         "Models": "--model --adapter --served-model-name --ignore-field",
-        "Network": "--host --port --api-key --api-key-file --insecure --max-body --request-timeout --shutdown-timeout",
+        "Network": "--host --port --api-key --api-key-file --insecure --allow-origin --max-body --request-timeout "
+        "--shutdown-timeout",
         "Load": "--max-sequences --max-batch-tokens --max-waiting --kv-memory --prefix-caching --exact",
         "Experts on disk": _ON_DISK,
         "Output": _TRACE,

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def serve(
     checkpoint: Annotated[
-        Path | None, typer.Argument(help="A checkpoint, a run, or a name on the Hugging Face hub.")
+        Path | None, typer.Argument(help="A checkpoint, a run, a GGUF file, or a name on the hub.")
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -42,6 +42,13 @@ def serve(
     api_key: Annotated[list[str] | None, typer.Option(help="A key that requests must carry. Repeatable.")] = None,
     api_key_file: Annotated[
         Path | None, typer.Option(help="A file with such keys, one a line: other users see what a command line says.")
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="ORIGIN",
+            help="Web pages of https://HOST may ask too, beside this machine's own; *: all may. Repeatable.",
+        ),
     ] = None,
     insecure: Annotated[bool, typer.Option("--insecure", help="Listen at a public address without a key.")] = False,
     max_sequences: Annotated[int, typer.Option(min=1, help="Requests that run at a time.")] = 32,
@@ -105,8 +112,10 @@ def serve(
             from manyhands.serve import load, run
             from manyhands.serve.memory import one_arena
             from manyhands.serve.models import Models
+            from manyhands.serve.origins import origins
         except ModuleNotFoundError as error:
             raise UserError(f"serving needs the package {error.name}: pip install 'manyhands[serve]'") from None
+        pages = origins(allow_origin or [])
         if not run.is_local(host) and not keys and not insecure:
             raise UserError(
                 f"--host {host} lets everybody who can reach this machine use the model: give --api-key KEY, "
@@ -133,7 +142,8 @@ def serve(
     def listen(crew: "Crew | None") -> None:
         nonlocal code
         models = Models(load.entries(paths, replace(settings, crew=crew), adapters), memory_bytes)
-        app = application.build(models, [key.encode() for key in keys], body_bytes or 0)
+        closed = run.is_local(host) and not keys
+        app = application.build(models, [key.encode() for key in keys], body_bytes or 0, pages, closed)
         bound = run.bind(host, port)
         with bound:  # given back too if the model is refused
             if checkpoint is not None:

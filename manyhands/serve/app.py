@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, PlainTextResponse, Response
 from starlette.routing import Route
@@ -21,6 +22,7 @@ from manyhands.serve import about, auth, chat, completions, limits, others, sse,
 from manyhands.serve.errors import ApiError, as_api_error
 from manyhands.serve.metrics import CONTENT_TYPE, Metrics
 from manyhands.serve.models import Models
+from manyhands.serve.origins import Origins
 from manyhands.serve.served import Served
 from manyhands.terminal import shown
 from manyhands.version import __version__
@@ -30,6 +32,9 @@ Body = dict[str, Any]
 Whole = Callable[[Served, Body], Awaitable[Mapping[str, Any]]]
 Stream = Callable[[Served, Body], AsyncGenerator[dict[str, Any], None]]
 Endpoint = Callable[[Request], Awaitable[Response]]
+ASKED_MOST = (
+    "POST /v1/chat/completions, /v1/completions, /v1/responses (OpenAI's), /v1/messages (Anthropic's), GET /v1/models"
+)
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
     "connect-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
@@ -38,11 +43,18 @@ PAGE_HEADERS = {
 }
 
 
-def build(models: Models, keys: Collection[bytes] = (), body_bytes: int = limits.BODY_BYTES) -> Starlette:
-    """The ASGI application."""
+def build(
+    models: Models,
+    keys: Collection[bytes] = (),
+    body_bytes: int = limits.BODY_BYTES,
+    origins: Collection[str] = (),
+    closed: bool = False,
+) -> Starlette:
+    """The ASGI application. Web pages of `origins` may ask, beside this machine's; `closed`: others are refused."""
     server = Server(models, keys, body_bytes)
     app = Starlette(
         routes=server.routes(),
+        middleware=[Middleware(Origins, allowed=origins, closed=closed)],
         exception_handlers={HTTPException: server.not_here},
     )
     app.router.redirect_slashes = False
@@ -164,7 +176,7 @@ class Server:
         if error.status_code == 405:
             message, code = f"{request.method} {path}: the method here is {allowed}", "method_not_allowed"
         else:
-            message, code = f"there is no {path} here", "not_found"
+            message, code = f"there is no {path} here; what is asked most: {ASKED_MOST}", "not_found"
 
         async def refuse(request: Request) -> Response:
             response = error_reply(ApiError(error.status_code, message, code=code), request.scope["path"])

@@ -8,6 +8,7 @@ from starlette.requests import Request
 
 from manyhands import strict_json
 from manyhands.serve.errors import ApiError
+from manyhands.terminal import shown
 
 T = TypeVar("T")
 BODY_BYTES = 8 << 20
@@ -30,7 +31,10 @@ def check_head(request: Request) -> None:
 
 
 async def read_object(request: Request, most: int = BODY_BYTES) -> dict[str, Any]:
-    """The body, a JSON object. Raises `ApiError` 400, 408 or 413, `Gone`."""
+    """The body, a JSON object. Raises `ApiError` 400, 408, 413 or 415, `Gone`."""
+    coding = request.headers.get("content-encoding", "identity").strip().lower()
+    if coding not in ("", "identity"):  # a small body could stand for an endless one
+        raise ApiError(415, f"Content-Encoding: {shown(coding)[:40]} is not read here; send the JSON as it is")
     try:
         async with asyncio.timeout(BODY_SECONDS):
             data = await _read(request, most)

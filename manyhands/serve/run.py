@@ -5,6 +5,7 @@ once. An engine that died: requests get 500, `/health` 503, and after two second
 """
 
 import asyncio
+import errno
 import ipaddress
 import logging
 import os
@@ -58,9 +59,17 @@ def bind(host: str, port: int) -> socket.socket:
         bound.bind(address)
     except OSError as error:
         bound.close()
-        raise UserError(f"{host}:{port}: cannot be listened at: {error.strerror or error}") from None
+        raise UserError(f"{host}:{port}: cannot be listened at: {_why(error)}") from None
     bound.set_inheritable(False)
     return bound
+
+
+def _why(error: OSError) -> str:
+    if error.errno == errno.EADDRINUSE:
+        return "another process does; give another --port, or --port 0 for any that is free"
+    if error.errno == errno.EACCES:
+        return f"{error.strerror}; ports from 1024 on need no special right"
+    return error.strerror or str(error)
 
 
 def address_of(bound: socket.socket) -> str:

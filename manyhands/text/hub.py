@@ -10,6 +10,7 @@ from typing import Any
 from manyhands.errors import DataError
 from manyhands.text.document import Document
 from manyhands.text.formats import text_of, without_nulls
+from manyhands.text.hub_error import why
 
 
 def read_hub(source: str, text_field: str) -> Iterator[Document]:
@@ -47,4 +48,5 @@ def _load(source: str) -> Any:
     try:
         return datasets.load_dataset("/".join(parts[:2]), config, split="train")
     except Exception as error:  # the library raises its own, the hub's and the network's errors here
-        raise DataError(f"{source}: cannot be loaded: {' '.join(str(error).split())[:200]}") from None
+        page = f"https://huggingface.co/datasets/{'/'.join(parts[:2])}"
+        raise DataError(f"{source}: cannot be loaded: {why(error, page)}") from None

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from manyhands.errors import CheckpointError
-from manyhands.files import CONFIG, GENERATION, TOKENIZER, within
+from manyhands.files import CONFIG, GENERATION, OUTSIDE, TOKENIZER, within
 from manyhands.strict_json import parse_object
 from manyhands.text.tiktoken_model import is_kimi, tokenizer_json
 
@@ -133,7 +133,7 @@ def read_small(path: Path, largest: int) -> bytes | None:
                 raise CheckpointError(f"{path}: cannot be read: it is not a regular file")
             return None
         if not within(path):  # it would be copied, byte for byte, wherever the model is saved
-            raise CheckpointError(f"{path}: a symbolic link out of the checkpoint, which is not followed")
+            raise CheckpointError(f"{path}: {OUTSIDE}")
         with path.open("rb") as file:
             data = file.read(largest + 1)
     except OSError as error:

@@ -8,6 +8,7 @@ from manyhands.checkpoint.convert import convert
 from manyhands.checkpoint.find import open_checkpoint, open_directory
 from manyhands.checkpoint.manifest import verify
 from manyhands.checkpoint.model import load, load_model, save
+from manyhands.checkpoint.safetensors.files import TensorFiles
 from manyhands.config import ModelConfig, parse
 from manyhands.errors import CheckpointError
 from manyhands.models import Decoder
@@ -55,3 +56,20 @@ def test_every_byte_is_verified_once(ours, way, monkeypatch):
         monkeypatch.setattr(f"manyhands.checkpoint.{place}.verify", lambda path: seen.append(path) or verify(path))
     way(ours)
     assert seen == [ours]
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    for way in (load, open_checkpoint):
+        with pytest.raises(CheckpointError, match=f"an adapter, and no whole model; .* --adapter {tmp_path}$"):
+            way(tmp_path)
+
+
+def test_shards_that_are_missing_are_counted(ours):
+    (ours / "manifest.json").unlink()
+    (ours / "model.safetensors").rename(ours / "model-00001-of-00003.safetensors")
+    shards = [f"model-0000{n}-of-00003.safetensors" for n in (1, 2, 3)]
+    index = {"weight_map": {f"t{n}": shard for n, shard in enumerate(shards)}}
+    (ours / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=rf"{shards[1]}: does not exist; 2 of the 3 files with the weights"):
+        TensorFiles(ours)

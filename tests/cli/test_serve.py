@@ -29,6 +29,7 @@ from ..small_runs import manyhands, small_run, write_text
         (["m", "--host", "0.0.0.0"], "--api-key KEY, or --insecure"),
         (["m", "--host", "::"], "--api-key KEY, or --insecure"),
         (["m", "--api-key", ""], "empty key"),
+        (["m", "--allow-origin", "chat.example.org"], "expected SCHEME://HOST"),
         (["m", "--api-key", "schlüssel"], "ASCII"),
         (["m", "--api-key-file", "nowhere"], "nowhere: cannot be read"),
         (["m", "--kv-memory", "much"], "--kv-memory much: expected a size"),

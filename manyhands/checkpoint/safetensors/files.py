@@ -43,7 +43,13 @@ class TensorFiles:
             )
         self.name = directory / (WEIGHTS if weight_map is None else INDEX)
         """The file that answers for all."""
-        for name in [WEIGHTS] if weight_map is None else sorted(set(weight_map.values())):
+        names = [WEIGHTS] if weight_map is None else sorted(set(weight_map.values()))
+        if missing := [name for name in names if not os.path.lexists(directory / name)]:
+            raise CheckpointError(
+                f"{directory / missing[0]}: does not exist; {len(missing)} of the {len(names)} files with the weights "
+                "are missing; fetch the rest of the model, or all of it again"
+            )
+        for name in names:
             self._add(name)
         if weight_map is not None:
             self._compare(weight_map)
