@@ -25,8 +25,9 @@ _HINT = "q: save and stop   ?: what the figures are"
 _SURE = "q again: save and stop; the run can be continued"
 _STOPPING = "stopping: what was trained is saved first"
 _HELP = (
-    "bits/byte: the loss per byte of text, whatever the tokenizer; MaxVio: by how much the busiest expert is above its "
-    "share, 0 is even; dead: experts that got no token; a strip has a cell for each expert, the fuller the more tokens"
+    "bits/byte: the loss per byte of text, whatever the tokenizer; norm: the gradient's; MaxVio: by how much the "
+    "busiest expert is above its share, 0 is even; dead: experts that got no token; a strip has a cell for each "
+    "expert, the fuller the more tokens"
 )
 
 

@@ -249,12 +249,12 @@ class Screen:
             ("bits/byte", number(record.get("bits_per_byte"))),
             ("tok/s", compact(record["tokens_per_s"])),
             ("lr", f"{record['lr']:.2e}"),
-            ("grad norm", number(record.get("grad_norm"), 2)),
+            ("norm", number(record.get("grad_norm"), 2)),
             *([("epoch", number(record["epochs"], 2))] if record.get("epochs") is not None else []),
         ):
-            text.append(f"{name} ", "dim").append(f"{value}   ".replace("–", "-"), "bold")
+            text.append(f"{'  ' if text else ''}{name} ", "dim").append(value.replace("–", "-"), "bold")
         if record.get("skipped"):
-            text.append("update skipped", "yellow")
+            text.append("  update skipped", "yellow")
         return text
 
     def _strips(self, moe: dict[str, Record]) -> RenderableType:

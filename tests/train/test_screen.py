@@ -173,3 +173,12 @@ def test_a_record_without_what_is_shown_does_not_end_training(caplog: pytest.Log
 def test_errors_of_training_pass_through() -> None:
     with pytest.raises(ZeroDivisionError), Screen("t", 10, file=Terminal()):
         raise ZeroDivisionError
+
+
+def test_the_figures_are_one_line_of_eighty_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    with Screen("t", 10, file=terminal) as screen:
+        screen.step(step(4, loss=12.345, bits_per_byte=12.345, tokens_per_s=123_456.0, grad_norm=9.87, epochs=12.34))
+    last = terminal.text[terminal.text.rindex("loss 12.345") :].splitlines()[0]
+    assert "tok/s 123k" in last and last.rstrip().endswith("epoch 12.34")
