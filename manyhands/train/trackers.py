@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from manyhands.checkpoint.runs import RunDirectory
+from manyhands.config import RunConfig
 from manyhands.errors import ConfigError
-from manyhands.trace.journal import Tracker
+from manyhands.parallel.ranks import Ranks
+from manyhands.trace.journal import Journal, Tracker, Unwritten
 
 
 class TensorBoard:
@@ -66,3 +69,12 @@ def not_installed(name: str) -> ConfigError:
     """The error that says how to install a tracker."""
     what = "'manyhands[track]'" if name == "tensorboard" else name
     return ConfigError(f"train.trackers: {name} is not installed; run: pip install {what}")
+
+
+def open_journal(directory: RunDirectory, run: RunConfig, step: int, ranks: Ranks) -> Journal:
+    """The run's journal, which its trackers follow from `step` on; on other ranks than 0 one that writes nothing."""
+    if ranks.rank:
+        return Unwritten()
+    description = run.model_dump(mode="json")
+    trackers = [open_tracker(name, directory.path, step, description) for name in run.train.trackers]
+    return Journal(directory.journal_file, trackers)

@@ -21,7 +21,7 @@ from manyhands.parallel.group import Group, mesh_of
 from manyhands.parallel.ranks import Alone, Ranks
 from manyhands.trace.journal import read_journal
 from manyhands.trace.recording import Trace
-from manyhands.train import loop
+from manyhands.train import loop, preparing
 from manyhands.train.data import prepare_data
 from manyhands.train.finish import Summary
 from manyhands.train.fresh import fresh_state
@@ -312,14 +312,14 @@ def test_sigterm_saves_one_step_of_all(text: Path, tmp_path: Path) -> None:
 
 
 def _slow_text(rank: int) -> None:
-    real = loop.prepare
+    real = preparing.prepare
 
     def slow(*args, **kwargs):  # type: ignore[no-untyped-def]
         (Path(str(args[0])).parent / "preparing").touch()
         time.sleep(30)
         return real(*args, **kwargs)
 
-    loop.prepare = slow
+    preparing.prepare = slow
 
 
 def test_a_signal_before_the_first_step(text: Path, tmp_path: Path) -> None:

@@ -200,13 +200,13 @@ def test_a_run_resumes_bit_for_bit(tmp_path: Path, tokenizer_file: Path) -> None
     whole = loop.train(tmp_path / "whole", row_run(path, tokenizer_file, "train.max_steps=6"), quiet=True)
     changes = "train.max_steps=6", "train.save_every=3"
     with pytest.MonkeyPatch.context() as patch:
-        real = loop.Trainer.save
+        real = loop.save
 
-        def save_and_die(self: Any) -> Path:
-            real(self)
+        def save_and_die(trainer: loop.Trainer) -> Path:
+            real(trainer)
             raise KeyboardInterrupt
 
-        patch.setattr(loop.Trainer, "save", save_and_die)
+        patch.setattr(loop, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             loop.train(tmp_path / "parts", row_run(path, tokenizer_file, *changes), quiet=True)
     path.unlink()  # the sources are not read again

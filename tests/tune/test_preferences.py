@@ -120,14 +120,14 @@ def test_a_run_resumes_and_asks_the_first_model_no_more(
 ) -> None:
     run = run_of(source, base, "train.max_steps=4", "train.save_every=2")
     whole = loop.train(tmp_path / "whole", run, quiet=True)
-    real = loop.Trainer.save
+    real = loop.save
 
-    def save_and_die(self: loop.Trainer) -> Path:
-        real(self)
+    def save_and_die(trainer: loop.Trainer) -> Path:
+        real(trainer)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.Trainer, "save", save_and_die)
+        patch.setattr(loop, "save", save_and_die)
         with pytest.raises(KeyboardInterrupt):
             loop.train(tmp_path / "parts", run, quiet=True)
     monkeypatch.setattr(Start, "model", lambda *args: pytest.fail("it asks again"))
