@@ -17,8 +17,10 @@ setup: $(VENV)/.installed  ## create .venv and install manyhands
 
 setup-dev: $(VENV)/.installed-dev  ## the same, with what the tests need
 
+# One worker more than there are cores, as a fifth of a worker's time is waiting for processes that tests start.
 test: setup-dev  ## the whole suite: no network, no GPU
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+	$(BIN)/python -m pytest --dist worksteal --numprocesses \
+	    $$($(BIN)/python -c 'import os; print(min(4, (os.cpu_count() or 1) + 1))')
 
 lint: setup-dev  ## ruff, mypy (strict), the import contract
 	$(BIN)/ruff check .
