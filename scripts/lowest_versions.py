@@ -1,6 +1,6 @@
 """The lowest versions that pyproject.toml allows, for pip: `python scripts/lowest_versions.py > low.txt`.
 
-    python3.11 -m venv low && low/bin/pip install -c low.txt '.[dev]' && low/bin/python -m pytest -n 2
+    python3.11 -m venv low && low/bin/pip install -c low.txt -e '.[dev]' && low/bin/python -m pytest -n 2
 
 Only what the package cannot do without is held down; extras, tools, and what those need come as they allow it.
 """

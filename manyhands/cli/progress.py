@@ -3,6 +3,7 @@
 Nothing with -q, and no bar where standard error is no terminal.
 """
 
+import io
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +25,9 @@ def _drawn(*columns: Any) -> "Progress":
     from rich.progress import Progress
 
     off = quiet() or not sys.stderr.isatty()
-    return Progress(*columns, console=Console(stderr=True), disable=off, transient=True)
+    # Before rich 14.3 one that is off leaves an empty line behind: it goes nowhere.
+    console = Console(file=io.StringIO()) if off else Console(stderr=True)
+    return Progress(*columns, console=console, disable=off, transient=True)
 
 
 @contextmanager
