@@ -59,6 +59,7 @@ def make_stand_ins(folder: Path) -> None:
         _manyhands(folder, "generate", "runs/quickstart", *prompts, *sampled, "--trace", trace)
     _copy(folder, "traces/one", "traces/monday")
     _manyhands(folder, "trace", "import", "large.jsonl", "traces/large", "--num-experts", "128")
+    _copy(folder, "runs/quickstart", "runs/b")
     _copy(folder, "runs/quickstart/traces/step-000003", "runs/b/traces/step-000050")
 
 

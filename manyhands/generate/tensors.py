@@ -20,6 +20,7 @@ from manyhands.errors import ManyhandsError, UserError
 from manyhands.files import GENERATION
 from manyhands.generate.defaults import NEUTRAL, published_sampling
 from manyhands.models import Decoder
+from manyhands.models.inputs import mask_of
 from manyhands.text import Tokenizer
 
 StoppingCriterion = Callable[[Tensor, None], Any]
@@ -211,7 +212,8 @@ def _prompts(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]
         attention_mask = torch.ones_like(input_ids)
     if attention_mask.shape != input_ids.shape:
         raise UserError(f"attention_mask is {list(attention_mask.shape)}, the ids are {list(input_ids.shape)}")
-    real = attention_mask.bool()
+    real = mask_of(attention_mask, input_ids)
+    assert real is not None
     for row, found in enumerate(real):
         if not bool(found.any()):
             raise UserError(f"row {row} of input_ids has no token that is not padding")

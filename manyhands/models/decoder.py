@@ -26,7 +26,7 @@ from manyhands.layers.rope import rope_tables
 from manyhands.models.described import Described
 from manyhands.models.generates import Generates
 from manyhands.models.init import fill
-from manyhands.models.inputs import check_position_ids, ids_of, next_token_loss
+from manyhands.models.inputs import check_position_ids, ids_of, mask_of, next_token_loss
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 
@@ -364,9 +364,7 @@ class Decoder(Described, Generates, nn.Module):
         S = ids_BS.shape[1]
         if documents is not None:
             self._check_documents(ids_BS, documents, mask_BS is None and cache is None)
-        real_BL = mask_BS = None if mask_BS is None else mask_BS.bool()
-        if mask_BS is not None and mask_BS.shape != ids_BS.shape:
-            raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
+        real_BL = mask_BS = mask_of(mask_BS, ids_BS)
         if position_ids is not None:
             if documents is not None:
                 raise ConfigError("documents have positions of their own: give them without position_ids")

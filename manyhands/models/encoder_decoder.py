@@ -28,6 +28,7 @@ from manyhands.layers.relative_attention import RelativeAttention, RelativeBias,
 from manyhands.models.decoder import Hidden, Output
 from manyhands.models.described import Described
 from manyhands.models.init_encoder_decoder import fill
+from manyhands.models.inputs import mask_of
 from manyhands.moe import MoELayer, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 
@@ -236,7 +237,7 @@ class EncoderDecoder(Described, nn.Module):
             raise ConfigError("optim.qk_clip: an encoder-decoder has no QK-Clip; set it to null")
         if edit:
             check_edits(edit, {layer: mlp.router.config for layer, mlp in self.sparse_layers().items()})
-        decoder_mask_BT = _mask(decoder_mask_BT, decoder_ids_BT)
+        decoder_mask_BT = mask_of(decoder_mask_BT, decoder_ids_BT)
         routings: dict[int, Routing] = {}
         if cache is not None and len(cache.layers) != len(self.decoder.layers):
             raise ConfigError(f"the cache has {len(cache.layers)} layers, the decoder {len(self.decoder.layers)}")
@@ -248,7 +249,7 @@ class EncoderDecoder(Described, nn.Module):
                 else "the cache holds an input already: give None and it, or another cache (model.new_cache())"
             )
         if ids_BS is not None:
-            mask_BS = _mask(mask_BS, ids_BS)
+            mask_BS = mask_of(mask_BS, ids_BS)
             if len(ids_BS) != len(decoder_ids_BT):
                 raise ConfigError(f"there are {len(ids_BS)} inputs and {len(decoder_ids_BT)} rows of decoder ids")
             memory, routings = self.encode(
@@ -294,7 +295,7 @@ class EncoderDecoder(Described, nn.Module):
         edit: Edits | None = None,
     ) -> tuple[Tensor, dict[int, Routing]]:
         """The encoder's states [B, S, D] after its norm, and its routings."""
-        mask_BS = _mask(mask_BS, ids_BS)
+        mask_BS = mask_of(mask_BS, ids_BS)
         x, S = _look_up(self.embed_tokens, ids_BS, dtype), ids_BS.shape[1]
         return self.encoder(x, ids_BS, mask_BS, mask_BS, S, None, None, None, recompute, keep_outputs, edit)
 
@@ -305,15 +306,6 @@ class EncoderDecoder(Described, nn.Module):
     def new_cache(self) -> EncoderDecoderCache:
         """An empty cache for step-by-step decoding."""
         return EncoderDecoderCache(self.config.num_decoder_layers)
-
-
-def _mask(mask: Tensor | None, ids: Tensor) -> Tensor | None:
-    """The mask as bool, of the ids' shape; None where there is no padding. Raises `ConfigError` for another shape."""
-    if mask is None:
-        return None
-    if mask.shape != ids.shape:
-        raise ConfigError(f"the mask is {list(mask.shape)}, the ids are {list(ids.shape)}")
-    return mask.bool()
 
 
 def _look_up(table: nn.Embedding, ids: Tensor, dtype: torch.dtype | None) -> Tensor:

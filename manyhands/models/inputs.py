@@ -57,6 +57,22 @@ def check_position_ids(config: ModelConfig, position_ids: Tensor, ids_BS: Tensor
     return position_ids
 
 
+def mask_of(mask_BS: Tensor | None, ids_BS: Tensor) -> Tensor | None:
+    """[B, S] bool, True where a token is real; None where there is no mask.
+
+    Raises `ConfigError` for another shape, and for numbers other than 0 and 1: a mask that is added to scores (0 and
+    -inf) would be taken for its opposite, one that numbers texts for a mask without padding.
+    """
+    if mask_BS is None:
+        return None
+    if mask_BS.shape != ids_BS.shape:
+        raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
+    unseen = mask_BS.dtype == torch.bool or mask_BS.is_meta or torch.compiler.is_compiling()
+    if not unseen and bool(((mask_BS != 0) & (mask_BS != 1)).any()):
+        raise ConfigError("the mask holds other numbers than 1, of a token that is read, and 0, of padding")
+    return mask_BS.bool()
+
+
 def next_token_loss(logits_BSV: Tensor, labels_BS: Tensor) -> Tensor:
     """[] float32 at least: the mean of −log p(label of token s+1) over labels that are not −100, in nats.
 

@@ -21,6 +21,7 @@ from manyhands.layers.linear import Linear
 from manyhands.layers.lstm import LSTM, State
 from manyhands.models.decoder import Hidden, Output
 from manyhands.models.described import Described
+from manyhands.models.inputs import mask_of
 from manyhands.moe import ExpertBank, MoELayer, Router, Routing
 from manyhands.moe.edit import Edit, Edits, check_edits
 
@@ -139,14 +140,12 @@ class Recurrent(Described, nn.Module):
         if edits:
             check_edits(edits, {layer: mlp.router.config for layer, mlp in self.sparse_layers().items()})
         (B, S), L = ids_BS.shape, len(self.layers)
-        if mask_BS is not None and mask_BS.shape != ids_BS.shape:
-            raise ConfigError(f"the mask is {list(mask_BS.shape)}, the ids are {list(ids_BS.shape)}")
+        mask_BS = mask_of(mask_BS, ids_BS)
         states: list[State | None] = [None] * L if cache is None else list(cache.states)
         if len(states) != L:
             raise ConfigError(f"the cache has {len(states)} layers, the model {L}")
         if any(state is not None and len(state[0]) != B for state in states):
             raise ConfigError(f"the cache is of another batch than these {B} sequences")
-        mask_BS = None if mask_BS is None else mask_BS.bool()
         x = F.embedding(ids_BS, self.embed_tokens.weight)
         x = F.dropout(x if dtype is None else x.to(dtype), self.config.dropout, self.training)
         routings: dict[int, Routing] = {}

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from manyhands.errors import ConfigError
 from manyhands.moe.hierarchy import hierarchical_load
 from manyhands.moe.routing import Routing, count_experts, top_k_stable
 from manyhands.parallel.ranks import ALONE, Ranks, total
@@ -228,7 +229,13 @@ def update_bias(bias_E: Tensor, counts_E: Tensor, rate: float) -> None:
 
     Call once per optimiser step with the counts of the whole step, summed over micro-batches and ranks. Centring
     (Moonlight, torchtitan) changes no choice and keeps b from drifting. In place, float32.
+
+    Raises `ConfigError` for counts of another number of experts, and a rate that is negative or no number.
     """
+    if counts_E.shape != bias_E.shape:
+        raise ConfigError(f"counts of {list(counts_E.shape)} experts for a bias of {list(bias_E.shape)}")
+    if not rate >= 0:
+        raise ConfigError(f"the rate of the bias is {rate}; a number from 0 on is right")
     counts = counts_E.double()
     sign_E = torch.sign(counts.mean() - counts).float()
     bias_E += rate * (sign_E - sign_E.mean())

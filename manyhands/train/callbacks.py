@@ -52,6 +52,12 @@ def check_callbacks(callbacks: Sequence[Any]) -> None:
             what = "is a class: make one of it, with ()" if isinstance(callback, type) else f"has no {missing[0]}"
             name = callback.__name__ if isinstance(callback, type) else type(callback).__name__
             raise ConfigError(f"callbacks: {name} {what}; a manyhands.Callback has {', '.join(_CALLS)}")
+        for name in dir(callback) if isinstance(callback, Callback) else ():
+            if name.startswith("on_") and name not in _CALLS:
+                raise ConfigError(
+                    f"callbacks: {type(callback).__name__}.{name} is never called; a manyhands.Callback has "
+                    f"{', '.join(_CALLS)}"
+                )
 
 
 def tell(callbacks: Sequence[Callback], call: str, moment: Moment, keep: Callable[[str], str]) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from manyhands.errors import ConfigError
 from manyhands.generate.evaluate import trained_length
-from manyhands.train import loop
+from manyhands.train import loop, preparing
 
 from ..small_runs import manyhands, small_run, write_text
 
@@ -24,7 +24,7 @@ BAD = {
 @pytest.mark.parametrize("change", BAD)
 def test_before_any_work(change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(loop, "prepare", lambda *args: pytest.fail("it began to work"))
+    monkeypatch.setattr(preparing, "prepare", lambda *args: pytest.fail("it began to work"))
     monkeypatch.setattr("manyhands.train.ready.installed_memory", lambda: 1 << 30)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=BAD[change]) as caught:

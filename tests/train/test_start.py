@@ -16,7 +16,7 @@ from manyhands.config.load import dump_run, load_run
 from manyhands.errors import CheckpointError, ConfigError, Interrupted, UserError
 from manyhands.models import Decoder
 from manyhands.trace.journal import read_journal
-from manyhands.train import loop
+from manyhands.train import loop, preparing
 from manyhands.train.fresh import fresh_state
 from manyhands.train.signals import StopSignals
 from manyhands.train.start import Start
@@ -78,7 +78,7 @@ def test_the_weights_are_those_of_the_checkpoint(base: Path, tmp_path: Path, mon
         seen.append({name: tensor.clone() for name, tensor in state.model.state_dict().items()})
         return state
 
-    monkeypatch.setattr(loop, "fresh_state", fresh)
+    monkeypatch.setattr(preparing, "fresh_state", fresh)
     for name, source in (("a", base), ("b", tmp_path / "other")):
         loop.train(tmp_path / name, load_run(run_file(tmp_path, base), [f"start={source}"]), quiet=True)
     stored = newest(base)
