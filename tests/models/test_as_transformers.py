@@ -163,3 +163,19 @@ def test_what_comes_out_is_a_line() -> None:
     assert repr(out.routings[1]) == "Routing(24 tokens, 2 of 6 experts each)"
     moe = manyhands.MoELayer(manyhands.MoEConfig(router=manyhands.RouterConfig(num_experts=8)), hidden_size=32)
     assert "num_experts=8" in repr(moe) and "hidden_size=32" in repr(moe)
+
+
+@pytest.mark.parametrize(
+    "wrong", [torch.tensor([[0.0, float("-inf")]]), torch.tensor([[1, 2]]), torch.tensor([[-1, 1]])]
+)
+def test_a_mask_of_another_kind_is_refused(wrong: torch.Tensor) -> None:
+    """Added to scores, 0 is a token that is seen; taken for a mask of ones it would be its opposite."""
+    with pytest.raises(ConfigError, match=r"the mask holds other numbers than 1, of a token that is read, and 0"):
+        tiny()(ids(1, 2), wrong)
+
+
+def test_a_mask_may_be_of_any_type() -> None:
+    model, text, mask = tiny(), ids(1, 4), torch.tensor([[0, 1, 1, 1]])
+    wanted = model(text, mask.bool()).logits
+    for dtype in (torch.int64, torch.uint8, torch.float32, torch.bfloat16):
+        assert torch.equal(model(text, mask.to(dtype)).logits, wanted)

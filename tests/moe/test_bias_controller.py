@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from manyhands.errors import ConfigError
 from manyhands.moe.balance import update_bias
 
 from .make_routing import make_router, tokens
@@ -51,3 +52,16 @@ def test_it_balances_a_skewed_router(score: str) -> None:
     for _ in range(300):
         update_bias(router.e_score_correction_bias, router(x).expert_counts(), 0.01)
     assert before > 0.4 and max_vio() < 0.25
+
+
+@pytest.mark.parametrize(
+    ("counts", "rate", "line"),
+    [
+        ([4], 1e-3, r"counts of \[1\] experts for a bias of \[4\]"),
+        ([3, 1, 0, 0], float("nan"), "the rate of the bias is nan"),
+        ([3, 1, 0, 0], -1e-3, "the rate of the bias is -0.001"),
+    ],
+)
+def test_what_would_do_something_else_is_refused(counts: list[int], rate: float, line: str) -> None:
+    with pytest.raises(ConfigError, match=line):
+        update_bias(torch.zeros(4), torch.tensor(counts), rate)

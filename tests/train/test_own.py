@@ -53,6 +53,11 @@ def language_loss(model: Any, ids: torch.Tensor) -> Any:
     return F.cross_entropy(out.logits.flatten(0, 1).float(), ids[:, 1:].flatten()), out.routings
 
 
+class Misspelt(mh.Callback):
+    def on_stp(self, moment: mh.Moment) -> None:
+        """Would never be called."""
+
+
 class Watch(mh.Callback):
     """What was told, in order."""
 
@@ -175,6 +180,7 @@ def test_what_does_not_fit_is_said_before_anything_is_made(text: Path, tmp_path:
         ({"run": "quickstrat"}, r"no preset \(.*quickstart"),
         ({"run": run, "callbacks": [Watch], "out": out}, r"Watch is a class: make one of it"),
         ({"run": run, "callbacks": [print], "out": out}, "has no on_step"),
+        ({"run": run, "callbacks": [Misspelt()], "out": out}, "Misspelt.on_stp is never called"),
         ({"run": run, "model": torch.nn.Linear(2, 2), "out": out}, "Linear is no model of this package"),
         ({"run": run, "model": half, "out": out}, "is bfloat16; weights are trained in float32"),
         ({"run": run, "batches": [], "loss": language_loss, "out": out}, "say on which batches validation judges it"),
